@@ -1,0 +1,30 @@
+"""Pure functions on tensors: the operators' arithmetic, without parameters and without a config."""
+
+from chiaroscuro.ops.attention import attend, causal_mask, rotary_table, rotate
+from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
+from chiaroscuro.ops.rbf import fourier_features, rbf_mix
+from chiaroscuro.ops.spectral import (
+    dct,
+    entropy_of_spectrum,
+    idct,
+    spectral_coefficients,
+    spectral_entropy,
+    spectral_mix,
+)
+
+__all__ = [
+    "attend",
+    "causal_mask",
+    "dct",
+    "entropy_of_spectrum",
+    "fourier_features",
+    "idct",
+    "null_entropy_mean",
+    "null_entropy_quantiles",
+    "rbf_mix",
+    "rotary_table",
+    "rotate",
+    "spectral_coefficients",
+    "spectral_entropy",
+    "spectral_mix",
+]

@@ -1,0 +1,99 @@
+"""Causal self-attention over a batch in which rows may be padded: rotary positions, the mask, the product.
+
+Shapes: B batch, T queries, S ≥ T keys (the S − T first of them from a cache), h heads, c = d / h a head's width.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+AttentionImplementation = Literal["sdpa", "eager"]
+
+
+def rotary_table(
+    position_ids: Int[Tensor, "batch time"], head_width: int, theta: float = 10000.0
+) -> tuple[Float[Tensor, "batch time head_width"], Float[Tensor, "batch time head_width"]]:
+    """Cosines and sines of the angles t · θ^(−2i/c) for position t and pair i, each pair's angle in both halves.
+
+    Computed in float32 whatever the model's type: in bfloat16 positions above 256 would fall together.
+
+    Raises:
+        ValueError: the head's width is odd.
+
+    Source: RoFormer, arXiv 2104.09864, in the rotate-half convention.
+
+    """
+    if head_width % 2:
+        raise ValueError(f"rotary positions turn pairs of features: head width {head_width} is odd")
+    pair = torch.arange(0, head_width, 2, dtype=torch.float32, device=position_ids.device)
+    angle = position_ids[..., None].float() * theta ** (-pair / head_width)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(
+    x: Float[Tensor, "batch heads time head_width"],
+    table: tuple[Float[Tensor, "batch time head_width"], Float[Tensor, "batch time head_width"]],
+) -> Float[Tensor, "batch heads time head_width"]:
+    """Turn each pair (x_i, x_{i + c/2}) by its position's angle: x cos + (−x₂, x₁) sin."""
+    cos, sin = (part[:, None].to(x.dtype) for part in table)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def causal_mask(
+    keys_real: Bool[Tensor, "batch keys"], query_length: int
+) -> Bool[Tensor, "batch 1 query keys"]:
+    """Query t sees key s where s ≤ t and s is a real token; the queries are the last `query_length` of the keys.
+
+    A padded query sees itself, so that no row of the softmax is empty (which would give NaN); nothing reads it.
+    """
+    key_length = keys_real.shape[1]
+    key = torch.arange(key_length, device=keys_real.device)
+    query = key[key_length - query_length :, None]
+    return ((key <= query) & keys_real[:, None, :] | (key == query))[:, None]
+
+
+def attend(
+    query: Float[Tensor, "batch heads query head_width"],
+    key: Float[Tensor, "batch heads keys head_width"],
+    value: Float[Tensor, "batch heads keys head_width"],
+    mask: Bool[Tensor, "batch 1 query keys"] | None = None,
+    dropout: float = 0.0,
+    implementation: AttentionImplementation = "sdpa",
+) -> Float[Tensor, "batch heads query head_width"]:
+    """softmax(q kᵀ / √c + mask) v, causal.
+
+    Args:
+        query: one a token that attends; the last T of the S positions.
+        key: one a position, those of the cache first.
+        value: likewise.
+        mask: which key each query sees (`causal_mask`); None where no row is padded: then it is plainly causal.
+        dropout: the probability with which an attention weight is dropped. The caller passes 0 outside training.
+        implementation: `"sdpa"` for PyTorch's fused kernels, `"eager"` for the formula written out.
+
+    Raises:
+        ValueError: an unknown implementation.
+
+    """
+    if implementation not in get_args(AttentionImplementation):
+        raise ValueError(
+            f"attention implementation {implementation!r}: choose one of {', '.join(get_args(AttentionImplementation))}"
+        )
+    queries, keys = query.shape[-2], key.shape[-2]
+    if mask is None and 1 < queries < keys:
+        mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
+    if implementation == "sdpa":
+        # One query may see every key, so a mask would only cost: is_causal is for the square case alone.
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p=dropout, is_causal=mask is None and queries > 1
+        )
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is None:
+        mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return F.dropout(weights, dropout) @ value

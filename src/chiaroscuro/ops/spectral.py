@@ -1,0 +1,214 @@
+"""The spectral operators: the orthonormal DCT along the feature axis of one token, and what is made of it.
+
+A token's vector x ∈ R^d is read as a signal of length d. Its DCT-II says how its energy is spread over
+frequencies, the entropy of that spread is the routing signal H, and a learned filter on it is the cheap operator.
+None of these looks at another token, so all of them are causal for free.
+
+Two ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
+at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d. Both tables are computed once a
+length, in float64, and kept.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Spectrum = Literal["orthonormal", "reference"]
+
+EPSILON = 1e-8
+"""Keeps p and log p finite, as in the paper: p_k = X_k² / (Σ_j X_j² + ε), H = −Σ p_k log(p_k + ε) / log d."""
+
+MATRIX_UP_TO = 64
+"""The longest vector for which the matrix product is used. It does 2d² operations where the FFT does about
+2.5 d log₂ d, but in one pass over memory instead of six; `benchmarks/dct.py` measures where they cross."""
+
+
+def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """Orthonormal DCT-II along the last axis, X_k = s_k √(2/d) Σ_n x_n cos(π (2n + 1) k / 2d), s_0 = 1/√2, s_k = 1.
+
+    Args:
+        x: any leading shape, any length ≥ 1; float64, float32, or a half precision, which is
+            transformed in float32 and returned in its own type.
+
+    Returns:
+        The coefficients, in x's shape and type. The transform is orthogonal, so `idct` is both its inverse and
+        its gradient.
+
+    Raises:
+        TypeError: x is not of a real floating type.
+        ValueError: x has no last axis, or one of length 0.
+
+    """
+    return _transform(x, inverse=False)
+
+
+def idct(coefficients: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """Orthonormal DCT-III along the last axis, x_n = √(2/d) Σ_k s_k X_k cos(π (2n + 1) k / 2d): the inverse of `dct`.
+
+    Args, returns and errors as for `dct`.
+    """
+    return _transform(coefficients, inverse=True)
+
+
+def spectral_entropy(
+    x: Float[Tensor, "*batch width"], spectrum: Spectrum = "orthonormal"
+) -> Float[Tensor, "*batch"]:
+    """Normalised spectral entropy, H(x) = −Σ_k p_k log(p_k + ε) / log d with p_k = X_k² / (Σ_j X_j² + ε), X = dct(x).
+
+    H is 0 where one frequency holds all the energy and 1 where all hold the same; it is 0 for d = 1.
+
+    Args:
+        x: token vectors.
+        spectrum: `"reference"` counts the power of the zero frequency twice, as the author's transform does
+            (its DC coefficient is √2 times too large against the others).
+
+    Returns:
+        H, without units, in float32 for half-precision x (a threshold needs more than bfloat16's three digits),
+        else in x's type.
+
+    Source: the paper, spectral routing; ε = 1e-8.
+
+    """
+    return entropy_of_spectrum(_transform(x, inverse=False, keep_half=False), spectrum)
+
+
+def entropy_of_spectrum(
+    coefficients: Float[Tensor, "*batch width"], spectrum: Spectrum = "orthonormal"
+) -> Float[Tensor, "*batch"]:
+    """`spectral_entropy` from coefficients that are already at hand, so that router and filter share one transform."""
+    if spectrum not in get_args(Spectrum):
+        raise ValueError(f"spectrum={spectrum!r}: choose one of {', '.join(map(repr, get_args(Spectrum)))}")
+    width = coefficients.shape[-1]
+    power = coefficients.square()
+    if spectrum == "reference":
+        power = torch.cat([2 * power[..., :1], power[..., 1:]], dim=-1)
+    if width == 1:
+        return 0 * power[..., 0]
+    p = power / (power.sum(-1, keepdim=True) + EPSILON)
+    return -(p * torch.log(p + EPSILON)).sum(-1) / math.log(width)
+
+
+def spectral_mix(
+    x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"]
+) -> Float[Tensor, "*batch width"]:
+    """Filter a token's features in the frequency domain: iDCT(DCT(x) ⊙ w).
+
+    For a fixed w it is the linear map Cᵀ diag(w) C, C the DCT matrix; w = 1 gives x back.
+
+    Args:
+        x: token vectors.
+        weight: the filter w, one gain a frequency.
+
+    Returns:
+        The filtered vectors, in x's type.
+
+    Raises:
+        ValueError: weight is not one vector of x's width.
+
+    Source: the paper, DCT spectral mixing.
+
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}: need ({x.shape[-1]},)"
+        )
+    coefficients = _transform(x, inverse=False, keep_half=False)
+    return idct(coefficients * weight).to(x.dtype)
+
+
+def spectral_coefficients(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """`dct`, but half-precision x gives float32: what a router's entropy and a filter are computed from."""
+    return _transform(x, inverse=False, keep_half=False)
+
+
+def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(f"the DCT is of real floating numbers, got {x.dtype}: convert with x.float()")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"the DCT runs along the last axis, got shape {tuple(x.shape)}: need a width of at least 1")
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    # Autocast would run the matrix product in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        y = _OrthonormalDCT.apply(x.float() if half else x, inverse)
+    return y.to(x.dtype) if half and keep_half else y
+
+
+class _OrthonormalDCT(torch.autograd.Function):
+    """The pair as one function: the transform is orthogonal, so each one's gradient is the other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, inverse: bool) -> Tensor:
+        if x.shape[-1] <= MATRIX_UP_TO:
+            return dct_by_matrix(x, inverse)
+        return _idct_by_fft(x) if inverse else _dct_by_fft(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        ctx.inverse = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _OrthonormalDCT.apply(grad, not ctx.inverse), None
+
+
+def dct_by_matrix(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
+    """The transform as one matrix product, y = x Cᵀ (inverse: y = x C): the plain form that the fast one is held to."""
+    matrix = _dct_matrix(x.shape[-1], x.dtype, x.device)
+    return x @ matrix if inverse else x @ matrix.T
+
+
+def _dct_by_fft(x: Tensor) -> Tensor:
+    # Makhoul: with v = (x_0, x_2, …, x_3, x_1) and V = rfft(v), X_k and X_{d−k} are the real and the negated imaginary
+    # part of V_k e^{−iπk/2d}. The twiddle carries one more factor i, which swaps the parts and saves the negation.
+    width = x.shape[-1]
+    evens, bins = (width + 1) // 2, width // 2 + 1
+    v = torch.empty_like(x, memory_format=torch.contiguous_format)
+    v[..., :evens] = x[..., ::2]
+    v[..., evens:] = x[..., 1::2].flip(-1)
+    spectrum = torch.fft.rfft(v).mul_(_twiddle(width, x.dtype, x.device))
+    y = v  # its contents are spent
+    y[..., :bins] = spectrum.imag
+    y[..., bins:] = spectrum.real[..., 1:evens].flip(-1)
+    return y
+
+
+def _idct_by_fft(coefficients: Tensor) -> Tensor:
+    # `_dct_by_fft`, step by step backwards.
+    width = coefficients.shape[-1]
+    evens, bins = (width + 1) // 2, width // 2 + 1
+    parts = coefficients.new_zeros(*coefficients.shape[:-1], bins, 2)
+    parts[..., 1] = coefficients[..., :bins]
+    parts[..., 1:, 0] = coefficients[..., width - bins + 1 :].flip(-1)
+    spectrum = torch.view_as_complex(parts).div_(_twiddle(width, coefficients.dtype, coefficients.device))
+    v = torch.fft.irfft(spectrum, n=width)
+    y = torch.empty_like(v)
+    y[..., ::2] = v[..., :evens]
+    y[..., 1::2] = v[..., evens:].flip(-1)
+    return y
+
+
+@lru_cache(maxsize=64)
+def _dct_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """C with C[k, n] = s_k √(2/d) cos(π (2n + 1) k / 2d)."""
+    # A table made under inference mode could never be used in training, so it is made outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        k = torch.arange(width, dtype=torch.float64, device="cpu")
+        matrix = math.sqrt(2 / width) * torch.cos(math.pi / (2 * width) * torch.outer(k, 2 * k + 1))
+        matrix[0] /= math.sqrt(2)
+        return matrix.to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """i s_k √(2/d) e^{−iπk/2d} for k = 0 … d/2: the phase, the scale and the swap of parts in one factor."""
+    with torch.inference_mode(False), torch.no_grad():
+        k = torch.arange(width // 2 + 1, dtype=torch.float64, device="cpu")
+        scale = torch.full_like(k, math.sqrt(2 / width))
+        scale[0] = math.sqrt(1 / width)
+        return torch.polar(scale, math.pi / 2 - math.pi * k / (2 * width)).to(device, dtype.to_complex())
