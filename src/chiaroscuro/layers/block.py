@@ -1,0 +1,208 @@
+"""The routed block: a menu of operators, a router that fills each token's plate, and the feed-forward they share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chiaroscuro.layers.feed_forward import FeedForward
+from chiaroscuro.layers.registry import accepted, asked_names, find_operator, find_router
+from chiaroscuro.layers.router import ScoreRouter
+from chiaroscuro.ops import entropy_of_spectrum, spectral_coefficients
+from chiaroscuro.ops.spectral import Spectrum
+
+NormPlacement = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a layer did with its tokens.
+
+    Attributes:
+        operators: the layer's menu, in order of cost.
+        entropy: H of the operator's input, float32; 0 at padding.
+        operator_index: which operator each token got (the heaviest one, where a router weighs them); −1 at padding.
+        share: of the real tokens, how many each operator got (its mean weight, where a router weighs them).
+        score: what the thresholds were held against, where there are any.
+        weights: the operators' weights, where the router gives weights.
+
+    """
+
+    operators: tuple[str, ...]
+    entropy: Float[Tensor, "batch time"]
+    operator_index: Int[Tensor, "batch time"]
+    share: Float[Tensor, " operators"]
+    score: Float[Tensor, "batch time"] | None = None
+    weights: Float[Tensor, "batch time operators"] | None = None
+
+
+class RoutedBlock(nn.Module):
+    """One layer: operator sub-layer, then feed-forward sub-layer, each with its norm and its residual.
+
+    `norm="post"`: y = LN(x + op(x)), each operator with a norm of its own, as the paper's code has it.
+    `norm="pre"`: y = x + op(LN(x)), one norm for all; router, entropy and filter all see LN(x).
+
+    A menu of one operator has no router. Execution is dense: every operator runs on every token, and each token takes
+    the output that is its.
+
+    Args:
+        width: d, the features of a token.
+        operators: the menu, names in order of cost.
+        heads: attention heads.
+        hidden: the feed-forward's width, 4d unless given.
+        norm: `"pre"` or `"post"`.
+        router: the router's name.
+        attention_share: ρ, the share of tokens for the menu's last operator, for routers by a score.
+        thresholds: fixed thresholds, for routers by a score; else they are calibrated towards ρ.
+        spectrum: of the entropy.
+        dropout: on the sub-layers' outputs and inside the feed-forward.
+        attention_dropout: on the attention probabilities.
+        rope_theta: the base of the rotary angles.
+
+    Raises:
+        UserError: an unknown operator or router.
+        ValueError: an unknown norm placement, or an empty menu.
+
+    """
+
+    def __init__(
+        self,
+        width: int,
+        operators: Sequence[str] = ("dct", "attention"),
+        *,
+        heads: int = 1,
+        hidden: int | None = None,
+        norm: NormPlacement = "pre",
+        router: str = "threshold",
+        attention_share: float = 0.25,
+        thresholds: tuple[float, ...] | None = None,
+        spectrum: Spectrum = "orthonormal",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        rope_theta: float = 10000.0,
+    ) -> None:
+        super().__init__()
+        if norm not in get_args(NormPlacement):
+            raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
+        if not operators:
+            raise ValueError("the menu is empty: name at least one operator")
+        self.operator_names = tuple(operators)
+        self.norm_placement = norm
+        self.spectrum = spectrum
+        sizes = {"width": width, "heads": heads, "dropout": attention_dropout, "rope_theta": rope_theta}
+        self.operators = nn.ModuleDict()
+        for name in self.operator_names:
+            cls = find_operator(name)
+            self.operators[name] = cls(**accepted(cls, sizes))
+        # Read from the signatures once: they don't change, and reading them is slow.
+        self._asks_for = {name: asked_names(op.forward) for name, op in self.operators.items()}
+        self.router: nn.Module | None = None
+        if len(self.operator_names) > 1:
+            cls = find_router(router)
+            offered = {
+                "width": width,
+                "operators": self.operator_names,
+                "attention_share": attention_share,
+                "thresholds": thresholds,
+                "spectrum": spectrum,
+            }
+            self.router = cls(**accepted(cls, offered))
+        normed = self.operator_names if norm == "post" else ("input",)
+        self.operator_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in normed})
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden or 4 * width, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def thresholds(self) -> Float[Tensor, " thresholds"] | None:
+        """The thresholds that this layer routes by; None where nothing is routed by a score."""
+        return self.router.calibration.values if isinstance(self.router, ScoreRouter) else None
+
+    def asks_for(self, name: str) -> bool:
+        """Whether any operator of the menu asks for this part of the context."""
+        return any(name in asked for asked in self._asks_for.values())
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch keys"] | None = None,
+        output_routing: bool = False,
+        **context: Any,
+    ) -> tuple[Float[Tensor, "batch time width"], Routing | None]:
+        """Run the layer.
+
+        Args:
+            x: the tokens; with a cache, the new ones.
+            attention_mask: true for real tokens; with a cache, over the cached ones too.
+            output_routing: also say what a layer of one operator did, at the price of its entropy.
+            context: what operators may ask for beside these: `position_ids`, `mask`, `rotary`, `cache`,
+                `implementation`.
+
+        Returns:
+            The tokens after this layer, and the routing: None where there was nothing to route and none was asked for.
+
+        """
+        real = None if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
+        context["attention_mask"] = attention_mask
+        source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
+        routing = None
+        if self.router is not None or output_routing or "dct" in self.operators:
+            context["coefficients"] = spectral_coefficients(source)
+        if self.router is not None or output_routing:
+            routing = self._route(source, context["coefficients"], real)
+        x = self._mix(x, source, routing, context)
+        if self.norm_placement == "pre":
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), routing
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), routing
+
+    def route(
+        self, x: Float[Tensor, "batch time width"], attention_mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Routing:
+        """The routing alone, without running an operator: what a calibration needs."""
+        source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
+        real = None if attention_mask is None else attention_mask.bool()
+        return self._route(source, spectral_coefficients(source), real)
+
+    def _route(self, source: Tensor, coefficients: Tensor, real: Tensor | None) -> Routing:
+        # A choice by thresholds has no gradient, so its entropy needs no graph either.
+        differentiable = self.router is not None and not isinstance(self.router, ScoreRouter)
+        entropy = entropy_of_spectrum(coefficients if differentiable else coefficients.detach(), self.spectrum).float()
+        score = weights = None
+        if self.router is None:
+            index = torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)
+        elif isinstance(self.router, ScoreRouter):
+            score = self.router.score(source, entropy)
+            index = self.router.decide(score)
+        else:
+            answer = self.router(source, entropy)
+            weights = answer if answer.is_floating_point() else None
+            index = answer.argmax(-1) if answer.is_floating_point() else answer
+        count = len(self.operator_names)
+        given = nn.functional.one_hot(index, count).float() if weights is None else weights.float()
+        if real is None:
+            share = given.mean((0, 1))
+        else:
+            share = (given * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1)
+            entropy = entropy.masked_fill(~real, 0.0)
+            index = index.masked_fill(~real, -1)
+        return Routing(self.operator_names, entropy.detach(), index, share.detach(), score, weights)
+
+    def _mix(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
+        """The operator sub-layer, densely: every operator on every token, then each token its own."""
+        outputs = []
+        for name, operator in self.operators.items():
+            asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
+            mixed = x + self.dropout(operator(source, **asked))
+            outputs.append(self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed)
+        if routing is None or len(outputs) == 1:
+            return outputs[0]
+        if routing.weights is not None:
+            weighted = zip(routing.weights.unbind(-1), outputs, strict=True)
+            return torch.stack([weight[..., None] * output for weight, output in weighted]).sum(0)
+        mixed = outputs[0]
+        for k, output in enumerate(outputs[1:], start=1):
+            mixed = torch.where((routing.operator_index == k)[..., None], output, mixed)
+        return mixed

@@ -1,0 +1,78 @@
+"""The MetaRouter: one gate that says how much of a whole layer the input gets."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+Pooling = Literal["batch", "sequence", "causal"]
+
+INITIAL_BIAS = 2.0
+"""σ(2) = 0.88, where the paper says that g starts. (Its code overwrites this with 0 and starts at 0.5.)"""
+
+
+class MetaRouter(nn.Module):
+    """g = σ(W x̄ + b), x̄ a mean of the embedded tokens; the first layer becomes x ← g · layer(x) + (1 − g) · x.
+
+    Args:
+        width: d, the features of a token.
+        pooling: what x̄ is the mean of.
+            `"causal"`: the tokens up to and with this one, so g differs from token to token and sees no future.
+            `"sequence"`: all tokens of the row. **Reads the future.**
+            `"batch"`: all tokens of all rows, as published. **Reads the future, and the other rows of the batch.**
+
+    Raises:
+        ValueError: an unknown pooling.
+
+    Source: the paper, v2, MetaRouter.
+
+    """
+
+    def __init__(self, width: int, pooling: Pooling = "causal") -> None:
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(map(repr, get_args(Pooling)))}")
+        self.pooling = pooling
+        self.proj = nn.Linear(width, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W = 0, b = 2: every input starts with the same open gate."""
+        nn.init.zeros_(self.proj.weight)
+        nn.init.constant_(self.proj.bias, INITIAL_BIAS)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+        past: tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]] | None = None,
+    ) -> tuple[Float[Tensor, "#batch #time"], tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]]:
+        """Gate the tokens; padding is pooled nowhere.
+
+        Args:
+            x: the embedded tokens.
+            attention_mask: true for real tokens.
+            past: the sum and the count of the real tokens before x, from an earlier call (causal pooling alone).
+
+        Returns:
+            g, of shape (1, 1) for `"batch"`, (B, 1) for `"sequence"`, (B, T) for `"causal"`, in x's type; and the sum
+            and the count with x included, to be `past` of the next call.
+
+        """
+        real = x.new_ones(x.shape[:2]) if attention_mask is None else attention_mask.to(x.dtype)
+        # Sums of many tokens and their count: in half precision they would stop growing.
+        real = real.float()
+        sums = (x.float() * real[..., None]).cumsum(1)
+        counts = real.cumsum(1)
+        if past is not None:
+            sums, counts = sums + past[0][:, None], counts + past[1][:, None]
+        total, count = sums[:, -1], counts[:, -1]
+        if self.pooling == "causal":
+            mean = sums / counts.clamp(min=1)[..., None]
+        elif self.pooling == "sequence":
+            mean = (total / count.clamp(min=1)[:, None])[:, None]
+        else:
+            mean = (total.sum(0) / count.sum().clamp(min=1))[None, None]
+        gate = torch.sigmoid(self.proj(mean.to(self.proj.weight.dtype)))
+        return gate.squeeze(-1).to(x.dtype), (total, count)

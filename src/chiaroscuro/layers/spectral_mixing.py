@@ -1,0 +1,35 @@
+"""The cheap operator: a learned filter on a token's own spectrum."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from chiaroscuro.ops import idct, spectral_coefficients
+
+
+class SpectralMixing(nn.Module):
+    """iDCT(DCT(x) ⊙ w) with one learned gain w_k a frequency, initially 1: at first the identity.
+
+    It never looks at another token, so it is causal for free and needs no cache. Source: the paper, DCT mixing.
+
+    Args:
+        width: d, the features of a token.
+
+    """
+
+    cost = 0
+    cacheable = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        coefficients: Float[Tensor, "batch time width"] | None = None,
+    ) -> Float[Tensor, "batch time width"]:
+        """Filter every token; `coefficients` = DCT(x) where the router has computed it already."""
+        if coefficients is None:
+            coefficients = spectral_coefficients(x)
+        return idct(coefficients * self.weight).to(x.dtype)

@@ -1,0 +1,142 @@
+"""Where a score's thresholds stand, and what they were set from: the state of a calibration.
+
+A router by score needs K − 1 thresholds for K operators. They are buffers, so a calibration travels with the weights;
+beside them lies a table of the score's quantiles, so that another share is one look-up away. A forward only reads the
+thresholds and notes scores; they move when `step` is called, once an optimizer step.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+QUANTILES = 1001
+"""Entries of the table: one for every thousandth of the tokens, from the smallest score to the largest."""
+
+MOMENTUM = 0.1
+"""Weight of the newest step in the running table: it forgets by half in 6.6 steps. At 2,000 tokens a step its noise
+is that of about 40,000 tokens, a quarter of a percent of the share."""
+
+
+def shares_to_thresholds(
+    quantiles: Float[Tensor, " quantiles"], share: float, operators: int
+) -> Float[Tensor, " thresholds"]:
+    """The K − 1 thresholds that send `share` of the tokens to the last operator and split the rest evenly.
+
+    A share of 0 gives an infinite top threshold and a share of 1 gives minus infinity: exactly none, and exactly all.
+    """
+    top = 1 - share
+    cuts = torch.linspace(0, top, operators, dtype=torch.float64, device="cpu")[1:]
+    position = cuts * (len(quantiles) - 1)
+    lower = position.floor().long().clamp(max=len(quantiles) - 2)
+    table = quantiles.double().cpu()
+    thresholds = torch.lerp(table[lower], table[lower + 1], position - lower)
+    if share <= 0:
+        thresholds[-1] = torch.inf
+    if share >= 1:
+        thresholds[:] = -torch.inf
+    return thresholds.to(quantiles)
+
+
+def quantile_table(scores: Float[Tensor, " tokens"]) -> Float[Tensor, " quantiles"]:
+    """The table of quantiles of some scores, linear between neighbours (`torch.quantile` stops at 16 M values)."""
+    ordered = scores.float().sort().values
+    position = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64, device=scores.device)
+    lower = position.floor().long()
+    upper = position.ceil().long()
+    return torch.lerp(ordered[lower], ordered[upper], (position - lower).float())
+
+
+class Thresholds(nn.Module):
+    """Thresholds of one routed layer, calibrated towards a share or fixed.
+
+    Args:
+        operators: K, the number of operators to choose from.
+        quantiles: the table to start from: the null's, for an uncalibrated layer.
+        share: ρ, the share of tokens for the last operator.
+        fixed: K − 1 thresholds to stand still at, instead of following the data.
+
+    """
+
+    values: Tensor
+    quantiles: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        operators: int,
+        quantiles: Float[Tensor, " quantiles"],
+        share: float,
+        fixed: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.operators = operators
+        self.share = share
+        self.running = fixed is None
+        values = shares_to_thresholds(quantiles, share, operators) if fixed is None else torch.tensor(fixed, device="cpu")
+        self.register_buffer("values", values.float())
+        self.register_buffer("quantiles", quantiles.clone())
+        self.register_buffer("steps", torch.zeros((), device="cpu"))
+        self._noted: Tensor | None = None
+        self._noted_count = 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the table is of data, and not yet the null's."""
+        return bool(self.steps > 0)
+
+    @property
+    def noted(self) -> bool:
+        """Whether scores were noted since the last step."""
+        return self._noted_count > 0
+
+    def set_share(self, share: float) -> None:
+        """Turn the dial: thresholds for another share, from the table."""
+        self.share = share
+        self.values.copy_(shares_to_thresholds(self.quantiles, share, self.operators))
+
+    def set_from(self, scores: Float[Tensor, " tokens"], share: float) -> None:
+        """Replace the table by that of these scores, and set the thresholds from it."""
+        self.quantiles.copy_(quantile_table(scores))
+        self.steps.add_(1)
+        self.set_share(share)
+
+    @torch.no_grad()
+    def note(self, scores: Float[Tensor, "batch time"], real: Bool[Tensor, "batch time"] | None) -> None:
+        """Remember the scores of a forward's real tokens until the next `step`."""
+        scores = (scores if real is None else scores[real]).detach().flatten()
+        if len(scores):
+            table = quantile_table(scores) * len(scores)
+            self._noted = table if self._noted is None else self._noted + table
+            self._noted_count += len(scores)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the running table, and with it the thresholds, by what was noted since the last call.
+
+        The forwards of one step (accumulated batches, other processes) count by their tokens. The first step replaces
+        the null's table, later ones approach: table ← (1 − m) table + m new, m the larger of 0.1 and 1/steps.
+        """
+        noted = torch.zeros_like(self.quantiles) if self._noted is None else self._noted
+        count = torch.tensor(float(self._noted_count), device=noted.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(noted)
+            torch.distributed.all_reduce(count)
+        self._noted, self._noted_count = None, 0
+        if count > 0:
+            self.steps.add_(1)
+            momentum = max(MOMENTUM, 1 / float(self.steps))
+            self.quantiles.lerp_(noted / count, momentum)
+            self.set_share(self.share)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Thresholds":
+        # `model.bfloat16()` would round the thresholds to three digits, where all of H lies between 0.82 and 0.91: they
+        # follow the model to its device, not to its type.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
