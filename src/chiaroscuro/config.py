@@ -1,0 +1,388 @@
+"""`ChiarConfig`: everything that makes one CHIAR-Former differ from another, checked at construction.
+
+A model is a list of layers and a layer is a menu of operators, so one class is the full-attention baseline
+(`[["attention"]] * L`), the paper's two versions, every ablation between them, and what a user invents.
+"""
+
+import copy
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from transformers import PreTrainedConfig
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import ScoreRouter, find_operator, find_router, pick_thresholds
+from chiaroscuro.layers.block import NormPlacement
+from chiaroscuro.layers.meta_router import Pooling
+from chiaroscuro.layers.registry import asked_names
+from chiaroscuro.ops.spectral import Spectrum
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": get_args(NormPlacement),
+    "meta_router": ("none", *get_args(Pooling)),
+    "spectrum": get_args(Spectrum),
+    "calibration": ("running", "fixed"),
+}
+_POSITIVE = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_theta",
+)
+_INTEGERS = _POSITIVE[:-1]
+_SHARES = ("attention_share", "hidden_dropout", "attention_dropout")
+# What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
+_LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
+    "_name_or_path",
+    "_attn_implementation",
+    "attn_implementation",
+    "architectures",
+    "auto_map",
+    "name_or_path",
+    "num_labels",
+    "torch_dtype",
+}
+
+
+class ChiarConfig(PreTrainedConfig):
+    """The configuration of a CHIAR-Former.
+
+    Args:
+        vocab_size: V, tokens of the vocabulary.
+        hidden_size: d, the features of a token.
+        num_hidden_layers: L; the number of menus where `operators` is given.
+        num_attention_heads: h; must divide d into heads of even width.
+        intermediate_size: the feed-forward's width; 4d unless given.
+        max_position_embeddings: the longest sequence that the model takes.
+        rope_theta: the base of the rotary angles.
+        hidden_dropout: on embeddings, sub-layer outputs and inside the feed-forward, in training.
+        attention_dropout: on attention probabilities, in training.
+        norm: `"pre"` (y = x + op(LN(x))) or `"post"` (the paper: y = LN(x + op(x))).
+        embedding_norm: a LayerNorm without parameters on the embeddings. Without it a layer that adds LN(x) repairs
+            their small scale, and a comparison with a model that has no such layer is not fair.
+        operators: a menu for every layer: lists of `"dct"`, `"rbf"`, `"attention"` or registered names, in order of
+            cost. Unless given: dct first, attention last, dct or attention in between.
+        router: which operator gets which token: `"threshold"` (entropy against thresholds), `"soft"`, `"hard"`, or a
+            registered name.
+        attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
+        calibration: `"running"` moves the thresholds towards ρ while training; `"fixed"` leaves them as given.
+        entropy_thresholds: (τ_low, τ_high) for `calibration="fixed"`: three operators split at both, dct/rbf at the
+            low one, rbf/attention at the high one, any other pair at their mean.
+        meta_router: what the gate of the first layer is computed from: `"none"`, `"causal"`, `"sequence"` (**reads the
+            future**) or `"batch"` (the paper; **reads the future and the batch's other rows**). Unless given:
+            `"causal"` where any layer has a choice, `"none"` for the baselines.
+        spectrum: `"orthonormal"`, or `"reference"` to route as the author's code does.
+        collapse_penalty: λ; the training loss gets −λ Σ_layers (entropy of the mean router weights). For soft and hard.
+        use_cache: whether generation caches. Unless given: where the model can. `meta_router="batch"` or `"sequence"`
+            and menus with `"rbf"` can't.
+        tie_word_embeddings: the LM head shares the embedding's weights.
+        pad_token_id: of the tokenizer; as `bos_token_id` and `eos_token_id`.
+        bos_token_id: see there.
+        eos_token_id: see there.
+        kwargs: what transformers itself adds (`dtype`, `attn_implementation`, …); any other name is an error.
+
+    Raises:
+        UserError: an unknown field, an unknown name or an impossible combination, named with its value.
+
+    """
+
+    model_type = "chiar"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it so)
+
+    vocab_size: int = 8192
+    hidden_size: int = 128
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    norm: str = "pre"
+    embedding_norm: bool = True
+    operators: list[list[str]] | None = None
+    router: str = "threshold"
+    attention_share: float = 0.25
+    calibration: str = "running"
+    entropy_thresholds: list[float] | None = None
+    meta_router: str | None = None
+    spectrum: str = "orthonormal"
+    collapse_penalty: float = 0.0
+    use_cache: bool | None = None
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from other fields, and check."""
+        self._refuse_unknown(kwargs)
+        super().__post_init__(**kwargs)
+        if self.operators is None:
+            layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
+            self._check_number("num_hidden_layers", layers)
+            self.operators = default_operators(layers)
+        else:
+            self.operators = _as_menus(self.operators)
+            if self.num_hidden_layers is None:
+                self.num_hidden_layers = len(self.operators)
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = len(self.operators)
+        if self.intermediate_size is None:
+            self._check_number("hidden_size", self.hidden_size)
+            self.intermediate_size = 4 * self.hidden_size
+        if self.entropy_thresholds is not None:
+            self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
+        if self.meta_router is None:
+            self.meta_router = "causal" if self.routed_layers else "none"
+        self._check_menus()
+        if self.use_cache is None:
+            self.use_cache = not self.uncacheable()
+        self.check()
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "ChiarConfig":
+        """The configuration of that name, with some fields changed.
+
+        Args:
+            name: one of `presets()`.
+            changes: fields to set otherwise. What hangs on a changed field follows it: another depth continues the
+                pattern of the menus, a router without thresholds or running calibration drops the fixed ones.
+
+        Raises:
+            UserError: an unknown preset or field, or a change that makes the configuration impossible.
+
+        """
+        if name not in _PRESETS:
+            close = get_close_matches(str(name), _PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"unknown preset {name!r}: {hint}known are {', '.join(_PRESETS)}")
+        fields = copy.deepcopy(_PRESETS[name][1])
+        layers, menus = changes.get("num_hidden_layers"), fields["operators"]
+        if isinstance(layers, int) and layers > 0 and "operators" not in changes:
+            if menus == [["attention"]] * len(menus):
+                fields["operators"] = [["attention"]] * layers
+            elif menus == default_operators(len(menus)):
+                fields["operators"] = default_operators(layers)
+        if changes.get("calibration") == "running" or changes.get("router") in ("soft", "hard"):
+            fields.pop("entropy_thresholds", None)
+            fields.pop("calibration", None)
+        if changes.get("calibration") == "fixed" and "entropy_thresholds" not in changes | fields:
+            raise UserError(f"preset {name!r} with calibration='fixed': give entropy_thresholds=[low, high] too")
+        return cls(**(fields | changes))
+
+    @classmethod
+    def presets(cls) -> dict[str, str]:
+        """Every preset's name and a line on what it is."""
+        return {name: description for name, (description, _) in _PRESETS.items()}
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The layers that have a choice."""
+        return [i for i, menu in enumerate(self.operators or []) if len(menu) > 1]
+
+    def thresholds_of(self, layer: int) -> tuple[float, ...] | None:
+        """The fixed thresholds of a layer's menu; None where they are calibrated."""
+        if self.entropy_thresholds is None or self.operators is None:
+            return None
+        low, high = self.entropy_thresholds
+        return pick_thresholds(tuple(self.operators[layer]), low, high)
+
+    def check(self) -> None:
+        """Raise a UserError for the first thing that is impossible. Also run by the model, on whatever was changed since."""
+        for field in _POSITIVE:
+            self._check_number(field, getattr(self, field))
+        for field in _SHARES:
+            value = getattr(self, field)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise UserError(f"{field}={value!r}: must be a number from 0 to 1")
+        for field in ("hidden_dropout", "attention_dropout"):
+            if getattr(self, field) == 1:
+                raise UserError(f"{field}=1 drops everything: must be below 1")
+        for field in ("embedding_norm", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, field), bool):
+                raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
+        if not _is_number(self.collapse_penalty) or self.collapse_penalty < 0:
+            raise UserError(f"collapse_penalty={self.collapse_penalty!r}: must be 0 or a positive number")
+        self._check_menus()
+        self._check_router()
+        if self.use_cache and (reason := self.uncacheable()):
+            raise UserError(f"use_cache=True with {reason}: set use_cache=False")
+
+    def _check_menus(self) -> None:
+        self.operators = _as_menus(self.operators)
+        if len(self.operators) != self.num_hidden_layers:
+            raise UserError(
+                f"operators has {len(self.operators)} menus, num_hidden_layers={self.num_hidden_layers}: "
+                "give one menu a layer"
+            )
+        for i, menu in enumerate(self.operators):
+            if not menu or len(set(menu)) < len(menu):
+                raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
+            try:
+                costs = [getattr(find_operator(name), "cost", None) for name in menu]
+            except UserError as error:
+                raise UserError(f"operators[{i}]={menu}: {error}") from None
+            ranked = [cost for cost in costs if cost is not None]
+            if ranked != sorted(ranked):
+                raise UserError(f"operators[{i}]={menu}: list the cheapest operator first (dct, rbf, attention)")
+        if any("attention" in menu for menu in self.operators):
+            heads, width = self.num_attention_heads, self.hidden_size
+            if width % heads:
+                raise UserError(
+                    f"hidden_size={width} is not divisible by num_attention_heads={heads}: change one of them"
+                )
+            if (width // heads) % 2:
+                raise UserError(
+                    f"hidden_size={width} over num_attention_heads={heads} gives heads of width {width // heads}: "
+                    "rotary positions need an even width"
+                )
+
+    def _check_router(self) -> None:
+        by_score = issubclass(find_router(self.router), ScoreRouter)
+        if self.entropy_thresholds is not None:
+            self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
+            if self.calibration == "running":
+                raise UserError(
+                    f"entropy_thresholds={self.entropy_thresholds} with calibration='running', which would move them: "
+                    "set calibration='fixed' or drop entropy_thresholds"
+                )
+            if not by_score:
+                raise UserError(
+                    f"entropy_thresholds={self.entropy_thresholds} with router={self.router!r}, which has no thresholds: "
+                    "use router='threshold' or drop entropy_thresholds"
+                )
+            for i in self.routed_layers:
+                if len(self.operators[i]) > 3:
+                    raise UserError(
+                        f"operators[{i}]={self.operators[i]} with entropy_thresholds={self.entropy_thresholds}: two "
+                        "thresholds split at most three operators; use calibration='running'"
+                    )
+        elif self.calibration == "fixed" and by_score and self.routed_layers:
+            raise UserError("calibration='fixed' without entropy_thresholds: give entropy_thresholds=[low, high]")
+        if self.collapse_penalty and by_score:
+            raise UserError(
+                f"collapse_penalty={self.collapse_penalty} with router={self.router!r}, which gives no weights to "
+                "penalise: use router='soft' or 'hard'"
+            )
+
+    def uncacheable(self) -> str:
+        """Why no cache can serve this model; empty where one can."""
+        if self.meta_router in ("batch", "sequence"):
+            return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
+        for i, menu in enumerate(self.operators or []):
+            for name in menu:
+                if not getattr(find_operator(name), "cacheable", False):
+                    return f"operators[{i}]={menu}: {name!r} weighs all earlier tokens anew and can't be cached"
+        return ""
+
+    def keeps_keys(self, menu: list[str]) -> bool:
+        """Whether a layer of this menu needs a key-value cache: whether any of its operators asks for one."""
+        return any("cache" in asked_names(find_operator(name).forward) for name in menu)
+
+    def _check_number(self, field: str, value: Any) -> None:
+        whole = field in _INTEGERS
+        if not _is_number(value) or (whole and not isinstance(value, int)) or value <= 0:
+            raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        fields = set(type(self).__dataclass_fields__)
+        for name, value in kwargs.items():
+            if name not in _LIBRARY_FIELDS:
+                close = get_close_matches(name, fields, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see help(ChiarConfig) for the fields"
+                raise UserError(f"unknown field {name}={value!r}: {hint}")
+
+
+def default_operators(layers: int) -> list[list[str]]:
+    """The paper's pattern: dct first, a choice in between, full attention last (one layer: a choice)."""
+    if layers == 1:
+        return [["dct", "attention"]]
+    return [["dct"], *[["dct", "attention"] for _ in range(layers - 2)], ["attention"]]
+
+
+def _as_menus(operators: Any) -> list[list[str]]:
+    well_formed = isinstance(operators, Sequence) and not isinstance(operators, str) and len(operators) > 0
+    if not well_formed or not all(isinstance(menu, Sequence) and not isinstance(menu, str) for menu in operators):
+        raise UserError(f"operators={operators!r}: give a list of menus, one a layer, such as [['dct'], ['attention']]")
+    return [list(menu) for menu in operators]
+
+
+def _as_thresholds(thresholds: Any) -> list[float]:
+    pair = list(thresholds) if isinstance(thresholds, Sequence) and not isinstance(thresholds, str) else []
+    if len(pair) != 2 or not all(_is_number(t) for t in pair) or pair[0] > pair[1]:
+        raise UserError(f"entropy_thresholds={thresholds!r}: give two numbers [low, high], low ≤ high")
+    return [float(t) for t in pair]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_PAPER: dict[str, Any] = {
+    "vocab_size": 50257,
+    "max_position_embeddings": 256,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "norm": "post",
+    "embedding_norm": False,
+    "meta_router": "none",
+}
+_V1: dict[str, Any] = {
+    **_PAPER,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "calibration": "fixed",
+    "entropy_thresholds": [0.855, 0.865],
+}
+_V2: dict[str, Any] = {**_PAPER, "hidden_size": 1024, "num_attention_heads": 16}
+_SMALL: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 8192}
+_BASELINE_THRESHOLDS: dict[str, Any] = {"calibration": "running", "entropy_thresholds": None}
+
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small": (
+        "ours, for two CPU cores: 6 layers, d 128, dct or attention by a calibrated threshold, pre-norm",
+        {**_SMALL, "operators": default_operators(6), "meta_router": "causal"},
+    ),
+    "small-baseline": (
+        "the same size with full attention in every layer",
+        {**_SMALL, "operators": [["attention"]] * 6, "meta_router": "none"},
+    ),
+    "v1-three-operator": (
+        "paper v1, 17M: dct · dct/rbf · rbf/attention · attention",
+        {**_V1, "operators": [["dct"], ["dct", "rbf"], ["rbf", "attention"], ["attention"]]},
+    ),
+    "v1-all-three": (
+        "paper v1, 17M: dct · all three · all three · attention",
+        {**_V1, "operators": [["dct"], ["dct", "rbf", "attention"], ["dct", "rbf", "attention"], ["attention"]]},
+    ),
+    "v1-dct-attention": (
+        "paper v1, 17M: dct · dct/attention · dct/attention · attention",
+        {**_V1, "operators": default_operators(4)},
+    ),
+    "v1-baseline": (
+        "paper v1, 17M: full attention in 4 layers",
+        {**_V1, **_BASELINE_THRESHOLDS, "operators": [["attention"]] * 4},
+    ),
+    "v2-400m": (
+        "paper v2, 400M: 28 layers, d 1024, dct or attention, MetaRouter over the batch",
+        {
+            **_V2,
+            "operators": default_operators(28),
+            "meta_router": "batch",
+            "calibration": "fixed",
+            "entropy_thresholds": [0.8935, 0.8973],
+        },
+    ),
+    "v2-400m-baseline": (
+        "paper v2, 404M: full attention in 28 layers",
+        {**_V2, "operators": [["attention"]] * 28},
+    ),
+}

@@ -1,0 +1,14 @@
+"""The Hugging Face classes: a CHIAR-Former to call, train, generate with, save and load."""
+
+from chiaroscuro.model.cache import ChiarCache
+from chiaroscuro.model.modeling import ChiarForCausalLM, ChiarModel, ChiarPreTrainedModel
+from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
+
+__all__ = [
+    "ChiarCache",
+    "ChiarCausalLMOutput",
+    "ChiarForCausalLM",
+    "ChiarModel",
+    "ChiarModelOutput",
+    "ChiarPreTrainedModel",
+]

@@ -1,0 +1,420 @@
+"""`ChiarModel` and `ChiarForCausalLM`, as Hugging Face classes.
+
+The model knows the batch, the padding and the cache; a layer knows only its tokens. What is the same for all layers,
+the mask and the rotary angles, is computed here once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils import can_return_tuple
+
+from chiaroscuro.config import ChiarConfig
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import MetaRouter, RBFMixing, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
+from chiaroscuro.model.cache import ChiarCache
+from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
+from chiaroscuro.ops import causal_mask, rotary_table
+
+GATED_LAYER = 0
+"""The layer that the MetaRouter gates: the first, which the paper counts as layer 1."""
+
+
+class ChiarPreTrainedModel(PreTrainedModel):
+    """What the models share: initialisation, saving and loading, and the dial of attention."""
+
+    config_class = ChiarConfig
+    config: ChiarConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RoutedBlock"]  # noqa: RUF012 (transformers reads it so)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["calibration"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02) for matrices and embeddings, zeros for biases; what is learned from identity starts as one."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, SpectralMixing):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MetaRouter):
+            module.reset_parameters()
+
+    def thresholds(self) -> dict[int, Thresholds]:
+        """The calibration of every layer that routes by a score, by layer number."""
+        return {
+            i: layer.router.calibration
+            for i, layer in enumerate(self.base_model.layers)
+            if isinstance(layer.router, ScoreRouter)
+        }
+
+    def set_attention_share(self, share: float) -> None:
+        """Turn the dial: route this share of the tokens to each menu's last operator, by the table of quantiles seen.
+
+        A layer that was never calibrated answers with the quantile of white noise, which is all that is known of it.
+
+        Args:
+            share: ρ from 0 to 1.
+
+        Raises:
+            UserError: the share is no such number, or no layer routes by a score.
+
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"attention share {share!r}: must be a number from 0 to 1")
+        layers = self.thresholds()
+        if not layers:
+            raise UserError(
+                f"no layer routes by thresholds (router={self.config.router!r}, menus {self.config.operators}): "
+                "there is no share to set"
+            )
+        for thresholds in layers.values():
+            thresholds.set_share(float(share))
+        self.config.attention_share = float(share)
+
+    def step_calibration(self) -> None:
+        """Move the thresholds of running calibration: call it once after every optimizer step.
+
+        A training forward only notes the scores that it routed by. So gradient checkpointing recomputes the same
+        routing, a batch's later tokens decide nothing about its earlier ones, and processes agree.
+        """
+        for thresholds in self.thresholds().values():
+            if thresholds.running:
+                thresholds.step()
+
+
+class ChiarModel(ChiarPreTrainedModel):
+    """The CHIAR-Former without a head: embeddings, L routed blocks, a final norm."""
+
+    def __init__(self, config: ChiarConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.meta_router = (
+            None if config.meta_router == "none" else MetaRouter(config.hidden_size, config.meta_router)
+        )
+        self.layers = nn.ModuleList(
+            RoutedBlock(
+                config.hidden_size,
+                menu,
+                heads=config.num_attention_heads,
+                hidden=config.intermediate_size,
+                norm=config.norm,
+                router=config.router,
+                attention_share=config.attention_share,
+                thresholds=config.thresholds_of(i) if len(menu) > 1 else None,
+                spectrum=config.spectrum,
+                dropout=config.hidden_dropout,
+                attention_dropout=config.attention_dropout,
+                rope_theta=config.rope_theta,
+            )
+            for i, menu in enumerate(config.operators)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"] | None = None,
+        attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
+        position_ids: Int[Tensor, "#batch time"] | None = None,
+        past_key_values: ChiarCache | None = None,
+        inputs_embeds: Float[Tensor, "batch time width"] | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ChiarModelOutput:
+        """Run the model.
+
+        Args:
+            input_ids: the tokens; with a cache, those that came new.
+            attention_mask: 1 for real tokens, 0 for padding, on either side; over the cached tokens too. Padding is
+                not routed, attended to, pooled or counted.
+            position_ids: counted over the real tokens where not given.
+            past_key_values: a cache to continue.
+            inputs_embeds: embeddings instead of input_ids.
+            use_cache: whether to return a cache; the config's unless given, never by default in training.
+            output_routing: return what every layer routed where, and the gate.
+            output_hidden_states: return the tokens after every layer.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            UserError: not exactly one of input_ids and inputs_embeds, a sequence longer than
+                `max_position_embeddings`, a token outside the vocabulary's size, a mask of another length, or a cache
+                for a model that can't have one.
+
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds, and not both")
+        if use_cache is None:
+            use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
+        elif not use_cache:
+            past_key_values = None
+        if use_cache:
+            past_key_values = self._check_cache(past_key_values)
+        x = self.embed(input_ids, inputs_embeds)
+        context = self.prepare(x, attention_mask, position_ids, past_key_values)
+        gate = self.gate(x, context["attention_mask"], past_key_values)
+        hidden_states = [x]
+        routings: list[Routing | None] = []
+        for i in range(len(self.layers)):
+            x, routing = self.run_layer(i, x, gate, context, past_key_values, output_routing)
+            hidden_states.append(x)
+            routings.append(routing)
+        if past_key_values is not None:
+            past_key_values.tokens_seen += x.shape[1]
+        return ChiarModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            routing=tuple(routings) if output_routing or self.penalises() else None,
+            meta_gate=gate if output_routing else None,
+        )
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """The input of layer 0: embeddings, normalised where the config says so, with dropout."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_norm:
+            x = F.layer_norm(x, x.shape[-1:])
+        return self.dropout(x)
+
+    def prepare(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ChiarCache | None = None,
+    ) -> dict[str, Any]:
+        """What all layers share: the padding, the mask, the positions' angles and the attention implementation."""
+        batch, time, width = x.shape
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if seen + time > self.config.max_position_embeddings:
+            raise UserError(
+                f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
+                "shorten the sequence, or configure the model for longer ones"
+            )
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, seen + time):
+                raise UserError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {seen + time}), "
+                    "a row for every sequence, over cached and new tokens"
+                )
+            attention_mask = attention_mask.bool()
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = torch.arange(seen, seen + time, device=x.device)[None]
+            else:
+                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
+        position_ids = position_ids.expand(batch, -1)
+        masked = attention_mask is not None and any(layer.asks_for("mask") for layer in self.layers)
+        rotated = any(layer.asks_for("rotary") for layer in self.layers)
+        head_width = width // self.config.num_attention_heads
+        return {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "mask": causal_mask(attention_mask, time) if masked else None,
+            "rotary": rotary_table(position_ids, head_width, self.config.rope_theta) if rotated else None,
+            "implementation": self.config._attn_implementation,
+        }
+
+    def gate(
+        self, x: Tensor, attention_mask: Tensor | None, past_key_values: ChiarCache | None = None
+    ) -> Tensor | None:
+        """The MetaRouter's g of the embedded tokens, continued from the cache; None without a MetaRouter."""
+        if self.meta_router is None:
+            return None
+        past = None if past_key_values is None else past_key_values.meta_state
+        real = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+        gate, state = self.meta_router(x, real, past)
+        if past_key_values is not None:
+            past_key_values.meta_state = state
+        return gate
+
+    def run_layer(
+        self,
+        index: int,
+        x: Tensor,
+        gate: Tensor | None,
+        context: dict[str, Any],
+        past_key_values: ChiarCache | None = None,
+        output_routing: bool = False,
+    ) -> tuple[Tensor, Routing | None]:
+        """One layer on its input, gated if it is the gated one; in training it notes the scores for calibration."""
+        layer = self.layers[index]
+        context = context | {"output_routing": output_routing}
+        if past_key_values is not None:
+            context["cache"] = past_key_values.layers[index]
+        if self.gradient_checkpointing and self.training:
+            y, routing = self._gradient_checkpointing_func(layer.__call__, x, **context)
+        else:
+            y, routing = layer(x, **context)
+        # Noted here and not in the layer, which gradient checkpointing runs a second time.
+        if self.training and isinstance(layer.router, ScoreRouter) and layer.router.calibration.running:
+            real = context["attention_mask"]
+            layer.router.calibration.note(routing.score, real)
+        if gate is not None and index == GATED_LAYER:
+            y = gate[..., None] * y + (1 - gate[..., None]) * x
+        return y, routing
+
+    def penalises(self) -> bool:
+        """Whether this forward's loss has a collapse penalty, and so needs the routing."""
+        return self.training and self.config.collapse_penalty > 0
+
+    def _check_cache(self, past_key_values: Any) -> ChiarCache:
+        if past_key_values is None:
+            return ChiarCache(self.config)
+        if not isinstance(past_key_values, ChiarCache):
+            raise UserError(
+                f"past_key_values is a {type(past_key_values).__name__}: need a chiaroscuro.ChiarCache(model.config), "
+                "which knows the layers that keep nothing"
+            )
+        return past_key_values
+
+
+class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
+    """The CHIAR-Former as a language model: its head shares the embedding's weights unless the config says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The loss is divided by `num_items_in_batch` where the Trainer gives it.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ChiarConfig) -> None:
+        super().__init__(config)
+        self.model = ChiarModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"] | None = None,
+        attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
+        position_ids: Int[Tensor, "#batch time"] | None = None,
+        past_key_values: ChiarCache | None = None,
+        inputs_embeds: Float[Tensor, "batch time width"] | None = None,
+        labels: Int[Tensor, "batch time"] | None = None,
+        shift_labels: Int[Tensor, "batch time"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> ChiarCausalLMOutput:
+        """Run the model and its head.
+
+        Args:
+            input_ids: see `ChiarModel.forward`, as for all that is not named here.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: the tokens themselves, −100 where not to be predicted: the model shifts them. A prediction at
+                padding or of padding is not counted.
+            shift_labels: labels that are shifted already: what each position is to predict.
+            use_cache: see there.
+            logits_to_keep: compute only the last so many logits (0: all), or those at these positions.
+            output_routing: see there.
+            output_hidden_states: see there.
+            return_dict: see there.
+            num_items_in_batch: divide the summed loss by this, over several forwards of one step, not by the number
+                of this forward's predictions.
+
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_routing=output_routing,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            targets = self._targets(labels, shift_labels, attention_mask)[:, kept]
+            loss = self.loss_function(
+                logits,
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                shift_labels=targets,
+                num_items_in_batch=num_items_in_batch,
+            )
+            if self.model.penalises():
+                loss = loss - self.config.collapse_penalty * utilisation_entropy(outputs.routing, attention_mask)
+        return ChiarCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            routing=outputs.routing if output_routing else None,
+            meta_gate=outputs.meta_gate,
+        )
+
+    def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """What each position is to predict, −100 where nothing: at the end, at padding, and of padding."""
+        if shift_labels is None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if attention_mask is not None:
+            shift_labels = shift_labels.masked_fill(attention_mask[:, -shift_labels.shape[1] :] == 0, -100)
+        return shift_labels
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Put our cache where transformers would put its `DynamicCache`; refuse any other kind that is asked for."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UserError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a CHIAR-Former has its own dynamic "
+                "cache alone; drop the argument"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache:
+            given = model_kwargs["past_key_values"] = ChiarCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def utilisation_entropy(
+    routings: tuple[Routing | None, ...], attention_mask: Bool[Tensor, "batch time"] | None = None
+) -> Float[Tensor, ""]:
+    """Σ_layers U, U = −Σ_k ḡ_k log ḡ_k of the layer's mean router weights ḡ over the real tokens, in nats.
+
+    Largest where all operators are used alike; −λ of it in the loss works against collapse. Source: the paper, v1.
+    """
+    total = torch.zeros(())
+    for weights in _weights(routings):
+        if attention_mask is None:
+            mean = weights.mean((0, 1))
+        else:
+            real = attention_mask[:, -weights.shape[1] :, None].to(weights.dtype)
+            mean = (weights * real).sum((0, 1)) / real.sum().clamp(min=1)
+        total = total.to(mean) - (mean * mean.clamp(min=1e-8).log()).sum()
+    return total
+
+
+def _weights(routings: tuple[Routing | None, ...]) -> Iterator[Tensor]:
+    for routing in routings:
+        if routing is not None and routing.weights is not None:
+            yield routing.weights

@@ -1,0 +1,115 @@
+"""Where the thresholds stand: calibration from data, and the paper's from a baseline's embeddings.
+
+The running calibration, which follows the data while a model trains, is the model's own
+(`ChiarForCausalLM.step_calibration`); the trainer calls it once an optimizer step.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.ops import spectral_entropy
+
+PAPER_ROWS = 200
+PAPER_LENGTH = 256
+PAPER_PERCENTILES = (33.0, 67.0)
+
+
+@torch.no_grad()
+def calibrate(
+    model: ChiarPreTrainedModel,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    share: float | None = None,
+) -> dict[int, list[float]]:
+    """Set the thresholds of a model from data, so that each routed layer sends `share` of these tokens to its last operator.
+
+    Layer after layer, each on what the routed layers before it produce with the thresholds that they have just got:
+    the input of a layer depends on the routing before it, so all layers at once would miss. The table of quantiles is
+    set too, so that `model.set_attention_share` works from these data afterwards.
+
+    Args:
+        model: any CHIAR-Former that routes by a score, calibrated or not. Changed in place.
+        batches: `input_ids` (B, T), or mappings with `input_ids` and optionally `attention_mask`, as a data loader
+            gives them. All are held in memory at once, as d floats a token.
+        share: ρ from 0 to 1; the config's `attention_share` unless given.
+
+    Returns:
+        The thresholds by layer number.
+
+    Raises:
+        UserError: no batch, no real token, no layer that routes by a score, or an impossible share.
+
+    """
+    base = model.base_model
+    layers = model.thresholds()
+    # Checks the share and the model; the thresholds that it sets are replaced below.
+    model.set_attention_share(model.config.attention_share if share is None else share)
+    was_training = model.training
+    model.eval()
+    try:
+        states = []
+        for batch in batches:
+            fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+            mask = fields.get("attention_mask")
+            x = base.embed(fields["input_ids"].to(model.device))
+            context = base.prepare(x, None if mask is None else mask.to(model.device))
+            states.append((x, context, base.gate(x, context["attention_mask"])))
+        if not states:
+            raise UserError("calibrate got no batches: give at least one with some tokens")
+        for i in range(len(base.layers)):
+            if i in layers:
+                scores = [_real_scores(base.layers[i].route(x, c["attention_mask"]), c) for x, c, _ in states]
+                if not any(len(score) for score in scores):
+                    raise UserError("calibrate got padding alone: give batches with some real tokens")
+                layers[i].set_from(torch.cat(scores), model.config.attention_share)
+            states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
+    finally:
+        model.train(was_training)
+    return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
+
+
+@torch.no_grad()
+def paper_thresholds(
+    model: PreTrainedModel,
+    rows: Iterable[Sequence[int]],
+    percentiles: tuple[float, float] = PAPER_PERCENTILES,
+    max_length: int = PAPER_LENGTH,
+) -> tuple[float, float]:
+    """The paper's thresholds: percentiles of H over the embedding rows of a trained baseline.
+
+    No layer is run: H is of the bare embeddings, which are not what a routed layer sees. It is published so; `calibrate`
+    is what does it on the layers' own input.
+
+    Args:
+        model: the trained full-attention baseline.
+        rows: token ids of the validation rows; the first 200 are taken, each cut at max_length tokens.
+        percentiles: those that become τ_low and τ_high.
+        max_length: where a row is cut.
+
+    Returns:
+        (τ_low, τ_high).
+
+    Raises:
+        UserError: the rows hold no token.
+
+    Source: the paper, calibration; SPEC of the published code: 200 rows, 256 tokens, 33rd and 67th percentile.
+
+    """
+    tokens = [token for row in islice(rows, PAPER_ROWS) for token in row[:max_length]]
+    if not tokens:
+        raise UserError("the rows to calibrate on hold no tokens: give some text")
+    embeddings = model.get_input_embeddings().weight
+    entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)]).double()
+    low, high = torch.quantile(entropy, torch.tensor(percentiles, dtype=torch.float64, device=entropy.device) / 100)
+    return float(low), float(high)
+
+
+def _real_scores(routing: Any, context: Mapping[str, Any]) -> Tensor:
+    real = context["attention_mask"]
+    return routing.score.flatten() if real is None else routing.score[real]
