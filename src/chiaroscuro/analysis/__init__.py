@@ -1,0 +1,1 @@
+"""What one measures on a model: perplexity, operation counts, where the routing went."""

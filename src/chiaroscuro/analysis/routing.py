@@ -1,0 +1,208 @@
+"""Where a model spends attention on one text: per layer and token, the operator and the entropy behind it.
+
+A `RoutingTrace` is plain numbers and strings, so that whatever draws it (`chiaroscuro.report`) needs no
+model, and a test can write one by hand.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.ops import null_entropy_mean
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did with each of T tokens."""
+
+    operators: tuple[str, ...]
+    """The layer's menu, cheapest operator first."""
+    operator_index: tuple[int, ...]
+    """(T,) which operator of the menu each token got."""
+    entropy: tuple[float, ...]
+    """(T,) spectral entropy H of each token's vector at the operator's input."""
+    thresholds: tuple[float, ...]
+    """The τ between neighbouring operators; empty where no threshold routes."""
+    share: tuple[float, ...]
+    """The fraction of tokens that each operator got, as the model counted it."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer has a choice: a menu of one operator is no routing."""
+        return len(self.operators) > 1
+
+    @property
+    def finite_thresholds(self) -> tuple[float, ...]:
+        """The thresholds that can be drawn: one at infinity sends every token the same way."""
+        return tuple(filter(math.isfinite, self.thresholds))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of tokens that each operator got."""
+        seen = Counter(self.operator_index)
+        return tuple(seen[index] for index in range(len(self.operators)))
+
+    def operator(self, token: int) -> str:
+        """Name the operator that the token got."""
+        return self.operators[self.operator_index[token]]
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The routing of one text of T tokens through all layers of a model."""
+
+    tokens: tuple[str, ...]
+    """(T,) the text of each token; joined, they are the text. Where several tokens share the bytes of one
+    character, it belongs to one of them, and the others are empty."""
+    layers: tuple[LayerTrace, ...]
+    meta_gate: tuple[float, ...] | None
+    """The MetaRouter's gate g of layer 1: one per token, or one for the text; None without a MetaRouter."""
+    null_mean: float
+    """Mean entropy of white noise of the same width: the line to hold every H against."""
+    width: int
+    """d, the size of the vectors whose entropy is measured."""
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The indices (from 0) of the layers that have a choice."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.routed)
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        """(T,) in how many routed layers each token got the menu's costliest operator, mostly attention."""
+        routed = [self.layers[index] for index in self.routed_layers]
+        return tuple(
+            sum(layer.operator_index[token] == len(layer.operators) - 1 for layer in routed)
+            for token in range(len(self.tokens))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the trace as JSON types, to 6 decimals: float32 holds no more of an entropy near 0.87.
+
+        A threshold at infinity (a share of 0 or 1) is null: JSON has no infinity.
+        """
+        return {
+            "tokens": list(self.tokens),
+            "width": self.width,
+            "null_mean": round(self.null_mean, 6),
+            "meta_gate": None if self.meta_gate is None else _rounded(self.meta_gate),
+            "layers": [
+                {
+                    "layer": number,
+                    "operators": list(layer.operators),
+                    "share": dict(zip(layer.operators, _rounded(layer.share), strict=True)),
+                    "thresholds": _rounded(layer.thresholds),
+                    "operator_index": list(layer.operator_index),
+                    "entropy": _rounded(layer.entropy),
+                }
+                for number, layer in enumerate(self.layers, start=1)
+            ],
+        }
+
+
+def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> RoutingTrace:
+    """Run the model once over the text and note what every layer did with every token.
+
+    No special token is added: the trace is of the text alone. The model is left in the mode it came in.
+
+    Args:
+        model: a CHIAR-Former with or without a head.
+        tokenizer: the one the model was trained with.
+        text: at least one token, at most `config.max_position_embeddings`.
+
+    Raises:
+        UserError: the text is empty, too long or not Unicode; the tokenizer is another model's; the model
+        gives NaN.
+
+    """
+    if not text:
+        raise UserError("the text is empty: there is no token to route; give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is not valid Unicode at character {error.start}; give it as UTF-8"
+        ) from None
+    ids, pieces = _tokenize(tokenizer, text)
+    if not ids:
+        raise UserError(
+            f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it"
+        )
+    limit = model.config.max_position_embeddings
+    if len(ids) > limit:
+        raise UserError(
+            f"the text has {len(ids)} tokens, the model takes at most {limit} (max_position_embeddings); "
+            "shorten the text"
+        )
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {max(ids)}, but the model's vocab_size is {model.config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
+    finally:
+        model.train(was_training)
+
+    layers = tuple(
+        LayerTrace(
+            operators=tuple(routing.operators),
+            operator_index=tuple(routing.operator_index[0].tolist()),
+            entropy=tuple(routing.entropy[0].tolist()),
+            thresholds=() if layer.thresholds is None else tuple(layer.thresholds.tolist()),
+            share=tuple(routing.share.tolist()),
+        )
+        for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)
+    )
+    for number, layer in enumerate(layers, start=1):
+        if not all(map(math.isfinite, layer.entropy)):
+            raise UserError(
+                f"the entropy in layer {number} is not a number: the model's weights hold NaN or infinity"
+            )
+    width = model.config.hidden_size
+    return RoutingTrace(
+        tokens=pieces,
+        layers=layers,
+        meta_gate=None if output.meta_gate is None else tuple(output.meta_gate[0].tolist()),
+        null_mean=null_entropy_mean(width),
+        width=width,
+    )
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], tuple[str, ...]]:
+    """Give the ids and the piece of text that each token stands for: every character in exactly one piece."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = encoded["input_ids"]
+        # Only the ends: starts may repeat (one character's bytes over several tokens) or leave a gap (some
+        # tokenizers trim the space before a word from its span). A piece runs from where the last one ended.
+        ends = [end for _, end in encoded["offset_mapping"]]
+        whole = text
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # Bytes that are no character yet decode to a trailing U+FFFD: they wait for the token that completes
+        # it.
+        prefixes = [str(tokenizer.decode(ids[:count])) for count in range(1, len(ids) + 1)]
+        ends = [len(prefix.rstrip("\ufffd")) for prefix in prefixes]
+        whole = prefixes[-1] if prefixes else ""
+    pieces: list[str] = []
+    start = 0
+    for token, end in enumerate(ends):
+        end = len(whole) if token == len(ends) - 1 else max(start, end)
+        pieces.append(whole[start:end])
+        start = end
+    return ids, tuple(pieces)
+
+
+def _rounded(values: tuple[float, ...]) -> list[float | None]:
+    return [round(value, 6) if math.isfinite(value) else None for value in values]

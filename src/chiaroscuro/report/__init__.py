@@ -1,0 +1,1 @@
+"""What one looks at: the routing of a text in the terminal, as a page, as a figure."""

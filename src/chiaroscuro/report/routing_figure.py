@@ -1,0 +1,185 @@
+"""The routing of a text as a figure for a paper or a slide: layers × tokens, and each layer on the whole.
+
+One row a layer, three columns on the same rows: every token's entropy with the operator it got in a stripe
+below, the share per operator, and the distribution of H beside its thresholds and the null. It serves a text
+of any length; the tokens are written below it only where they are legible.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from chiaroscuro.analysis.routing import RoutingTrace
+from chiaroscuro.report.files import write_bytes
+from chiaroscuro.report.palette import OperatorStyle, label, operator_styles
+
+_LABELLED_TOKENS = 60
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_INK, _NULL, _THRESHOLD, _AMBER = "#241d14", "#3f5f8a", "#a32a20", "#e59a1c"
+# Shadow to light, without hue, so that the operators' colours beside it stay apart from it.
+_ENTROPY_MAP = LinearSegmentedColormap.from_list("chiaroscuro", ["#14110d", "#59544d", "#a8a298", "#f4f1ea"])
+# Below each row of entropies stands the stripe of operators, and a gap before the next row.
+_ROWS_PER_LAYER, _STRIPE_ROWS, _GAP_ROWS = 12, 3, 1
+
+
+def draw_routing(trace: RoutingTrace) -> Figure:
+    """Draw the trace.
+
+    Args:
+        trace: what to show, of any length.
+
+    Returns:
+        A figure on an Agg canvas, known to no global state.
+
+    """
+    styles = operator_styles(trace)
+    layers, tokens = len(trace.layers), len(trace.tokens)
+    labelled = tokens <= _LABELLED_TOKENS
+    row_height = float(np.clip(3.6 / layers, 0.27, 0.62))
+    width = float(np.clip(0.19 * tokens, 4.5, 9.5)) + 5.5
+    height = row_height * layers + (2.4 if labelled else 1.9)
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    map_axes, share_axes, spread_axes = figure.subplots(
+        1, 3, sharey=True, width_ratios=[width - 5.5, 1.3, 2.7], gridspec_kw={"wspace": 0.03}
+    )
+    norm = _draw_map(map_axes, trace, styles, labelled)
+    _draw_shares(share_axes, trace, styles)
+    _draw_spread(spread_axes, trace)
+    for axes in (map_axes, share_axes, spread_axes):
+        axes.set_ylim(layers - 0.5, -0.5)
+        axes.tick_params(length=0, labelsize=8, colors=_INK)
+        axes.spines[:].set_visible(False)
+
+    bar = figure.colorbar(
+        ScalarMappable(norm, _ENTROPY_MAP),
+        ax=map_axes,
+        location="top",
+        extend="both",
+        aspect=65,
+        fraction=0.05,
+        pad=0.02,
+    )
+    bar.ax.axvline(trace.null_mean, color=_NULL, linewidth=2)
+    bar.ax.tick_params(labelsize=7, colors=_INK)
+    bar.set_label("spectral entropy H", fontsize=8, color=_INK)
+    bar.outline.set_visible(False)
+
+    operators = [Patch(color=_colour(name, style), label=name) for name, style in styles.items()]
+    figure.legend(
+        handles=operators, loc="outside lower left", ncols=len(operators), fontsize=8, frameon=False
+    )
+    title = f"{tokens} tokens, {len(trace.routed_layers)} of {layers} layers routed, width {trace.width}"
+    if trace.meta_gate is not None:
+        title += f", gate of layer 1: g = {np.mean(trace.meta_gate):.3f}"
+        if len(trace.meta_gate) > 1:
+            title += f" ({min(trace.meta_gate):.3f}–{max(trace.meta_gate):.3f})"
+    figure.suptitle(title, fontsize=9, color=_INK, x=0.008, ha="left")
+    return figure
+
+
+def save_png(trace: RoutingTrace, path: str | Path) -> None:
+    """Draw the trace and write it as a PNG file, whole or not at all.
+
+    Raises:
+        UserError: the file can't be written there.
+
+    """
+    content = io.BytesIO()
+    draw_routing(trace).savefig(content, format="png", dpi=160)
+    write_bytes(path, content.getvalue())
+
+
+def _colour(name: str, style: OperatorStyle) -> str:
+    """Give the operator's colour as an area: ink is for letters, and light has to look like light."""
+    return _AMBER if name == "attention" else style.ink
+
+
+def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle], labelled: bool) -> Normalize:
+    layers, tokens = len(trace.layers), len(trace.tokens)
+    entropies = np.array([layer.entropy for layer in trace.layers])
+    # The outermost percent would take the contrast from all the others.
+    low, high = np.percentile(entropies, [1, 99])
+    margin = max(high - low, 1e-3) * 0.02
+    norm = Normalize(min(low, trace.null_mean) - margin, max(high, trace.null_mean) + margin)
+    # One picture for all rows, not one mark a token: it stays the same picture when there are thousands of
+    # them.
+    picture = np.ones((layers, _ROWS_PER_LAYER, tokens, 3))
+    picture[:, : -_STRIPE_ROWS - _GAP_ROWS] = _ENTROPY_MAP(norm(entropies))[:, None, :, :3]
+    for row, layer in zip(picture, trace.layers, strict=True):
+        colours = np.array([to_rgb(_colour(name, styles[name])) for name in layer.operators])
+        row[-_STRIPE_ROWS - _GAP_ROWS : -_GAP_ROWS] = colours[list(layer.operator_index)]
+    axes.imshow(
+        picture.reshape(layers * _ROWS_PER_LAYER, tokens, 3),
+        aspect="auto",
+        extent=(0, tokens, layers - 0.5, -0.5),
+    )
+    axes.set_yticks(range(layers), [str(index + 1) for index in range(layers)])
+    axes.set_ylabel("layer", fontsize=8, color=_INK)
+    if labelled:
+        axes.set_xticks(np.arange(tokens) + 0.5, [_shown(piece) for piece in trace.tokens], rotation=90)
+        for text in axes.get_xticklabels():
+            # A text may hold dollar signs: it is no formula.
+            text.set(fontsize=7.5, fontfamily=_FONT, parse_math=False)
+    else:
+        axes.set_xlabel("token, in the order of the text", fontsize=8, color=_INK)
+    return norm
+
+
+def _draw_shares(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> None:
+    for row, layer in enumerate(trace.layers):
+        start = 0.0
+        for name, share in zip(layer.operators, layer.share, strict=True):
+            axes.barh(row, share, left=start, height=0.5, color=_colour(name, styles[name]))
+            start += share
+        note = f"{layer.share[-1]:.0%}" if layer.routed else "fixed"
+        axes.text(1.05, row, note, va="center", fontsize=7, color=styles[layer.operators[-1]].ink)
+    axes.set_xlim(0, 1.35)
+    axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    axes.set_title("share per operator", fontsize=8, color=_INK)
+
+
+def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
+    values = [value for layer in trace.layers for value in (*layer.entropy, *layer.finite_thresholds)]
+    low, high = np.percentile(values, [0.5, 99.5])
+    low, high = min(low, trace.null_mean), max(high, trace.null_mean)
+    margin = max(high - low, 1e-3) * 0.05
+    edges = np.linspace(low - margin, high + margin, 41)
+    for row, layer in enumerate(trace.layers):
+        counts, _ = np.histogram(np.clip(layer.entropy, edges[0], edges[-1]), edges)
+        axes.stairs(
+            row + 0.42 - 0.84 * counts / counts.max(), edges, baseline=row + 0.42, fill=True, color="#b9b2a6"
+        )
+        axes.vlines(
+            layer.finite_thresholds,
+            row - 0.45,
+            row + 0.45,
+            color=_THRESHOLD,
+            linewidth=1.4,
+            linestyle=(0, (2, 1)),
+        )
+    axes.axvline(trace.null_mean, color=_NULL, linewidth=1.4)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_title("distribution of H", fontsize=8, color=_INK)
+    handles = [
+        Line2D([], [], color=_NULL, linewidth=1.4, label=f"null {trace.null_mean:.4f}"),
+        Line2D([], [], color=_THRESHOLD, linewidth=1.4, linestyle=(0, (2, 1)), label="threshold τ"),
+    ]
+    axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+
+
+def _shown(piece: str) -> str:
+    """Write a token as an axis label: short, a box for what the font lacks (drawing that would warn)."""
+    glyphs = get_font(findfont(_FONT)).get_charmap()
+    text = "".join(char if ord(char) in glyphs else "□" for char in label(piece))
+    return text if len(text) <= 14 else text[:13] + "…"

@@ -1,0 +1,179 @@
+"""The routing of a text in the terminal: the text itself, lit where attention fell, and the numbers below it.
+
+With colours a token's ground shows its operator; without (a pipe, NO_COLOR) brackets do. The legend says
+which.
+"""
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
+from chiaroscuro.report.palette import (
+    LIGHT,
+    SHADOW,
+    OperatorStyle,
+    blend,
+    costliest,
+    harmless,
+    label,
+    operator_styles,
+)
+
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LABEL_WIDTH = 14
+
+
+def print_routing(trace: RoutingTrace, console: Console, *, per_token: bool = False) -> None:
+    """Print the text coloured by operator, a legend, and the table of layers.
+
+    Args:
+        trace: what to show.
+        console: where to; its colour system decides between colours and brackets, its width how tables break.
+        per_token: whether to add the entropy of every token in every layer.
+
+    """
+    colour = console.color_system is not None and not console.no_color
+    styles = operator_styles(trace)
+    console.print(_legend(trace, styles, colour), end="\n\n")
+    if trace.routed_layers:
+        console.print(Text(f"All {len(trace.routed_layers)} routed layers together", style="bold"))
+        console.print(_summary(trace, colour), end="\n\n")
+    for index in trace.routed_layers:
+        layer = trace.layers[index]
+        console.print(Text(f"Layer {index + 1} · {_menu(layer)}", style="bold"))
+        console.print(_paragraph(trace, layer, styles, colour), end="\n\n")
+    console.print(_layer_table(trace, styles))
+    if per_token:
+        # A cell needs 8 columns; a model of many layers is cut into as many tables as the console is wide.
+        at_once = max(1, (console.width - _LABEL_WIDTH - 10) // 8)
+        for first in range(0, len(trace.layers), at_once):
+            console.print(_token_table(trace, styles, range(len(trace.layers))[first : first + at_once]))
+
+
+def _menu(layer: LayerTrace) -> str:
+    """Write the menu with the thresholds between its operators: `dct ≤ 0.8650 < attention`."""
+    if len(layer.thresholds) != len(layer.operators) - 1:
+        return " · ".join(layer.operators)
+    steps = [
+        f" ≤ {threshold:.4f} < {name}"
+        for threshold, name in zip(layer.thresholds, layer.operators[1:], strict=True)
+    ]
+    return layer.operators[0] + "".join(steps)
+
+
+def _ground(style: OperatorStyle) -> str:
+    """Give a rich style for light and dark terminals: the ground is ours, so the contrast is too."""
+    return "dim" if not style.underline else f"{SHADOW} on {style.glow}"
+
+
+def _marked(piece: str, before: str, after: str, style: str = "") -> Text:
+    """Set a token between two marks, inside the spaces and line breaks around it: the text still flows."""
+    piece = harmless(piece)
+    core = piece.strip()
+    if not core:
+        # Nothing to see, yet it was routed: make it visible, and break the line where it breaks it.
+        core, breaks = (label(piece), "\n" * piece.count("\n")) if before or after else (piece, "")
+        return Text.assemble(before, (core, style), after, breaks)
+    start = piece.index(core)
+    return Text.assemble(piece[:start], before, (core, style), after, piece[start + len(core) :])
+
+
+def _paragraph(
+    trace: RoutingTrace, layer: LayerTrace, styles: dict[str, OperatorStyle], colour: bool
+) -> Text:
+    text = Text()
+    for token, piece in enumerate(trace.tokens):
+        style = styles[layer.operator(token)]
+        before, after = ("", "") if colour else style.brackets
+        text.append_text(_marked(piece, before, after, _ground(style) if colour else ""))
+    return text
+
+
+def _depth_style(fraction: float) -> str:
+    if fraction == 0:
+        return "dim"
+    ground = blend(SHADOW, LIGHT, fraction)
+    return f"{'#ffffff' if fraction < 0.45 else SHADOW} on {ground}"
+
+
+def _summary(trace: RoutingTrace, colour: bool) -> Text:
+    text = Text()
+    for piece, depth in zip(trace.tokens, trace.depth, strict=True):
+        if colour:
+            text.append_text(_marked(piece, "", "", _depth_style(depth / len(trace.routed_layers))))
+        else:
+            text.append_text(_marked(piece, "", str(depth).translate(_SUPERSCRIPT) if depth else ""))
+    return text
+
+
+def _legend(trace: RoutingTrace, styles: dict[str, OperatorStyle], colour: bool) -> Text:
+    text = Text()
+    for name, style in styles.items():
+        before, after = ("", "") if colour else style.brackets
+        text.append_text(_marked(name, before, after, _ground(style) if colour else ""))
+        text.append(f" ({style.letter})   ")
+    if not trace.routed_layers:
+        return text.append("no layer has a choice: each has one operator")
+    many = len(trace.routed_layers)
+    if colour:
+        text.append("together: ")
+        for depth in range(many + 1) if many < 6 else (0, many // 3, 2 * many // 3, many):
+            text.append_text(Text(f" {depth} ", style=_depth_style(depth / many)))
+    else:
+        text.append("together: word²")
+    return text.append(f" = in how many of the {many} layers it got {costliest(trace)}")
+
+
+def _layer_table(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("operator")
+    for heading in ("tokens", "share", "τ", "H mean", "H 5–95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, layer in enumerate(trace.layers):
+        low, high = np.percentile(layer.entropy, [5, 95])
+        table.add_row(
+            str(index + 1),
+            Text("\n").join(Text(name, style=_name_style(styles[name])) for name in layer.operators),
+            "\n".join(str(count) for count in layer.counts),
+            "\n".join(f"{share:.1%}" for share in layer.share) if layer.routed else "no choice",
+            # Each τ stands on the line of the operator that begins above it.
+            "".join(f"\n{threshold:.4f}" for threshold in layer.thresholds),
+            f"{np.mean(layer.entropy):.4f}",
+            f"{low:.4f}–{high:.4f}",
+        )
+    table.add_section()
+    table.add_row("null", f"white noise, d = {trace.width}", "", "", "", f"{trace.null_mean:.4f}", "")
+    if trace.meta_gate is not None:
+        low, high = min(trace.meta_gate), max(trace.meta_gate)
+        spread = f", {low:.3f}–{high:.3f}" if len(trace.meta_gate) > 1 else ""
+        table.caption = f"MetaRouter: layer 1 counts with weight g = {np.mean(trace.meta_gate):.3f}{spread}"
+    return table
+
+
+def _name_style(style: OperatorStyle) -> str:
+    return "bold" if style.underline == "solid" else ""
+
+
+def _token_table(trace: RoutingTrace, styles: dict[str, OperatorStyle], indices: range) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
+    table.caption = "H of each token and the letter of its operator"
+    table.add_column("#", justify="right")
+    table.add_column("token", max_width=_LABEL_WIDTH, no_wrap=True)
+    for index in indices:
+        table.add_column(
+            f"layer {index + 1}" if len(trace.layers) < 10 else f"{index + 1}", justify="right", no_wrap=True
+        )
+    for token, piece in enumerate(trace.tokens):
+        cells = []
+        for index in indices:
+            layer = trace.layers[index]
+            style = styles[layer.operator(token)]
+            # Four decimals, no zero before the point: H lies in [0, 1], and thresholds differ in the third.
+            number = f"{layer.entropy[token]:.4f}".removeprefix("0")
+            cells.append(Text.assemble(number, (style.letter, _ground(style))))
+        table.add_row(str(token), Text(label(piece)), *cells)
+    return table
