@@ -1,0 +1,17 @@
+"""From a name to blocks of tokens: corpora, tokenizers, token files and the blocks that a model trains on."""
+
+from chiaroscuro.data.blocks import TokenBlocks
+from chiaroscuro.data.cache import default_cache_dir
+from chiaroscuro.data.corpora import Corpus, load_corpus
+from chiaroscuro.data.tokenizers import load_tokenizer
+from chiaroscuro.data.tokens import TokenFile, tokenize_corpus
+
+__all__ = [
+    "Corpus",
+    "TokenBlocks",
+    "TokenFile",
+    "default_cache_dir",
+    "load_corpus",
+    "load_tokenizer",
+    "tokenize_corpus",
+]

@@ -1,0 +1,64 @@
+"""Blocks of tokens to train and evaluate on.
+
+A model that reads T tokens predicts T tokens: those one further. So blocks are T + 1 tokens long and overlap
+by one, and every token of a split is predicted exactly once, save the very first, and at the end those
+(fewer than T) that fill no block.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from chiaroscuro.data.tokens import TokenFile
+from chiaroscuro.errors import UserError
+
+
+class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
+    """Block i is the tokens i·S … i·S + T: the first T are the input, the last T what to predict.
+
+    With S = T these are the paper's blocks. With a smaller stride S the blocks overlap more, and every block but the
+    first predicts only its last S tokens, so that each token is still predicted once, with at least T − S tokens
+    before it: a fairer figure for a model that is to read long texts, at T / S times the work.
+
+    Args:
+        tokens: a split, tokenised.
+        length: T, how many tokens the model reads at once.
+        stride: S, from 1 to T; T unless given.
+
+    Raises:
+        UserError: T is less than 1, the stride is not in 1 … T, or the split is shorter than one block.
+
+    """
+
+    def __init__(self, tokens: TokenFile, length: int, stride: int | None = None) -> None:
+        if length < 1:
+            raise UserError(f"length is {length}; a block needs at least 1 token")
+        if stride is not None and not 1 <= stride <= length:
+            raise UserError(f"stride is {stride}; take one from 1 to the block's length, {length}")
+        if tokens.count < length + 1:
+            raise UserError(
+                f"{tokens.name} has {tokens.count} tokens, too few for one block of {length} + 1; "
+                "take a longer text or a shorter length"
+            )
+        self.tokens = tokens
+        self.length = length
+        self.stride = length if stride is None else stride
+
+    def __len__(self) -> int:
+        return (self.tokens.count - 1 - self.length) // self.stride + 1
+
+    def __getitem__(self, index: int) -> dict[str, Int64[Tensor, " length"]]:
+        """Return input_ids, labels (the same: Hugging Face models shift them) and shift_labels, the next.
+
+        What the block before has predicted already is −100 in shift_labels: not to be predicted.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.stride
+        block = torch.from_numpy(self.tokens.tokens[start : start + self.length + 1].astype(np.int64))
+        predicted = block[1:].clone()
+        if index > 0:
+            predicted[: self.length - self.stride] = -100
+        return {"input_ids": block[:-1], "labels": block[:-1], "shift_labels": predicted}

@@ -1,0 +1,287 @@
+"""Text to train on, by name: `python-docs`, a folder, or a data set of the Hugging Face Hub.
+
+Whatever the source, a corpus is the same thing: splits named train, validation and perhaps test, each a
+`datasets.Dataset` with one column "text". So nothing after this file knows where a text came from.
+"""
+
+import hashlib
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+
+from chiaroscuro.data.cache import default_cache_dir, one_line, root_cause, writing_to
+from chiaroscuro.data.python_docs import python_documents
+from chiaroscuro.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+# How many characters of rows are tokenised as one text. Long enough that the seams, where a token can't reach
+# across a newline, don't matter (one in some ten thousand tokens); short enough that all cores have one to
+# work on.
+PIECE_CHARACTERS = 65_536
+
+# Where each split of python-docs ends, in per cent of the documents.
+SHARES = {"train": 90, "validation": 95, "test": 100}
+
+# Below this many bytes of text, datasets' progress bars would only flash.
+SMALL = 20_000_000
+
+FILE_NAME = re.compile(
+    r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl)"
+)
+SPLIT_OF = {"valid": "validation", "val": "validation"}
+READERS = {
+    "txt": datasets.Dataset.from_text,
+    "parquet": datasets.Dataset.from_parquet,
+    "jsonl": datasets.Dataset.from_json,
+}
+WANTED_FILES = (
+    "train.txt, validation.txt (or valid.txt, val.txt) and test.txt, each also as .parquet or .jsonl "
+    "with a column 'text', or in parts like train-0.txt"
+)
+WANTED_SOURCES = (
+    "a corpus is 'python-docs', a folder with train, validation and test files, "
+    "or a Hub name like 'Salesforce/wikitext:wikitext-103-v1'"
+)
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+Separator = Literal["newline", "eos"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Splits of text, and how their rows make one text.
+
+    Attributes:
+        name: what the user called it.
+        description: where the text is from, in one line.
+        splits: "train", "validation" and perhaps "test"; the column "text" has a row each.
+        separator: what stands between rows. "newline": the rows are lines and joined by newlines, as the
+            paper does with WikiText (SPEC §6). "eos": the rows are documents that have nothing to do with
+            each other, and the tokenizer's end-of-sequence token follows each.
+        fingerprint: changes with any row of any split, and with the separator.
+
+    """
+
+    name: str
+    description: str
+    splits: dict[str, datasets.Dataset]
+    separator: Separator
+    fingerprint: str
+
+    def pieces(self, split: str) -> Iterator[str]:
+        """Yield a split's text in the pieces that a tokenizer sees as one text each.
+
+        With separator "eos", a piece is a document. With "newline", it is whole rows, a newline after each,
+        until there are `PIECE_CHARACTERS` of them; joined, the pieces of a text file are the file (a newline
+        added at its end if it had none).
+        """
+        rows = (row for batch in self.splits[split].iter(batch_size=1000) for row in batch["text"])
+        if self.separator == "eos":
+            yield from rows
+            return
+        piece, characters = [], 0
+        for row in rows:
+            piece.append(row + "\n")
+            characters += len(row) + 1
+            if characters >= PIECE_CHARACTERS:
+                yield "".join(piece)
+                piece, characters = [], 0
+        if piece:
+            yield "".join(piece)
+
+
+def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
+    """Load a corpus.
+
+    Args:
+        source: one of
+
+            - `python-docs`: the documentation of the running Python ([`python_documents`][]), split by
+              document;
+            - a folder: `train.txt`, `validation.txt` (or `valid.txt`, `val.txt`) and, if there is one,
+              `test.txt`. Each line is a row. `.parquet` and `.jsonl` work too, with a column "text", and so
+              do parts (`train-0.txt`, `train-1.txt`, in the order of their names);
+            - `owner/name` or `owner/name:config`: a data set of the Hugging Face Hub, with a column "text".
+              Rows stay as the Hub has them: WikiText's end in a newline there, and joining adds another.
+        cache_dir: where files of a folder are kept as Arrow tables; [`default_cache_dir`][] if not given. A
+            Hub data set goes to the Hugging Face cache, where other programs find it too.
+
+    Returns:
+        The corpus, memory-mapped where it came from files.
+
+    Raises:
+        UserError: there is no such source, or it lacks a split, a file, the column "text", or any text.
+
+    """
+    name = str(source)
+    separator: Separator = "newline"
+    if name == "python-docs":
+        splits, separator = _python_docs_splits(), "eos"
+        description = f"the documentation of Python {platform.python_version()}, by document"
+    elif folder := find_folder(name, WANTED_SOURCES):
+        splits = _folder_splits(name, folder, cache_dir or default_cache_dir())
+        description = f"the files in {folder}, by row"
+    elif match := HUB_NAME.fullmatch(name):
+        splits = _hub_splits(name, match["name"], match["config"])
+        description = f"{name} from the Hugging Face Hub, by row"
+    else:
+        raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
+    splits = _checked(name, splits)
+    return Corpus(name, description, splits, separator, _hash_rows(name, splits, separator))
+
+
+def find_folder(name: str, wanted: str) -> Path | None:
+    """Return the folder of that name, or None where there is none and the name may mean something else.
+
+    Raises:
+        UserError: it is a file, or it can only be a path and leads nowhere; `wanted` ends the message.
+
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
+        raise UserError(f"{name!r} is a file, not a folder; {wanted}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"no such folder: {name!r}; {wanted}")
+    return None
+
+
+def _python_docs_splits() -> dict[str, datasets.Dataset]:
+    """Split by a hash of each document's name: a document stays in its split when others come and go."""
+    rows: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name, text in python_documents().items():
+        place = int.from_bytes(hashlib.sha256(f"python-docs/{name}".encode()).digest()[:8]) % 100
+        split = next(split for split, end in SHARES.items() if place < end)
+        rows[split].append(text)
+    return {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
+
+
+def _folder_splits(name: str, folder: Path, cache_dir: Path) -> dict[str, datasets.Dataset]:
+    try:
+        found = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"the corpus folder {name!r} can't be read: {one_line(error)}") from error
+    matches = [match for file in found if (match := FILE_NAME.fullmatch(file))]
+    splits = {}
+    for split in SPLITS:
+        own = [match for match in matches if SPLIT_OF.get(match["split"], match["split"]) == split]
+        if not own:
+            continue
+        if len({(match["split"], match["part"] is None, match["format"]) for match in own}) > 1:
+            listed = ", ".join(match.string for match in own)
+            raise UserError(
+                f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them"
+            )
+        files = [folder / match.string for match in own]
+        splits[split] = _read_files(split, files, own[0]["format"], cache_dir)
+    if "train" not in splits:
+        listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
+        raise UserError(
+            f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}"
+        )
+    return splits
+
+
+def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> datasets.Dataset:
+    """Read the files of one split as a memory-mapped table.
+
+    Through `Dataset.from_*` and not `load_dataset("text")`, which reports each use to the Hub. datasets knows
+    a file by its path and time; a folder named by the files' content makes sure that another text is never
+    taken for this one.
+    """
+    digests = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digests.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file} can't be read: {one_line(error)}") from error
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} is empty; put text into it or remove it")
+    table_dir = cache_dir / "corpora" / digests.hexdigest()[:24]
+    paths = [str(file) for file in files]
+    try:
+        with writing_to(cache_dir), _quiet_datasets(sum(file.stat().st_size for file in files) < SMALL):
+            return READERS[format](paths, split=datasets.Split(split), cache_dir=str(table_dir))
+    except UserError:
+        raise
+    except Exception as error:  # a broken file fails with errors of datasets, pyarrow and the json module
+        wanted = "text in UTF-8" if format == "txt" else f"a {format} file with a column 'text'"
+        raise UserError(
+            f"{', '.join(paths)} can't be read ({one_line(root_cause(error))}); it must be {wanted}"
+        ) from error
+
+
+def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    try:
+        loaded = datasets.load_dataset(hub_name, config)
+    except Exception as error:  # network, Hub and data fail with errors of every family
+        raise UserError(
+            f"could not load the corpus {name!r} from the Hugging Face Hub ({one_line(error)}); there is no "
+            "folder of that name either; check the name and the network, or give a folder"
+        ) from error
+    return {split: loaded[split] for split in SPLITS if split in loaded}
+
+
+def _checked(name: str, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Return the splits with the column "text" alone, if they are all that training needs."""
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise UserError(
+                f"the corpus {name!r} has no {split} split, only {', '.join(splits) or 'unknown ones'}; "
+                "training needs train and validation"
+            )
+    for split, rows in splits.items():
+        columns = rows.column_names
+        if "text" not in columns:
+            raise UserError(
+                f"the {split} split of {name!r} has no column 'text', only {', '.join(columns)}; rename one"
+            )
+        type_ = getattr(rows.features["text"], "dtype", "list")
+        if type_ not in ("string", "large_string"):
+            raise UserError(
+                f"the column 'text' in the {split} split of {name!r} holds {type_}; it must hold strings"
+            )
+    return {split: rows.select_columns("text") for split, rows in splits.items()}
+
+
+def _hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:
+    """Return a fingerprint of the content: a text moved to another folder stays the same corpus."""
+    digest = hashlib.sha256(separator.encode())
+    for split, rows in splits.items():
+        digest.update(f"/{split}".encode())
+        characters = 0
+        for batch in rows.iter(batch_size=1000):
+            texts = batch["text"]
+            if None in texts:
+                raise UserError(
+                    f"the {split} split of {name!r} has a row without text (null); remove such rows"
+                )
+            characters += sum(map(len, texts))
+            digest.update(repr([len(text) for text in texts]).encode())
+            digest.update("".join(texts).encode())
+        if not characters:
+            raise UserError(f"the {split} split of {name!r} is empty; put text into it or remove it")
+    return digest.hexdigest()[:24]
+
+
+@contextmanager
+def _quiet_datasets(quiet: bool) -> Iterator[None]:
+    """Keep datasets' progress bars away from work that is over at once."""
+    quiet = quiet and not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()

@@ -1,0 +1,37 @@
+"""A progress bar for work that turns out to be long."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+# Seconds of work before a progress bar is worth its place.
+PATIENCE = 2.0
+
+
+@contextmanager
+def patient_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts work done; from `PATIENCE` on, a bar on standard error shows it.
+
+    Args:
+        description: what is being done.
+        total: how much there is to do, in the unit that the function is called with.
+
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(description, total=total)
+    began = time.monotonic()
+
+    def advance(amount: int) -> None:
+        progress.advance(task, amount)
+        if time.monotonic() - began > PATIENCE:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        if progress.live.is_started:  # else stopping prints an empty line
+            progress.stop()

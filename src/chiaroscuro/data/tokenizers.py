@@ -1,0 +1,173 @@
+"""A tokenizer by name: `bpe:8192` made here, a local folder, or one of the Hugging Face Hub.
+
+All come out as the same class, `transformers.PreTrainedTokenizerFast`, so that it is saved beside the model's
+weights and `AutoTokenizer` finds it there.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from chiaroscuro.data.cache import default_cache_dir, fingerprint, one_line, whole_file
+from chiaroscuro.data.corpora import Corpus, find_folder
+from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+
+# All 256 bytes, the end of text, and one merge: with fewer there is a text that can't be written, or no BPE.
+SMALLEST_VOCABULARY = 256 + 1 + 1
+
+# Counts up when the training below changes, so that an old tokenizer is not taken for a new one.
+FORMAT = 1
+
+# Read once, because from then on this process sets the variable itself.
+USERS_PARALLELISM = os.environ.get("TOKENIZERS_PARALLELISM")
+
+HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
+WANTED_TOKENIZERS = "a tokenizer is 'bpe:8192' (any size), a folder with tokenizer files, or a Hub name"
+
+
+def load_tokenizer(
+    source: str | Path, corpus: Corpus, cache_dir: Path | None = None
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer, or train one.
+
+    Args:
+        source: one of
+
+            - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train
+              split and kept. It has fewer than N tokens only where the text has too few repetitions to merge;
+            - a folder: what `save_pretrained` writes, or GPT-2's `vocab.json` and `merges.txt`;
+            - a name on the Hugging Face Hub.
+        corpus: what `bpe:N` is trained on.
+        cache_dir: where `bpe:N` is kept; [`default_cache_dir`][] if not given.
+
+    Returns:
+        The tokenizer. Where it has no padding token of its own, that is its end-of-sequence token.
+
+    Raises:
+        UserError: there is no such tokenizer, N is no size for one, or it has no fast version.
+
+    """
+    tokenizer: PreTrainedTokenizerBase
+    name = str(source)
+    kind, _, size = name.partition(":")
+    if kind == "bpe":
+        tokenizer = _trained(name, size, corpus, cache_dir or default_cache_dir())
+    elif folder := find_folder(name, WANTED_TOKENIZERS):
+        tokenizer = _from_folder(name, folder)
+    elif HUB_NAME.fullmatch(name):
+        tokenizer = _from_pretrained(name, f"could not load the tokenizer {name!r} from the Hugging Face Hub")
+    else:
+        raise UserError(f"no such tokenizer: {name!r}; {WANTED_TOKENIZERS}")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer {name!r} has no fast version (tokenizer.json); choose one that has")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
+    if not (size.isascii() and size.isdecimal()) or int(size) < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'"
+        )
+    key = fingerprint(
+        corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__
+    )
+    path = cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json"
+    backend = _read(path) if path.exists() else None
+    if backend is None:
+        backend = _train(int(size), corpus)
+        with whole_file(path) as temporary:
+            temporary.write_text(backend.to_str())
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _read(path: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exceptions
+        logger.warning("training again: the cached tokenizer %s can't be read (%s)", path, one_line(error))
+        return None
+
+
+def _train(size: int, corpus: Corpus) -> Tokenizer:
+    """Train a byte-level BPE as GPT-2's: lossless, no unknown token, words split by GPT-2's pattern."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # its own bar writes empty lines to standard output
+    )
+    with all_cores(), patient_bar(f"training bpe:{size}", corpus.splits["train"].data.nbytes) as advance:
+        backend.train_from_iterator(_counted(corpus.pieces("train"), advance), trainer)
+    return backend
+
+
+def _counted(pieces: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
+
+
+def _from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        return _from_pretrained(str(folder), f"the tokenizer in {name!r} can't be read")
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocabulary.is_file() and merges.is_file():
+        try:
+            return GPT2Tokenizer(vocab=str(vocabulary), merges=str(merges))
+        except Exception as error:  # the Rust side raises bare Exceptions
+            raise UserError(
+                f"the tokenizer in {name!r} can't be read ({one_line(error)}); "
+                "vocab.json and merges.txt must be GPT-2's or shaped like them"
+            ) from error
+    raise UserError(
+        f"the folder {name!r} holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt"
+    )
+
+
+def _from_pretrained(name: str, failure: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the network, the Hub and the file formats fail with errors of every family
+        raise UserError(f"{failure} ({one_line(error)}); {WANTED_TOKENIZERS}") from error
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let `tokenizers` use its threads inside the block, and no longer after it.
+
+    A process that used these threads and then forks (as every DataLoader with workers does) is warned about a
+    deadlock unless the variable says what it wants. Afterwards it says "false", which is safe in the forked
+    processes; a value that the user has set stays.
+    """
+    if USERS_PARALLELISM is not None:
+        yield
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,169 @@
+"""A corpus as numbers: each split tokenised once, into one flat file that is mapped into memory.
+
+The file is nothing but the ids, one after the other, 2 bytes each (4 where the vocabulary needs them):
+WikiText-103 is 240 MB that every process of a run shares and no process loads. A small JSON file beside it
+says how many they are and how many bytes of text they stand for, which turns a loss into bits per byte.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from chiaroscuro.data.cache import default_cache_dir, fingerprint, whole_file
+from chiaroscuro.data.corpora import Corpus
+from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.tokenizers import all_cores
+from chiaroscuro.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Counts up when the files or the way a text is cut into pieces change.
+FORMAT = 1
+
+# Pieces that go to the threads at once. More would only cost memory: encodings are fifty times their ids.
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The tokens of one split, on disk.
+
+    Attributes:
+        name: which split of which corpus, in words.
+        path: the file of ids.
+        count: how many ids.
+        dtype: their type, "<u2" or "<u4" on most machines.
+        bytes: how many UTF-8 bytes of text they stand for; an end-of-sequence token between documents stands
+            for none.
+
+    """
+
+    name: str
+    path: Path
+    count: int
+    dtype: str
+    bytes: int
+
+    @cached_property
+    def tokens(self) -> UInt[np.ndarray, " count"]:
+        """The ids, mapped from the file when first asked for."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
+
+    def __getstate__(self) -> dict[str, object]:
+        # A memory map pickles as a copy of all it shows; a DataLoader's worker gets the path instead.
+        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache_dir: Path | None = None
+) -> dict[str, TokenFile]:
+    """Tokenise each split of a corpus, or find it done.
+
+    The text is the corpus' pieces ([`Corpus.pieces`][]), each tokenised as one text without added tokens;
+    where the corpus' separator is "eos", the tokenizer's end-of-sequence token follows each. With a
+    byte-level tokenizer the ids decode to exactly that text.
+
+    Args:
+        corpus: the text.
+        tokenizer: the tokenizer; its limits on length, padding and truncation don't matter here.
+        cache_dir: where the files are kept, under a fingerprint of text, tokenizer and separator;
+            [`default_cache_dir`][] if not given.
+
+    Returns:
+        A token file for each split.
+
+    Raises:
+        UserError: documents need an end-of-sequence token and the tokenizer has none; it gives ids beyond its
+            own size; the cache folder can't be written or the disk is full.
+
+    """
+    # A copy, because using a tokenizer may leave a padding or truncation in it, and neither must count here.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    end = tokenizer.eos_token_id if corpus.separator == "eos" else None
+    if corpus.separator == "eos" and end is None:
+        raise UserError(
+            f"the corpus {corpus.name!r} has documents, and the tokenizer no end-of-sequence token to set "
+            "between them; choose another tokenizer, such as 'bpe:8192'"
+        )
+    serialised = backend.to_str()
+    folder = (cache_dir or default_cache_dir()) / "tokens"
+    files = {}
+    for split in corpus.splits:
+        key = fingerprint(
+            corpus=corpus.fingerprint, split=split, tokenizer=serialised, end=end, format=FORMAT
+        )
+        path = folder / f"{split}-{key}.bin"
+        name = f"the {split} split of {corpus.name}"
+        files[split] = _find(name, path) or _write(name, path, corpus, split, backend, end, len(tokenizer))
+    return files
+
+
+def _find(name: str, path: Path) -> TokenFile | None:
+    """Return what an earlier run left, unless it was cut short, as by a copy that broke off."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.exists():
+        return None
+    try:
+        facts = json.loads(sidecar.read_text())
+        file = TokenFile(name, path, int(facts["tokens"]), str(facts["dtype"]), int(facts["bytes"]))
+        if path.stat().st_size == file.count * np.dtype(file.dtype).itemsize:
+            return file
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    logger.warning("tokenising again: the cached %s is incomplete", path)
+    return None
+
+
+def _write(
+    name: str, path: Path, corpus: Corpus, split: str, backend: Tokenizer, end: int | None, vocab_size: int
+) -> TokenFile:
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    count = size = 0
+    bar = patient_bar(f"tokenising {name}", corpus.splits[split].data.nbytes)
+    with whole_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
+        for ids, text_bytes in _encode(corpus, split, backend, end):
+            if ids.size and ids.max() >= vocab_size:
+                raise UserError(
+                    f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; mend it"
+                )
+            stream.write(ids.astype(dtype).data)
+            count += ids.size
+            size += text_bytes
+            advance(text_bytes)
+    facts = {
+        "corpus": corpus.name,
+        "split": split,
+        "tokens": count,
+        "dtype": dtype.str,
+        "bytes": size,
+        "vocab_size": vocab_size,
+    }
+    with whole_file(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    return TokenFile(name, path, count, dtype.str, size)
+
+
+def _encode(
+    corpus: Corpus, split: str, backend: Tokenizer, end: int | None
+) -> Iterator[tuple[UInt[np.ndarray, " tokens"], int]]:
+    """Yield the ids of a batch of pieces, and how many UTF-8 bytes of text they are."""
+    pieces = corpus.pieces(split)
+    while batch := list(islice(pieces, BATCH)):
+        with all_cores():
+            encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
+        ids = [piece.ids if end is None else [*piece.ids, end] for piece in encoded]
+        yield (
+            np.concatenate([np.array(some, np.uint32) for some in ids]),
+            sum(len(text.encode()) for text in batch),
+        )
