@@ -5,6 +5,7 @@ A model is a list of layers and a layer is a menu of operators, so one class is 
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -34,6 +35,7 @@ _POSITIVE = (
     "rope_theta",
 )
 _INTEGERS = _POSITIVE[:-1]
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "hidden_dropout", "attention_dropout")
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
 _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
@@ -139,10 +141,12 @@ class ChiarConfig(PreTrainedConfig):
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
         if self.meta_router is None:
             self.meta_router = "causal" if self.routed_layers else "none"
-        self._check_menus()
-        if self.use_cache is None:
-            self.use_cache = not self.uncacheable()
+        # Whether the model can be cached is known once the rest is known to be possible.
+        cached = self.use_cache
+        self.use_cache = False if cached is None else cached
         self.check()
+        if cached is None:
+            self.use_cache = not self.uncacheable()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ChiarConfig":
@@ -168,7 +172,7 @@ class ChiarConfig(PreTrainedConfig):
                 fields["operators"] = [["attention"]] * layers
             elif menus == default_operators(len(menus)):
                 fields["operators"] = default_operators(layers)
-        if changes.get("calibration") == "running" or changes.get("router") in ("soft", "hard"):
+        if changes.get("calibration") == "running" or not _routes_by_score(changes.get("router", "threshold")):
             fields.pop("entropy_thresholds", None)
             fields.pop("calibration", None)
         if changes.get("calibration") == "fixed" and "entropy_thresholds" not in changes | fields:
@@ -209,8 +213,13 @@ class ChiarConfig(PreTrainedConfig):
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
-        if not _is_number(self.collapse_penalty) or self.collapse_penalty < 0:
+        if not _is_finite(self.collapse_penalty) or self.collapse_penalty < 0:
             raise UserError(f"collapse_penalty={self.collapse_penalty!r}: must be 0 or a positive number")
+        for field in _TOKEN_IDS:
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
+                if token is not None and (not _is_whole(token) or not 0 <= token < self.vocab_size):
+                    raise UserError(f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}")
         self._check_menus()
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
@@ -224,6 +233,8 @@ class ChiarConfig(PreTrainedConfig):
                 "give one menu a layer"
             )
         for i, menu in enumerate(self.operators):
+            if not all(isinstance(name, str) for name in menu):
+                raise UserError(f"operators[{i}]={menu}: a menu is a list of names, such as ['dct', 'attention']")
             if not menu or len(set(menu)) < len(menu):
                 raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
             try:
@@ -246,7 +257,7 @@ class ChiarConfig(PreTrainedConfig):
                 )
 
     def _check_router(self) -> None:
-        by_score = issubclass(find_router(self.router), ScoreRouter)
+        by_score = _routes_by_score(self.router)
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
             if self.calibration == "running":
@@ -272,6 +283,11 @@ class ChiarConfig(PreTrainedConfig):
                 f"collapse_penalty={self.collapse_penalty} with router={self.router!r}, which gives no weights to "
                 "penalise: use router='soft' or 'hard'"
             )
+        if self.collapse_penalty and not self.routed_layers:
+            raise UserError(
+                f"collapse_penalty={self.collapse_penalty} with operators={self.operators}, where no layer has a choice "
+                "to penalise: drop collapse_penalty"
+            )
 
     def uncacheable(self) -> str:
         """Why no cache can serve this model; empty where one can."""
@@ -281,15 +297,20 @@ class ChiarConfig(PreTrainedConfig):
             for name in menu:
                 if not getattr(find_operator(name), "cacheable", False):
                     return f"operators[{i}]={menu}: {name!r} weighs all earlier tokens anew and can't be cached"
+            if sum(self._keeps_keys(name) for name in menu) > 1:
+                return f"operators[{i}]={menu}: two operators that keep keys, and a layer's cache has room for one"
         return ""
 
     def keeps_keys(self, menu: list[str]) -> bool:
         """Whether a layer of this menu needs a key-value cache: whether any of its operators asks for one."""
-        return any("cache" in asked_names(find_operator(name).forward) for name in menu)
+        return any(self._keeps_keys(name) for name in menu)
+
+    def _keeps_keys(self, name: str) -> bool:
+        return "cache" in asked_names(find_operator(name).forward)
 
     def _check_number(self, field: str, value: Any) -> None:
         whole = field in _INTEGERS
-        if not _is_number(value) or (whole and not isinstance(value, int)) or value <= 0:
+        if not (_is_whole(value) if whole else _is_finite(value)) or value <= 0:
             raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
@@ -317,13 +338,27 @@ def _as_menus(operators: Any) -> list[list[str]]:
 
 def _as_thresholds(thresholds: Any) -> list[float]:
     pair = list(thresholds) if isinstance(thresholds, Sequence) and not isinstance(thresholds, str) else []
-    if len(pair) != 2 or not all(_is_number(t) for t in pair) or pair[0] > pair[1]:
+    if len(pair) != 2 or not all(_is_number(t) for t in pair) or not pair[0] <= pair[1]:
         raise UserError(f"entropy_thresholds={thresholds!r}: give two numbers [low, high], low ≤ high")
     return [float(t) for t in pair]
 
 
+def _routes_by_score(router: Any) -> bool:
+    if not isinstance(router, str):
+        raise UserError(f"router={router!r}: give a name, such as 'threshold'")
+    return issubclass(find_router(router), ScoreRouter)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _PAPER: dict[str, Any] = {

@@ -64,7 +64,8 @@ class RoutedBlock(nn.Module):
 
     Raises:
         UserError: an unknown operator or router.
-        ValueError: an unknown norm placement, or an empty menu.
+        ValueError: an unknown norm placement, a menu that is empty or names an operator twice, or what the operators
+            and the router refuse.
 
     """
 
@@ -87,8 +88,8 @@ class RoutedBlock(nn.Module):
         super().__init__()
         if norm not in get_args(NormPlacement):
             raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
-        if not operators:
-            raise ValueError("the menu is empty: name at least one operator")
+        if not operators or len(set(operators)) < len(operators):
+            raise ValueError(f"operators={operators!r}: a menu names at least one operator, and none twice")
         self.operator_names = tuple(operators)
         self.norm_placement = norm
         self.spectrum = spectrum
@@ -149,7 +150,7 @@ class RoutedBlock(nn.Module):
         context["attention_mask"] = attention_mask
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         routing = None
-        if self.router is not None or output_routing or "dct" in self.operators:
+        if self.router is not None or output_routing or self.asks_for("coefficients"):
             context["coefficients"] = spectral_coefficients(source)
         if self.router is not None or output_routing:
             routing = self._route(source, context["coefficients"], real)

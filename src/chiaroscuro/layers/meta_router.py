@@ -3,13 +3,14 @@
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Pooling = Literal["batch", "sequence", "causal"]
 
 INITIAL_BIAS = 2.0
-"""σ(2) = 0.88, where the paper says that g starts. (Its code overwrites this with 0 and starts at 0.5.)"""
+"""σ(2) = 0.88, where the paper says that g starts. (Its code overwrites this with 0, and starts at 0.5.)"""
 
 
 class MetaRouter(nn.Module):
@@ -34,13 +35,15 @@ class MetaRouter(nn.Module):
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(map(repr, get_args(Pooling)))}")
         self.pooling = pooling
-        self.proj = nn.Linear(width, 1)
+        # Its own parameters, not a Linear's, which a model's general initialisation would overwrite.
+        self.weight = nn.Parameter(torch.empty(1, width))
+        self.bias = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """W = 0, b = 2: every input starts with the same open gate."""
-        nn.init.zeros_(self.proj.weight)
-        nn.init.constant_(self.proj.bias, INITIAL_BIAS)
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, INITIAL_BIAS)
 
     def forward(
         self,
@@ -74,5 +77,5 @@ class MetaRouter(nn.Module):
             mean = (total / count.clamp(min=1)[:, None])[:, None]
         else:
             mean = (total.sum(0) / count.sum().clamp(min=1))[None, None]
-        gate = torch.sigmoid(self.proj(mean.to(self.proj.weight.dtype)))
+        gate = torch.sigmoid(F.linear(mean.to(self.weight.dtype), self.weight, self.bias))
         return gate.squeeze(-1).to(x.dtype), (total, count)

@@ -27,16 +27,17 @@ def register_operator(name: str, cls: type[nn.Module]) -> None:
 
     Args:
         name: what `ChiarConfig.operators` will call it; not one that is taken.
-        cls: a `torch.nn.Module`. Its constructor may ask by name for any of `width`, `heads`, `dropout` and
-            `rope_theta`. Its `forward(x, …)` takes tokens (B, T, d), may ask by name for any of `coefficients` (the
-            DCT of x), `attention_mask` (true for real tokens), `position_ids`, `mask` (causal and padding,
-            (B, 1, T, S)), `rotary`, `cache` and `implementation`, and returns (B, T, d). Two class attributes are
+        cls: a `torch.nn.Module`. Its constructor may ask by name for any of `width`, `heads`, `dropout` (of the
+            attention probabilities) and `rope_theta`. Its `forward(x, …)` takes tokens (B, T, d), may ask by name
+            for `coefficients` (the DCT of x) and `attention_mask` (true for real tokens), and, with defaults, as
+            they come only where the caller has them, for `position_ids`, `mask` (causal and padding,
+            (B, 1, T, S)), `rotary`, `cache` and `implementation`; it returns (B, T, d). Two class attributes are
             read: `cost` (a number; a menu lists its operators by rising cost: dct 0, rbf 1, attention 2; without it
             the operator may stand anywhere) and `cacheable` (True where a token's output needs nothing of earlier
             tokens but what `cache` keeps; False, the default, switches `use_cache` off).
 
     Raises:
-        UserError: the name is taken or not a string, or cls is no `nn.Module`.
+        UserError: the name is taken or can't be one, or cls is no `nn.Module`.
 
     """
     _register(OPERATORS, "operator", name, cls)
@@ -54,7 +55,7 @@ def register_router(name: str, cls: type[nn.Module]) -> None:
             its `score(x, entropy)`, and is calibrated like the built-in one.
 
     Raises:
-        UserError: the name is taken or not a string, or cls is no `nn.Module`.
+        UserError: the name is taken or can't be one, or cls is no `nn.Module`.
 
     """
     _register(ROUTERS, "router", name, cls)
@@ -82,8 +83,9 @@ def accepted(cls: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, A
 
 
 def _register(registry: dict[str, type[nn.Module]], kind: str, name: str, cls: type[nn.Module]) -> None:
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{kind} name {name!r}: give a non-empty string")
+    # A block keeps its operators in a ModuleDict, whose own attributes and dotted paths are no keys.
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise UserError(f"{kind} name {name!r}: give a string without dots that is no attribute of ModuleDict")
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise UserError(f"{kind} {name!r}: {cls!r} is not a subclass of torch.nn.Module")
     if registry.get(name, cls) is not cls:

@@ -126,4 +126,5 @@ class HardRouter(SoftRouter):
         choice = soft.argmax(-1)
         if not self.training:
             return choice
-        return F.one_hot(choice, soft.shape[-1]).to(soft.dtype) + soft - soft.detach()
+        # The difference is exactly 0, so the weights are exactly 0 and 1 in any precision.
+        return F.one_hot(choice, soft.shape[-1]).to(soft.dtype) + (soft - soft.detach())

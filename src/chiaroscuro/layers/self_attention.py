@@ -1,6 +1,6 @@
 """The full operator: multi-head causal self-attention with rotary positions."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from chiaroscuro.ops.attention import AttentionImplementation, attend, causal_mask, rotary_table, rotate
 
 
+@runtime_checkable
 class KeyValueStore(Protocol):
     """What attention needs of a cache: take this step's keys and values, give all of them since the beginning."""
 

@@ -56,13 +56,17 @@ class ChiarCache(Cache):
         """Forget the last tokens; `tokens_to_remove` is negative, as in transformers.
 
         Raises:
-            UserError: the model has a causal MetaRouter.
+            UserError: the model has a causal MetaRouter, or there are not as many tokens.
 
         """
         if not self.is_croppable:
             raise UserError("this cache holds the sum of a causal MetaRouter and can't be cropped: start a new one")
+        if not -self.tokens_seen <= tokens_to_remove <= 0:
+            raise UserError(
+                f"crop({tokens_to_remove}) of a cache of {self.tokens_seen} tokens: give the number to remove, negative"
+            )
         super().crop(tokens_to_remove)
-        self.tokens_seen -= abs(tokens_to_remove)
+        self.tokens_seen += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order that beam search chose."""

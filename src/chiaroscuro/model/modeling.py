@@ -5,6 +5,7 @@ the mask and the rotary angles, is computed here once.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import MetaRouter, RBFMixing, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
+from chiaroscuro.layers import MetaRouter, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
 from chiaroscuro.ops import causal_mask, rotary_table
@@ -133,7 +134,7 @@ class ChiarModel(ChiarPreTrainedModel):
         input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
-        past_key_values: ChiarCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
@@ -164,10 +165,10 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError("give either input_ids or inputs_embeds, and not both")
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
-        elif not use_cache:
-            past_key_values = None
+        elif not use_cache and past_key_values is not None:
+            raise UserError("past_key_values with use_cache=False: drop one of them")
         if use_cache:
-            past_key_values = self._check_cache(past_key_values)
+            past_key_values = self.check_cache(past_key_values)
         x = self.embed(input_ids, inputs_embeds)
         context = self.prepare(x, attention_mask, position_ids, past_key_values)
         gate = self.gate(x, context["attention_mask"], past_key_values)
@@ -189,7 +190,15 @@ class ChiarModel(ChiarPreTrainedModel):
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """The input of layer 0: embeddings, normalised where the config says so, with dropout."""
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            try:
+                x = self.embed_tokens(input_ids)
+            except IndexError:
+                raise UserError(
+                    f"a token outside the vocabulary, vocab_size={self.config.vocab_size}: use the model's own tokenizer"
+                ) from None
+        else:
+            x = inputs_embeds
         if self.config.embedding_norm:
             x = F.layer_norm(x, x.shape[-1:])
         return self.dropout(x)
@@ -199,7 +208,7 @@ class ChiarModel(ChiarPreTrainedModel):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: ChiarCache | None = None,
+        past_key_values: Cache | None = None,
     ) -> dict[str, Any]:
         """What all layers share: the padding, the mask, the positions' angles and the attention implementation."""
         batch, time, width = x.shape
@@ -240,6 +249,8 @@ class ChiarModel(ChiarPreTrainedModel):
         if self.meta_router is None:
             return None
         past = None if past_key_values is None else past_key_values.meta_state
+        if past is not None and len(past[1]) != len(x):
+            raise UserError(f"the cache holds {len(past[1])} rows, the input has {len(x)}: need as many")
         real = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
         gate, state = self.meta_router(x, real, past)
         if past_key_values is not None:
@@ -261,7 +272,7 @@ class ChiarModel(ChiarPreTrainedModel):
         if past_key_values is not None:
             context["cache"] = past_key_values.layers[index]
         if self.gradient_checkpointing and self.training:
-            y, routing = self._gradient_checkpointing_func(layer.__call__, x, **context)
+            y, routing = self._gradient_checkpointing_func(partial(layer.__call__, **context), x)
         else:
             y, routing = layer(x, **context)
         # Noted here and not in the layer, which gradient checkpointing runs a second time.
@@ -276,13 +287,23 @@ class ChiarModel(ChiarPreTrainedModel):
         """Whether this forward's loss has a collapse penalty, and so needs the routing."""
         return self.training and self.config.collapse_penalty > 0
 
-    def _check_cache(self, past_key_values: Any) -> ChiarCache:
+    def check_cache(self, past_key_values: Any) -> ChiarCache:
+        """The cache that was given, or a new one; a UserError where it can't serve this model."""
+        if self.gradient_checkpointing and self.training:
+            raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
         if past_key_values is None:
             return ChiarCache(self.config)
+        if reason := self.config.uncacheable():
+            raise UserError(f"past_key_values for a model with {reason}: drop it")
         if not isinstance(past_key_values, ChiarCache):
             raise UserError(
                 f"past_key_values is a {type(past_key_values).__name__}: need a chiaroscuro.ChiarCache(model.config), "
                 "which knows the layers that keep nothing"
+            )
+        if len(past_key_values.layers) != len(self.layers):
+            raise UserError(
+                f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}: "
+                "need a chiaroscuro.ChiarCache(model.config)"
             )
         return past_key_values
 
@@ -306,7 +327,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
-        past_key_values: ChiarCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
         shift_labels: Int[Tensor, "batch time"] | None = None,
@@ -346,12 +367,13 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_routing=output_routing,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or shift_labels is not None:
-            targets = self._targets(labels, shift_labels, attention_mask)[:, kept]
+            targets = self._targets(labels, shift_labels, attention_mask)[:, kept].contiguous()
             loss = self.loss_function(
                 logits,
                 labels=None,
@@ -360,7 +382,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
             if self.model.penalises():
-                loss = loss - self.config.collapse_penalty * utilisation_entropy(outputs.routing, attention_mask)
+                loss = loss - self._collapse_term(outputs.routing, attention_mask, targets, num_items_in_batch)
         return ChiarCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -369,6 +391,23 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             routing=outputs.routing if output_routing else None,
             meta_gate=outputs.meta_gate,
         )
+
+    def _collapse_term(
+        self,
+        routings: tuple[Routing | None, ...],
+        attention_mask: Tensor | None,
+        targets: Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        """λ Σ_layers U, as much of it as this forward is of its step, so that accumulated forwards sum to one λ Σ U."""
+        utilisation = utilisation_entropy(routings, attention_mask)
+        if torch.is_grad_enabled() and not utilisation.requires_grad:
+            raise UserError(
+                f"collapse_penalty={self.config.collapse_penalty} would teach nothing: router={self.config.router!r} "
+                "gives no weights, or gradient checkpointing has use_reentrant=True, which loses their gradient"
+            )
+        part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
+        return self.config.collapse_penalty * part * utilisation
 
     def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """What each position is to predict, −100 where nothing: at the end, at padding, and of padding."""
@@ -390,6 +429,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
                 "cache alone; drop the argument"
             )
         given = model_kwargs.get("past_key_values")
+        if given is not None or generation_config.cache_implementation == "dynamic":
+            self.model.check_cache(given)
         if given is None and generation_config.use_cache:
             given = model_kwargs["past_key_values"] = ChiarCache(self.config)
             return None
@@ -397,7 +438,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
 
 
 def utilisation_entropy(
-    routings: tuple[Routing | None, ...], attention_mask: Bool[Tensor, "batch time"] | None = None
+    routings: tuple[Routing | None, ...],
+    attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ_layers U, U = −Σ_k ḡ_k log ḡ_k of the layer's mean router weights ḡ over the real tokens, in nats.
 

@@ -18,7 +18,8 @@ class ChiarModelOutput(ModelOutput):
         last_hidden_state: after the final norm.
         past_key_values: the cache, where one was used.
         hidden_states: on `output_hidden_states=True`: the embedded input, and the tokens after every layer.
-        routing: on `output_routing=True`: a `Routing` a layer (entropy, operator index, share per operator).
+        routing: on `output_routing=True`: a `Routing` a layer (entropy, operator index, share per operator). In training
+            with a collapse penalty also without being asked for, None for the layers of one operator.
         meta_gate: g of the MetaRouter, on `output_routing=True`: (1, 1) pooled over the batch, (B, 1) over the
             sequence, (B, T) causally; None without a MetaRouter.
 
@@ -27,7 +28,7 @@ class ChiarModelOutput(ModelOutput):
     last_hidden_state: Float[Tensor, "batch time width"] | None = None
     past_key_values: ChiarCache | None = None
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
-    routing: tuple[Routing, ...] | None = None
+    routing: tuple[Routing | None, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None
 
 
@@ -47,7 +48,7 @@ class ChiarCausalLMOutput(ModelOutput):
     """
 
     loss: Float[Tensor, ""] | None = None
-    logits: Float[Tensor, "batch time vocabulary"] | None = None
+    logits: Float[Tensor, "batch kept vocabulary"] | None = None
     past_key_values: ChiarCache | None = None
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing, ...] | None = None

@@ -95,5 +95,6 @@ def attend(
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is None:
         mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(value.dtype)
     return F.dropout(weights, dropout) @ value

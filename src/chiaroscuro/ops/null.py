@@ -19,11 +19,15 @@ _SEED = 2606
 
 
 def null_entropy_mean(width: int) -> float:
-    """E[H] ≈ 1 − (2 − γ − ln 2) / ln d = 1 − 0.7296 / ln d for d independent Gaussians (0 for d = 1).
+    """E[H] = (ψ(d/2 + 1) − ψ(3/2)) / ln d for d independent Gaussians, ψ the digamma function (0 for d = 1).
 
-    p_k is χ²₁ / d, and E[χ²₁ ln χ²₁] = 2 − γ − ln 2 with Euler's γ = 0.5772. The error is O(1/d), 0.0003 at d = 256.
+    The shares p of d independent χ²₁ are Dirichlet(½, …, ½), whose expected entropy this is. For large d it is
+    1 − (2 − γ − ln 2) / ln d = 1 − 0.7296 / ln d, with an error of 1 / (d ln d): 0.0007 at d = 256, 0.004 at d = 64.
     """
-    return 1 - (2 - 0.5772156649 - math.log(2)) / math.log(width) if width > 1 else 0.0
+    if width == 1:
+        return 0.0
+    half = torch.tensor([width / 2 + 1, 1.5], dtype=torch.float64, device="cpu").digamma()
+    return float(half[0] - half[1]) / math.log(width)
 
 
 def null_entropy_quantiles(

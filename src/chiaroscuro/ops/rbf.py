@@ -30,4 +30,6 @@ def rbf_mix(
     if mask.shape[-2:] != (time, time):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, features {tuple(features.shape)}: need (…, {time}, {time})")
     scores = features @ features.transpose(-1, -2)
-    return scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=torch.float32).to(features.dtype) @ features
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=wide)
+    return weights.to(features.dtype) @ features

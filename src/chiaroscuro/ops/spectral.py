@@ -10,6 +10,7 @@ length, in float64, and kept.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -70,6 +71,10 @@ def spectral_entropy(
         H, without units, in float32 for half-precision x (a threshold needs more than bfloat16's three digits),
         else in x's type.
 
+    Raises:
+        TypeError: x is not of a real floating type.
+        ValueError: an unknown spectrum, or x has no last axis, or one of length 0.
+
     Source: the paper, spectral routing; ε = 1e-8.
 
     """
@@ -79,11 +84,17 @@ def spectral_entropy(
 def entropy_of_spectrum(
     coefficients: Float[Tensor, "*batch width"], spectrum: Spectrum = "orthonormal"
 ) -> Float[Tensor, "*batch"]:
-    """`spectral_entropy` from coefficients that are already at hand, so that router and filter share one transform."""
+    """`spectral_entropy` from coefficients that are already at hand, so that router and filter share one transform.
+
+    Raises:
+        ValueError: an unknown spectrum.
+
+    """
     if spectrum not in get_args(Spectrum):
         raise ValueError(f"spectrum={spectrum!r}: choose one of {', '.join(map(repr, get_args(Spectrum)))}")
     width = coefficients.shape[-1]
-    power = coefficients.square()
+    # ε is 0 in float16, and 0 · log 0 no number.
+    power = (coefficients.float() if _is_half(coefficients) else coefficients).square()
     if spectrum == "reference":
         power = torch.cat([2 * power[..., :1], power[..., 1:]], dim=-1)
     if width == 1:
@@ -112,11 +123,11 @@ def spectral_mix(
     Source: the paper, DCT spectral mixing.
 
     """
+    coefficients = _transform(x, inverse=False, keep_half=False)
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}: need ({x.shape[-1]},)"
         )
-    coefficients = _transform(x, inverse=False, keep_half=False)
     return idct(coefficients * weight).to(x.dtype)
 
 
@@ -130,11 +141,15 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
         raise TypeError(f"the DCT is of real floating numbers, got {x.dtype}: convert with x.float()")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"the DCT runs along the last axis, got shape {tuple(x.shape)}: need a width of at least 1")
-    half = x.dtype in (torch.float16, torch.bfloat16)
+    half = _is_half(x)
     # Autocast would run the matrix product in half precision.
     with torch.autocast(x.device.type, enabled=False):
         y = _OrthonormalDCT.apply(x.float() if half else x, inverse)
     return y.to(x.dtype) if half and keep_half else y
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 class _OrthonormalDCT(torch.autograd.Function):
@@ -144,6 +159,8 @@ class _OrthonormalDCT(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, inverse: bool) -> Tensor:
+        if x.numel() == 0:  # which MKL's FFT refuses
+            return torch.empty_like(x)
         if x.shape[-1] <= MATRIX_UP_TO:
             return dct_by_matrix(x, inverse)
         return _idct_by_fft(x) if inverse else _dct_by_fft(x)
@@ -185,7 +202,8 @@ def _idct_by_fft(coefficients: Tensor) -> Tensor:
     parts = coefficients.new_zeros(*coefficients.shape[:-1], bins, 2)
     parts[..., 1] = coefficients[..., :bins]
     parts[..., 1:, 0] = coefficients[..., width - bins + 1 :].flip(-1)
-    spectrum = torch.view_as_complex(parts).div_(_twiddle(width, coefficients.dtype, coefficients.device))
+    twiddle = _inverse_twiddle(width, coefficients.dtype, coefficients.device)
+    spectrum = torch.view_as_complex(parts).mul_(twiddle)
     v = torch.fft.irfft(spectrum, n=width)
     y = torch.empty_like(v)
     y[..., ::2] = v[..., :evens]
@@ -193,7 +211,22 @@ def _idct_by_fft(coefficients: Tensor) -> Tensor:
     return y
 
 
-@lru_cache(maxsize=64)
+def _kept(make: Callable[[int, torch.dtype, torch.device], Tensor]) -> Callable[..., Tensor]:
+    """Make a table once a length, type and device.
+
+    `torch.compile` looks through an `lru_cache` and would put the making into its graph, to run at every call; it takes
+    what the outer function returns as a constant.
+    """
+    cached = lru_cache(maxsize=64)(make)
+
+    @torch.compiler.assume_constant_result
+    def table(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return cached(width, dtype, device)
+
+    return table
+
+
+@_kept
 def _dct_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """C with C[k, n] = s_k √(2/d) cos(π (2n + 1) k / 2d)."""
     # A table made under inference mode could never be used in training, so it is made outside of it.
@@ -204,7 +237,7 @@ def _dct_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return matrix.to(device, dtype)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """i s_k √(2/d) e^{−iπk/2d} for k = 0 … d/2: the phase, the scale and the swap of parts in one factor."""
     with torch.inference_mode(False), torch.no_grad():
@@ -212,3 +245,10 @@ def _twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         scale = torch.full_like(k, math.sqrt(2 / width))
         scale[0] = math.sqrt(1 / width)
         return torch.polar(scale, math.pi / 2 - math.pi * k / (2 * width)).to(device, dtype.to_complex())
+
+
+@_kept
+def _inverse_twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 / `_twiddle`: a complex division takes several times as long as a product."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _twiddle(width, torch.float64, torch.device("cpu")).reciprocal().to(device, dtype.to_complex())

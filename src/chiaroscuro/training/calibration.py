@@ -33,6 +33,9 @@ def calibrate(
     the input of a layer depends on the routing before it, so all layers at once would miss. The table of quantiles is
     set too, so that `model.set_attention_share` works from these data afterwards.
 
+    Tokens of one score go the same way. Where H depends on the token's id alone (a routed first layer; dct before it and
+    no MetaRouter), the share is met only to within the share of the token at the threshold.
+
     Args:
         model: any CHIAR-Former that routes by a score, calibrated or not. Changed in place.
         batches: `input_ids` (B, T), or mappings with `input_ids` and optionally `attention_mask`, as a data loader
@@ -43,30 +46,34 @@ def calibrate(
         The thresholds by layer number.
 
     Raises:
-        UserError: no batch, no real token, no layer that routes by a score, or an impossible share.
+        UserError: no batch, no real token, no layer that routes by a score, or an impossible share. The model is then
+            as it was.
 
     """
     base = model.base_model
     layers = model.thresholds()
-    # Checks the share and the model; the thresholds that it sets are replaced below.
-    model.set_attention_share(model.config.attention_share if share is None else share)
     was_training = model.training
     model.eval()
     try:
         states = []
         for batch in batches:
             fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-            mask = fields.get("attention_mask")
-            x = base.embed(fields["input_ids"].to(model.device))
+            ids, mask = fields.get("input_ids"), fields.get("attention_mask")
+            if not isinstance(ids, Tensor) or ids.ndim != 2:
+                raise UserError("calibrate needs input_ids of shape (B, T) in every batch: give a list of such batches")
+            x = base.embed(ids.to(model.device))
             context = base.prepare(x, None if mask is None else mask.to(model.device))
             states.append((x, context, base.gate(x, context["attention_mask"])))
         if not states:
             raise UserError("calibrate got no batches: give at least one with some tokens")
+        masks = [context["attention_mask"] for _, context, _ in states]
+        if not any(mask is None or mask.any() for mask in masks):
+            raise UserError("calibrate got padding alone: give batches with some real tokens")
+        # Checks the share and the model; the thresholds that it sets are replaced below.
+        model.set_attention_share(model.config.attention_share if share is None else share)
         for i in range(len(base.layers)):
             if i in layers:
                 scores = [_real_scores(base.layers[i].route(x, c["attention_mask"]), c) for x, c, _ in states]
-                if not any(len(score) for score in scores):
-                    raise UserError("calibrate got padding alone: give batches with some real tokens")
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
     finally:
@@ -96,7 +103,7 @@ def paper_thresholds(
         (τ_low, τ_high).
 
     Raises:
-        UserError: the rows hold no token.
+        UserError: the rows hold no token, or one that the model does not know.
 
     Source: the paper, calibration; SPEC of the published code: 200 rows, 256 tokens, 33rd and 67th percentile.
 
@@ -105,6 +112,8 @@ def paper_thresholds(
     if not tokens:
         raise UserError("the rows to calibrate on hold no tokens: give some text")
     embeddings = model.get_input_embeddings().weight
+    if not 0 <= min(tokens) <= max(tokens) < len(embeddings):
+        raise UserError(f"a token outside the vocabulary, vocab_size={len(embeddings)}: use the model's own tokenizer")
     entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)]).double()
     low, high = torch.quantile(entropy, torch.tensor(percentiles, dtype=torch.float64, device=entropy.device) / 100)
     return float(low), float(high)

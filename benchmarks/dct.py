@@ -1,0 +1,181 @@
+"""Is the DCT pair worth its own arithmetic, and up to which length is a matrix product faster than an FFT?
+
+Two questions, measured in one process, the candidates taking turns so that what else the machine does hits all alike:
+
+1. `idct(dct(x))` at (8, 256, 1024) float32 against the same through a transform of length 2d, which is what one writes
+   with `torch.fft` at hand: mirror, rfft, twiddle, and back. That one is written as well as this one, with its tables
+   at hand, too. Ours is to be at least twice as fast.
+2. The pair by matrix and by FFT for d = 32 … 512 on 2048 tokens: where they cross is `MATRIX_UP_TO`.
+
+Run `python -m benchmarks.dct`; it prints two tables and writes benchmarks/results/dct.json. Before a clock runs, every
+candidate is held to scipy in float64.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import scipy.fft
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from chiaroscuro.ops import dct, idct, spectral
+
+RESULTS = Path(__file__).parent / "results" / "dct.json"
+SHAPE = (8, 256, 1024)
+LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+TOKENS = 2048
+THREADS = (1, 2)
+SECONDS = 3.0
+"""How long a set of candidates takes turns."""
+
+
+class DoubleLength:
+    """The DCT pair through a real FFT of length 2d over the mirrored signal, tables precomputed."""
+
+    def __init__(self, width: int) -> None:
+        k = torch.arange(width, dtype=torch.float64)
+        scale = torch.full_like(k, math.sqrt(2 / width))
+        scale[0] = math.sqrt(1 / width)
+        angle = math.pi * k / (2 * width)
+        self.width = width
+        # X_k = s_k/2 · Re(V_k e^{−iπk/2d}) = s_k/2 · (Re V_k cos + Im V_k sin), V the rfft of (x, reversed x).
+        self.cos, self.sin = (scale / 2 * angle.cos()).float(), (scale / 2 * angle.sin()).float()
+        # And back: x is the first half of the irfft of 2 X_k / s_k · e^{iπk/2d}, with nothing at k = d.
+        self.back = torch.polar(2 / scale, angle).to(torch.complex64)
+
+    def dct(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(torch.cat([x, x.flip(-1)], dim=-1))[..., : self.width]
+        return torch.mul(spectrum.real, self.cos).addcmul_(spectrum.imag, self.sin)
+
+    def idct(self, coefficients: Tensor) -> Tensor:
+        spectrum = torch.zeros(*coefficients.shape[:-1], self.width + 1, dtype=torch.complex64)
+        torch.mul(coefficients, self.back, out=spectrum[..., : self.width])
+        return torch.fft.irfft(spectrum, n=2 * self.width)[..., : self.width].contiguous()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one candidate: the median over its turns, and the middle half."""
+
+    median: float
+    lower: float
+    upper: float
+    turns: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower:.2f}–{self.upper:.2f})"
+
+
+def take_turns(candidates: dict[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, Timing]:
+    """Time each candidate again and again, one after the other, until the time is up."""
+    for run in candidates.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    timings = {}
+    for name, values in times.items():
+        lower, median, upper = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, lower, upper, len(values))
+    return timings
+
+
+def check(pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], x: Tensor) -> None:
+    """Hold a candidate to scipy: fast and wrong is not fast."""
+    forward, inverse = pair
+    exact = torch.from_numpy(scipy.fft.dct(x.double().numpy(), type=2, norm="ortho", axis=-1))
+    torch.testing.assert_close(forward(x).double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(inverse(forward(x)), x, rtol=0, atol=1e-4)
+
+
+def by_matrix(x: Tensor) -> Tensor:
+    return spectral.dct_by_matrix(spectral.dct_by_matrix(x), inverse=True)
+
+
+def by_fft(x: Tensor) -> Tensor:
+    return spectral._idct_by_fft(spectral._dct_by_fft(x))
+
+
+def compare_pairs() -> dict[int, dict[str, Timing]]:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    double = DoubleLength(SHAPE[-1])
+    check((dct, idct), x)
+    check((double.dct, double.idct), x)
+    results = {}
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        candidates = {"ours": lambda: idct(dct(x)), "length 2d": lambda: double.idct(double.dct(x))}
+        results[threads] = take_turns(candidates)
+    return results
+
+
+def find_crossing() -> dict[int, dict[int, dict[str, Timing]]]:
+    results: dict[int, dict[int, dict[str, Timing]]] = {threads: {} for threads in THREADS}
+    for width in LENGTHS:
+        x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(width))
+        check((spectral._dct_by_fft, spectral._idct_by_fft), x)
+        check((spectral.dct_by_matrix, lambda y: spectral.dct_by_matrix(y, inverse=True)), x)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            candidates = {"matrix": lambda x=x: by_matrix(x), "fft": lambda x=x: by_fft(x)}
+            results[threads][width] = take_turns(candidates, SECONDS / 3)
+    return results
+
+
+def show(
+    pairs: dict[int, dict[str, Timing]], crossing: dict[int, dict[int, dict[str, Timing]]], console: Console
+) -> None:
+    table = Table(title=f"idct(dct(x)) at {SHAPE} float32: ms, median (middle half)")
+    for column in ("threads", "ours", "length 2d", "times faster"):
+        table.add_column(column, justify="right")
+    for threads, timings in pairs.items():
+        ratio = timings["length 2d"].median / timings["ours"].median
+        table.add_row(str(threads), str(timings["ours"]), str(timings["length 2d"]), f"{ratio:.2f}")
+    console.print(table)
+    table = Table(title=f"the pair on {TOKENS} tokens: ms (MATRIX_UP_TO is {spectral.MATRIX_UP_TO})")
+    for column in ("d", *(f"{kind}, {n} thread{'s' * (n > 1)}" for n in THREADS for kind in ("matrix", "fft"))):
+        table.add_column(column, justify="right")
+    for width in LENGTHS:
+        cells = [crossing[threads][width] for threads in THREADS]
+        table.add_row(str(width), *(str(cell[kind]) for cell in cells for kind in ("matrix", "fft")))
+    console.print(table)
+
+
+def main() -> None:
+    with torch.no_grad():
+        pairs, crossing = compare_pairs(), find_crossing()
+    show(pairs, crossing, Console())
+    result = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "torch": torch.__version__,
+        "shape": SHAPE,
+        "pair_ms": {n: {name: asdict(t) for name, t in row.items()} for n, row in pairs.items()},
+        "times_faster": {n: row["length 2d"].median / row["ours"].median for n, row in pairs.items()},
+        "matrix_up_to": spectral.MATRIX_UP_TO,
+        "crossing_tokens": TOKENS,
+        "crossing_ms": {
+            n: {d: {name: asdict(t) for name, t in row.items()} for d, row in rows.items()}
+            for n, rows in crossing.items()
+        },
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = RESULTS.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, RESULTS)
+
+
+if __name__ == "__main__":
+    main()

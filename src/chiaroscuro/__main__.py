@@ -1,0 +1,5 @@
+"""`python -m chiaroscuro` is the command line."""
+
+from chiaroscuro.cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""How well a model predicts a text: loss, perplexity, bits per byte."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from chiaroscuro.data import TokenBlocks
+from chiaroscuro.errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a split.
+
+    Attributes:
+        loss: mean negative log-likelihood per predicted token, in nats.
+        perplexity: exp(loss).
+        bits_per_byte: bits per UTF-8 byte of the text, loss / ln 2 · (tokens of the split / bytes of the split): what
+            compares models with different tokenizers.
+        tokens: how many tokens were predicted.
+        routings: `outputs.routing` and `outputs.meta_gate` of every batch, where they were asked for.
+
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    routings: list[tuple[Any, Any]]
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
+
+
+@torch.no_grad()
+def evaluate_blocks(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    *,
+    batch_size: int = 8,
+    output_routing: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Predict every block's tokens and average over tokens, not over batches.
+
+    Args:
+        model: any causal language model; put into evaluation mode and back.
+        blocks: the paper's, which overlap by one token, or with a stride (`TokenBlocks`).
+        batch_size: blocks at once.
+        output_routing: keep what was routed where (a CHIAR-Former alone can say).
+        progress: called with the number of blocks after every batch.
+
+    Raises:
+        UserError: the loss is no finite number.
+
+    """
+    total, count, routings = 0.0, 0, []
+    asked = {"output_routing": True} if output_routing else {}
+    was_training = model.training
+    model.eval()
+    for batch in DataLoader(blocks, batch_size=batch_size):
+        outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked)
+        predicted = int((batch["shift_labels"] != -100).sum())
+        total += outputs.loss.double().item() * predicted
+        count += predicted
+        if output_routing:
+            routings.append((outputs.routing, outputs.meta_gate))
+        if progress is not None:
+            progress(len(batch["input_ids"]))
+    model.train(was_training)
+    loss = total / count
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=loss / math.log(2) * blocks.tokens.count / blocks.tokens.bytes,
+        tokens=count,
+        routings=routings,
+    )

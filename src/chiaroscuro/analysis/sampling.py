@@ -1,0 +1,76 @@
+"""Continuing a text with a trained model."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from chiaroscuro.errors import UserError
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote.
+
+    Attributes:
+        text: without the prompt.
+        tokens: how many tokens that is.
+        seconds: the time it took.
+
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": self.tokens / self.seconds}
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> Continuation:
+    """Continue a prompt, by draws of a seed or greedily at temperature 0.
+
+    Args:
+        model: any causal language model; its cache is used where it has one.
+        tokenizer: the model's.
+        prompt: the text to continue.
+        max_new_tokens: how many tokens at most; fewer where the text ends or the model's longest sequence is reached.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from so many likeliest tokens; 0 for all.
+        seed: of the draws.
+
+    Raises:
+        UserError: the prompt is empty, or leaves no room in the model's longest sequence.
+
+    """
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    longest = model.config.max_position_embeddings
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty: give at least one character to continue")
+    if ids.shape[1] >= longest:
+        raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
+    set_seed(seed)
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        answer = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens, longest - ids.shape[1]),
+            pad_token_id=tokenizer.pad_token_id,
+            **sampled,
+        )
+    new = answer[0, ids.shape[1] :]
+    return Continuation(tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - start)

@@ -1,0 +1,72 @@
+"""Loading a checkpoint as a user names it, with every way that it can be wrong said in one line."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from chiaroscuro.errors import UserError
+
+
+def find_checkpoint(name: str) -> str:
+    """The folder or Hub name that `from_pretrained` is to load.
+
+    Args:
+        name: a folder with config.json, a run's folder (its `model/` is meant), or a Hub name `owner/name`.
+
+    Raises:
+        UserError: there is no such folder, or no model in it.
+
+    """
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    if folder.exists():
+        raise UserError(f"{name} holds no model: expected config.json and model.safetensors in it or in {name}/model")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists():
+        return name
+    raise UserError(f"no such checkpoint: {name}; give a model's folder, a run's folder, or a Hub name owner/name")
+
+
+def load_checkpoint(name: str) -> PreTrainedModel:
+    """A causal language model in evaluation mode: a CHIAR-Former, or any other that it is compared with.
+
+    Args:
+        name: as in `find_checkpoint`.
+
+    Raises:
+        UserError: it can't be found or read, a file is cut short, or the weights don't fit the configuration.
+
+    """
+    path = find_checkpoint(name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, use_safetensors=True)
+    except UserError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
+    except (SafetensorError, OSError, json.JSONDecodeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_first_line(error)}") from None
+    # transformers fills what is missing with random numbers and warns; a model that is half random is no model.
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(f"{path}: weights don't fit its config.json: {kind.replace('_', ' ')} {sorted(info[kind])}")
+    return model.eval()
+
+
+def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the model.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+
+    """
+    path = find_checkpoint(name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} has no tokenizer that can be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,93 @@
+"""The first five minutes: a CHIAR-Former and the full-attention model of its size, trained alike and shown side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from chiaroscuro.analysis.routing import trace_routing
+from chiaroscuro.analysis.sampling import continue_text
+from chiaroscuro.errors import UserError
+from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.report.files import write_text
+from chiaroscuro.report.routing_figure import save_png
+from chiaroscuro.report.routing_html import render_html
+from chiaroscuro.report.routing_terminal import print_routing
+from chiaroscuro.training import Recipe, read_records, train
+
+RECIPES = {"small": Path("recipes/small.yaml"), "small-baseline": Path("recipes/small-baseline.yaml")}
+PROMPT = "Return a copy of the string with"
+TEXT = (
+    "Return a list of the words in the string, using sep as the delimiter string. If maxsplit is given, at most "
+    "maxsplit splits are done, and the remainder of the string is returned as the final element of the list."
+)
+
+
+def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
+    """Train both models for the same tokens, print how they compare, and leave the pictures in the folder.
+
+    Args:
+        output: the folder; a run that was interrupted in it goes on, a finished one is shown again.
+        console: where progress and results go.
+
+    Returns:
+        The figures of both runs and the paths of the pictures.
+
+    Raises:
+        UserError: the recipes aren't here, or a run fails.
+
+    """
+    missing = [str(path) for path in RECIPES.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"no {missing[0]} here: run quickstart from the top of a clone of the repository")
+    figures: dict[str, Any] = {}
+    for name, path in RECIPES.items():
+        folder = output / name
+        recipe = Recipe.load(path, [f"trainer.output_dir={folder}"])
+        begun = any(folder.glob("checkpoint-*"))
+        figures[name] = train(recipe, resume=begun, console=console).as_dict()
+    console.print(_comparison(figures))
+    console.print(
+        "The routed model runs densely here (every operator for every token, then a choice), so it saves no time "
+        "yet; its attention column says what there is to save.\n",
+        style="dim",
+    )
+    routed = str(output / "small")
+    model, tokenizer = load_checkpoint(routed), load_checkpoint_tokenizer(routed)
+    sample = continue_text(model, tokenizer, PROMPT, max_new_tokens=60)
+    console.print(f"A sample of {routed}:")
+    console.print(f"  {PROMPT}{sample.text}\n", markup=False, highlight=False)
+    trace = trace_routing(model, tokenizer, TEXT)
+    print_routing(trace, console)
+    page, picture = output / "routing.html", output / "routing.png"
+    write_text(page, render_html(trace))
+    save_png(trace, picture)
+    console.print(f"\nWhere attention fell in that text: {page} (hover it) and {picture}", highlight=False)
+    return {**figures, "sample": PROMPT + sample.text, "page": str(page), "picture": str(picture)}
+
+
+def _comparison(figures: dict[str, Any]) -> Table:
+    table = Table(
+        "model", "parameters", "tokens", "attention", "validation ppl", "bits/byte", "training", "tokens/s", box=None
+    )
+    for name, run in figures.items():
+        table.add_row(
+            name,
+            f"{run['parameters']:,}",
+            f"{run['tokens']:,}",
+            _attention(Path(run["folder"])),
+            f"{run['perplexity']:.2f}",
+            f"{run['bits_per_byte']:.4f}",
+            f"{run['seconds']:.0f} s",
+            f"{run['tokens_per_second']:,.0f}",
+        )
+    return table
+
+
+def _attention(run: Path) -> str:
+    """The share of all layers' tokens that were sent to attention in the last validation."""
+    last = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"][-1]
+    layers = last["layers"]
+    sent = sum(s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention")
+    return f"{sent / len(layers):.0%} of tokens × layers"

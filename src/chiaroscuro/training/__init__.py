@@ -1,0 +1,18 @@
+"""Training: a recipe, `transformers.Trainer`, and a folder with everything that a run leaves."""
+
+from chiaroscuro.training.checkpoints import save_whole
+from chiaroscuro.training.recipe import Recipe
+from chiaroscuro.training.records import describe_routing, read_records
+from chiaroscuro.training.run import TrainingInterrupted, TrainResult, train
+from chiaroscuro.training.trainer import TrainingDiverged
+
+__all__ = [
+    "Recipe",
+    "TrainResult",
+    "TrainingDiverged",
+    "TrainingInterrupted",
+    "describe_routing",
+    "read_records",
+    "save_whole",
+    "train",
+]

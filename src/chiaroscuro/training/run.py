@@ -1,0 +1,367 @@
+"""From a recipe to a trained model in a folder.
+
+    <output_dir>/recipe.yaml      the recipe, every default filled in
+                 metrics.jsonl    a record per look (see records.py)
+                 tensorboard/     the same, for TensorBoard
+                 checkpoint-N/    what a resume needs, after step N
+                 model/           the trained model and its tokenizer, for from_pretrained
+
+A resumed run ends with the weights of one that was never interrupted, bit for bit on a CPU. So whatever would
+move the weights, from the learning rate to the corpus, must be what it was when the run began; else resuming
+is refused.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch.utils.data import Subset
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging
+
+from chiaroscuro.data import (
+    Corpus,
+    TokenBlocks,
+    default_cache_dir,
+    load_corpus,
+    load_tokenizer,
+    tokenize_corpus,
+)
+from chiaroscuro.errors import UserError
+from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.training.calibration import paper_thresholds
+from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
+from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
+from chiaroscuro.training.recipe import Recipe
+from chiaroscuro.training.records import read_records
+from chiaroscuro.training.trainer import Clock, Run, RunTrainer
+
+_RECIPE = "recipe.yaml"
+_METRICS = "metrics.jsonl"
+
+
+class TrainingInterrupted(UserError):
+    """Ctrl-C, or a SIGTERM. The message says how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        folder: The run's folder.
+        model: The trained model, for `from_pretrained`.
+        parameters: Its number of parameters.
+        steps: Optimizer steps taken, over all parts of an interrupted run.
+        tokens: Predictions learned from, likewise.
+        seconds: Time spent on them, without validation and saving.
+        tokens_per_second: tokens / seconds.
+        train_loss: Nats per token, mean over the steps between the last two looks.
+        validation_loss: Nats per predicted token over the validation blocks.
+        perplexity: exp(validation_loss).
+        bits_per_byte: The same in bits per UTF-8 byte of text.
+    """
+
+    folder: Path
+    model: Path
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    train_loss: float
+    validation_loss: float
+    perplexity: float
+    bits_per_byte: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the result with paths as text, ready for JSON."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train the model that `recipe` describes, or go on with a run that was interrupted.
+
+    Args:
+        recipe: What to train, on what, and how.
+        resume: Go on from the newest complete checkpoint in `trainer.output_dir`.
+        console: Where progress goes; by default the terminal. Only the main process speaks.
+
+    Raises:
+        UserError: if the recipe can't be carried out here, the folder holds a run (or, resuming, holds none),
+            or the disk is full.
+        TrainingDiverged: if loss, gradient or weights stop being finite; earlier checkpoints stay.
+        TrainingInterrupted: on Ctrl-C, after saving the step in hand.
+    """
+    # Unless it is told that this is a CPU, each of several processes on one would think it is alone.
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    console = console or Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    world, folder = processes.num_processes, Path(recipe.trainer.output_dir)
+    steps = recipe.steps(world)
+    _refuse_data_parallel(processes)
+    checkpoint = _find_checkpoint(recipe, folder, resume, say)
+    processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
+    if processes.is_main_process:
+        _open_folder(recipe, folder, resume)
+
+    with processes.main_process_first():  # the others find its caches
+        corpus = load_corpus(recipe.data.source)
+        tokenizer = load_tokenizer(recipe.tokenizer, corpus, default_cache_dir())
+        splits = tokenize_corpus(corpus, tokenizer, default_cache_dir())
+    length = recipe.data.sequence_length
+    blocks = {name: TokenBlocks(splits[name], length) for name in ("train", "validation")}
+    # The file of tokens is named by the text and the tokenizer that they are of.
+    facts = {"tokens": splits["train"].path.stem, "processes": world}
+    if checkpoint is not None:
+        _refuse_other_facts(checkpoint, facts)
+
+    model = _build_model(recipe, tokenizer, corpus)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {corpus.name} "
+        f"({splits['train'].count:,} tokens), {steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
+    )
+    run = Run(
+        folder=folder,
+        keep_checkpoints=recipe.trainer.keep_checkpoints,
+        tokens_per_step=recipe.tokens_per_step(world),
+        facts=facts,
+        clock=Clock(checkpoint.facts["seconds"] if checkpoint else 0.0),
+    )
+    with (
+        _no_bars_of_others(),
+        StopOnSignal(alone=world == 1) as stop,
+        Reporter(folder, console, run.tokens_per_step) as reporter,
+    ):
+        trainer = RunTrainer(
+            run=run,
+            model=model,
+            args=_arguments(recipe, steps, model.config.use_cache),
+            data_collator=default_data_collator,
+            train_dataset=_whole_steps(blocks["train"], recipe.sequences_per_step(world)),
+            eval_dataset=blocks["validation"],
+            processing_class=tokenizer,
+            callbacks=[
+                *([MoveThresholds()] if isinstance(model, ChiarForCausalLM) else []),
+                *([reporter] if processes.is_main_process else []),
+                stop,
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if checkpoint is not None:
+            say(f"resuming after step {checkpoint.step:,} of {steps:,}")
+        if checkpoint is not None and checkpoint.step >= steps:
+            trainer.load_finished(checkpoint.path)
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            except KeyboardInterrupt:
+                stop.heard = True
+            except OSError as error:  # a checkpoint says so itself; this is metrics.jsonl or TensorBoard
+                raise UserError(
+                    f"{folder} can't be written ({error.strerror or error}); what was saved is intact. "
+                    "Make room, then resume"
+                ) from error
+        if stop.heard and trainer.state.global_step < steps:
+            raise TrainingInterrupted(_how_to_go_on(folder, trainer.state.global_step, steps))
+        trainer.save_final_model(folder / "model")
+
+    last = {record["kind"]: record for record in read_records(folder / _METRICS)}
+    if not {"train", "validation"} <= last.keys():
+        raise UserError(f"{folder / _METRICS} lost its records; the model is whole, in {folder / 'model'}")
+    return TrainResult(
+        folder=folder,
+        model=folder / "model",
+        parameters=parameters,
+        steps=steps,
+        tokens=last["train"]["tokens"],
+        seconds=last["train"]["seconds"],
+        tokens_per_second=last["train"]["tokens"] / last["train"]["seconds"],
+        train_loss=last["train"]["loss"],
+        validation_loss=last["validation"]["loss"],
+        perplexity=last["validation"]["perplexity"],
+        bits_per_byte=last["validation"]["bits_per_byte"],
+    )
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+
+def _find_checkpoint(
+    recipe: Recipe, folder: Path, resume: bool, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """Find the checkpoint to go on from; None for a new run. Changes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"trainer.output_dir={folder} is a file; name a folder")
+    if not resume:
+        if checkpoints(folder):
+            raise UserError(
+                f"trainer.output_dir={folder} holds a run with checkpoints; pass --resume to go on with it, "
+                "or name another folder"
+            )
+        return None
+    if not (folder / _RECIPE).is_file():
+        raise UserError(
+            f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one"
+        )
+    recipe.refuse_to_resume(Recipe.load(folder / _RECIPE))
+    found = newest_complete(folder, say)
+    if found is None:
+        raise UserError(
+            f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder"
+        )
+    return found
+
+
+def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed run was writing
+        if not resume:
+            (folder / _METRICS).unlink(missing_ok=True)
+        beside = folder / f"{_RECIPE}.partial"
+        beside.write_text(recipe.to_yaml(), encoding="utf-8")
+        os.replace(beside, folder / _RECIPE)
+    except OSError as error:
+        raise UserError(f"trainer.output_dir={folder} can't be written: {error.strerror}") from None
+
+
+def _refuse_other_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    for name, what in (("tokens", "the text or its tokenizer"), ("processes", "the number of processes")):
+        if checkpoint.facts[name] != facts[name]:
+            raise UserError(
+                f"{what} changed since this run began ({checkpoint.facts[name]} then, {facts[name]} now); "
+                "put it back to resume, or start anew in another trainer.output_dir"
+            )
+
+
+def _how_to_go_on(folder: Path, step: int, steps: int) -> str:
+    saved = checkpoints(folder)
+    if not saved:
+        return f"stopped after step {step:,} of {steps:,} with nothing saved; start again without --resume"
+    return f"stopped after step {step:,} of {steps:,}; --resume goes on from {saved[-1][1]}"
+
+
+@contextmanager
+def _no_bars_of_others() -> Iterator[None]:
+    """One bar is enough: transformers draws its own at every save."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+
+def _refuse_data_parallel(processes: PartialState) -> None:
+    """Refuse several GPUs in one process: torch's DataParallel, whose copies forget their buffers."""
+    if processes.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs and one process: start with torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()}, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+
+
+def _whole_steps(blocks: TokenBlocks, sequences: int) -> Subset[dict[str, torch.Tensor]]:
+    """As many blocks as make whole steps, so that every step learns from the same number of tokens."""
+    if len(blocks) < sequences:
+        raise UserError(
+            f"one step takes {sequences} sequences and the train split has {len(blocks)}; "
+            "lower trainer.batch_size, trainer.gradient_accumulation or data.sequence_length"
+        )
+    return Subset(blocks, range(len(blocks) - len(blocks) % sequences))
+
+
+def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> PreTrainedModel:
+    thresholds = None
+    if recipe.calibration is not None and recipe.calibration.baseline is not None:
+        baseline = _load_baseline(recipe.calibration.baseline, len(tokenizer))
+        rows = corpus.splits["validation"]["text"]
+        encoded = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in rows)
+        thresholds = paper_thresholds(baseline, encoded)
+    config = recipe.build_config(len(tokenizer), thresholds)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    set_seed(recipe.trainer.seed)
+    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
+
+
+def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"calibration.baseline={path} is no folder with a trained model; train the baseline first"
+        )
+    baseline = AutoModelForCausalLM.from_pretrained(path)
+    if baseline.config.vocab_size != vocab_size:
+        raise UserError(
+            f"calibration.baseline={path}: {baseline.config.vocab_size} tokens, the tokenizer {vocab_size}; "
+            "train both with the same tokenizer and data"
+        )
+    return baseline
+
+
+def _arguments(recipe: Recipe, steps: int, use_cache: bool) -> TrainingArguments:
+    trainer = recipe.trainer
+    try:
+        return TrainingArguments(
+            output_dir=trainer.output_dir,
+            seed=trainer.seed,
+            max_steps=steps,
+            per_device_train_batch_size=trainer.batch_size,
+            per_device_eval_batch_size=trainer.batch_size,
+            gradient_accumulation_steps=trainer.gradient_accumulation,
+            learning_rate=trainer.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr": trainer.min_learning_rate},
+            warmup_steps=trainer.warmup_steps,
+            weight_decay=trainer.weight_decay,
+            adam_beta1=trainer.betas[0],
+            adam_beta2=trainer.betas[1],
+            max_grad_norm=trainer.clip,
+            use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused where there is no GPU
+            bf16=trainer.precision == "bf16",
+            activation_checkpointing=trainer.gradient_checkpointing,
+            torch_compile=trainer.compile,
+            logging_steps=trainer.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # it would put the mean of the losses before in a NaN's place
+            eval_strategy="steps",
+            eval_steps=trainer.evaluate_every or steps,
+            save_steps=trainer.save_every,
+            use_cache=use_cache,  # the Trainer writes it into the model's configuration, by default as False
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+        )
+    except ValueError as error:
+        raise UserError(f"this machine can't train so: {' '.join(str(error).split())}") from None

@@ -1,0 +1,56 @@
+"""What all tests share: a quiet, offline process with a cache of its own, and shape annotations that are checked.
+
+The environment is set before anything imports torch or transformers, which read it on import. Each process of
+`pytest -n` gets its own throwaway cache; the processes that a test starts inherit it.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_CACHE = tempfile.TemporaryDirectory(prefix="chiaroscuro-tests-", ignore_cleanup_errors=True)
+os.environ["CHIAROSCURO_CACHE"] = _CACHE.name
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from jaxtyping import config as jaxtyping_config  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# From here on `import chiaroscuro` compiles the annotations of these rooms into checks: a wrong shape or type in any
+# call that any test makes, and in any value returned, is an error. The library itself checks nothing at run time.
+# The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the config, the
+# recipe and the commands from their annotations, which a checked class breaks.
+CHECKED = ["chiaroscuro.ops", "chiaroscuro.layers", "chiaroscuro.model"]
+install_import_hook(CHECKED, "beartype.beartype")
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Derandomised in CI, so that a red build is red again; elsewhere every run draws anew.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared beside the checkout: test vectors and real data. Without it the test is skipped."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared, which is not beside this checkout")
+    return folder
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switch the annotations' checks off, as they are for users: for tests of the library's own error messages."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)

@@ -1,0 +1,131 @@
+"""A corpus of a few thousand tokens and a model of a few thousand weights: a run takes about a second."""
+
+import gc
+import io
+import random
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from chiaroscuro.training import Recipe, TrainResult, train
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    words = [
+        "the",
+        "light",
+        "falls",
+        "on",
+        "a",
+        "wall",
+        "and",
+        "what",
+        "is",
+        "dark",
+        "stays",
+        "dark",
+        "until",
+        "the",
+        "sun",
+        "has",
+        "gone",
+        "round",
+    ]
+    draw = random.Random(0)
+    for split, lines in (("train", 26), ("validation", 35)):
+        text = "\n".join(" ".join(draw.choices(words, k=12)) for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Every run collects garbage: half a second, unless all that is imported is set aside."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def content(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe, as YAML would give it: 12 steps with dropout, a checkpoint every 4."""
+    return recipe_content(corpus, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run of `content`, never interrupted."""
+    return train(
+        changed(recipe_content(corpus, tmp_path_factory.mktemp("whole"))), console=Console(quiet=True)
+    )
+
+
+def recipe_content(corpus: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "model": {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "hidden_dropout": 0.1,
+            "attention_dropout": 0.1,
+        },
+        "data": {"source": str(corpus), "sequence_length": 16},
+        "tokenizer": "bpe:300",
+        "trainer": {
+            "output_dir": str(folder),
+            "steps": 12,
+            "batch_size": 4,
+            "warmup_steps": 2,
+            "log_every": 2,
+            "evaluate_every": 6,
+            "save_every": 4,
+        },
+    }
+
+
+@pytest.fixture
+def run(content: dict[str, Any]) -> Callable[..., tuple[TrainResult, str]]:
+    """Trains `content` with changes `section__field=value`; gives the result and what was printed."""
+
+    def go(resume: bool = False, **changes: Any) -> tuple[TrainResult, str]:
+        printed = io.StringIO()
+        return train(
+            changed(content, **changes), resume=resume, console=Console(file=printed)
+        ), printed.getvalue()
+
+    return go
+
+
+def changed(content: dict[str, Any], **changes: Any) -> Recipe:
+    sections = {name: dict(value) if isinstance(value, dict) else value for name, value in content.items()}
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            sections[section] = {**sections.get(section, {}), field: value}
+        else:
+            sections[section] = value
+    return Recipe.from_dict(sections)
+
+
+@pytest.fixture
+def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
+    """As good as a full disk: within `files_no_larger_than(size)` a write beyond that fails."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

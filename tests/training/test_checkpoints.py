@@ -1,0 +1,143 @@
+"""A folder is there whole or not at all, and a flaw that comes later is found.
+
+The oracle is the damage itself: whatever one byte, one length or one name is changed, the folder is passed
+over.
+"""
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.training.checkpoints import (
+    MANIFEST,
+    PARTIAL,
+    checkpoints,
+    newest_complete,
+    prune,
+    seal,
+    written_whole,
+)
+
+FILES = {"model.safetensors": 400, "optimizer.pt": 900, "inner/rng.pth": 33, "empty": 0}
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    target = run / f"checkpoint-{step}"
+    with written_whole(target) as partial:
+        for name, size in FILES.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(bytes((step + i) % 251 for i in range(size)))
+        seal(partial, {"step": step})
+    return target
+
+
+def cut(path: Path, where: int) -> None:
+    path.write_bytes(path.read_bytes()[:where])
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path: Path, where: int) -> None:
+    path.unlink()
+
+
+@settings(max_examples=40)  # each forces some files to the disk
+@given(
+    st.sampled_from([name for name, size in FILES.items() if size]),
+    st.sampled_from([cut, flip, remove]),
+    st.integers(0, 32),
+)
+def test_any_flaw_is_found_and_the_one_before_taken(
+    tmp_path_factory: pytest.TempPathFactory, name: str, damage: Callable[[Path, int], None], where: int
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    write_checkpoint(run, 5)
+    damage(write_checkpoint(run, 10) / name, where)
+    lines: list[str] = []
+    found = newest_complete(run, lines.append)
+    assert found is not None
+    assert (found.step, found.facts) == (5, {"step": 5})
+    assert len(lines) == 1
+    assert "checkpoint-10" in lines[0]
+    assert name in lines[0]
+
+
+@pytest.mark.parametrize("damage", [remove, cut])
+def test_without_a_manifest_nothing_is_sure(tmp_path: Path, damage: Callable[[Path, int], None]) -> None:
+    damage(write_checkpoint(tmp_path, 10) / MANIFEST, 40)
+    lines: list[str] = []
+    assert newest_complete(tmp_path, lines.append) is None
+    assert len(lines) == 1
+
+
+def test_newest_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-old").mkdir()
+    found = newest_complete(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.step == 100
+    assert [step for step, _ in checkpoints(tmp_path)] == [9, 10, 100]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    target = write_checkpoint(tmp_path, 5)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    for error in (RuntimeError("a bug"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), written_whole(target) as partial:
+            (partial / "half").write_text("half")
+            raise error
+        assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+        assert not (tmp_path / PARTIAL).exists()
+
+
+def test_an_older_folder_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale").touch()
+    with written_whole(tmp_path / "model") as partial:
+        assert (tmp_path / "model" / "stale").exists()
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: (folder / "x.txt").write_text("x" * 50_000),
+        lambda folder: torch.save({"x": torch.ones(50_000)}, folder / "x.pt"),
+        lambda folder: save_file({"x": torch.ones(50_000)}, folder / "x.safetensors"),
+    ],
+    ids=["plain", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_line(
+    tmp_path: Path,
+    write: Callable[[Path], None],
+    files_no_larger_than: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    write_checkpoint(tmp_path, 5)
+    target = tmp_path / "checkpoint-10"
+    with files_no_larger_than(20_000), pytest.raises(UserError) as caught, written_whole(target) as partial:
+        write(partial)
+    assert str(target) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_pruning_spares_what_a_broken_later_one_would_push_out(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 10):
+        write_checkpoint(tmp_path, step)
+    shutil.rmtree(tmp_path / "checkpoint-10" / "inner")
+    prune(tmp_path, newest_step=4, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4, 10]

@@ -1,0 +1,256 @@
+"""What a recipe reads it gives back, and what nobody knows is an error of one line that names it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chiaroscuro import ChiarConfig
+from chiaroscuro.errors import UserError
+from chiaroscuro.training import Recipe
+
+SMALL: dict[str, Any] = {"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}}
+LLAMA = {
+    "architecture": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+}
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def with_changes(**sections: Any) -> dict[str, Any]:
+    return {**SMALL, **sections}
+
+
+def trainer(**fields: Any) -> dict[str, Any]:
+    return with_changes(trainer={**SMALL["trainer"], **fields})
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "seed": st.integers(0, 2**31),
+    "batch_size": st.integers(1, 512),
+    "gradient_accumulation": st.integers(1, 64),
+    "learning_rate": st.floats(1e-5, 1.0),
+    "weight_decay": st.floats(0, 1.0),
+    "warmup_steps": st.integers(0, 99),
+    "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)).map(list),
+    "clip": st.floats(1e-3, 1e3),
+    "precision": st.sampled_from(["fp32", "bf16"]),
+    "keep_checkpoints": st.integers(1, 9),
+    "gradient_checkpointing": st.booleans(),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_what_is_written_is_read_back(fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict(trainer(**fields))
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    for name, value in fields.items():
+        kept = getattr(recipe.trainer, name)
+        assert (list(kept) if isinstance(value, list) else kept) == value
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_an_override_is_as_good_as_the_file(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "x.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    overrides = [
+        f"trainer.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in fields.items()
+    ]
+    overrides = [text.replace("...", "").strip() for text in overrides]
+    assert Recipe.load(path, overrides) == Recipe.from_dict(trainer(**fields))
+
+
+@given(st.integers(1, 10**9), st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.integers(1, 512))
+def test_tokens_become_the_fewest_steps_that_reach_them(
+    tokens: int, batch: int, accumulation: int, processes: int, length: int
+) -> None:
+    content = with_changes(
+        data={"sequence_length": length},
+        trainer={
+            "output_dir": "x",
+            "tokens": tokens,
+            "batch_size": batch,
+            "gradient_accumulation": accumulation,
+            "warmup_steps": 0,
+        },
+    )
+    recipe = Recipe.from_dict(content)
+    each = batch * accumulation * processes * length
+    assert recipe.tokens_per_step(processes) == each
+    assert (recipe.steps(processes) - 1) * each < tokens <= recipe.steps(processes) * each
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "model: {preset: small}\ntrainer: {output_dir: x, tokens: 1_000_000, learning_rate: 2e-3}\n"
+    )
+    recipe = Recipe.load(path, ["trainer.min_learning_rate=1E-5", "model.attention_share=.5"])
+    assert (recipe.trainer.tokens, recipe.trainer.learning_rate) == (1_000_000, 0.002)
+    assert recipe.trainer.min_learning_rate == 1e-5
+    config = recipe.build_config(300)
+    assert isinstance(config, ChiarConfig)
+    assert (config.attention_share, config.vocab_size) == (0.5, 300)
+
+
+def test_llama_is_tied_and_starts_as_ours_does() -> None:
+    config = Recipe.from_dict(with_changes(model=LLAMA)).build_config(300)
+    assert config.model_type == "llama"
+    assert (config.tie_word_embeddings, config.initializer_range, config.vocab_size) == (True, 0.02, 300)
+    assert (config.hidden_size, config.num_hidden_layers) == (64, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "measured", "expected"),
+    [
+        (None, None, ("running", None)),
+        ({"method": "running"}, None, ("running", None)),
+        ({"method": "fixed", "thresholds": [0.8, 0.9]}, None, ("fixed", [0.8, 0.9])),
+        ({"method": "paper", "baseline": "x"}, (0.7, 0.75), ("fixed", [0.7, 0.75])),
+    ],
+)
+def test_calibration_reaches_the_model(section: Any, measured: Any, expected: tuple[str, Any]) -> None:
+    config = Recipe.from_dict(with_changes(calibration=section)).build_config(300, measured)
+    assert isinstance(config, ChiarConfig)
+    assert (config.calibration, config.entropy_thresholds) == expected
+
+
+def test_resuming_allows_other_looks_and_nothing_else() -> None:
+    begun = Recipe.from_dict(SMALL)
+    free = {"output_dir": "y", "log_every": 3, "evaluate_every": 4, "save_every": 5, "keep_checkpoints": 1}
+    Recipe.from_dict(trainer(**free)).refuse_to_resume(begun)
+    others = {
+        "seed": 1,
+        "steps": 101,
+        "batch_size": 3,
+        "gradient_accumulation": 2,
+        "learning_rate": 0.1,
+        "min_learning_rate": 0.0,
+        "warmup_steps": 3,
+        "weight_decay": 0.5,
+        "betas": [0.9, 0.99],
+        "clip": 2.0,
+        "precision": "bf16",
+        "gradient_checkpointing": True,
+        "compile": True,
+    }
+    assert free.keys() | others.keys() | {"tokens"} == set(type(begun.trainer).model_fields)
+    for name, value in others.items():
+        with pytest.raises(UserError, match=rf"trainer\.{name} was .* when this run began and is .* now"):
+            Recipe.from_dict(trainer(**{name: value})).refuse_to_resume(begun)
+    for other in (
+        with_changes(model={"preset": "small", "attention_share": 0.5}),
+        with_changes(tokenizer="bpe:300"),
+        with_changes(data={"sequence_length": 64}),
+        with_changes(model=LLAMA),
+        with_changes(calibration={"method": "fixed", "thresholds": [0.8, 0.9]}),
+    ):
+        with pytest.raises(UserError, match="when this run began"):
+            Recipe.from_dict(other).refuse_to_resume(begun)
+
+
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    (trainer(batchsize=3), ["trainer.batchsize=3", "batch_size"]),
+    (trainer(colour="red"), ["trainer.colour='red'", "known are", "learning_rate"]),
+    (with_changes(trainr={}), ["trainr", "'trainer'"]),
+    (with_changes(data={"sequence_lenght": 4}), ["data.sequence_lenght=4", "sequence_length"]),
+    (with_changes(data={"sequence_length": "long"}), ["data.sequence_length='long'", "integer"]),
+    (
+        with_changes(data={"sequence_length": 10**6}),
+        ["data.sequence_length=1000000", "max_position_embeddings"],
+    ),
+    (with_changes(tokenizer=3), ["tokenizer=3", "string"]),
+    (trainer(batch_size=0), ["trainer.batch_size=0", "greater than 0"]),
+    (trainer(batch_size=True), ["trainer.batch_size=True", "integer"]),
+    (trainer(batch_size="8"), ["trainer.batch_size='8'", "integer"]),
+    (trainer(learning_rate=float("nan")), ["trainer.learning_rate=nan"]),
+    (trainer(precision="fp16"), ["trainer.precision='fp16'", "bf16"]),
+    (trainer(betas=[0.9]), ["trainer.betas"]),
+    (trainer(betas=[0.9, 1.0]), ["trainer", "betas=[0.9, 1.0]"]),
+    (trainer(min_learning_rate=1.0), ["min_learning_rate=1.0", "learning_rate=0.002"]),
+    (trainer(tokens=1000), ["trainer", "steps=100", "tokens=1000", "exactly one"]),
+    (with_changes(trainer={"output_dir": "x"}), ["steps=None", "tokens=None"]),
+    (with_changes(trainer={"steps": 3}), ["trainer.output_dir is missing"]),
+    ({"trainer": SMALL["trainer"]}, ["model is missing"]),
+    (with_changes(model="small"), ["model"]),
+    (with_changes(model={"preset": "smal"}), ["model", "smal", "'small'"]),
+    (
+        with_changes(model={"preset": "small", "atention_share": 0.1}),
+        ["model", "atention_share", "attention_share"],
+    ),
+    (with_changes(model={"preset": "small", "attention_share": 2}), ["model", "attention_share=2"]),
+    (with_changes(model={"preset": "small", "vocab_size": 10}), ["model.vocab_size=10", "tokenizer"]),
+    (with_changes(model={"architecture": "mamba"}), ["model.architecture='mamba'", "chiar"]),
+    (with_changes(model={**LLAMA, "preset": "small"}), ["model.preset='small'", "known are"]),
+    (with_changes(model={**LLAMA, "hidden_size": 65}), ["model.hidden_size=65", "num_attention_heads=4"]),
+    (with_changes(model=LLAMA, calibration={"method": "running"}), ["calibration", "llama"]),
+    (with_changes(calibration={"method": "fixed"}), ["calibration", "thresholds=None"]),
+    (
+        with_changes(calibration={"method": "running", "thresholds": [0.1, 0.2]}),
+        ["thresholds=[0.1, 0.2]", "'fixed'"],
+    ),
+    (with_changes(calibration={"method": "paper"}), ["baseline=None"]),
+    (
+        with_changes(model={"preset": "small", "calibration": "fixed"}, calibration={"method": "running"}),
+        ["model.calibration='fixed'", "calibration.method='running'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "fragments"), WRONG, ids=[fragments[0] for _, fragments in WRONG])
+def test_a_mistake_is_one_line_that_names_it(content: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        Recipe.from_dict(content)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "fragment"),
+    [
+        (None, [], "can't be read: No such file"),
+        ("model: {preset: small", [], "is no valid YAML"),
+        ("- 1\n- 2\n", [], "has no sections"),
+        ("", [], "has no sections"),
+        ("trainer: {steps: 1}\ntrainer: {steps: 2}\n", [], "'trainer' is said more than once"),
+        ("model: {preset: small}\n", ["trainer.steps"], "has not the form section.field=value"),
+        ("model: {preset: small}\n", ["=3"], "has not the form"),
+        ("model: {preset: small}\n", ["model.preset.name=3"], "'preset' holds 'small'"),
+        ("model: {preset: small}\n", ["trainer.betas=[0.9"], "is no valid YAML"),
+        ("model: !!python/object/apply:os.getcwd []\n", [], "is no valid YAML"),
+    ],
+)
+def test_a_file_or_override_that_is_none(
+    tmp_path: Path, text: str | None, overrides: list[str], fragment: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path, overrides)
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_warm_up_without_end_is_refused() -> None:
+    with pytest.raises(UserError, match="warmup_steps=100 is not shorter than the 100 steps of the run"):
+        Recipe.from_dict(trainer(warmup_steps=100)).steps()
+
+
+def test_the_two_small_recipes_differ_in_the_model_alone() -> None:
+    small, baseline = (Recipe.load(RECIPES / f"{name}.yaml") for name in ("small", "small-baseline"))
+    ours, theirs = small.model_dump(), baseline.model_dump()
+    assert ours.pop("model")["preset"] == "small"
+    assert theirs.pop("model")["preset"] == "small-baseline"
+    assert ours["trainer"].pop("output_dir") != theirs["trainer"].pop("output_dir")
+    assert ours == theirs

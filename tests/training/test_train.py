@@ -1,0 +1,430 @@
+"""Interrupted or not, a run ends with the same bits, and a failure costs nothing that was saved.
+
+The oracles: the uninterrupted run for the resumed one, and a loss written out here for what is reported.
+"""
+
+import errno
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chiaroscuro import ChiarForCausalLM
+from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
+from chiaroscuro.errors import UserError
+from chiaroscuro.training import TrainingDiverged, TrainingInterrupted, TrainResult, read_records
+from chiaroscuro.training.trainer import RunTrainer
+
+Go = Callable[..., Any]
+
+
+def nll(model: Any, blocks: Dataset[Any], count: int) -> float:
+    """Mean negative log-likelihood of every token that `count` blocks predict, in float64."""
+    losses = []
+    with torch.no_grad():
+        for i in range(count):
+            logits = model.eval()(blocks[i]["input_ids"][None]).logits[0].double()
+            losses.append(-logits.log_softmax(-1).gather(1, blocks[i]["shift_labels"][:, None]))
+    return torch.cat(losses).mean().item()
+
+
+def blocks_of(content: dict[str, Any], split: str) -> tuple[TokenBlocks, float]:
+    corpus = load_corpus(content["data"]["source"])
+    file = tokenize_corpus(corpus, load_tokenizer(content["tokenizer"], corpus))[split]
+    return TokenBlocks(file, content["data"]["sequence_length"]), file.count / file.bytes
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """Calls `act` in the middle of a step, between its backward and the optimizer."""
+    original = RunTrainer._clip_grad_norm
+
+    def clip(self: RunTrainer, model: torch.nn.Module) -> torch.Tensor:
+        if self.state.global_step + 1 == step:
+            monkeypatch.setattr(RunTrainer, "_clip_grad_norm", original)
+            act()
+        return original(self, model)
+
+    monkeypatch.setattr(RunTrainer, "_clip_grad_norm", clip)
+
+
+def break_off() -> None:
+    raise KeyboardInterrupt
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+LLAMA = {
+    "architecture": "llama",
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+}
+# No dropout, and thresholds that don't move: the loss depends on weights and tokens alone.
+FIXED = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "calibration": "fixed",
+    "entropy_thresholds": [0.8, 0.8],
+}
+
+
+@pytest.mark.parametrize("model", [FIXED, LLAMA], ids=["chiar", "llama"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
+def test_the_losses_are_means_over_tokens(
+    content: dict[str, Any], run: Go, model: dict[str, Any], batch: int, accumulation: int
+) -> None:
+    blocks, _ = blocks_of(content, "train")
+    steps = len(blocks) // 4
+    changes = {"steps": steps, "batch_size": batch, "gradient_accumulation": accumulation, "log_every": 1}
+    # An epoch with a rate that moves nothing: the steps' losses average to the mean over the epoch's blocks.
+    frozen = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}
+    result, _ = run(model=model, trainer={**content["trainer"], **changes, **frozen})
+    trained = AutoModelForCausalLM.from_pretrained(result.model)
+    records = read_records(result.folder / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert len(losses) == steps
+    assert np.mean(losses) == pytest.approx(nll(trained, blocks, steps * 4), rel=1e-5)
+
+    validation, tokens_per_byte = blocks_of(content, "validation")
+    assert len(validation) % 4 == 2  # by fours, the last batch is a small one
+    expected = nll(trained, validation, len(validation))
+    assert result.validation_loss == pytest.approx(expected, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(expected / math.log(2) * tokens_per_byte, rel=1e-6)
+
+
+def test_accumulation_is_one_large_batch(run: Go, content: dict[str, Any], tmp_path: Path) -> None:
+    results = []
+    for batch in (4, 1):
+        trainer = {
+            **content["trainer"],
+            "output_dir": str(tmp_path / f"by-{batch}"),
+            "batch_size": batch,
+            "gradient_accumulation": 4 // batch,
+        }
+        results.append(run(model=FIXED, trainer=trainer)[0])
+    one, other = (weights(result.model) for result in results)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=2e-4)
+
+
+# An epoch has 6 steps: a resume after step 6 begins one, the others come in the midst of one.
+@pytest.mark.parametrize(
+    ("act", "step", "saved"), [(break_off, 7, 4), (ctrl_c, 7, 7), (ctrl_c, 6, 6), (break_off, 10, 8)]
+)
+def test_resumed_is_uninterrupted_bit_for_bit(
+    run: Go,
+    whole: TrainResult,
+    content: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[], None],
+    step: int,
+    saved: int,
+) -> None:
+    assert len(blocks_of(content, "train")[0]) // 4 == 6
+    interrupt_at(monkeypatch, step, act)
+    with pytest.raises(TrainingInterrupted, match=f"--resume goes on from .*checkpoint-{saved}$"):
+        run()
+    resumed, printed = run(resume=True)
+    assert f"resuming after step {saved} of 12" in printed
+    assert_same_bits(whole.model, resumed.model)
+    assert_same_bits(whole.folder / "checkpoint-12", resumed.folder / "checkpoint-12")
+    assert resumed.validation_loss == whole.validation_loss
+    steps = [(r["kind"], r["step"]) for r in read_records(resumed.folder / "metrics.jsonl")]
+    assert len(set(steps)) == len(steps)
+    assert set(steps) == {(r["kind"], r["step"]) for r in read_records(whole.folder / "metrics.jsonl")}
+
+
+def test_resumed_amid_accumulation(run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"trainer__batch_size": 2, "trainer__gradient_accumulation": 2}
+    accumulated, _ = run(trainer__output_dir=str(tmp_path / "whole"), **shape)
+    interrupt_at(monkeypatch, 9, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run(**shape)
+    assert_same_bits(accumulated.model, run(resume=True, **shape)[0].model)
+
+
+def test_resuming_passes_over_a_checkpoint_that_was_cut_short(
+    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 10, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    cut = tmp_path / "run" / "checkpoint-8" / "optimizer.pt"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (tmp_path / "run" / ".partial" / "checkpoint-12").mkdir(parents=True)
+    time.sleep(1)  # TensorBoard orders its files by the second in their names
+    resumed, printed = run(resume=True)
+    shown = EventAccumulator(str(resumed.folder / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in shown] == [1, 2, 4, 6, 8, 10, 12]
+    assert "passing over checkpoint-8, which is incomplete: optimizer.pt has 1,000 bytes of" in printed
+    assert "resuming after step 4 of 12" in printed
+    assert_same_bits(whole.model, resumed.model)
+    assert not (tmp_path / "run" / ".partial").exists()
+    assert sorted(path.name for path in resumed.folder.glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-8",
+    ]
+
+
+def test_with_every_checkpoint_broken_nothing_is_resumed(run: Go, tmp_path: Path) -> None:
+    run()
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        run(resume=True)
+
+
+def test_a_finished_run_resumes_to_itself(run: Go) -> None:
+    first, _ = run()
+    before = weights(first.model)
+    shutil.rmtree(first.model)  # as if the run had been killed just before this was written
+    again, _ = run(resume=True)
+    assert again == first
+    assert all(torch.equal(tensor, weights(again.model)[name]) for name, tensor in before.items())
+
+
+def test_looking_more_often_moves_no_weight(run: Go, whole: TrainResult) -> None:
+    often = {"trainer__evaluate_every": 1, "trainer__log_every": 1, "trainer__save_every": 100}
+    assert_same_bits(whole.model, run(**often)[0].model)
+
+
+def test_gradient_checkpointing_moves_no_weight(run: Go, whole: TrainResult) -> None:
+    checkpointed, _ = run(trainer__gradient_checkpointing=True)
+    assert_same_bits(whole.model, checkpointed.model)
+
+
+def test_thresholds_move_once_per_step_and_routing_is_seen_only_when_shown(
+    run: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    looked: list[bool] = []
+    step, forward = ChiarForCausalLM.step_calibration, ChiarForCausalLM.forward
+
+    def counting_step(self: ChiarForCausalLM) -> None:
+        moved.append(1)
+        step(self)
+
+    def counting_forward(self: ChiarForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            looked.append(kwargs.get("output_routing", False))
+        return forward(self, *args, **kwargs)
+
+    # The Trainer reads the signature of the forward, so the double must keep it.
+    functools.update_wrapper(counting_forward, forward)
+    monkeypatch.setattr(ChiarForCausalLM, "step_calibration", counting_step)
+    monkeypatch.setattr(ChiarForCausalLM, "forward", counting_forward)
+    result, _ = run(trainer__gradient_accumulation=2, trainer__batch_size=2, trainer__log_every=5)
+    records = read_records(result.folder / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 5, 10, 12]
+    assert result.tokens == 768
+    assert len(moved) == 12
+    assert [i // 2 + 1 for i, look in enumerate(looked) if look] == [1, 1, 5, 5, 10, 10, 12, 12]
+    assert len(looked) == 24
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(
+    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    original = RunTrainer.compute_loss
+
+    def poisoned(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 7:
+            parameter = next(self.model.parameters())
+            if what == "loss":
+                return loss * math.nan
+            if what == "gradient":
+                parameter.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                self.optimizer.optimizer.register_step_post_hook(
+                    lambda *_: parameter.data.view(-1)[3:4].fill_(math.nan)
+                )
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "compute_loss", poisoned)
+        with pytest.raises(TrainingDiverged) as caught:
+            run()
+    assert "\n" not in str(caught.value)
+    assert f"the {'largest weight' if what == 'weight' else what} is" in str(caught.value)
+    assert "checkpoint-4" in str(caught.value)
+    folder = tmp_path / "run"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (folder / "model").exists()
+    resumed, _ = run(resume=True)
+    assert_same_bits(whole.model, resumed.model)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_no_larger_than: Go
+) -> None:
+    original = RunTrainer._save_checkpoint
+
+    def save(self: RunTrainer, *args: Any) -> None:
+        if self.state.global_step < 8:
+            return original(self, *args)
+        with files_no_larger_than(50_000):
+            return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "_save_checkpoint", save)
+        with pytest.raises(UserError, match=r"checkpoint-8 could not be saved .* Make room, then resume$"):
+            run()
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-4"]
+    assert not (tmp_path / "run" / ".partial").exists()
+    resumed, _ = run(resume=True)
+    assert_same_bits(whole.model, resumed.model)
+
+
+def test_a_disk_too_full_for_a_record(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("chiaroscuro.training.callbacks.append_record", full)
+    with pytest.raises(UserError, match=r"can't be written \(No space left on device\)"):
+        run()
+
+
+def test_a_folder_with_a_run_is_not_run_over(run: Go, tmp_path: Path) -> None:
+    result, _ = run()
+    before = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    with pytest.raises(UserError, match="holds a run with checkpoints; pass --resume"):
+        run()
+    with pytest.raises(UserError, match=r"trainer.learning_rate was 0.002 .* and is 0.001 now"):
+        run(resume=True, trainer__learning_rate=1e-3)
+    assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == before
+    with pytest.raises(UserError, match="holds no run to resume"):
+        run(resume=True, trainer__output_dir=str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        run(trainer__output_dir=str(tmp_path / "file"))
+
+
+def test_another_text_is_not_resumed_on(
+    run: Go, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(content["data"]["source"], text)
+    interrupt_at(monkeypatch, 6, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run(data__source=str(text))
+    with (text / "train.txt").open("a") as file:
+        file.write("and one line more\n")
+    with pytest.raises(UserError, match="the text or its tokenizer changed since this run began"):
+        run(resume=True, data__source=str(text))
+
+
+def test_interrupted_before_anything_was_saved(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, 2, break_off)
+    with pytest.raises(TrainingInterrupted, match="with nothing saved; start again without --resume"):
+        run()
+    run()
+
+
+def test_too_little_text_for_a_step(run: Go) -> None:
+    with pytest.raises(UserError, match="one step takes 4000 sequences and the train split has"):
+        run(trainer__batch_size=4000)
+
+
+def test_what_a_run_leaves(run: Go, content: dict[str, Any]) -> None:
+    result, printed = run()
+    lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    train = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in train] == [1, 2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [6, 12]
+    assert [record["tokens"] for record in train] == [64 * record["step"] for record in train]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(records))
+    for record in records:
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        assert 0 < record["gate"] < 1
+        assert len(record["null_entropy"]) == 3
+        assert [layer["operators"] for layer in record["layers"]] == [
+            ["dct"],
+            ["dct", "attention"],
+            ["attention"],
+        ]
+        for layer in record["layers"]:
+            assert sum(layer["share"]) == pytest.approx(1)
+            assert layer["entropy"] == sorted(layer["entropy"])
+            assert 0 < layer["entropy"][0] <= layer["entropy"][-1] <= 1
+    assert "\n".join(printed.splitlines()[1:]).count("loss ") == len(records)
+    assert "(null " in printed
+    assert (result.tokens, result.steps) == (768, 12)
+    assert result.tokens_per_second == pytest.approx(768 / result.seconds)
+    assert json.loads(json.dumps(result.as_dict()))["model"] == str(result.folder / "model")
+
+    events = EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 4, 6, 8, 10, 12]
+    assert events.Scalars("validation/bits_per_byte")[-1].value == pytest.approx(result.bits_per_byte)
+    share = events.Scalars("train_layer_02/share_attention")[-1].value
+    assert share == pytest.approx(train[-1]["layers"][1]["share"][1])
+
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    assert model.config.use_cache is True
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    assert len(tokenizer) == model.config.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    # Nothing that runs code when it is read: the optimizer and the random states load as plain data.
+    newest = result.folder / "checkpoint-12"
+    assert not list(result.folder.rglob("training_args.bin"))
+    torch.load(newest / "optimizer.pt", weights_only=True)
+    torch.load(newest / "scheduler.pt", weights_only=True)
+
+
+def test_thresholds_from_a_baseline(run: Go, tmp_path: Path) -> None:
+    full = {"preset": "small-baseline", "hidden_size": 32, "num_hidden_layers": 2}
+    baseline, _ = run(model=full, trainer__output_dir=str(tmp_path / "baseline"))
+    result, _ = run(calibration={"method": "paper", "baseline": str(baseline.model)})
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    low, high = model.config.entropy_thresholds
+    assert model.config.calibration == "fixed"
+    assert 0.5 < low < high < 1
+    assert model.model.layers[1].thresholds.tolist() == pytest.approx([(low + high) / 2])
+    for wrong, message in ((str(tmp_path), "is no folder with a trained model"),):
+        with pytest.raises(UserError, match=message):
+            run(
+                calibration={"method": "paper", "baseline": wrong},
+                trainer__output_dir=str(tmp_path / "other"),
+            )
+
+
+@pytest.mark.usefixtures(
+    "unchecked"
+)  # accelerate rebuilds the output from a dict, which the checked class refuses
+def test_bfloat16(run: Go) -> None:
+    result, _ = run(trainer__precision="bf16")
+    assert math.isfinite(result.validation_loss)
+    assert {tensor.dtype for tensor in weights(result.model).values()} == {torch.float32}
