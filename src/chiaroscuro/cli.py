@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
@@ -33,7 +34,8 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A model's folder, a run's folder (its model/ is meant), or a Hub name owner/name.")
+    str,
+    typer.Argument(help="A model's folder, a run's folder (its model/ is meant), or a Hub name owner/name."),
 ]
 Source = Annotated[
     str | None,
@@ -54,9 +56,12 @@ Share = Annotated[
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields to set otherwise: model.attention_share=0.1 trainer.seed=1 …")
+        list[str] | None,
+        typer.Argument(help="Fields to set otherwise: model.attention_share=0.1 trainer.seed=1 …"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model by a recipe, or go on with a run that was interrupted.
@@ -134,7 +139,9 @@ def evaluate(
     }
     if routes:
         gates = [gate for _, gate in result.routings if gate is not None]
-        figures |= describe_routing([routing for routing, _ in result.routings], gates, model.config.hidden_size)
+        figures |= describe_routing(
+            [routing for routing, _ in result.routings], gates, model.config.hidden_size
+        )
     if as_json:
         _print_json(figures)
         return
@@ -180,12 +187,17 @@ def generate(
 def calibrate(
     checkpoint: Checkpoint,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper.")
+        Path | None,
+        typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper."),
     ] = None,
-    share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="ρ; the model's own attention_share unless given.")
+    ] = None,
     data: Source = None,
     split: Annotated[str, typer.Option(help="The split to calibrate on.")] = "train",
-    tokens: Annotated[int, typer.Option(help="How many tokens to take, from the split's beginning.", min=1)] = 65536,
+    tokens: Annotated[
+        int, typer.Option(help="How many tokens to take, from the split's beginning.", min=1)
+    ] = 65536,
     method: Annotated[
         str,
         typer.Option(
@@ -199,17 +211,20 @@ def calibrate(
 
     Example: chiaroscuro calibrate runs/small --share 0.1 --output runs/small-10
     """
-    from chiaroscuro.analysis.perplexity import evaluate_blocks
+    from torch.utils.data import DataLoader, Subset
+
     from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
     from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
-    from chiaroscuro.training import describe_routing, save_whole
+    from chiaroscuro.training import measure_routing, save_whole
     from chiaroscuro.training.calibration import calibrate as set_thresholds
     from chiaroscuro.training.calibration import paper_thresholds
 
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
     if (method == "data") != (output is not None):
-        raise UserError("--output goes with --method data: name a folder for the calibrated copy of the model")
+        raise UserError(
+            "--output goes with --method data: name a folder for the calibrated copy of the model"
+        )
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
@@ -218,7 +233,10 @@ def calibrate(
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     if method == "paper":
-        rows = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in corpus.splits["validation"]["text"])
+        rows = (
+            tokenizer(row, add_special_tokens=False)["input_ids"]
+            for row in corpus.splits["validation"]["text"]
+        )
         low, high = paper_thresholds(model, rows)
         if as_json:
             _print_json({"entropy_thresholds": [low, high]})
@@ -228,14 +246,11 @@ def calibrate(
     _refuse_other_models(model, "calibrate")
     length = recipe.data.sequence_length if recipe else min(256, model.config.max_position_embeddings)
     blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length)
-    taken = range(min(len(blocks), max(1, tokens // length)))
-    batches = [blocks[i]["input_ids"][None] for i in taken]
+    taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
+    batches = [batch["input_ids"] for batch in DataLoader(taken, batch_size=8)]
     set_thresholds(model, batches, share)
     save_whole(output, model, tokenizer)
-    from torch.utils.data import Subset
-
-    seen = evaluate_blocks(model, Subset(blocks, taken), output_routing=True).routings
-    measured = describe_routing([routing for routing, _ in seen], [], model.config.hidden_size)
+    measured = measure_routing(model, batches)
     if as_json:
         _print_json({"output": str(output), "attention_share": model.config.attention_share, **measured})
         return
@@ -313,13 +328,17 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     for layer in layers:
         stand = ", ".join(f"{t:.4f}" if t is not None else "∞" for t in layer["thresholds"]) or "–"
         steps = "–" if layer["calibration_steps"] is None else str(layer["calibration_steps"])
-        table.add_row(str(layer["layer"]), " · ".join(layer["operators"]), f"{layer['parameters']:,}", stand, steps)
+        table.add_row(
+            str(layer["layer"]), " · ".join(layer["operators"]), f"{layer['parameters']:,}", stand, steps
+        )
     console.print(table)
 
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path(
+        "runs/quickstart"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Train `small` and `small-baseline` on Python's documentation, and hold them side by side.
@@ -336,6 +355,7 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    logging.disable_progress_bar()  # that of loading a few files, which would stand between the lines of ours
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -385,7 +405,9 @@ def _source(data: str | None, recipe: Any) -> str:
     if data is not None:
         return data
     if recipe is None:
-        raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
+        raise UserError(
+            "no recipe beside this checkpoint says what text it was trained on: name one with --data"
+        )
     return recipe.data.source
 
 
@@ -420,7 +442,15 @@ def _bar(what: str, total: int, quiet: bool) -> Progress:
 def _figures_table(figures: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for name, value in figures.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        shown = (
+            f"{value:,.4f}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
         table.add_row(name.replace("_", " "), _escape(shown))
     return table
 

@@ -27,7 +27,11 @@ class Continuation:
 
     def figures(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        return {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": self.tokens / self.seconds}
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
 
 
 def continue_text(
@@ -60,9 +64,15 @@ def continue_text(
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty: give at least one character to continue")
     if ids.shape[1] >= longest:
-        raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
+        raise UserError(
+            f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it"
+        )
     set_seed(seed)
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    sampled = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if temperature
+        else {"do_sample": False}
+    )
     start = time.perf_counter()
     with torch.inference_mode():
         answer = model.generate(
@@ -73,4 +83,6 @@ def continue_text(
             **sampled,
         )
     new = answer[0, ids.shape[1] :]
-    return Continuation(tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - start)
+    return Continuation(
+        tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - start
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
 
@@ -41,16 +42,25 @@ def load_checkpoint(name: str) -> PreTrainedModel:
 
     """
     path = find_checkpoint(name)
+    verbosity = logging.get_verbosity()
+    # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
+    logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+        )
     except UserError as error:
         raise UserError(f"{path}/config.json: {error}") from None
     except (SafetensorError, OSError, json.JSONDecodeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     # transformers fills what is missing with random numbers and warns; a model that is half random is no model.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise UserError(f"{path}: weights don't fit its config.json: {kind.replace('_', ' ')} {sorted(info[kind])}")
+            first, *others = sorted(str(key) for key in info[kind])
+            more = f" and {len(others)} more" if others else ""
+            raise UserError(f"{path}: weights don't fit its config.json: {kind.replace('_', ' ')}: {first}{more}")
     return model.eval()
 
 

@@ -69,7 +69,15 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
 
 def _comparison(figures: dict[str, Any]) -> Table:
     table = Table(
-        "model", "parameters", "tokens", "attention", "validation ppl", "bits/byte", "training", "tokens/s", box=None
+        "model",
+        "parameters",
+        "tokens",
+        "attention",
+        "validation ppl",
+        "bits/byte",
+        "training",
+        "tokens/s",
+        box=None,
     )
     for name, run in figures.items():
         table.add_row(
@@ -89,5 +97,10 @@ def _attention(run: Path) -> str:
     """The share of all layers' tokens that were sent to attention in the last validation."""
     last = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"][-1]
     layers = last["layers"]
-    sent = sum(s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention")
+    sent = sum(
+        s
+        for layer in layers
+        for n, s in zip(layer["operators"], layer["share"], strict=True)
+        if n == "attention"
+    )
     return f"{sent / len(layers):.0%} of tokens × layers"

@@ -2,7 +2,7 @@
 
 from chiaroscuro.training.checkpoints import save_whole
 from chiaroscuro.training.recipe import Recipe
-from chiaroscuro.training.records import describe_routing, read_records
+from chiaroscuro.training.records import describe_routing, measure_routing, read_records
 from chiaroscuro.training.run import TrainingInterrupted, TrainResult, train
 from chiaroscuro.training.trainer import TrainingDiverged
 
@@ -12,6 +12,7 @@ __all__ = [
     "TrainingDiverged",
     "TrainingInterrupted",
     "describe_routing",
+    "measure_routing",
     "read_records",
     "save_whole",
     "train",

@@ -8,7 +8,7 @@ noise beside them (SPEC §2): an entropy means nothing without them.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.ops import null_entropy_quantiles
 
 PROBABILITIES = (0.05, 0.5, 0.95)
@@ -52,6 +53,14 @@ def describe_routing(
     if gates:
         record["gate"] = torch.cat([gate.detach().float().flatten() for gate in gates]).mean().item()
     return record
+
+
+@torch.no_grad()
+def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
+    """What a model routes where on some batches of input ids, as `describe_routing` puts it."""
+    outputs = [model(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
+    gates = [output.meta_gate for output in outputs if output.meta_gate is not None]
+    return describe_routing([output.routing for output in outputs], gates, model.config.hidden_size)
 
 
 def _share(batches: Sequence[Any]) -> list[float]:

@@ -125,9 +125,6 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     steps = recipe.steps(world)
     _refuse_data_parallel(processes)
     checkpoint = _find_checkpoint(recipe, folder, resume, say)
-    processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
-    if processes.is_main_process:
-        _open_folder(recipe, folder, resume)
 
     with processes.main_process_first():  # the others find its caches
         corpus = load_corpus(recipe.data.source)
@@ -142,6 +139,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 
     model = _build_model(recipe, tokenizer, corpus)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
+    if processes.is_main_process:
+        _open_folder(recipe, folder, resume)
     say(
         f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {corpus.name} "
         f"({splits['train'].count:,} tokens), {steps:,} steps of {recipe.tokens_per_step(world):,} tokens"

@@ -1,0 +1,285 @@
+"""The command line, called as a user calls it: what it prints, and one line and exit code 2 for each mistake.
+
+The oracle of a mistake is the same for all: exit code 2, standard output empty, standard error one line that starts with
+"error: " and says what is wrong. Nothing is left half-written.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from chiaroscuro import ChiarConfig, ChiarForCausalLM
+from chiaroscuro.cli import main
+from chiaroscuro.data import load_corpus, load_tokenizer
+
+SENTENCES = [
+    "the light falls on the table",
+    "a shadow lies behind the chair",
+    "in the dark room a candle burns",
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for split, repeats in (("train", 60), ("validation", 12), ("test", 12)):
+        lines = [f"{sentence} {number}" for number in range(repeats) for sentence in SENTENCES]
+        (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder as training leaves it, with an untrained model in it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    corpus = load_corpus(str(text_folder))
+    tokenizer = load_tokenizer("bpe:300", corpus)
+    torch.manual_seed(0)
+    config = ChiarConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, max_position_embeddings=64
+    )
+    model = ChiarForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "recipe.yaml").write_text(
+        "model: {preset: small}\n"
+        f"data: {{source: '{text_folder}', sequence_length: 32}}\n"
+        f"tokenizer: bpe:300\ntrainer: {{output_dir: '{folder}', steps: 100}}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["chiaroscuro", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+# What the commands do
+
+
+def test_presets_lists_every_preset_with_its_size(run: Run) -> None:
+    code, out, _ = run("presets")
+    assert code == 0
+    assert all(name in out for name in ChiarConfig.presets())
+    assert "400.04 M" in out and "16.03 M" in out
+    code, out, _ = run("presets", "--json")
+    assert set(json.loads(out)) == set(ChiarConfig.presets())
+
+
+def test_info_says_what_a_checkpoint_is(run: Run, run_folder: Path) -> None:
+    code, out, _ = run("info", run_folder)
+    assert code == 0 and "dct · attention" in out
+    facts = json.loads(run("info", run_folder, "--json")[1])
+    model = ChiarForCausalLM.from_pretrained(run_folder / "model")
+    assert facts["parameters"] == model.num_parameters()
+    assert facts["layers"][1]["thresholds"] == pytest.approx(model.model.layers[1].thresholds.tolist())
+    assert facts["recipe"]["data"]["sequence_length"] == 32
+
+
+def test_evaluate_agrees_with_the_loss_written_out(run: Run, run_folder: Path) -> None:
+    code, out, _ = run("evaluate", run_folder, "--split", "test", "--json")
+    assert code == 0
+    figures = json.loads(out)
+    from chiaroscuro.data import TokenBlocks, tokenize_corpus
+
+    model = ChiarForCausalLM.from_pretrained(run_folder / "model").eval()
+    corpus = load_corpus(figures["data"])
+    tokens = tokenize_corpus(corpus, load_tokenizer(str(run_folder / "model"), corpus))["test"]
+    blocks = TokenBlocks(tokens, 32)
+    losses = []
+    for i in range(len(blocks)):
+        with torch.no_grad():
+            log_p = model(blocks[i]["input_ids"][None], use_cache=False).logits.double().log_softmax(-1)[0]
+        losses.append(-log_p[torch.arange(32), blocks[i]["shift_labels"]])
+    loss = torch.cat(losses).mean().item()
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+    bits = loss / torch.log(torch.tensor(2.0)).item() * tokens.count / tokens.bytes
+    assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert figures["tokens"] == 32 * len(blocks)
+
+
+def test_evaluate_turns_the_dial_and_strides(run: Run, run_folder: Path) -> None:
+    figures = json.loads(run("evaluate", run_folder, "--share", 1, "--stride", 8, "--json")[1])
+    assert figures["layers"][1]["share"] == [0.0, 1.0]
+    assert figures["stride"] == 8
+    code, out, _ = run("evaluate", run_folder, "--share", "0")
+    assert code == 0 and "attention 0.0%" in out
+
+
+def test_generate_continues_the_prompt(run: Run, run_folder: Path) -> None:
+    first = json.loads(run("generate", run_folder, "the light", "--max-new-tokens", 5, "--json")[1])
+    again = json.loads(run("generate", run_folder, "the light", "--max-new-tokens", 5, "--json")[1])
+    assert first["continuation"] == again["continuation"]
+    assert 1 <= first["tokens"] <= 5
+    code, out, _ = run("generate", run_folder, "the [light]", "--max-new-tokens", 3, "--temperature", 0)
+    assert code == 0 and out.startswith("the [light]")
+
+
+def test_calibrate_sets_the_share_and_leaves_the_checkpoint_alone(
+    run: Run, run_folder: Path, tmp_path: Path
+) -> None:
+    before = (run_folder / "model/model.safetensors").read_bytes()
+    code, out, _ = run("calibrate", run_folder, "--share", 0.4, "--output", tmp_path / "cal", "--json")
+    assert code == 0
+    # Coarse, because this text has few distinct tokens and H of the first routed layer depends on the token alone: ties.
+    assert json.loads(out)["layers"][1]["share"][1] == pytest.approx(0.4, abs=0.05)
+    assert (run_folder / "model/model.safetensors").read_bytes() == before
+    calibrated = ChiarForCausalLM.from_pretrained(tmp_path / "cal")
+    assert calibrated.config.attention_share == 0.4
+    assert calibrated.thresholds()[1].calibrated
+
+
+def test_calibrate_as_published_prints_two_thresholds(run: Run, run_folder: Path) -> None:
+    code, out, _ = run("calibrate", run_folder, "--method", "paper", "--json")
+    low, high = json.loads(out)["entropy_thresholds"]
+    assert code == 0 and 0 < low < high < 1
+    code, out, _ = run("calibrate", run_folder, "--method", "paper")
+    assert out.startswith("calibration: {method: fixed, thresholds: [")
+
+
+def test_route_shows_every_token_and_writes_the_pictures(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    text = "the light falls on a chair"
+    page, picture = tmp_path / "page.html", tmp_path / "figure.png"
+    code, out, _ = run("route", run_folder, text, "--html", page, "--png", picture)
+    assert code == 0 and "attention" in out and "null" in out
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    trace = json.loads(run("route", run_folder, text, "--json")[1])
+    assert "".join(trace["tokens"]) == text
+    assert len(trace["layers"]) == 3
+
+
+def test_train_evaluate_and_resume_from_a_recipe(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: {preset: small, hidden_size: 32, num_hidden_layers: 3}\n"
+        f"data: {{source: '{text_folder}', sequence_length: 16}}\n"
+        f"tokenizer: bpe:300\ntrainer: {{output_dir: '{tmp_path / 'run'}', steps: 4, warmup_steps: 1, batch_size: 2}}\n"
+    )
+    code, out, _ = run("train", recipe, "model.attention_share=0.5", "--json")
+    assert code == 0, out
+    result = json.loads(out)
+    assert result["steps"] == 4 and result["tokens"] == 4 * 2 * 16
+    figures = json.loads(run("evaluate", tmp_path / "run", "--json")[1])
+    assert figures["loss"] == pytest.approx(result["validation_loss"], rel=1e-5)
+    code, _, err = run("train", recipe, "model.attention_share=0.5")
+    assert code == 2 and "--resume" in err
+    code, out, _ = run("train", recipe, "model.attention_share=0.5", "--resume", "--json")
+    assert code == 0 and json.loads(out)["perplexity"] == result["perplexity"]
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "generate", "calibrate", "route", "presets", "info", "quickstart"]
+)
+def test_every_command_has_a_help_that_teaches(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Usage" in out and len(out) > 400
+    if command not in ("presets", "quickstart", "info"):
+        assert "Example" in out
+
+
+def test_it_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr.count("\n") == 1
+
+
+# Mistakes
+
+RECIPE = "model: {{preset: small}}\ntrainer: {{output_dir: out, steps: 100}}\n{}"
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no such command": (["trian", "x"], "No such command 'trian'"),
+    "a missing argument": (["evaluate"], "Missing argument"),
+    "an unknown option": (["info", "RUN", "--jsn"], "No such option"),
+    "an option of the wrong type": (["evaluate", "RUN", "--length", "many"], "Invalid value for '--length'"),
+    "a missing recipe": (["train", "nowhere.yaml"], "recipe nowhere.yaml can't be read: No such file"),
+    "a missing checkpoint": (["info", "nowhere"], "no such checkpoint: nowhere"),
+    "a folder without a model": (["info", "EMPTY"], "holds no model"),
+    "weights cut short": (["info", "CUT"], "missing or damaged"),
+    "weights missing": (["info", "BARE"], "missing or damaged"),
+    "a config that is no JSON": (["info", "GARBLED"], "missing or damaged"),
+    "an impossible config": (["info", "IMPOSSIBLE"], "hidden_size=30"),
+    "weights of another shape": (["info", "MISFIT"], "don't fit"),
+    "no tokenizer": (["generate", "MUTE", "hello"], "no tokenizer"),
+    "a split that isn't there": (["evaluate", "RUN", "--split", "dev"], "--split dev"),
+    "text that isn't there": (["evaluate", "RUN", "--data", "./nowhere"], "nowhere"),
+    "no text named": (["evaluate", "LONE"], "--data"),
+    "a block longer than the model": (["evaluate", "RUN", "--length", "65"], "max_position_embeddings=64"),
+    "a stride longer than the block": (["evaluate", "RUN", "--stride", "33"], "stride is 33"),
+    "an impossible share": (["evaluate", "RUN", "--share", "1.5"], "must be a number from 0 to 1"),
+    "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
+    "a prompt too long": (["generate", "RUN", "light " * 200], "the model reads at most 64"),
+    "an empty text": (["route", "RUN", ""], "the text is empty"),
+    "a text too long": (["route", "RUN", "light " * 200], "max_position_embeddings"),
+    "a page where no folder is": (["route", "RUN", "light", "--html", "nowhere/page.html"], "nowhere"),
+    "an unknown calibration": (["calibrate", "RUN", "--method", "magic"], "choose data or paper"),
+    "calibration without a place": (["calibrate", "RUN"], "--output"),
+    "calibration over a model": (["calibrate", "RUN", "--output", "EMPTY"], "exists already"),
+    "an override without a value": (["train", "GOOD", "model.preset"], "section.field=value"),
+    "an unknown field": (["train", "GOOD", "trainer.stepz=3"], "did you mean 'steps'"),
+    "an unknown field of the model": (["train", "GOOD", "model.atention_share=0.1"], "attention_share"),
+    "an unknown preset": (["train", "GOOD", "model.preset=smal"], "did you mean 'small'"),
+    "a width the heads don't divide": (["train", "GOOD", "model.hidden_size=130"], "num_attention_heads=4"),
+    "a sequence too long": (["train", "GOOD", "data.sequence_length=5000"], "max_position_embeddings=1024"),
+    "an unknown tokenizer": (["train", "GOOD", "tokenizer=bpe:12"], "bpe:12"),
+    "nothing to resume": (["train", "GOOD", "--resume"], "holds no run to resume"),
+    "quickstart elsewhere": (["quickstart"], "top of a clone"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints with one thing wrong each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    made = {"RUN": run_folder, "EMPTY": folder / "empty", "GOOD": folder / "good.yaml"}
+    made["EMPTY"].mkdir()
+    made["GOOD"].write_text(RECIPE.format(""))
+    for name in ("CUT", "BARE", "GARBLED", "IMPOSSIBLE", "MISFIT", "MUTE", "LONE"):
+        made[name] = folder / name.lower()
+        shutil.copytree(run_folder / "model", made[name])
+    weights = made["CUT"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (made["BARE"] / "model.safetensors").unlink()
+    (made["GARBLED"] / "config.json").write_text('{"model_type": "chiar",')
+    for name, width in (("IMPOSSIBLE", 30), ("MISFIT", 64)):
+        config = json.loads((made[name] / "config.json").read_text())
+        (made[name] / "config.json").write_text(json.dumps(config | {"hidden_size": width}))
+    for file in made["MUTE"].glob("tokenizer*"):
+        file.unlink()
+    return made
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    mistake: str, run: Run, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG[mistake]
+    code, out, err = run(*[places.get(argument, argument) for argument in arguments])
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == [], "something was left behind"
