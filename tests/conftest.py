@@ -1,4 +1,4 @@
-"""What all tests share: a quiet, offline process with a cache of its own, and shape annotations that are checked.
+"""What all tests share: a quiet, offline process with a cache of its own, and annotations that are checked.
 
 The environment is set before anything imports torch or transformers, which read it on import. Each process of
 `pytest -n` gets its own throwaway cache; the processes that a test starts inherit it.
@@ -23,10 +23,10 @@ for _name, _value in {
 from jaxtyping import config as jaxtyping_config  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# From here on `import chiaroscuro` compiles the annotations of these rooms into checks: a wrong shape or type in any
-# call that any test makes, and in any value returned, is an error. The library itself checks nothing at run time.
-# The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the config, the
-# recipe and the commands from their annotations, which a checked class breaks.
+# From here on `import chiaroscuro` compiles the annotations of these rooms into checks: a wrong shape or type in
+# any call that any test makes, and in any value returned, is an error. The library itself checks nothing at run
+# time. The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the
+# config, the recipe and the commands from their annotations, which a checked class breaks.
 CHECKED = ["chiaroscuro.ops", "chiaroscuro.layers", "chiaroscuro.model"]
 install_import_hook(CHECKED, "beartype.beartype")
 
@@ -41,7 +41,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder ../shared beside the checkout: test vectors and real data. Without it the test is skipped."""
+    """The folder ../shared beside the checkout, vectors and real data; without it the test is skipped."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("needs ../shared, which is not beside this checkout")
@@ -50,7 +50,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Switch the annotations' checks off, as they are for users: for tests of the library's own error messages."""
+    """Switch the annotations' checks off, as they are for users: to see the library's own error messages."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)

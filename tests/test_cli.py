@@ -43,9 +43,7 @@ def run_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     corpus = load_corpus(str(text_folder))
     tokenizer = load_tokenizer("bpe:300", corpus)
     torch.manual_seed(0)
-    config = ChiarConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, max_position_embeddings=64
-    )
+    config = ChiarConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, max_position_embeddings=64)
     model = ChiarForCausalLM(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -135,9 +133,7 @@ def test_generate_continues_the_prompt(run: Run, run_folder: Path) -> None:
     assert code == 0 and out.startswith("the [light]")
 
 
-def test_calibrate_sets_the_share_and_leaves_the_checkpoint_alone(
-    run: Run, run_folder: Path, tmp_path: Path
-) -> None:
+def test_calibrate_sets_the_share_and_leaves_the_checkpoint_alone(run: Run, run_folder: Path, tmp_path: Path) -> None:
     before = (run_folder / "model/model.safetensors").read_bytes()
     code, out, _ = run("calibrate", run_folder, "--share", 0.4, "--output", tmp_path / "cal", "--json")
     assert code == 0
@@ -199,9 +195,7 @@ def test_every_command_has_a_help_that_teaches(run: Run, command: str) -> None:
 
 
 def test_it_runs_as_a_module() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1
 

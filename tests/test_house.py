@@ -27,9 +27,7 @@ APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523
 
 # Put together from halves, so that this file passes its own search. The home of "someone" is an example.
 FORBIDDEN = {
-    "a path of someone's machine": re.compile(
-        r"(?<![\w.~/-])" + "/" + r"(work|root|home|Users)/(?!someone\b)\w"
-    ),
+    "a path of someone's machine": re.compile(r"(?<![\w.~/-])" + "/" + r"(work|root|home|Users)/(?!someone\b)\w"),
     "the host of a package index": re.compile("py" + r"pi\.org|python" + "hosted|download\\.py" + "torch"),
     "a package index on a command line": re.compile("index" + "-url|find" + "-links"),
     "who typed it": re.compile("Cl" + "aude|helper " + "session", re.IGNORECASE),

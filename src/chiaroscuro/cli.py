@@ -16,14 +16,17 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
+from chiaroscuro.model import ChiarForCausalLM
 
 app = typer.Typer(
     name="chiaroscuro",
@@ -59,9 +62,7 @@ def train(
         list[str] | None,
         typer.Argument(help="Fields to set otherwise: model.attention_share=0.1 trainer.seed=1 …"),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model by a recipe, or go on with a run that was interrupted.
@@ -111,8 +112,7 @@ def evaluate(
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
     recipe = _recipe_of(checkpoint)
     if share is not None:
-        _refuse_other_models(model, "--share")
-        model.set_attention_share(share)
+        _chiar(model, "--share").set_attention_share(share)
     if length is None:
         length = recipe.data.sequence_length if recipe else model.config.max_position_embeddings
     if length > model.config.max_position_embeddings:
@@ -127,7 +127,7 @@ def evaluate(
     routes = isinstance(model.config, ChiarConfig)
     with _bar("evaluating", len(blocks), as_json) as bar:
         result = evaluate_blocks(
-            model, blocks, batch_size=batch_size, output_routing=routes, progress=lambda n: bar.advance(0, n)
+            model, blocks, batch_size=batch_size, output_routing=routes, progress=lambda n: bar.advance(TaskID(0), n)
         )
     figures: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -139,9 +139,7 @@ def evaluate(
     }
     if routes:
         gates = [gate for _, gate in result.routings if gate is not None]
-        figures |= describe_routing(
-            [routing for routing, _ in result.routings], gates, model.config.hidden_size
-        )
+        figures |= describe_routing([routing for routing, _ in result.routings], gates, model.config.hidden_size)
     if as_json:
         _print_json(figures)
         return
@@ -171,8 +169,7 @@ def generate(
 
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
     if share is not None:
-        _refuse_other_models(model, "--share")
-        model.set_attention_share(share)
+        _chiar(model, "--share").set_attention_share(share)
     text = _text(prompt)
     result = continue_text(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
@@ -190,14 +187,10 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper."),
     ] = None,
-    share: Annotated[
-        float | None, typer.Option(help="ρ; the model's own attention_share unless given.")
-    ] = None,
+    share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
     data: Source = None,
     split: Annotated[str, typer.Option(help="The split to calibrate on.")] = "train",
-    tokens: Annotated[
-        int, typer.Option(help="How many tokens to take, from the split's beginning.", min=1)
-    ] = 65536,
+    tokens: Annotated[int, typer.Option(help="How many tokens to take, from the split's beginning.", min=1)] = 65536,
     method: Annotated[
         str,
         typer.Option(
@@ -222,9 +215,7 @@ def calibrate(
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
     if (method == "data") != (output is not None):
-        raise UserError(
-            "--output goes with --method data: name a folder for the calibrated copy of the model"
-        )
+        raise UserError("--output goes with --method data: name a folder for the calibrated copy of the model")
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
@@ -233,17 +224,15 @@ def calibrate(
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     if method == "paper":
-        rows = (
-            tokenizer(row, add_special_tokens=False)["input_ids"]
-            for row in corpus.splits["validation"]["text"]
-        )
+        rows = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in corpus.splits["validation"]["text"])
         low, high = paper_thresholds(model, rows)
         if as_json:
             _print_json({"entropy_thresholds": [low, high]})
         else:
             print(f"calibration: {{method: fixed, thresholds: [{low:.4f}, {high:.4f}]}}")
         return
-    _refuse_other_models(model, "calibrate")
+    model = _chiar(model, "calibrate")
+    assert output is not None  # checked above, for this method
     length = recipe.data.sequence_length if recipe else min(256, model.config.max_position_embeddings)
     blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length)
     taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
@@ -280,7 +269,7 @@ def route(
     from chiaroscuro.report.routing_terminal import print_routing
 
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
-    _refuse_other_models(model, "route")
+    model = _chiar(model, "route")
     if share is not None:
         model.set_attention_share(share)
     trace = trace_routing(model, tokenizer, _text(text))
@@ -328,17 +317,13 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     for layer in layers:
         stand = ", ".join(f"{t:.4f}" if t is not None else "∞" for t in layer["thresholds"]) or "–"
         steps = "–" if layer["calibration_steps"] is None else str(layer["calibration_steps"])
-        table.add_row(
-            str(layer["layer"]), " · ".join(layer["operators"]), f"{layer['parameters']:,}", stand, steps
-        )
+        table.add_row(str(layer["layer"]), " · ".join(layer["operators"]), f"{layer['parameters']:,}", stand, steps)
     console.print(table)
 
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path(
-        "runs/quickstart"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path("runs/quickstart"),
     as_json: AsJson = False,
 ) -> None:
     """Train `small` and `small-baseline` on Python's documentation, and hold them side by side.
@@ -405,22 +390,17 @@ def _source(data: str | None, recipe: Any) -> str:
     if data is not None:
         return data
     if recipe is None:
-        raise UserError(
-            "no recipe beside this checkpoint says what text it was trained on: name one with --data"
-        )
+        raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
     return recipe.data.source
 
 
-def _refuse_other_models(model: Any, what: str) -> None:
-    if not isinstance(model.config, ChiarConfig):
+def _chiar(model: PreTrainedModel, what: str) -> ChiarForCausalLM:
+    if not isinstance(model, ChiarForCausalLM):
         raise UserError(f"{what} needs a CHIAR-Former, and this checkpoint is a {type(model).__name__}")
+    return model
 
 
 def _parameters_of(preset: str) -> int:
-    import torch
-
-    from chiaroscuro.model import ChiarForCausalLM
-
     with torch.device("meta"):
         return ChiarForCausalLM(ChiarConfig.preset(preset)).num_parameters()
 
@@ -444,13 +424,7 @@ def _figures_table(figures: dict[str, Any]) -> Table:
     for name, value in figures.items():
         if isinstance(value, bool):
             value = "yes" if value else "no"
-        shown = (
-            f"{value:,.4f}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(name.replace("_", " "), _escape(shown))
     return table
 

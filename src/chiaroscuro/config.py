@@ -219,7 +219,9 @@ class ChiarConfig(PreTrainedConfig):
             value = getattr(self, field)
             for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
                 if token is not None and (not _is_whole(token) or not 0 <= token < self.vocab_size):
-                    raise UserError(f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}")
+                    raise UserError(
+                        f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}"
+                    )
         self._check_menus()
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
@@ -396,7 +398,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "v1-all-three": (
         "paper v1, 17M: dct · all three · all three · attention",
-        {**_V1, "operators": [["dct"], ["dct", "rbf", "attention"], ["dct", "rbf", "attention"], ["attention"]]},
+        {
+            **_V1,
+            "operators": [["dct"], ["dct", "rbf", "attention"], ["dct", "rbf", "attention"], ["attention"]],
+        },
     ),
     "v1-dct-attention": (
         "paper v1, 17M: dct · dct/attention · dct/attention · attention",

@@ -136,9 +136,7 @@ def test_the_gate_is_one_number_or_one_per_token(pooling):
 
 
 def test_a_model_without_a_head_does():
-    assert trace_routing(MODEL.model, TOKENIZERS["bytes"], TEXT) == trace_routing(
-        MODEL, TOKENIZERS["bytes"], TEXT
-    )
+    assert trace_routing(MODEL.model, TOKENIZERS["bytes"], TEXT) == trace_routing(MODEL, TOKENIZERS["bytes"], TEXT)
 
 
 def test_depth_counts_the_routed_layers_that_gave_the_costliest_operator():

@@ -91,13 +91,9 @@ def test_parquet_and_jsonl_hold_the_same_corpus_as_text(tmp_path, cache, corpus)
     for split, text in TEXTS.items():
         rows = text.removesuffix("\n").split("\n")
         if split == "train":
-            datasets.Dataset.from_dict({"label": range(len(rows)), "text": rows}).to_parquet(
-                tmp_path / "train.parquet"
-            )
+            datasets.Dataset.from_dict({"label": range(len(rows)), "text": rows}).to_parquet(tmp_path / "train.parquet")
         else:
-            (tmp_path / f"{split}.jsonl").write_text(
-                "".join(json.dumps({"text": row}) + "\n" for row in rows)
-            )
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     assert load_corpus(tmp_path, cache).fingerprint == corpus.fingerprint
 
 
@@ -171,9 +167,7 @@ def test_what_looks_like_a_path_must_be_there(source, cache, tmp_path, monkeypat
     assert "no such folder" in refuse(source, cache)
 
 
-@pytest.mark.parametrize(
-    "source", ["", "wikitext", "python_docs", "owner/name:a:b", "owner name/x", "x" * 5000]
-)
+@pytest.mark.parametrize("source", ["", "wikitext", "python_docs", "owner/name:a:b", "owner name/x", "x" * 5000])
 def test_a_name_of_nothing(source, cache, monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", None)
     message = refuse(source, cache)
@@ -270,9 +264,7 @@ def test_a_hub_data_set_without_validation_or_text(monkeypatch, cache) -> None:
     rows = datasets.Dataset.from_dict({"sentence": ["a"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=rows))
     assert "has no validation split, only train" in refuse("owner/name", cache)
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=rows, validation=rows)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=rows, validation=rows))
     assert "has no column 'text', only sentence" in refuse("owner/name", cache)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(all=rows))
     assert "has no train split" in refuse("owner/name", cache)

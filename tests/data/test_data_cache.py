@@ -11,9 +11,7 @@ from chiaroscuro.data import default_cache_dir
 from chiaroscuro.data.cache import fingerprint, whole_file, writing_to
 from chiaroscuro.errors import UserError
 
-PARTS = st.dictionaries(
-    st.text("abc", min_size=1, max_size=3), st.one_of(st.none(), st.integers(), st.text())
-)
+PARTS = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.one_of(st.none(), st.integers(), st.text()))
 
 
 @given(parts=PARTS, other=PARTS)
@@ -68,9 +66,7 @@ def test_a_full_disk_in_one_line(tmp_path) -> None:
         raise RuntimeError("a library's own error") from full
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("mine"), OSError("a broken file, says a library"), KeyError("x")]
-)
+@pytest.mark.parametrize("error", [UserError("mine"), OSError("a broken file, says a library"), KeyError("x")])
 def test_other_errors_pass(tmp_path, error) -> None:
     with pytest.raises(type(error)) as caught, writing_to(tmp_path):
         raise error

@@ -84,9 +84,7 @@ def test_loader_with_workers(path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 16])
 def test_a_split_shorter_than_a_block(tmp_path, count) -> None:
-    with pytest.raises(
-        UserError, match=rf"^the train split of a test has {count} tokens, too few .* 16 \+ 1"
-    ):
+    with pytest.raises(UserError, match=rf"^the train split of a test has {count} tokens, too few .* 16 \+ 1"):
         TokenBlocks(token_file(tmp_path / "t", count), 16)
 
 

@@ -57,9 +57,7 @@ def test_training_twice_gives_the_same(corpus) -> None:
 def test_it_learns_from_the_train_split_alone(corpus_of, tmp_path) -> None:
     corpus = corpus_of(["plain words"] * 5)
     corpus.splits["validation"] = datasets.Dataset.from_dict({"text": ["zzzz" * 50]})
-    assert not any(
-        "z" in token and len(token) > 1 for token in load_tokenizer("bpe:300", corpus, tmp_path).get_vocab()
-    )
+    assert not any("z" in token and len(token) > 1 for token in load_tokenizer("bpe:300", corpus, tmp_path).get_vocab())
 
 
 def test_it_is_trained_once(corpus, tmp_path, monkeypatch) -> None:
@@ -127,9 +125,7 @@ def refuse(source: object, corpus, cache) -> str:
     "source", ["bpe:", "bpe", "bpe:257", "bpe:0", "bpe:-5", "bpe:8k", "bpe:1e4", "bpe:8192.0", "bpe:²"]
 )
 def test_a_size_that_is_none(source, corpus, tmp_path) -> None:
-    assert f"the tokenizer {source!r} needs a whole number of at least 258" in refuse(
-        source, corpus, tmp_path
-    )
+    assert f"the tokenizer {source!r} needs a whole number of at least 258" in refuse(source, corpus, tmp_path)
 
 
 def test_the_smallest_size_works(corpus, tmp_path) -> None:
@@ -166,9 +162,7 @@ def test_a_hub_that_fails(corpus, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     message = refuse("owner/name", corpus, tmp_path)
-    assert (
-        "could not load the tokenizer 'owner/name' from the Hugging Face Hub (We couldn't connect" in message
-    )
+    assert "could not load the tokenizer 'owner/name' from the Hugging Face Hub (We couldn't connect" in message
 
 
 def test_a_tokenizer_without_a_fast_version(corpus, tmp_path, monkeypatch) -> None:

@@ -74,9 +74,7 @@ def test_the_sidecar_says_what_it_is(corpus, tokenizer, cache) -> None:
 def big(vocab_size: int, ids: dict[str, int]) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer with made-up ids in a vocabulary of some size."""
     filler = {f"<{i}>": i for i in range(vocab_size) if i not in ids.values()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({**filler, **ids}, unk_token="<0>"))
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({**filler, **ids}, unk_token="<0>")))
 
 
 def test_vocabularies_beyond_16_bits(corpus_of, tmp_path) -> None:
@@ -97,9 +95,7 @@ def test_documents_need_an_end_of_sequence(corpus_of, tmp_path) -> None:
         tokenize_corpus(corpus_of(["word"], "eos"), big(10, {"word": 5}), tmp_path)
 
 
-def test_length_padding_and_truncation_do_not_matter(
-    corpus, tokenizer, cache, tmp_path, caplog, capfd
-) -> None:
+def test_length_padding_and_truncation_do_not_matter(corpus, tokenizer, cache, tmp_path, caplog, capfd) -> None:
     plain = tokenize_corpus(corpus, tokenizer, cache)["train"]
     odd = load_tokenizer("bpe:300", corpus, cache)
     odd.model_max_length = 16
@@ -151,9 +147,7 @@ def test_a_damaged_file_is_made_again_with_one_line(corpus, tokenizer, tmp_path,
     damage(path)
     assert tokenize_corpus(corpus, tokenizer, tmp_path)["train"].count == len(whole) // 2
     assert path.read_bytes() == whole
-    assert [record.message for record in caplog.records] == [
-        f"tokenising again: the cached {path} is incomplete"
-    ]
+    assert [record.message for record in caplog.records] == [f"tokenising again: the cached {path} is incomplete"]
     tokenize_corpus(corpus, tokenizer, tmp_path)
     assert len(caplog.records) == 1
 
@@ -172,8 +166,7 @@ def test_interrupted_work_leaves_nothing(corpus, tokenizer, tmp_path, monkeypatc
 def test_several_at_once_agree(corpus, tokenizer, tmp_path) -> None:
     found: list[dict[str, tokens.TokenFile]] = []
     workers = [
-        threading.Thread(target=lambda: found.append(tokenize_corpus(corpus, tokenizer, tmp_path)))
-        for _ in range(4)
+        threading.Thread(target=lambda: found.append(tokenize_corpus(corpus, tokenizer, tmp_path))) for _ in range(4)
     ]
     for worker in workers:
         worker.start()
@@ -195,9 +188,7 @@ def test_a_pickle_holds_the_path_and_not_the_tokens(corpus, tokenizer, cache) ->
 def test_a_fork_afterwards_is_not_warned_about(corpus, tokenizer, tmp_path, capfd) -> None:
     tokenize_corpus(corpus, tokenizer, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python's own word on forks and threads, from 3.12 on
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own word on forks and threads, from 3.12 on
         child = os.fork()
     if child == 0:
         os._exit(0)
@@ -215,9 +206,7 @@ def test_a_bar_shows_when_the_work_takes_long(corpus, tmp_path, capfd, monkeypat
 
 def test_a_cache_folder_that_cannot_be_written(corpus, tokenizer, tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        UserError, match=r"^cannot write to the cache folder .*file/tokens: .*CHIAROSCURO_CACHE$"
-    ):
+    with pytest.raises(UserError, match=r"^cannot write to the cache folder .*file/tokens: .*CHIAROSCURO_CACHE$"):
         tokenize_corpus(corpus, tokenizer, tmp_path / "file")
 
 

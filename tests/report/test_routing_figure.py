@@ -56,9 +56,7 @@ def test_the_null_is_a_line_wherever_entropy_is(tokens):
 def test_the_bars_are_the_shares():
     trace = make_trace(list("abcdefgh"))
     bars = draw_routing(trace).axes[1].patches
-    assert [bar.get_width() for bar in bars] == pytest.approx(
-        [s for layer in trace.layers for s in layer.share]
-    )
+    assert [bar.get_width() for bar in bars] == pytest.approx([s for layer in trace.layers for s in layer.share])
 
 
 def test_the_stripe_below_a_row_has_one_colour_per_operator():

@@ -70,9 +70,7 @@ def test_the_embedded_numbers_are_those_of_the_trace(trace):
 @given(traces())
 def test_a_dot_for_every_token_in_every_layer_and_the_null_in_each(trace):
     page = Page(render_html(trace))
-    marks = [
-        attributes["d"].count("h0") for tag, attributes in page.elements if attributes.get("class") == "mark"
-    ]
+    marks = [attributes["d"].count("h0") for tag, attributes in page.elements if attributes.get("class") == "mark"]
     assert marks == [count for layer in trace.layers for count in layer.counts]
     lines = [attributes["class"] for tag, attributes in page.elements if tag == "path"]
     assert lines.count("rule null") == len(trace.layers)
@@ -92,9 +90,7 @@ def test_nothing_comes_from_elsewhere(trace):
 
 def test_the_policy_admits_this_script_and_no_other():
     page = Page(render_html(make_trace(HOSTILE)))
-    policy = next(
-        a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
@@ -119,7 +115,5 @@ def test_an_infinite_threshold_is_no_number_on_the_page():
 
 
 def test_only_one_token_is_a_tab_stop():
-    stops = [
-        a["tabindex"] for _, a in Page(render_html(make_trace("abc"))).elements if a.get("class") == "token"
-    ]
+    stops = [a["tabindex"] for _, a in Page(render_html(make_trace("abc"))).elements if a.get("class") == "token"]
     assert stops == ["0", "-1", "-1"]

@@ -34,9 +34,7 @@ def test_a_pipe_gets_no_escape_code(trace, per_token):
 @given(traces())
 def test_the_table_counts_as_the_trace_does(trace):
     rows = rows_of_layers(printed(trace))
-    expected = [
-        (name, n) for layer in trace.layers for name, n in zip(layer.operators, layer.counts, strict=True)
-    ]
+    expected = [(name, n) for layer in trace.layers for name, n in zip(layer.operators, layer.counts, strict=True)]
     # A layer's first line has its number before the operator.
     found = [row[1:3] if row[0].isdigit() else row[:2] for row in rows]
     assert [(name, int(count)) for name, count in found] == expected

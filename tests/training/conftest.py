@@ -63,9 +63,7 @@ def content(corpus: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """The run of `content`, never interrupted."""
-    return train(
-        changed(recipe_content(corpus, tmp_path_factory.mktemp("whole"))), console=Console(quiet=True)
-    )
+    return train(changed(recipe_content(corpus, tmp_path_factory.mktemp("whole"))), console=Console(quiet=True))
 
 
 def recipe_content(corpus: Path, folder: Path) -> dict[str, Any]:
@@ -97,9 +95,7 @@ def run(content: dict[str, Any]) -> Callable[..., tuple[TrainResult, str]]:
 
     def go(resume: bool = False, **changes: Any) -> tuple[TrainResult, str]:
         printed = io.StringIO()
-        return train(
-            changed(content, **changes), resume=resume, console=Console(file=printed)
-        ), printed.getvalue()
+        return train(changed(content, **changes), resume=resume, console=Console(file=printed)), printed.getvalue()
 
     return go
 

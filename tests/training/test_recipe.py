@@ -56,14 +56,10 @@ def test_what_is_written_is_read_back(fields: dict[str, Any]) -> None:
 
 
 @given(st.fixed_dictionaries({}, optional=VALUES))
-def test_an_override_is_as_good_as_the_file(
-    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
-) -> None:
+def test_an_override_is_as_good_as_the_file(tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("recipe") / "x.yaml"
     path.write_text(yaml.safe_dump(SMALL))
-    overrides = [
-        f"trainer.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in fields.items()
-    ]
+    overrides = [f"trainer.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in fields.items()]
     overrides = [text.replace("...", "").strip() for text in overrides]
     assert Recipe.load(path, overrides) == Recipe.from_dict(trainer(**fields))
 
@@ -90,9 +86,7 @@ def test_tokens_become_the_fewest_steps_that_reach_them(
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(
-        "model: {preset: small}\ntrainer: {output_dir: x, tokens: 1_000_000, learning_rate: 2e-3}\n"
-    )
+    path.write_text("model: {preset: small}\ntrainer: {output_dir: x, tokens: 1_000_000, learning_rate: 2e-3}\n")
     recipe = Recipe.load(path, ["trainer.min_learning_rate=1E-5", "model.attention_share=.5"])
     assert (recipe.trainer.tokens, recipe.trainer.learning_rate) == (1_000_000, 0.002)
     assert recipe.trainer.min_learning_rate == 1e-5
@@ -230,9 +224,7 @@ def test_a_mistake_is_one_line_that_names_it(content: dict[str, Any], fragments:
         ("model: !!python/object/apply:os.getcwd []\n", [], "is no valid YAML"),
     ],
 )
-def test_a_file_or_override_that_is_none(
-    tmp_path: Path, text: str | None, overrides: list[str], fragment: str
-) -> None:
+def test_a_file_or_override_that_is_none(tmp_path: Path, text: str | None, overrides: list[str], fragment: str) -> None:
     path = tmp_path / "x.yaml"
     if text is not None:
         path.write_text(text)

@@ -421,9 +421,7 @@ def test_thresholds_from_a_baseline(run: Go, tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.usefixtures(
-    "unchecked"
-)  # accelerate rebuilds the output from a dict, which the checked class refuses
+@pytest.mark.usefixtures("unchecked")  # accelerate rebuilds the output from a dict, which the checked class refuses
 def test_bfloat16(run: Go) -> None:
     result, _ = run(trainer__precision="bf16")
     assert math.isfinite(result.validation_loss)

@@ -70,9 +70,7 @@ def evaluate_blocks(
     was_training = model.training
     model.eval()
     for batch in DataLoader(blocks, batch_size=batch_size):
-        outputs = model(
-            **{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked
-        )
+        outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked)
         predicted = int((batch["shift_labels"] != -100).sum())
         total += outputs.loss.double().item() * predicted
         count += predicted

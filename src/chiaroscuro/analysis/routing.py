@@ -126,14 +126,10 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text is not valid Unicode at character {error.start}; give it as UTF-8"
-        ) from None
+        raise UserError(f"the text is not valid Unicode at character {error.start}; give it as UTF-8") from None
     ids, pieces = _tokenize(tokenizer, text)
     if not ids:
-        raise UserError(
-            f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it"
-        )
+        raise UserError(f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it")
     limit = model.config.max_position_embeddings
     if len(ids) > limit:
         raise UserError(
@@ -166,9 +162,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     )
     for number, layer in enumerate(layers, start=1):
         if not all(map(math.isfinite, layer.entropy)):
-            raise UserError(
-                f"the entropy in layer {number} is not a number: the model's weights hold NaN or infinity"
-            )
+            raise UserError(f"the entropy in layer {number} is not a number: the model's weights hold NaN or infinity")
     width = model.config.hidden_size
     return RoutingTrace(
         tokens=pieces,

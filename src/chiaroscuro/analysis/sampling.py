@@ -64,18 +64,13 @@ def continue_text(
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty: give at least one character to continue")
     if ids.shape[1] >= longest:
-        raise UserError(
-            f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it"
-        )
+        raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
     set_seed(seed)
-    sampled = (
-        {"do_sample": True, "temperature": temperature, "top_k": top_k}
-        if temperature
-        else {"do_sample": False}
-    )
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    generating: Any = model  # PreTrainedModel has no generate of its own to name, only those that mix it in
     start = time.perf_counter()
     with torch.inference_mode():
-        answer = model.generate(
+        answer = generating.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(max_new_tokens, longest - ids.shape[1]),
@@ -83,6 +78,5 @@ def continue_text(
             **sampled,
         )
     new = answer[0, ids.shape[1] :]
-    return Continuation(
-        tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - start
-    )
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    return Continuation(text, len(new), time.perf_counter() - start)

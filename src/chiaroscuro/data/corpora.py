@@ -33,9 +33,7 @@ SHARES = {"train": 90, "validation": 95, "test": 100}
 # Below this many bytes of text, datasets' progress bars would only flash.
 SMALL = 20_000_000
 
-FILE_NAME = re.compile(
-    r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl)"
-)
+FILE_NAME = re.compile(r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl)")
 SPLIT_OF = {"valid": "validation", "val": "validation"}
 READERS = {
     "txt": datasets.Dataset.from_text,
@@ -178,16 +176,12 @@ def _folder_splits(name: str, folder: Path, cache_dir: Path) -> dict[str, datase
             continue
         if len({(match["split"], match["part"] is None, match["format"]) for match in own}) > 1:
             listed = ", ".join(match.string for match in own)
-            raise UserError(
-                f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them"
-            )
+            raise UserError(f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them")
         files = [folder / match.string for match in own]
         splits[split] = _read_files(split, files, own[0]["format"], cache_dir)
     if "train" not in splits:
         listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
-        raise UserError(
-            f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}"
-        )
+        raise UserError(f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}")
     return splits
 
 
@@ -248,9 +242,7 @@ def _checked(name: str, splits: dict[str, datasets.Dataset]) -> dict[str, datase
             )
         type_ = getattr(rows.features["text"], "dtype", "list")
         if type_ not in ("string", "large_string"):
-            raise UserError(
-                f"the column 'text' in the {split} split of {name!r} holds {type_}; it must hold strings"
-            )
+            raise UserError(f"the column 'text' in the {split} split of {name!r} holds {type_}; it must hold strings")
     return {split: rows.select_columns("text") for split, rows in splits.items()}
 
 
@@ -263,9 +255,7 @@ def _hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -
         for batch in rows.iter(batch_size=1000):
             texts = batch["text"]
             if None in texts:
-                raise UserError(
-                    f"the {split} split of {name!r} has a row without text (null); remove such rows"
-                )
+                raise UserError(f"the {split} split of {name!r} has a row without text (null); remove such rows")
             characters += sum(map(len, texts))
             digest.update(repr([len(text) for text in texts]).encode())
             digest.update("".join(texts).encode())

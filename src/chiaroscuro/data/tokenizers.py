@@ -37,9 +37,7 @@ HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 WANTED_TOKENIZERS = "a tokenizer is 'bpe:8192' (any size), a folder with tokenizer files, or a Hub name"
 
 
-def load_tokenizer(
-    source: str | Path, corpus: Corpus, cache_dir: Path | None = None
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer, or train one.
 
     Args:
@@ -79,12 +77,8 @@ def load_tokenizer(
 
 def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
     if not (size.isascii() and size.isdecimal()) or int(size) < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'"
-        )
-    key = fingerprint(
-        corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__
-    )
+        raise UserError(f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'")
+    key = fingerprint(corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__)
     path = cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json"
     backend = _read(path) if path.exists() else None
     if backend is None:
@@ -143,9 +137,7 @@ def _from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
                 f"the tokenizer in {name!r} can't be read ({one_line(error)}); "
                 "vocab.json and merges.txt must be GPT-2's or shaped like them"
             ) from error
-    raise UserError(
-        f"the folder {name!r} holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt"
-    )
+    raise UserError(f"the folder {name!r} holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt")
 
 
 def _from_pretrained(name: str, failure: str) -> PreTrainedTokenizerBase:

@@ -100,9 +100,7 @@ def tokenize_corpus(
     folder = (cache_dir or default_cache_dir()) / "tokens"
     files = {}
     for split in corpus.splits:
-        key = fingerprint(
-            corpus=corpus.fingerprint, split=split, tokenizer=serialised, end=end, format=FORMAT
-        )
+        key = fingerprint(corpus=corpus.fingerprint, split=split, tokenizer=serialised, end=end, format=FORMAT)
         path = folder / f"{split}-{key}.bin"
         name = f"the {split} split of {corpus.name}"
         files[split] = _find(name, path) or _write(name, path, corpus, split, backend, end, len(tokenizer))
@@ -134,9 +132,7 @@ def _write(
     with whole_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
         for ids, text_bytes in _encode(corpus, split, backend, end):
             if ids.size and ids.max() >= vocab_size:
-                raise UserError(
-                    f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; mend it"
-                )
+                raise UserError(f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; mend it")
             stream.write(ids.astype(dtype).data)
             count += ids.size
             size += text_bytes

@@ -26,6 +26,7 @@ class RBFMixing(nn.Module):
 
     cost = 1
     cacheable = False
+    frequencies: Tensor
 
     def __init__(self, width: int, features: int = 64, gamma: float = 1.0, causal: bool = True) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ class HardRouter(SoftRouter):
     operator's output); in inference the index alone remains. Straight-through: arXiv 1308.3432.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time operators"] | Int[Tensor, "batch time"]:
         """One-hot weights in training, the index of the operator in inference."""

@@ -85,7 +85,9 @@ class Thresholds(nn.Module):
         self.running = fixed is None
         if fixed is not None and (len(fixed) != operators - 1 or list(fixed) != sorted(fixed)):
             raise ValueError(f"thresholds {fixed} for {operators} operators: need {operators - 1}, in rising order")
-        values = shares_to_thresholds(quantiles, share, operators) if fixed is None else torch.tensor(fixed, device="cpu")
+        values = (
+            shares_to_thresholds(quantiles, share, operators) if fixed is None else torch.tensor(fixed, device="cpu")
+        )
         self.register_buffer("values", values.float())
         self.register_buffer("quantiles", quantiles.clone())
         self.register_buffer("steps", torch.zeros((), device="cpu"))

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
@@ -46,7 +47,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
     logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
     except UserError as error:
@@ -55,6 +56,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
         raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded
     # transformers fills what is missing with random numbers and warns; a model that is half random is no model.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -64,7 +66,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer that was saved with the model.
 
     Raises:
@@ -73,9 +75,14 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = find_checkpoint(name)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path} has no tokenizer that can be read: {_first_line(error)}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{path} has a {type(tokenizer).__name__}: need one of the tokenizers library (a tokenizer.json)"
+        )
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

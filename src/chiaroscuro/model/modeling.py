@@ -104,9 +104,7 @@ class ChiarModel(ChiarPreTrainedModel):
         config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.meta_router = (
-            None if config.meta_router == "none" else MetaRouter(config.hidden_size, config.meta_router)
-        )
+        self.meta_router = None if config.meta_router == "none" else MetaRouter(config.hidden_size, config.meta_router)
         self.layers = nn.ModuleList(
             RoutedBlock(
                 config.hidden_size,

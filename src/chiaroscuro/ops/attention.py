@@ -45,9 +45,7 @@ def rotate(
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def causal_mask(
-    keys_real: Bool[Tensor, "batch keys"], query_length: int
-) -> Bool[Tensor, "batch 1 query keys"]:
+def causal_mask(keys_real: Bool[Tensor, "batch keys"], query_length: int) -> Bool[Tensor, "batch 1 query keys"]:
     """Query t sees key s where s ≤ t and s is a real token; the queries are the last `query_length` of the keys.
 
     A padded query sees itself, so that no row of the softmax is empty (which would give NaN); nothing reads it.

@@ -28,7 +28,9 @@ def rbf_mix(
     """
     time = features.shape[-2]
     if mask.shape[-2:] != (time, time):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, features {tuple(features.shape)}: need (…, {time}, {time})")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, features {tuple(features.shape)}: need (…, {time}, {time})"
+        )
     scores = features @ features.transpose(-1, -2)
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=wide)

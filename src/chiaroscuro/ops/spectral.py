@@ -5,16 +5,16 @@ frequencies, the entropy of that spread is the routing signal H, and a learned f
 None of these looks at another token, so all of them are causal for free.
 
 Two ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
-at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d. Both tables are computed once a
+at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d. The tables are computed once a
 length, in float64, and kept.
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,6 +26,10 @@ EPSILON = 1e-8
 MATRIX_UP_TO = 64
 """The longest vector for which the matrix product is used. It does 2d² operations where the FFT does about
 2.5 d log₂ d, but in one pass over memory instead of six; `benchmarks/dct.py` measures where they cross."""
+
+
+BLOCK = 2**17
+"""Numbers that the FFT takes at a time on a CPU: half a megabyte, which with its temporaries stays in the cache."""
 
 
 def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -55,9 +59,7 @@ def idct(coefficients: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch w
     return _transform(coefficients, inverse=True)
 
 
-def spectral_entropy(
-    x: Float[Tensor, "*batch width"], spectrum: Spectrum = "orthonormal"
-) -> Float[Tensor, "*batch"]:
+def spectral_entropy(x: Float[Tensor, "*batch width"], spectrum: Spectrum = "orthonormal") -> Float[Tensor, "*batch"]:
     """Normalised spectral entropy, H(x) = −Σ_k p_k log(p_k + ε) / log d with p_k = X_k² / (Σ_j X_j² + ε), X = dct(x).
 
     H is 0 where one frequency holds all the energy and 1 where all hold the same; it is 0 for d = 1.
@@ -103,9 +105,7 @@ def entropy_of_spectrum(
     return -(p * torch.log(p + EPSILON)).sum(-1) / math.log(width)
 
 
-def spectral_mix(
-    x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"]
-) -> Float[Tensor, "*batch width"]:
+def spectral_mix(x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"]) -> Float[Tensor, "*batch width"]:
     """Filter a token's features in the frequency domain: iDCT(DCT(x) ⊙ w).
 
     For a fixed w it is the linear map Cᵀ diag(w) C, C the DCT matrix; w = 1 gives x back.
@@ -125,9 +125,7 @@ def spectral_mix(
     """
     coefficients = _transform(x, inverse=False, keep_half=False)
     if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}: need ({x.shape[-1]},)"
-        )
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}: need ({x.shape[-1]},)")
     return idct(coefficients * weight).to(x.dtype)
 
 
@@ -152,6 +150,23 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
+# An operator of its own, which torch.compile calls and doesn't look into: it would put the making of the tables into
+# its graph, to be run at every call, and break the graph at complex numbers.
+@torch.library.custom_op("chiaroscuro::orthonormal_dct", mutates_args=())
+def _orthonormal_dct(x: Tensor, inverse: bool) -> Tensor:
+    return dct_by_matrix(x, inverse) if x.shape[-1] <= MATRIX_UP_TO else dct_by_fft(x, inverse)
+
+
+@_orthonormal_dct.register_fake
+def _(x: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_orthonormal_dct.register_vmap
+def _(info: Any, in_dims: tuple[int, None], x: Tensor, inverse: bool) -> tuple[Tensor, int]:
+    return _orthonormal_dct(x.movedim(in_dims[0], 0), inverse), 0
+
+
 class _OrthonormalDCT(torch.autograd.Function):
     """The pair as one function: the transform is orthogonal, so each one's gradient is the other."""
 
@@ -159,18 +174,14 @@ class _OrthonormalDCT(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, inverse: bool) -> Tensor:
-        if x.numel() == 0:  # which MKL's FFT refuses
-            return torch.empty_like(x)
-        if x.shape[-1] <= MATRIX_UP_TO:
-            return dct_by_matrix(x, inverse)
-        return _idct_by_fft(x) if inverse else _dct_by_fft(x)
+        return _orthonormal_dct(x, inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
         ctx.inverse = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _OrthonormalDCT.apply(grad, not ctx.inverse), None
 
 
@@ -180,53 +191,47 @@ def dct_by_matrix(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Fl
     return x @ matrix if inverse else x @ matrix.T
 
 
-def _dct_by_fft(x: Tensor) -> Tensor:
-    # Makhoul: with v = (x_0, x_2, …, x_3, x_1) and V = rfft(v), X_k and X_{d−k} are the real and the negated imaginary
-    # part of V_k e^{−iπk/2d}. The twiddle carries one more factor i, which swaps the parts and saves the negation.
-    width = x.shape[-1]
-    evens, bins = (width + 1) // 2, width // 2 + 1
-    v = torch.empty_like(x, memory_format=torch.contiguous_format)
-    v[..., :evens] = x[..., ::2]
-    v[..., evens:] = x[..., 1::2].flip(-1)
-    spectrum = torch.fft.rfft(v).mul_(_twiddle(width, x.dtype, x.device))
-    y = v  # its contents are spent
-    y[..., :bins] = spectrum.imag
-    y[..., bins:] = spectrum.real[..., 1:evens].flip(-1)
+def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
+    """Compute the transform by one real FFT of length d, on a CPU in blocks of rows that its cache holds."""
+    transform = _idct_by_fft if inverse else _dct_by_fft
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:  # which MKL's FFT refuses
+        return y
+    rows = max(1, BLOCK // x.shape[-1])
+    if x.device.type != "cpu" or x.ndim == 1:
+        transform(x, y)
+    else:
+        for part, out in zip(x.flatten(0, -2).split(rows), y.flatten(0, -2).split(rows), strict=True):
+            transform(part, out)
     return y
 
 
-def _idct_by_fft(coefficients: Tensor) -> Tensor:
+def _dct_by_fft(x: Tensor, y: Tensor) -> None:
+    # Makhoul: with v = (x_0, x_2, …, x_3, x_1) and V = rfft(v), X_k and X_{d−k} are the real and the negated
+    # imaginary part of V_k e^{−iπk/2d}. The twiddle carries one more factor i, which swaps the parts and saves
+    # the negation. y first holds v, then the result.
+    width = x.shape[-1]
+    evens, bins = (width + 1) // 2, width // 2 + 1
+    y[..., :evens] = x[..., ::2]
+    y[..., evens:] = x[..., 1::2].flip(-1)
+    spectrum = torch.fft.rfft(y).mul_(_twiddle(width, x.dtype, x.device))
+    y[..., :bins] = spectrum.imag
+    y[..., bins:] = spectrum.real[..., 1:evens].flip(-1)
+
+
+def _idct_by_fft(coefficients: Tensor, y: Tensor) -> None:
     # `_dct_by_fft`, step by step backwards.
     width = coefficients.shape[-1]
     evens, bins = (width + 1) // 2, width // 2 + 1
-    parts = coefficients.new_zeros(*coefficients.shape[:-1], bins, 2)
-    parts[..., 1] = coefficients[..., :bins]
-    parts[..., 1:, 0] = coefficients[..., width - bins + 1 :].flip(-1)
+    real = F.pad(coefficients[..., width - bins + 1 :].flip(-1), (1, 0))
     twiddle = _inverse_twiddle(width, coefficients.dtype, coefficients.device)
-    spectrum = torch.view_as_complex(parts).mul_(twiddle)
-    v = torch.fft.irfft(spectrum, n=width)
-    y = torch.empty_like(v)
+    spectrum = torch.complex(real, coefficients[..., :bins]).mul_(twiddle)
+    v = torch.fft.irfft(spectrum, n=width, norm="forward")
     y[..., ::2] = v[..., :evens]
     y[..., 1::2] = v[..., evens:].flip(-1)
-    return y
 
 
-def _kept(make: Callable[[int, torch.dtype, torch.device], Tensor]) -> Callable[..., Tensor]:
-    """Make a table once a length, type and device.
-
-    `torch.compile` looks through an `lru_cache` and would put the making into its graph, to run at every call; it takes
-    what the outer function returns as a constant.
-    """
-    cached = lru_cache(maxsize=64)(make)
-
-    @torch.compiler.assume_constant_result
-    def table(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return cached(width, dtype, device)
-
-    return table
-
-
-@_kept
+@lru_cache(maxsize=64)
 def _dct_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """C with C[k, n] = s_k √(2/d) cos(π (2n + 1) k / 2d)."""
     # A table made under inference mode could never be used in training, so it is made outside of it.
@@ -237,9 +242,9 @@ def _dct_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return matrix.to(device, dtype)
 
 
-@_kept
+@lru_cache(maxsize=64)
 def _twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """i s_k √(2/d) e^{−iπk/2d} for k = 0 … d/2: the phase, the scale and the swap of parts in one factor."""
+    """Phase, scale and swap of parts in one factor: i s_k √(2/d) e^{−iπk/2d} for k = 0 … d/2."""
     with torch.inference_mode(False), torch.no_grad():
         k = torch.arange(width // 2 + 1, dtype=torch.float64, device="cpu")
         scale = torch.full_like(k, math.sqrt(2 / width))
@@ -247,8 +252,9 @@ def _twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.polar(scale, math.pi / 2 - math.pi * k / (2 * width)).to(device, dtype.to_complex())
 
 
-@_kept
+@lru_cache(maxsize=64)
 def _inverse_twiddle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 / `_twiddle`: a complex division takes several times as long as a product."""
+    """1 / (d · `_twiddle`): the way back as a product too, for complex division is slow, with the FFT's 1/d."""
     with torch.inference_mode(False), torch.no_grad():
-        return _twiddle(width, torch.float64, torch.device("cpu")).reciprocal().to(device, dtype.to_complex())
+        twiddle = _twiddle(width, torch.float64, torch.device("cpu"))
+        return (width * twiddle).reciprocal().to(device, dtype.to_complex())

@@ -48,15 +48,11 @@ def operator_styles(trace: RoutingTrace) -> dict[str, OperatorStyle]:
     names = dict.fromkeys(name for layer in trace.layers for name in layer.operators)
     others = [name for name in names if name not in ("dct", "attention")]
     plain = (
-        {"dct": _DCT}
-        | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
-        | {"attention": _ATTENTION}
+        {"dct": _DCT} | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)} | {"attention": _ATTENTION}
     )
     letters: dict[str, str] = {}
     for name in ["dct", "attention", *others]:
-        letters[name] = next(
-            c for c in f"{name.lower()}0123456789" if c.isalnum() and c not in letters.values()
-        )
+        letters[name] = next(c for c in f"{name.lower()}0123456789" if c.isalnum() and c not in letters.values())
     return {name: replace(look, letter=letters[name]) for name, look in plain.items() if name in names}
 
 

@@ -98,9 +98,6 @@ def _attention(run: Path) -> str:
     last = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"][-1]
     layers = last["layers"]
     sent = sum(
-        s
-        for layer in layers
-        for n, s in zip(layer["operators"], layer["share"], strict=True)
-        if n == "attention"
+        s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention"
     )
     return f"{sent / len(layers):.0%} of tokens × layers"

@@ -75,9 +75,7 @@ def draw_routing(trace: RoutingTrace) -> Figure:
     bar.outline.set_visible(False)
 
     operators = [Patch(color=_colour(name, style), label=name) for name, style in styles.items()]
-    figure.legend(
-        handles=operators, loc="outside lower left", ncols=len(operators), fontsize=8, frameon=False
-    )
+    figure.legend(handles=operators, loc="outside lower left", ncols=len(operators), fontsize=8, frameon=False)
     title = f"{tokens} tokens, {len(trace.routed_layers)} of {layers} layers routed, width {trace.width}"
     if trace.meta_gate is not None:
         title += f", gate of layer 1: g = {np.mean(trace.meta_gate):.3f}"
@@ -156,9 +154,7 @@ def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
     edges = np.linspace(low - margin, high + margin, 41)
     for row, layer in enumerate(trace.layers):
         counts, _ = np.histogram(np.clip(layer.entropy, edges[0], edges[-1]), edges)
-        axes.stairs(
-            row + 0.42 - 0.84 * counts / counts.max(), edges, baseline=row + 0.42, fill=True, color="#b9b2a6"
-        )
+        axes.stairs(row + 0.42 - 0.84 * counts / counts.max(), edges, baseline=row + 0.42, fill=True, color="#b9b2a6")
         axes.vlines(
             layer.finite_thresholds,
             row - 0.45,

@@ -105,8 +105,7 @@ def _palette_css(styles: dict[str, OperatorStyle]) -> str:
     inks = "".join(f"--op{i}:{style.ink};" for i, style in enumerate(styles.values()))
     glows = "".join(f"--op{i}:{style.glow};" for i, style in enumerate(styles.values()))
     marks = "".join(
-        f'[data-op="{i}"]{{--op:var(--op{i});--line:{_line(style)}}}'
-        for i, style in enumerate(styles.values())
+        f'[data-op="{i}"]{{--op:var(--op{i});--line:{_line(style)}}}' for i, style in enumerate(styles.values())
     )
     return f"""
 :root{{color-scheme:light dark;--ground:{PAPER};{inks}}}
@@ -139,8 +138,7 @@ def _legend(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> str:
     many = len(trace.routed_layers)
     steps = range(many + 1) if many < 6 else (0, many // 3, 2 * many // 3, many)
     scale = "".join(
-        f'<span class="sample depth" style="--depth:{step / max(many, 1):.3f}">{step}</span>'
-        for step in steps
+        f'<span class="sample depth" style="--depth:{step / max(many, 1):.3f}">{step}</span>' for step in steps
     )
     note = f'<p class="scale">{scale} of {many} layers</p>' if many else ""
     return f'<div class="legend"><ul class="operators" hidden>{items}</ul>{note}<p id="choice"></p></div>'
@@ -151,13 +149,7 @@ def _tokens(trace: RoutingTrace) -> str:
     spans = []
     for number, (piece, depth) in enumerate(zip(trace.tokens, trace.depth, strict=True)):
         # What leaves no ink gets a sign from the style sheet, which a copy of the text does not pick up.
-        sign = (
-            ' data-sign="…"'
-            if not piece
-            else f' data-sign="{"⏎" * piece.count(chr(10))}"'
-            if "\n" in piece
-            else ""
-        )
+        sign = ' data-sign="…"' if not piece else f' data-sign="{"⏎" * piece.count(chr(10))}"' if "\n" in piece else ""
         stop = 0 if number == 0 else -1
         spans.append(
             f'<span class="token" id="t{number}" tabindex="{stop}" style="--depth:{depth / many:.3f}"{sign}>'
@@ -210,8 +202,7 @@ def _operator(name: str, styles: dict[str, OperatorStyle], layer: LayerTrace) ->
 
 def _facts(layer: LayerTrace, styles: dict[str, OperatorStyle]) -> str:
     operators = [
-        f'<span class="sample" {_operator(name, styles, layer)}>{html.escape(name)}</span> '
-        f"{count} ({share:.0%})"
+        f'<span class="sample" {_operator(name, styles, layer)}>{html.escape(name)}</span> {count} ({share:.0%})'
         for name, count, share in zip(layer.operators, layer.counts, layer.share, strict=True)
     ]
     facts = operators if layer.routed else [f"{operators[0]}, no choice"]

@@ -58,8 +58,7 @@ def _menu(layer: LayerTrace) -> str:
     if len(layer.thresholds) != len(layer.operators) - 1:
         return " · ".join(layer.operators)
     steps = [
-        f" ≤ {threshold:.4f} < {name}"
-        for threshold, name in zip(layer.thresholds, layer.operators[1:], strict=True)
+        f" ≤ {threshold:.4f} < {name}" for threshold, name in zip(layer.thresholds, layer.operators[1:], strict=True)
     ]
     return layer.operators[0] + "".join(steps)
 
@@ -81,9 +80,7 @@ def _marked(piece: str, before: str, after: str, style: str = "") -> Text:
     return Text.assemble(piece[:start], before, (core, style), after, piece[start + len(core) :])
 
 
-def _paragraph(
-    trace: RoutingTrace, layer: LayerTrace, styles: dict[str, OperatorStyle], colour: bool
-) -> Text:
+def _paragraph(trace: RoutingTrace, layer: LayerTrace, styles: dict[str, OperatorStyle], colour: bool) -> Text:
     text = Text()
     for token, piece in enumerate(trace.tokens):
         style = styles[layer.operator(token)]

@@ -60,9 +60,7 @@ def calibrate(
             fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
             ids, mask = fields.get("input_ids"), fields.get("attention_mask")
             if not isinstance(ids, Tensor) or ids.ndim != 2:
-                raise UserError(
-                    "calibrate needs input_ids of shape (B, T) in every batch: give a list of such batches"
-                )
+                raise UserError("calibrate needs input_ids of shape (B, T) in every batch: give a list of such batches")
             x = base.embed(ids.to(model.device))
             context = base.prepare(x, None if mask is None else mask.to(model.device))
             states.append((x, context, base.gate(x, context["attention_mask"])))
@@ -115,13 +113,9 @@ def paper_thresholds(
         raise UserError("the rows to calibrate on hold no tokens: give some text")
     embeddings = model.get_input_embeddings().weight
     if not 0 <= min(tokens) <= max(tokens) < len(embeddings):
-        raise UserError(
-            f"a token outside the vocabulary, vocab_size={len(embeddings)}: use the model's own tokenizer"
-        )
+        raise UserError(f"a token outside the vocabulary, vocab_size={len(embeddings)}: use the model's own tokenizer")
     entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)]).double()
-    low, high = torch.quantile(
-        entropy, torch.tensor(percentiles, dtype=torch.float64, device=entropy.device) / 100
-    )
+    low, high = torch.quantile(entropy, torch.tensor(percentiles, dtype=torch.float64, device=entropy.device) / 100)
     return float(low), float(high)
 
 

@@ -76,9 +76,7 @@ class Reporter(TrainerCallback):
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, rate="")
         self.progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         speed = self.progress.tasks[self.task].speed
         rate = f"{speed * self.tokens_per_step:,.0f} tok/s" if speed else ""
@@ -119,9 +117,7 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self) -> Self:
         if self._listen:
-            self._usual = {
-                number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            self._usual = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
@@ -134,9 +130,7 @@ class StopOnSignal(TrainerCallback):
         self.heard = True
         signal.signal(number, self._usual[number])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if asked to."""
         if self.heard:
             control.should_save = control.should_training_stop = True

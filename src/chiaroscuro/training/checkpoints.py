@@ -85,9 +85,7 @@ def _why_not_written(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno else str(error)
     text = " ".join(str(error).split())
-    torch_write = isinstance(error, RuntimeError) and (
-        "PytorchStreamWriter" in text or "inline_container" in text
-    )
+    torch_write = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
     if isinstance(error, SafetensorError) or torch_write:
         full = next((c for c in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if os.strerror(c) in text), None)
         return os.strerror(full) if full else "the file could not be written to its end; is the disk full?"

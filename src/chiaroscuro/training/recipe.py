@@ -56,11 +56,7 @@ class LlamaSection(Section):
 
 def _architecture(section: Any) -> str:
     """Tell which of the two a `model` section means; one that doesn't say means the CHIAR-Former."""
-    named = (
-        section.get("architecture")
-        if isinstance(section, Mapping)
-        else getattr(section, "architecture", None)
-    )
+    named = section.get("architecture") if isinstance(section, Mapping) else getattr(section, "architecture", None)
     return "llama" if named == "llama" else "chiar"
 
 
@@ -103,13 +99,9 @@ class TrainerSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainerSection":
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(
-                f"steps={self.steps} and tokens={self.tokens}: set exactly one of them, the other to null"
-            )
+            raise ValueError(f"steps={self.steps} and tokens={self.tokens}: set exactly one of them, the other to null")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}"
-            )
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}: both must lie in [0, 1)")
         return self
@@ -132,9 +124,7 @@ class CalibrationSection(Section):
         for field, method in (("thresholds", "fixed"), ("baseline", "paper")):
             value = getattr(self, field)
             if (value is not None) != (self.method == method):
-                raise ValueError(
-                    f"method={self.method!r} with {field}={value!r}: {field} goes with method={method!r}"
-                )
+                raise ValueError(f"method={self.method!r} with {field}={value!r}: {field} goes with method={method!r}")
         return self
 
 
@@ -188,9 +178,7 @@ class Recipe(Section):
         """Whether the thresholds are measured on a trained baseline before the run."""
         return self.calibration is not None and self.calibration.method == "paper"
 
-    def build_config(
-        self, vocab_size: int, thresholds: tuple[float, float] | None = None
-    ) -> ChiarConfig | LlamaConfig:
+    def build_config(self, vocab_size: int, thresholds: tuple[float, float] | None = None) -> ChiarConfig | LlamaConfig:
         """Make the model's configuration.
 
         Args:
@@ -213,9 +201,7 @@ class Recipe(Section):
 
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
         if self.calibration is not None:
-            raise UserError(
-                "calibration sets routing thresholds, which model.architecture: llama lacks; remove it"
-            )
+            raise UserError("calibration sets routing thresholds, which model.architecture: llama lacks; remove it")
         if section.hidden_size % (2 * section.num_attention_heads):
             raise UserError(
                 f"model.hidden_size={section.hidden_size} must be an even multiple of "
@@ -240,9 +226,7 @@ class Recipe(Section):
         except UserError as error:
             raise UserError(f"model: {error}") from None
 
-    def _calibration_fields(
-        self, changes: Mapping[str, Any], thresholds: tuple[float, float] | None
-    ) -> dict[str, Any]:
+    def _calibration_fields(self, changes: Mapping[str, Any], thresholds: tuple[float, float] | None) -> dict[str, Any]:
         if self.calibration is None:
             return {}
         for field in ("calibration", "entropy_thresholds"):
@@ -287,8 +271,7 @@ class Recipe(Section):
     # What may change when a run is resumed: how often one looks, what is kept, and where. All else moves the
     # weights.
     _FREE_ON_RESUME = frozenset(
-        f"trainer.{name}"
-        for name in ("output_dir", "log_every", "evaluate_every", "save_every", "keep_checkpoints")
+        f"trainer.{name}" for name in ("output_dir", "log_every", "evaluate_every", "save_every", "keep_checkpoints")
     )
 
     def refuse_to_resume(self, begun: "Recipe") -> None:
@@ -316,9 +299,7 @@ class _Loader(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is said more than once", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is said more than once", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

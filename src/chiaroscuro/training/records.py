@@ -27,9 +27,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def describe_routing(
-    routings: Sequence[Sequence[Any]], gates: Sequence[Tensor], width: int
-) -> dict[str, Any]:
+def describe_routing(routings: Sequence[Sequence[Any]], gates: Sequence[Tensor], width: int) -> dict[str, Any]:
     """Shares and entropies per layer, and the mean gate, over some batches.
 
     Args:
@@ -116,9 +114,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     }
     for layer in record.get("layers", []):
         place = f"{kind}_layer_{layer['layer']:02d}"
-        flat |= {
-            f"{place}/share_{name}": x for name, x in zip(layer["operators"], layer["share"], strict=True)
-        }
+        flat |= {f"{place}/share_{name}": x for name, x in zip(layer["operators"], layer["share"], strict=True)}
         flat |= {f"{place}/entropy_{p:.0%}": x for p, x in zip(PROBABILITIES, layer["entropy"], strict=False)}
     for p, value in zip(PROBABILITIES, record.get("null_entropy", []), strict=False):
         flat[f"{kind}_null/entropy_{p:.0%}"] = value

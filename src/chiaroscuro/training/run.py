@@ -93,9 +93,7 @@ class TrainResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Give the result with paths as text, ready for JSON."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> TrainResult:
@@ -212,9 +210,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
-def _find_checkpoint(
-    recipe: Recipe, folder: Path, resume: bool, say: Callable[[str], None]
-) -> Checkpoint | None:
+def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[str], None]) -> Checkpoint | None:
     """Find the checkpoint to go on from; None for a new run. Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"trainer.output_dir={folder} is a file; name a folder")
@@ -226,15 +222,11 @@ def _find_checkpoint(
             )
         return None
     if not (folder / _RECIPE).is_file():
-        raise UserError(
-            f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one"
-        )
+        raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
     recipe.refuse_to_resume(Recipe.load(folder / _RECIPE))
     found = newest_complete(folder, say)
     if found is None:
-        raise UserError(
-            f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder"
-        )
+        raise UserError(f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder")
     return found
 
 
@@ -317,9 +309,7 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus: Cor
 
 def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:
     if not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"calibration.baseline={path} is no folder with a trained model; train the baseline first"
-        )
+        raise UserError(f"calibration.baseline={path} is no folder with a trained model; train the baseline first")
     baseline = AutoModelForCausalLM.from_pretrained(path)
     if baseline.config.vocab_size != vocab_size:
         raise UserError(

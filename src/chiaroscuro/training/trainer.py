@@ -87,9 +87,7 @@ class RunTrainer(Trainer):
 
     # ---- 1. divergence -------------------------------------------------------------------------------------
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward, or TrainingDiverged."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_unless_finite("loss", loss)

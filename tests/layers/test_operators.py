@@ -1,0 +1,196 @@
+"""The operators and the feed-forward as modules that work alone, each against another implementation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from chiaroscuro.layers import FeedForward, RBFMixing, SelfAttention, SpectralMixing
+from chiaroscuro.layers.self_attention import KeyValueStore
+from chiaroscuro.ops import causal_mask, dct, fourier_features, idct, rotary_table
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a value that no initialisation would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return module.eval()
+
+
+def as_torchs(ours: SelfAttention, width: int) -> nn.MultiheadAttention:
+    """PyTorch's own module with our weights; it knows no positions."""
+    theirs = nn.MultiheadAttention(width, ours.heads, batch_first=True).eval()
+    with torch.no_grad():
+        parts = (ours.q_proj, ours.k_proj, ours.v_proj)
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    return theirs
+
+
+class Store:
+    """The simplest cache: everything so far, along the time axis."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is not None:
+            key_states = torch.cat([self.kept[0], key_states], -2)
+            value_states = torch.cat([self.kept[1], value_states], -2)
+        self.kept = key_states, value_states
+        return self.kept
+
+
+# DCT
+
+
+@given(width=st.integers(1, 130), seed=st.integers(0, 999))
+def test_spectral_mixing(width: int, seed: int) -> None:
+    layer, x = SpectralMixing(width), draw(seed, 2, 3, width)
+    torch.testing.assert_close(layer(x), x, rtol=1e-4, atol=1e-5)  # at first the identity
+    shake(layer, seed)
+    expected = idct(dct(x.double()) * layer.weight.double()).float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer(x, dct(x)), layer(x))  # the router's coefficients serve as well
+
+
+def test_spectral_mixing_in_bfloat16() -> None:
+    layer, x = SpectralMixing(48).bfloat16(), draw(0, 2, 3, 48).bfloat16()
+    assert torch.equal(layer(x), x)
+
+
+# Attention
+
+
+@given(
+    heads=st.sampled_from([1, 2, 4]),
+    time=st.integers(1, 7),
+    implementation=st.sampled_from(["sdpa", "eager"]),
+    seed=st.integers(0, 999),
+)
+def test_self_attention_is_pytorchs_where_positions_are_alike(
+    heads: int, time: int, implementation: str, seed: int
+) -> None:
+    layer, x = shake(SelfAttention(16, heads), seed), draw(seed, 2, time, 16)
+    theirs = as_torchs(layer, 16)
+    future = torch.ones(time, time, dtype=torch.bool).triu(1)
+    everywhere = torch.zeros(2, time, dtype=torch.long)
+    ours = layer(x, position_ids=everywhere, implementation=implementation)
+    torch.testing.assert_close(ours, theirs(x, x, x, attn_mask=future)[0], rtol=1e-4, atol=1e-5)
+    # Padded on the left by none, one, two tokens; what stands at padding is of no account.
+    real = torch.arange(time) >= torch.tensor([[0], [min(2, time - 1)]])
+    ours = layer(x, real, position_ids=everywhere, implementation=implementation)
+    theirs_padded = theirs(x, x, x, attn_mask=future, key_padding_mask=~real)[0]
+    torch.testing.assert_close(ours[real], theirs_padded[real], rtol=1e-4, atol=1e-5)
+    assert ours.isfinite().all()
+
+
+def test_positions_matter_by_their_differences() -> None:
+    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+    counted = torch.arange(6).expand(2, -1)
+    torch.testing.assert_close(layer(x), layer(x, position_ids=counted))
+    torch.testing.assert_close(layer(x), layer(x, position_ids=counted + 100), rtol=1e-3, atol=1e-4)
+    assert (layer(x) - layer(x, position_ids=counted * 3)).abs().max() > 1e-3
+    slow = shake(SelfAttention(16, 2, rope_theta=10.0))
+    assert (layer(x) - slow(x)).abs().max() > 1e-3
+
+
+def test_what_the_caller_has_already_serves_as_well() -> None:
+    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+    real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    table = rotary_table(torch.arange(6).expand(2, -1), 8)
+    assert torch.equal(layer(x, mask=causal_mask(real, 6), rotary=table), layer(x, real))
+
+
+@pytest.mark.parametrize("steps", [[6], [1] * 6, [3, 1, 2]])
+def test_continued_from_a_cache(steps: list[int]) -> None:
+    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+    real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    store, outputs, seen = Store(), [], 0
+    assert isinstance(store, KeyValueStore)
+    for new in steps:
+        ids = torch.arange(seen, seen + new).expand(2, -1)
+        part = x[:, seen : seen + new]
+        seen += new
+        outputs.append(layer(part, real[:, :seen], position_ids=ids, cache=store))
+    torch.testing.assert_close(torch.cat(outputs, 1)[real], layer(x, real)[real])
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    layer, x = shake(SelfAttention(16, 2, dropout=0.5)), draw(1, 2, 6, 16)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 3), (12, 4)])
+def test_heads_that_do_not_fit(width: int, heads: int) -> None:
+    with pytest.raises(ValueError, match=f"width {width} does not divide into {heads} heads of even width"):
+        SelfAttention(width, heads)
+
+
+# RBF
+
+
+def change_the_end(x: Tensor) -> Tensor:
+    changed = x.clone()
+    changed[:, 4:] += 1
+    return changed
+
+
+def test_rbf_mixing_by_hand() -> None:
+    layer, x = shake(RBFMixing(8, features=5)), draw(0, 2, 6, 8)
+    features = fourier_features(x, layer.frequencies)
+    scores = (features @ features.mT).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
+    torch.testing.assert_close(layer(x), layer.out_proj(scores.softmax(-1) @ features))
+
+
+def test_rbf_is_causal_unless_told_otherwise() -> None:
+    x = draw(0, 2, 6, 8) * 0.2  # near each other, so that they do mix
+    causal = shake(RBFMixing(8))
+    assert torch.equal(causal(x)[:, :4], causal(change_the_end(x))[:, :4])
+    leaking = shake(RBFMixing(8, causal=False))
+    assert (leaking(x)[:, :4] - leaking(change_the_end(x))[:, :4]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rbf_does_not_weigh_padding(causal: bool) -> None:
+    layer, x = shake(RBFMixing(8, causal=causal)), draw(0, 2, 6, 8) * 0.2
+    real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    hidden = torch.where(real[..., None], x, x + 3)
+    torch.testing.assert_close(layer(x, real)[real], layer(hidden, real)[real])
+    assert (layer(x)[real] - layer(x, real)[real]).abs().max() > 1e-4
+    assert layer(hidden, real).isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 4.0])
+def test_rbf_frequencies_have_variance_2_gamma_and_stay(gamma: float) -> None:
+    torch.manual_seed(0)
+    layer = RBFMixing(256, gamma=gamma)
+    assert layer.frequencies.shape == (256, 64)
+    assert float(layer.frequencies.var()) == pytest.approx(2 * gamma, rel=0.05)
+    assert "frequencies" in layer.state_dict() and "frequencies" not in dict(layer.named_parameters())
+
+
+# Feed-forward
+
+
+def test_feed_forward() -> None:
+    layer, x = shake(FeedForward(8, 20)), draw(0, 2, 3, 8)
+    first, last = layer[0], layer[3]
+    hidden = x @ first.weight.T + first.bias
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    torch.testing.assert_close(layer(x), gelu @ last.weight.T + last.bias)
+    assert (first.out_features, last.in_features) == (20, 20)
+    noisy = shake(FeedForward(8, 20, dropout=0.5)).train()
+    assert not torch.equal(noisy(x), noisy(x))

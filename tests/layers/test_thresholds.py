@@ -1,0 +1,221 @@
+"""The calibration's state: thresholds from a table of quantiles, and how and when it moves."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from chiaroscuro.layers import RoutedBlock, Thresholds
+from chiaroscuro.layers.thresholds import MOMENTUM, QUANTILES, quantile_table, shares_to_thresholds
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fresh(operators: int = 2, share: float = 0.25, fixed: tuple[float, ...] | None = None) -> Thresholds:
+    """From a table that is recognisably not of any data: −5 to −4."""
+    return Thresholds(operators, torch.linspace(-5, -4, QUANTILES), share, fixed)
+
+
+def table_by_torch(scores: Tensor) -> Tensor:
+    return torch.quantile(scores.double(), torch.linspace(0, 1, QUANTILES, dtype=torch.float64)).float()
+
+
+thousandths = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+# The table and the dial
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 999))
+def test_the_table_is_torchs_quantiles(count: int, seed: int) -> None:
+    scores = draw(seed, count)
+    torch.testing.assert_close(quantile_table(scores), table_by_torch(scores), rtol=1e-5, atol=1e-6)
+
+
+@given(share=thousandths, operators=st.integers(2, 5), count=st.integers(2, 3000), seed=st.integers(0, 999))
+def test_the_thresholds_are_quantiles(share: float, operators: int, count: int, seed: int) -> None:
+    thresholds, scores = fresh(operators), draw(seed, count)
+    thresholds.set_from(scores, share)
+    assert thresholds.share == share and thresholds.calibrated
+    values = thresholds.values
+    assert values.shape == (operators - 1,) and values.dtype == torch.float32
+    cuts = [(1 - share) * k / (operators - 1) for k in range(1, operators)]
+    # Between two entries of the table it is the line through them.
+    table = table_by_torch(scores).double()
+    expected = torch.quantile(table, torch.tensor(cuts, dtype=torch.float64)).float()
+    if share == 0:
+        expected[-1] = torch.inf
+    if share == 1:
+        expected[:] = -torch.inf
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=2e-6)
+
+
+@given(share=st.floats(0, 1), operators=st.integers(2, 4), seed=st.integers(0, 999))
+def test_the_shares_come_out(share: float, operators: int, seed: int) -> None:
+    thresholds, scores = fresh(operators), draw(seed, 4000)
+    thresholds.set_from(scores, 0.5)
+    thresholds.set_share(share)
+    index = (scores[:, None] > thresholds.values).sum(-1)
+    got = torch.bincount(index, minlength=operators) / len(scores)
+    expected = [(1 - share) / (operators - 1)] * (operators - 1) + [share]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("operators", [2, 3])
+def test_none_and_all_are_exact(operators: int) -> None:
+    thresholds, scores = fresh(operators), draw(0, 100)
+    thresholds.set_from(scores, 0.0)
+    beyond = torch.cat([scores, scores * 100])
+    assert not (beyond > thresholds.values[-1]).any()
+    thresholds.set_share(1.0)
+    assert (beyond[:, None] > thresholds.values).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_an_impossible_share(share: float) -> None:
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        fresh().set_share(share)
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        shares_to_thresholds(torch.zeros(QUANTILES), share, 2)
+
+
+def test_before_any_data_it_is_the_table_given() -> None:
+    thresholds = fresh(3, 0.5)
+    torch.testing.assert_close(thresholds.values, torch.tensor([-4.75, -4.5]))
+    assert not thresholds.calibrated and thresholds.running
+
+
+def test_fixed_thresholds() -> None:
+    thresholds = fresh(3, fixed=(0.8, 0.9))
+    assert not thresholds.running
+    torch.testing.assert_close(thresholds.values, torch.tensor([0.8, 0.9]))
+
+
+@pytest.mark.parametrize("fixed", [(0.8,), (0.8, 0.9, 1.0), (0.9, 0.8)])
+def test_fixed_thresholds_that_do_not_fit(fixed: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="need 2, in rising order"):
+        fresh(3, fixed=fixed)
+
+
+def test_scores_with_a_gradient_leave_no_graph() -> None:
+    thresholds, scores = fresh(), draw(0, 100).requires_grad_()
+    thresholds.set_from(scores * 2, 0.5)
+    thresholds.note((scores * 2)[None], None)
+    thresholds.step()
+    assert not any(buffer.requires_grad for buffer in thresholds.buffers())
+
+
+# Running calibration
+
+
+def test_the_first_step_replaces_and_later_ones_approach() -> None:
+    thresholds, expected = fresh(), None
+    for n in range(1, 15):
+        scores = draw(n, 3, 100) + n
+        thresholds.note(scores, None)
+        thresholds.step()
+        momentum = max(MOMENTUM, 1 / n)
+        new = table_by_torch(scores.flatten())
+        expected = new if expected is None else (1 - momentum) * expected + momentum * new
+        torch.testing.assert_close(thresholds.quantiles, expected, rtol=1e-5, atol=1e-5)
+        values = shares_to_thresholds(expected, 0.25, 2)
+        torch.testing.assert_close(thresholds.values, values, rtol=1e-5, atol=1e-5)
+        assert float(thresholds.steps) == n and not thresholds.noted
+
+
+def test_the_forwards_of_a_step_count_by_their_real_tokens() -> None:
+    thresholds = fresh()
+    scores, real = draw(0, 2, 50), draw(1, 2, 50) > 0
+    more = draw(2, 4, 200) + 3
+    thresholds.note(scores, real)
+    thresholds.note(more, None)
+    assert thresholds.noted
+    thresholds.step()
+    first, second = int(real.sum()), more.numel()
+    tables = first * table_by_torch(scores[real]) + second * table_by_torch(more.flatten())
+    torch.testing.assert_close(thresholds.quantiles, tables / (first + second), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_without_scores_moves_nothing() -> None:
+    thresholds = fresh()
+    before = copy.deepcopy(thresholds.state_dict())
+    thresholds.note(draw(0, 2, 3), torch.zeros(2, 3, dtype=torch.bool))
+    assert not thresholds.noted
+    thresholds.step()
+    torch.testing.assert_close(thresholds.state_dict(), before)
+
+
+@pytest.mark.parametrize("here", [0, 60])
+def test_processes_move_together(here: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has noted 200 scores: the sums that come back from the network hold both."""
+    elsewhere = draw(7, 200)
+    theirs = {QUANTILES: 200 * table_by_torch(elsewhere), 1: torch.tensor(200.0)}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(theirs[tensor.numel()]))
+    thresholds, scores = fresh(), draw(8, 1, 60)[:, :here]
+    thresholds.note(scores, None)
+    thresholds.step()
+    own = here * table_by_torch(scores.flatten()) if here else 0
+    expected = (own + theirs[QUANTILES]) / (here + 200)
+    torch.testing.assert_close(thresholds.quantiles, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_forward_moves_them(training: bool) -> None:
+    block = RoutedBlock(16, ("dct", "rbf", "attention"), heads=2).train(training)
+    before = copy.deepcopy(block.router.state_dict())
+    for seed in range(3):
+        y, routing = block(draw(seed, 2, 5, 16))
+        y.sum().backward()
+        block.router.calibration.note(routing.score, None)
+    torch.testing.assert_close(block.router.state_dict(), before, rtol=0, atol=0)
+    block.router.calibration.step()
+    assert not torch.equal(block.router.calibration.values, before["calibration.values"])
+
+
+# Travelling with the weights
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [nn.Module.bfloat16, nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")],
+)
+def test_no_cast_rounds_them(cast: Callable[[nn.Module], nn.Module]) -> None:
+    block = RoutedBlock(16, heads=2)
+    block.router.calibration.set_from(draw(0, 500), 0.3)
+    before = {name: buffer.clone() for name, buffer in block.router.calibration.named_buffers()}
+    cast(block)
+    after = dict(block.router.calibration.named_buffers())
+    assert set(after) == {"values", "quantiles", "steps"}
+    assert all(buffer.dtype == torch.float32 for buffer in after.values())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert block.thresholds is after["values"]
+
+
+def test_they_follow_to_another_device() -> None:
+    thresholds = fresh().to("meta", torch.bfloat16)
+    assert {buffer.device.type for buffer in thresholds.buffers()} == {"meta"}
+
+
+def test_state_dict_and_deepcopy() -> None:
+    thresholds = fresh(3)
+    thresholds.set_from(draw(0, 500), 0.3)
+    loaded = fresh(3, 0.9)
+    loaded.load_state_dict(thresholds.state_dict())
+    for twin in (loaded, copy.deepcopy(thresholds)):
+        torch.testing.assert_close(twin.state_dict(), thresholds.state_dict(), rtol=0, atol=0)
+        assert twin.calibrated
+        twin.set_share(0.6)
+        assert not torch.equal(twin.values, thresholds.values)
+    thresholds.set_share(0.6)
+    assert torch.equal(loaded.values, thresholds.values)
+    thresholds.note(draw(1, 1, 10), None)
+    twin = copy.deepcopy(thresholds)
+    twin.step()
+    assert thresholds.noted and not twin.noted

@@ -1,0 +1,127 @@
+"""`generate()` with a cache is `generate()` without one, token for token."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import LENGTH, PRESETS, ROUTERS, VOCABULARY, build, shrunk, tokens
+from torch import Tensor
+from transformers import set_seed
+
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
+
+ATOL = 1e-4
+NEW = 12
+
+
+def cacheable(preset: str, router: str) -> ChiarConfig:
+    causal = {"meta_router": "causal"} if shrunk(preset).meta_router != "none" else {}
+    return shrunk(preset, router=router, **causal)
+
+
+CASES = [(p, r) for p in PRESETS for r in ROUTERS if not cacheable(p, r).uncacheable()]
+
+
+def left_padded() -> dict[str, Tensor]:
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[1, :3] = mask[2, :6] = 0
+    return {"input_ids": tokens(0, 3, 8), "attention_mask": mask}
+
+
+def generate(model: ChiarForCausalLM, prompt: dict[str, Tensor], **options: Any) -> Any:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(**prompt, return_dict_in_generate=True, output_logits=True, **settings)
+
+
+def by_hand(model: ChiarForCausalLM, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The oracle: append the likeliest token, run everything again."""
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    logits = []
+    for _ in range(NEW):
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask, use_cache=False).logits[:, -1])
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids, torch.stack(logits)
+
+
+@pytest.mark.parametrize(("preset", "router"), CASES)
+def test_greedy_with_and_without_a_cache(preset: str, router: str) -> None:
+    model, prompt = build(cacheable(preset, router)), left_padded()
+    ids, logits = by_hand(model, prompt)
+    for use_cache in (True, False):
+        out = generate(model, prompt, use_cache=use_cache)
+        assert torch.equal(out.sequences, ids)
+        torch.testing.assert_close(torch.stack(out.logits), logits, atol=ATOL, rtol=0)
+        assert (out.past_key_values is not None) == use_cache
+    # By itself it caches.
+    assert generate(model, prompt).past_key_values.get_seq_length() == 8 + NEW - 1
+
+
+@pytest.mark.parametrize("changes", [{"meta_router": "batch"}, {"meta_router": "sequence"}, {"preset": "v1-all-three"}])
+def test_greedy_where_nothing_can_be_cached(changes: dict[str, str]) -> None:
+    model, prompt = build(shrunk(**({"preset": "small"} | changes))), left_padded()
+    ids, logits = by_hand(model, prompt)
+    out = generate(model, prompt)
+    assert torch.equal(out.sequences, ids)
+    torch.testing.assert_close(torch.stack(out.logits), logits, atol=ATOL, rtol=0)
+    assert out.past_key_values is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 0, "temperature": 1.3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": True},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("preset", ["small", "v1-dct-attention"])
+def test_other_ways_to_choose_are_the_same_with_a_cache_too(preset: str, options: dict[str, Any]) -> None:
+    model, prompt, found = build(cacheable(preset, "threshold")), left_padded(), []
+    for use_cache in (True, False):
+        set_seed(5)
+        found.append(generate(model, prompt, use_cache=use_cache, **options).sequences)
+    assert torch.equal(*found)
+    assert len(found[0]) == 3 * options.get("num_return_sequences", 1)
+
+
+def test_a_cache_that_generation_returned_goes_on() -> None:
+    model, prompt = build(shrunk("small")), left_padded()
+    first = generate(model, prompt)
+    ids = torch.cat([first.sequences, tokens(9, 3, 4)], dim=1)
+    mask = torch.cat([prompt["attention_mask"], torch.ones(3, NEW + 4, dtype=torch.long)], dim=1)
+    both = {"input_ids": ids, "attention_mask": mask}
+    onward = generate(model, both, past_key_values=first.past_key_values)
+    assert torch.equal(onward.sequences, generate(model, both, use_cache=False).sequences)
+
+
+def test_generation_from_embeddings() -> None:
+    model, ids = build(shrunk("small")), tokens(0, 2, 6)
+    embeddings = model.get_input_embeddings()(ids)
+    wanted = generate(model, {"input_ids": ids}).sequences[:, 6:]
+    assert torch.equal(generate(model, {"inputs_embeds": embeddings}).sequences, wanted)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_ends_where_the_positions_do(use_cache: bool) -> None:
+    model, ids = build(shrunk("small")), tokens(0, 1, 8)
+    # The last token is given back, and needs no position.
+    full = generate(model, {"input_ids": ids}, max_new_tokens=LENGTH - 7, use_cache=use_cache)
+    assert full.sequences.shape == (1, LENGTH + 1)
+    with pytest.raises(UserError, match=f"{LENGTH + 1} tokens, but max_position_embeddings={LENGTH}") as error:
+        generate(model, {"input_ids": ids}, max_new_tokens=LENGTH - 6, use_cache=use_cache)
+    assert "\n" not in str(error.value)
+
+
+def test_an_end_of_text_ends_a_row() -> None:
+    model, prompt = build(shrunk("small")), left_padded()
+    free = generate(model, prompt).sequences
+    end = free[0, 10].item()
+    found = generate(model, prompt, eos_token_id=end, pad_token_id=VOCABULARY - 1).sequences
+    stop = (free[0, 8:] == end).nonzero()[0].item() + 8
+    assert torch.equal(found[0, : stop + 1], free[0, : stop + 1])
+    assert (found[0, stop + 1 :] == VOCABULARY - 1).all()

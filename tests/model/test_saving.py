@@ -1,0 +1,147 @@
+"""A model that is saved and loaded is the model that was saved, thresholds and all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import PRESETS, ROUTERS, build, shrunk, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarModel, UserError, calibrate
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_same_logits_and_calibration(tmp_path: Path, preset: str, router: str) -> None:
+    model, ids = build(shrunk(preset, router=router)), tokens(0)
+    if model.thresholds():
+        calibrate(model, [tokens(1, 4)], 0.4)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is ChiarForCausalLM
+    assert not any(info.values())
+    for config in (loaded.config, AutoConfig.from_pretrained(tmp_path)):
+        assert config.to_diff_dict() == model.config.to_diff_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with torch.no_grad():
+        wanted = model(ids)
+        assert torch.equal(loaded(ids).logits, wanted.logits)
+        bare = AutoModel.from_pretrained(tmp_path)
+        assert type(bare) is ChiarModel
+        assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    for i, thresholds in loaded.thresholds().items():
+        assert thresholds.share == 0.4
+        assert torch.equal(thresholds.values, model.model.layers[i].thresholds)
+        assert torch.equal(thresholds.quantiles, model.thresholds()[i].quantiles)
+
+
+def test_untied_heads_and_several_files(tmp_path: Path) -> None:
+    model, ids = build(shrunk("small", tie_word_embeddings=False)), tokens(0)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert not list(tmp_path.glob("*.bin"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "bfloat16", "to", "half"])
+def test_half_precision_leaves_the_thresholds_alone(tmp_path: Path, way: str) -> None:
+    model = build(shrunk("small"))
+    calibrate(model, [tokens(1, 4)])
+    wanted = {i: (t.values.clone(), t.quantiles.clone()) for i, t in model.thresholds().items()}
+    if way == "from_pretrained":
+        model.save_pretrained(tmp_path)
+        half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    else:
+        half = {"bfloat16": model.bfloat16, "half": model.half, "to": lambda: model.to(torch.bfloat16)}[way]()
+    assert half.model.embed_tokens.weight.dtype in (torch.bfloat16, torch.float16)
+    for i, thresholds in half.thresholds().items():
+        assert thresholds.values.dtype == thresholds.quantiles.dtype == thresholds.steps.dtype == torch.float32
+        assert torch.equal(thresholds.values, wanted[i][0])
+        assert torch.equal(thresholds.quantiles, wanted[i][1])
+
+
+def test_a_model_made_in_half_precision_has_the_same_thresholds() -> None:
+    config = shrunk("small")
+    half = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert half.model.norm.weight.dtype == torch.bfloat16
+    for layer, ours in zip(half.model.layers, ChiarForCausalLM(config).model.layers, strict=True):
+        if ours.thresholds is not None:
+            assert torch.equal(layer.thresholds, ours.thresholds)
+            assert torch.equal(layer.router.calibration.quantiles, ours.router.calibration.quantiles)
+            assert layer.router.calibration.steps.dtype == torch.float32
+
+
+def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(tmp_path: Path) -> None:
+    """A baseline's weights into a routed model: filters of one, an open gate, the null's thresholds."""
+    source = build(shrunk("small-baseline", num_hidden_layers=3))
+    source.save_pretrained(tmp_path)
+    config = shrunk("small", num_hidden_layers=3)
+    fresh = ChiarForCausalLM(config)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, config=config)
+    assert torch.equal(loaded.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert (loaded.model.layers[1].operators["dct"].weight == 1).all()
+    assert loaded.model.meta_router.bias.item() == 2
+    assert torch.equal(loaded.model.layers[1].thresholds, fresh.model.layers[1].thresholds)
+    assert loaded.model.layers[1].router.calibration.steps.item() == 0
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    build(shrunk("small")).save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"hiden_size": 3}, "hiden_size=3.*did you mean 'hidden_size'"),
+        ({"router": "sofd"}, "router 'sofd'.*did you mean 'soft'"),
+        ({"meta_router": "batch"}, "use_cache=True.*meta_router='batch'"),
+        ({"num_hidden_layers": 7}, "4 menus, num_hidden_layers=7"),
+        ({"operators": [["dct"], ["fft", "attention"], ["dct"], ["dct"]]}, r"operators\[1\].*'fft'"),
+        ({"hidden_size": 33}, "hidden_size=33.*num_attention_heads=2"),
+    ],
+    ids=str,
+)
+def test_an_edited_config_is_checked_on_loading(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    folder = edited(tmp_path, **changes)
+    for load in (
+        AutoConfig.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        ChiarConfig.from_pretrained,
+    ):
+        with pytest.raises(UserError, match=complaint) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    tokenizer.train_from_iterator(["light and dark, light on dark, and the dark between the lights"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.mark.parametrize("preset", ["small", "v2-400m"])
+def test_a_text_generation_pipeline_runs_on_it(tmp_path: Path, preset: str) -> None:
+    tokenizer = byte_tokenizer()
+    build(shrunk(preset, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pipe = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    texts = ["light and", "the dark between the"]
+    answers = pipe(texts, max_new_tokens=6, do_sample=False, batch_size=1)
+    assert all(a[0]["generated_text"].startswith(text) for a, text in zip(answers, texts, strict=True))
+    alone = pipe.model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert answers[0][0]["generated_text"] == tokenizer.decode(alone[0], skip_special_tokens=True)
+    if preset == "small":  # a gate over the batch answers otherwise in a batch
+        assert pipe(texts, max_new_tokens=6, do_sample=False, batch_size=2) == answers

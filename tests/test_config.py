@@ -1,0 +1,352 @@
+"""What a configuration may be, and that everything else is refused in one line.
+
+Oracle: the table of presets and the field list of the specification, written out.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig
+
+from chiaroscuro import ChiarConfig, UserError, register_router
+from chiaroscuro.layers import ScoreRouter
+from chiaroscuro.layers.registry import OPERATORS, ROUTERS
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+A, D, R = "attention", "dct", "rbf"
+
+# Layers, operators, d and h, T and V of the paper's models; norm, dropout and thresholds as published.
+PAPER = {
+    "v1-three-operator": (256, 4, [[D], [D, R], [R, A], [A]], "none", [0.855, 0.865]),
+    "v1-all-three": (256, 4, [[D], [D, R, A], [D, R, A], [A]], "none", [0.855, 0.865]),
+    "v1-dct-attention": (256, 4, [[D], [D, A], [D, A], [A]], "none", [0.855, 0.865]),
+    "v1-baseline": (256, 4, [[A]] * 4, "none", None),
+    "v2-400m": (1024, 16, [[D], *[[D, A]] * 26, [A]], "batch", [0.8935, 0.8973]),
+    "v2-400m-baseline": (1024, 16, [[A]] * 28, "none", None),
+}
+OURS = {
+    "small": ([[D], *[[D, A]] * 4, [A]], "causal"),
+    "small-baseline": ([[A]] * 6, "none"),
+}
+
+
+def config(**changes: Any) -> ChiarConfig:
+    return ChiarConfig(**{**SMALL, **changes})
+
+
+# Presets
+
+
+def test_presets_are_these_each_with_a_line() -> None:
+    presets = ChiarConfig.presets()
+    assert set(presets) == set(PAPER) | set(OURS)
+    assert all(line and "\n" not in line for line in presets.values())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_presets(name: str) -> None:
+    width, heads, operators, meta_router, thresholds = PAPER[name]
+    c = ChiarConfig.preset(name)
+    assert (c.hidden_size, c.num_attention_heads, c.intermediate_size) == (width, heads, 4 * width)
+    assert c.operators == operators
+    assert c.num_hidden_layers == len(operators)
+    assert (c.vocab_size, c.max_position_embeddings, c.rope_theta) == (50257, 256, 10000)
+    assert (c.norm, c.embedding_norm, c.tie_word_embeddings) == ("post", False, True)
+    assert (c.hidden_dropout, c.attention_dropout) == (0.1, 0.1)
+    assert (c.router, c.meta_router, c.entropy_thresholds) == ("threshold", meta_router, thresholds)
+    assert c.spectrum == "orthonormal"
+    if c.routed_layers:
+        assert c.calibration == "fixed"
+    assert c.use_cache == (name not in ("v1-three-operator", "v1-all-three", "v2-400m"))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_presets(name: str) -> None:
+    c = ChiarConfig.preset(name)
+    assert (c.operators, c.meta_router) == OURS[name]
+    assert (c.norm, c.embedding_norm, c.use_cache) == ("pre", True, True)
+    assert (c.hidden_dropout, c.attention_dropout) == (0, 0)
+    assert (c.calibration, c.entropy_thresholds, c.attention_share) == ("running", None, 0.25)
+    partner = ChiarConfig.preset("small-baseline" if name == "small" else "small")
+    allowed = {"operators", "meta_router"}
+    assert {k for k, v in c.to_dict().items() if partner.to_dict()[k] != v} == allowed
+
+
+def test_each_layer_gets_the_threshold_of_its_menu() -> None:
+    assert ChiarConfig.preset("v1-three-operator").thresholds_of(1) == (0.855,)
+    assert ChiarConfig.preset("v1-three-operator").thresholds_of(2) == (0.865,)
+    assert ChiarConfig.preset("v1-all-three").thresholds_of(1) == (0.855, 0.865)
+    assert ChiarConfig.preset("v1-dct-attention").thresholds_of(1) == pytest.approx((0.86,))
+    assert ChiarConfig.preset("v2-400m").thresholds_of(5) == pytest.approx((0.8954,))
+    assert ChiarConfig.preset("small").thresholds_of(1) is None
+
+
+def test_a_preset_is_not_changed_by_what_one_does_to_a_copy() -> None:
+    ChiarConfig.preset("small").operators[0].append("attention")
+    assert ChiarConfig.preset("small").operators[0] == ["dct"]
+
+
+@settings(max_examples=20)
+@given(
+    name=st.sampled_from(["small", "small-baseline", "v2-400m", "v2-400m-baseline", "v1-dct-attention", "v1-baseline"]),
+    layers=st.integers(2, 40),
+)
+def test_another_depth_continues_a_preset_s_pattern(name: str, layers: int) -> None:
+    c = ChiarConfig.preset(name, num_hidden_layers=layers)
+    wanted = [[A]] * layers if "baseline" in name else [[D], *[[D, A]] * (layers - 2), [A]]
+    assert c.operators == wanted
+
+
+def test_what_hangs_on_a_changed_field_follows() -> None:
+    for router in ("soft", "hard"):
+        c = ChiarConfig.preset("v1-dct-attention", router=router)
+        assert (c.router, c.entropy_thresholds) == (router, None)
+    running = ChiarConfig.preset("v2-400m", calibration="running")
+    assert (running.calibration, running.entropy_thresholds) == ("running", None)
+    assert ChiarConfig.preset("v2-400m", meta_router="causal").use_cache is True
+    assert ChiarConfig.preset("small", meta_router="batch").use_cache is False
+    assert ChiarConfig.preset("small", vocab_size=100).vocab_size == 100
+
+
+def test_a_registered_router_without_thresholds_drops_a_preset_s_too() -> None:
+    class Coin(nn.Module):
+        pass
+
+    class Loud(ScoreRouter):
+        pass
+
+    register_router("coin", Coin)
+    register_router("loud", Loud)
+    try:
+        assert ChiarConfig.preset("v1-dct-attention", router="coin").entropy_thresholds is None
+        assert ChiarConfig.preset("v1-dct-attention", router="loud").entropy_thresholds == [0.855, 0.865]
+    finally:
+        del ROUTERS["coin"], ROUTERS["loud"]
+
+
+# What follows from what
+
+
+def test_defaults() -> None:
+    c = ChiarConfig()
+    assert c.operators == [[D], *[[D, A]] * 4, [A]]
+    assert c.intermediate_size == 4 * c.hidden_size
+    assert (c.router, c.calibration, c.attention_share) == ("threshold", "running", 0.25)
+    assert (c.meta_router, c.use_cache, c.collapse_penalty) == ("causal", True, 0)
+    assert config(num_hidden_layers=1).operators == [[D, A]]
+    assert config(num_hidden_layers=None, operators=[[A], [A]]).num_hidden_layers == 2
+    assert config(operators=[[A]] * 3).meta_router == "none"
+    assert config(operators=(("dct",), ("rbf",), ("attention",))).operators == [
+        ["dct"],
+        ["rbf"],
+        ["attention"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "use_cache"),
+    [
+        ({}, True),
+        ({"meta_router": "batch"}, False),
+        ({"meta_router": "sequence"}, False),
+        ({"meta_router": "none"}, True),
+        ({"operators": [[D], [D, R], [A]]}, False),
+        ({"router": "soft"}, True),
+        ({"use_cache": False}, False),
+    ],
+    ids=str,
+)
+def test_a_cache_where_there_can_be_one(changes: dict[str, Any], use_cache: bool) -> None:
+    assert config(**changes).use_cache is use_cache
+
+
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "hidden_size": st.sampled_from([8, 16, 48]),
+        "intermediate_size": st.integers(1, 99),
+        "rope_theta": st.floats(1, 1e6),
+        "hidden_dropout": st.floats(0, 0.99),
+        "attention_share": st.floats(0, 1),
+        "norm": st.sampled_from(["pre", "post"]),
+        "router": st.sampled_from(["threshold", "soft", "hard"]),
+        "meta_router": st.sampled_from(["none", "causal", "sequence", "batch"]),
+        "spectrum": st.sampled_from(["orthonormal", "reference"]),
+        "embedding_norm": st.booleans(),
+        "tie_word_embeddings": st.booleans(),
+        "operators": st.lists(st.sampled_from([[D], [A], [R], [D, A], [D, R], [D, R, A]]), min_size=3, max_size=3),
+        "eos_token_id": st.one_of(st.integers(0, 39), st.lists(st.integers(0, 39), min_size=1, max_size=2)),
+    },
+)
+
+
+@settings(max_examples=25)
+@given(FIELDS)
+def test_round_trips(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+    c = config(**changes)
+    folder = tmp_path_factory.mktemp("config")
+    c.save_pretrained(folder)
+    wanted = c.to_dict()
+    assert {field: wanted[field] for field in changes} == changes
+    for back in (
+        ChiarConfig.from_dict(c.to_dict()),
+        ChiarConfig(**{k: v for k, v in wanted.items() if k in ChiarConfig.__dataclass_fields__}),
+        ChiarConfig.from_pretrained(folder),
+        AutoConfig.from_pretrained(folder),
+    ):
+        assert type(back) is ChiarConfig
+        assert back.to_diff_dict() == c.to_diff_dict()
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OURS])
+def test_presets_survive_saving(tmp_path: Path, name: str) -> None:
+    c = ChiarConfig.preset(name)
+    c.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == c.to_diff_dict()
+
+
+# What is refused
+
+FIXED = {"calibration": "fixed", "entropy_thresholds": [0.8, 0.9]}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"hiden_size": 16}, "hiden_size=16.*did you mean 'hidden_size'"),
+    ({"attention_context": "routed"}, "attention_context='routed'"),
+    ({"temperature": 3}, "temperature=3"),
+    ({"hidden_size": 0}, "hidden_size=0"),
+    ({"hidden_size": 16.0}, r"hidden_size=16\.0"),
+    ({"hidden_size": None}, "hidden_size=None"),
+    ({"vocab_size": "40"}, "vocab_size='40'"),
+    ({"vocab_size": True}, "vocab_size=True"),
+    ({"vocab_size": -1}, "vocab_size=-1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    ({"num_hidden_layers": 2.0}, r"num_hidden_layers=2\.0"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0"),
+    ({"intermediate_size": -4}, "intermediate_size=-4"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+    ({"rope_theta": 0}, "rope_theta=0"),
+    ({"rope_theta": math.nan}, "rope_theta=nan"),
+    ({"rope_theta": math.inf}, "rope_theta=inf"),
+    ({"num_attention_heads": 3}, "hidden_size=16.*num_attention_heads=3"),
+    ({"num_attention_heads": 16}, "hidden_size=16.*num_attention_heads=16.*even"),
+    ({"hidden_dropout": -0.1}, r"hidden_dropout=-0\.1"),
+    ({"hidden_dropout": 1.0}, "hidden_dropout=1"),
+    ({"attention_dropout": math.nan}, "attention_dropout=nan"),
+    ({"attention_share": 1.5}, r"attention_share=1\.5"),
+    ({"attention_share": "0.25"}, "attention_share='0.25'"),
+    ({"norm": "rms"}, "norm='rms'.*pre, post"),
+    ({"norm": ["pre"]}, "norm="),
+    ({"embedding_norm": 1}, "embedding_norm=1"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings=None"),
+    ({"use_cache": "yes"}, "use_cache='yes'"),
+    ({"spectrum": "fourier"}, "spectrum='fourier'.*orthonormal, reference"),
+    ({"calibration": "moving"}, "calibration='moving'.*running, fixed"),
+    ({"meta_router": "token"}, "meta_router='token'.*none, batch, sequence, causal"),
+    ({"meta_router": False}, "meta_router=False"),
+    ({"router": "sofd"}, "router 'sofd'.*did you mean 'soft'"),
+    ({"router": None}, "router=None"),
+    ({"router": ["soft"]}, "router="),
+    ({"operators": "dct"}, "operators='dct'"),
+    ({"operators": []}, r"operators=\[\]"),
+    ({"operators": ["dct", "dct", "dct"]}, "operators="),
+    ({"operators": [[D], [], [A]]}, r"operators\[1\]=\[\]"),
+    ({"operators": [[D], [A, D], [A]]}, r"operators\[1\]=\['attention', 'dct'\].*cheapest"),
+    ({"operators": [[D], [D, D], [A]]}, r"operators\[1\]=\['dct', 'dct'\].*twice"),
+    ({"operators": [[D], ["fft", A], [A]]}, r"operators\[1\].*'fft'"),
+    ({"operators": [[["dct"]], [D], [A]]}, r"operators\[0\]"),
+    ({"operators": [[D], [D, None], [A]]}, r"operators\[1\]"),
+    ({"operators": [[D], [A]]}, "2 menus, num_hidden_layers=3"),
+    ({"entropy_thresholds": [0.8, 0.9]}, "entropy_thresholds=.*calibration='running'"),
+    ({"calibration": "fixed"}, "calibration='fixed' without entropy_thresholds"),
+    ({**FIXED, "entropy_thresholds": [0.9, 0.8]}, r"entropy_thresholds=\[0\.9, 0\.8\]"),
+    ({**FIXED, "entropy_thresholds": [0.9]}, r"entropy_thresholds=\[0\.9\]"),
+    ({**FIXED, "entropy_thresholds": [math.nan, 0.9]}, "entropy_thresholds="),
+    ({**FIXED, "entropy_thresholds": 0.9}, r"entropy_thresholds=0\.9"),
+    ({**FIXED, "router": "soft"}, "entropy_thresholds=.*router='soft'"),
+    ({"collapse_penalty": -1, "router": "soft"}, "collapse_penalty=-1"),
+    ({"collapse_penalty": math.nan, "router": "soft"}, "collapse_penalty=nan"),
+    ({"collapse_penalty": 0.01}, r"collapse_penalty=0\.01.*router='threshold'"),
+    (
+        {"collapse_penalty": 0.01, "router": "soft", "operators": [[A]] * 3},
+        r"collapse_penalty=0\.01.*no layer",
+    ),
+    ({"use_cache": True, "meta_router": "batch"}, "use_cache=True.*meta_router='batch'"),
+    ({"use_cache": True, "meta_router": "sequence"}, "use_cache=True.*meta_router='sequence'"),
+    ({"use_cache": True, "operators": [[D], [D, R], [A]]}, r"use_cache=True.*operators\[1\].*rbf"),
+    ({"pad_token_id": 40}, "pad_token_id=40.*vocab_size=40"),
+    ({"bos_token_id": "<s>"}, "bos_token_id='<s>'"),
+    ({"eos_token_id": [3, 41]}, r"eos_token_id=\[3, 41\].*vocab_size=40"),
+]
+
+
+@pytest.mark.parametrize(("changes", "complaint"), WRONG, ids=[str(changes) for changes, _ in WRONG])
+def test_the_impossible_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        config(**changes)
+    assert "\n" not in str(error.value)
+    # The same where it was written into a saved configuration.
+    fields = config().to_dict() | {"use_cache": None} | changes
+    if "operators" not in changes:
+        fields["operators"] = None
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=complaint):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+CHANGED_LATER = [
+    (changes, complaint)
+    for changes, complaint in WRONG
+    if set(changes) <= set(ChiarConfig.__dataclass_fields__) and "operators" not in changes
+]
+
+
+@pytest.mark.parametrize(("changes", "complaint"), CHANGED_LATER, ids=[str(c) for c, _ in CHANGED_LATER])
+def test_the_impossible_is_found_when_it_was_set_later(changes: dict[str, Any], complaint: str) -> None:
+    c = config(use_cache=False)
+    c.check()
+    for field, value in changes.items():
+        setattr(c, field, value)
+    with pytest.raises(UserError) as error:
+        c.check()
+    assert "\n" not in str(error.value)
+    assert any(field in str(error.value) for field in changes)
+
+
+def test_more_operators_than_two_thresholds_can_split() -> None:
+    class Free(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    OPERATORS["free"] = Free
+    try:
+        with pytest.raises(UserError, match=r"operators\[1\].*entropy_thresholds.*at most three"):
+            config(**FIXED, operators=[[D], [D, R, A, "free"], [A]])
+        assert config(operators=[[D], ["free", D, R, A], [A]]).routed_layers == [1]
+        # Nothing says that what it does can be cached.
+        assert config(operators=[[D], [D, "free"], [A]]).use_cache is False
+    finally:
+        del OPERATORS["free"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "complaint"),
+    [
+        ("smal", {}, "unknown preset 'smal': did you mean 'small'"),
+        (3, {}, "unknown preset 3"),
+        ("small", {"depth": 3}, "depth=3"),
+        ("v1-all-three", {"num_hidden_layers": 2}, "4 menus, num_hidden_layers=2"),
+        ("small", {"calibration": "fixed"}, "'small'.*entropy_thresholds"),
+        ("small", {"router": 3}, "router=3"),
+        ("v2-400m", {"use_cache": True}, "use_cache=True.*meta_router='batch'"),
+        ("small", {"hidden_size": 130}, "hidden_size=130.*num_attention_heads=4"),
+    ],
+)
+def test_impossible_presets(name: Any, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        ChiarConfig.preset(name, **changes)
+    assert "\n" not in str(error.value)
