@@ -1,7 +1,7 @@
 """The command line, called as a user calls it: what it prints, and one line and exit code 2 for each mistake.
 
-The oracle of a mistake is the same for all: exit code 2, standard output empty, standard error one line that starts with
-"error: " and says what is wrong. Nothing is left half-written.
+The oracle of a mistake is the same for all: exit code 2, standard output empty, standard error one line that starts
+with "error: " and says what is wrong. Nothing is left half-written.
 """
 
 import json
@@ -137,7 +137,7 @@ def test_calibrate_sets_the_share_and_leaves_the_checkpoint_alone(run: Run, run_
     before = (run_folder / "model/model.safetensors").read_bytes()
     code, out, _ = run("calibrate", run_folder, "--share", 0.4, "--output", tmp_path / "cal", "--json")
     assert code == 0
-    # Coarse, because this text has few distinct tokens and H of the first routed layer depends on the token alone: ties.
+    # Coarse: this text has few distinct tokens, and H of the first routed layer depends on the token alone. Ties.
     assert json.loads(out)["layers"][1]["share"][1] == pytest.approx(0.4, abs=0.05)
     assert (run_folder / "model/model.safetensors").read_bytes() == before
     calibrated = ChiarForCausalLM.from_pretrained(tmp_path / "cal")

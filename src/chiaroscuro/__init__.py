@@ -36,7 +36,7 @@ AutoModelForCausalLM.register(ChiarConfig, ChiarForCausalLM)
 
 
 def __getattr__(name: str) -> Any:
-    # The training package brings the Trainer and datasets, seconds of import that a user of the model need not wait for.
+    # The training package brings the Trainer and datasets: seconds that a user of the model need not wait for.
     if name == "calibrate":
         from chiaroscuro.training.calibration import calibrate
 

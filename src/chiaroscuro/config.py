@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
@@ -104,15 +104,15 @@ class ChiarConfig(PreTrainedConfig):
     rope_theta: float = 10000.0
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    norm: str = "pre"
+    norm: NormPlacement = "pre"
     embedding_norm: bool = True
     operators: list[list[str]] | None = None
     router: str = "threshold"
     attention_share: float = 0.25
     calibration: str = "running"
     entropy_thresholds: list[float] | None = None
-    meta_router: str | None = None
-    spectrum: str = "orthonormal"
+    meta_router: Literal["none"] | Pooling | None = None
+    spectrum: Spectrum = "orthonormal"
     collapse_penalty: float = 0.0
     use_cache: bool | None = None
     tie_word_embeddings: bool = True
@@ -185,9 +185,14 @@ class ChiarConfig(PreTrainedConfig):
         return {name: description for name, (description, _) in _PRESETS.items()}
 
     @property
+    def menus(self) -> list[list[str]]:
+        """`operators`, which construction has filled in."""
+        return self.operators or []
+
+    @property
     def routed_layers(self) -> list[int]:
         """The layers that have a choice."""
-        return [i for i, menu in enumerate(self.operators or []) if len(menu) > 1]
+        return [i for i, menu in enumerate(self.menus) if len(menu) > 1]
 
     def thresholds_of(self, layer: int) -> tuple[float, ...] | None:
         """The fixed thresholds of a layer's menu; None where they are calibrated."""
@@ -197,7 +202,7 @@ class ChiarConfig(PreTrainedConfig):
         return pick_thresholds(tuple(self.operators[layer]), low, high)
 
     def check(self) -> None:
-        """Raise a UserError for the first thing that is impossible. Also run by the model, on whatever was changed since."""
+        """Raise a UserError for the first thing that is impossible. The model runs it too, on what was changed since."""
         for field in _POSITIVE:
             self._check_number(field, getattr(self, field))
         for field in _SHARES:
@@ -269,13 +274,13 @@ class ChiarConfig(PreTrainedConfig):
                 )
             if not by_score:
                 raise UserError(
-                    f"entropy_thresholds={self.entropy_thresholds} with router={self.router!r}, which has no thresholds: "
+                    f"entropy_thresholds={self.entropy_thresholds} with router={self.router!r}, which has none: "
                     "use router='threshold' or drop entropy_thresholds"
                 )
             for i in self.routed_layers:
-                if len(self.operators[i]) > 3:
+                if len(self.menus[i]) > 3:
                     raise UserError(
-                        f"operators[{i}]={self.operators[i]} with entropy_thresholds={self.entropy_thresholds}: two "
+                        f"operators[{i}]={self.menus[i]} with entropy_thresholds={self.entropy_thresholds}: two "
                         "thresholds split at most three operators; use calibration='running'"
                     )
         elif self.calibration == "fixed" and by_score and self.routed_layers:
@@ -287,15 +292,15 @@ class ChiarConfig(PreTrainedConfig):
             )
         if self.collapse_penalty and not self.routed_layers:
             raise UserError(
-                f"collapse_penalty={self.collapse_penalty} with operators={self.operators}, where no layer has a choice "
-                "to penalise: drop collapse_penalty"
+                f"collapse_penalty={self.collapse_penalty} with operators={self.operators}, no layer of which has "
+                "a choice to penalise: drop collapse_penalty"
             )
 
     def uncacheable(self) -> str:
         """Why no cache can serve this model; empty where one can."""
         if self.meta_router in ("batch", "sequence"):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
-        for i, menu in enumerate(self.operators or []):
+        for i, menu in enumerate(self.menus):
             for name in menu:
                 if not getattr(find_operator(name), "cacheable", False):
                     return f"operators[{i}]={menu}: {name!r} weighs all earlier tokens anew and can't be cached"

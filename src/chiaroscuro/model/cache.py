@@ -1,9 +1,9 @@
 """The cache: keys and values for the layers that attend, nothing for those that don't, and the MetaRouter's sum."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from chiaroscuro.config import ChiarConfig
@@ -27,7 +27,7 @@ class ChiarCache(Cache):
     def __init__(self, config: ChiarConfig) -> None:
         if reason := config.uncacheable():
             raise UserError(f"no cache for a model with {reason}: pass use_cache=False")
-        keeping = [config.keeps_keys(menu) for menu in config.operators or []]
+        keeping = [config.keeps_keys(menu) for menu in config.menus]
         super().__init__(layers=[DynamicLayer() if keeps else DummyLayer() for keeps in keeping])
         self.tokens_seen = 0
         self.meta_state: tuple[Tensor, Tensor] | None = None
@@ -70,7 +70,7 @@ class ChiarCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order that beam search chose."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(LongTensor, beam_idx))
         self._map_meta_state(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

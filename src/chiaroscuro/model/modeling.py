@@ -6,7 +6,7 @@ the mask and the rotary angles, is computed here once.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +53,17 @@ class ChiarPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MetaRouter):
             module.reset_parameters()
 
+    @property
+    def trunk(self) -> "ChiarModel":
+        """The model without a head: of `ChiarModel`, itself."""
+        return cast(ChiarModel, self.base_model)
+
     def thresholds(self) -> dict[int, Thresholds]:
         """The calibration of every layer that routes by a score, by layer number."""
         return {
-            i: layer.router.calibration
-            for i, layer in enumerate(self.base_model.layers)
-            if isinstance(layer.router, ScoreRouter)
+            i: block.router.calibration
+            for i, block in enumerate(self.trunk.blocks)
+            if isinstance(block.router, ScoreRouter)
         }
 
     def set_attention_share(self, share: float) -> None:
@@ -104,7 +109,9 @@ class ChiarModel(ChiarPreTrainedModel):
         config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.meta_router = None if config.meta_router == "none" else MetaRouter(config.hidden_size, config.meta_router)
+        self.meta_router = None
+        if config.meta_router is not None and config.meta_router != "none":
+            self.meta_router = MetaRouter(config.hidden_size, config.meta_router)
         self.layers = nn.ModuleList(
             RoutedBlock(
                 config.hidden_size,
@@ -120,11 +127,16 @@ class ChiarModel(ChiarPreTrainedModel):
                 attention_dropout=config.attention_dropout,
                 rope_theta=config.rope_theta,
             )
-            for i, menu in enumerate(config.operators)
+            for i, menu in enumerate(config.menus)
         )
         self.norm = nn.LayerNorm(config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def blocks(self) -> list[RoutedBlock]:
+        """The layers, as what they are."""
+        return [cast(RoutedBlock, layer) for layer in self.layers]
 
     @can_return_tuple
     def forward(
@@ -165,22 +177,21 @@ class ChiarModel(ChiarPreTrainedModel):
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         elif not use_cache and past_key_values is not None:
             raise UserError("past_key_values with use_cache=False: drop one of them")
-        if use_cache:
-            past_key_values = self.check_cache(past_key_values)
+        cache = self.check_cache(past_key_values) if use_cache else None
         x = self.embed(input_ids, inputs_embeds)
-        context = self.prepare(x, attention_mask, position_ids, past_key_values)
-        gate = self.gate(x, context["attention_mask"], past_key_values)
+        context = self.prepare(x, attention_mask, position_ids, cache)
+        gate = self.gate(x, context["attention_mask"], cache)
         hidden_states = [x]
         routings: list[Routing | None] = []
         for i in range(len(self.layers)):
-            x, routing = self.run_layer(i, x, gate, context, past_key_values, output_routing)
+            x, routing = self.run_layer(i, x, gate, context, cache, output_routing)
             hidden_states.append(x)
             routings.append(routing)
-        if past_key_values is not None:
-            past_key_values.tokens_seen += x.shape[1]
+        if cache is not None:
+            cache.tokens_seen += x.shape[1]
         return ChiarModelOutput(
             last_hidden_state=self.norm(x),
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             routing=tuple(routings) if output_routing or self.penalises() else None,
             meta_gate=gate if output_routing else None,
@@ -192,8 +203,9 @@ class ChiarModel(ChiarPreTrainedModel):
             try:
                 x = self.embed_tokens(input_ids)
             except IndexError:
+                size = self.config.vocab_size
                 raise UserError(
-                    f"a token outside the vocabulary, vocab_size={self.config.vocab_size}: use the model's own tokenizer"
+                    f"a token outside the vocabulary, vocab_size={size}: use the model's own tokenizer"
                 ) from None
         else:
             x = inputs_embeds
@@ -229,13 +241,15 @@ class ChiarModel(ChiarPreTrainedModel):
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
         position_ids = position_ids.expand(batch, -1)
-        masked = attention_mask is not None and any(layer.asks_for("mask") for layer in self.layers)
-        rotated = any(layer.asks_for("rotary") for layer in self.layers)
+        mask = None
+        if attention_mask is not None and any(block.asks_for("mask") for block in self.blocks):
+            mask = causal_mask(attention_mask, time)
+        rotated = any(block.asks_for("rotary") for block in self.blocks)
         head_width = width // self.config.num_attention_heads
         return {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "mask": causal_mask(attention_mask, time) if masked else None,
+            "mask": mask,
             "rotary": rotary_table(position_ids, head_width, self.config.rope_theta) if rotated else None,
             "implementation": self.config._attn_implementation,
         }
@@ -307,7 +321,7 @@ class ChiarModel(ChiarPreTrainedModel):
 
 
 class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
-    """The CHIAR-Former as a language model: its head shares the embedding's weights unless the config says otherwise."""
+    """The CHIAR-Former as a language model; its head shares the embedding's weights unless the config says not to."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The loss is divided by `num_items_in_batch` where the Trainer gives it.
@@ -410,6 +424,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
     def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """What each position is to predict, −100 where nothing: at the end, at padding, and of padding."""
         if shift_labels is None:
+            assert labels is not None  # the caller has one of the two
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -430,9 +445,10 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         if given is not None or generation_config.cache_implementation == "dynamic":
             self.model.check_cache(given)
         if given is None and generation_config.use_cache:
-            given = model_kwargs["past_key_values"] = ChiarCache(self.config)
+            model_kwargs["past_key_values"] = ChiarCache(self.config)
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        base: Any = super()  # whose annotations want a class that transformers only sketches
+        return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 def utilisation_entropy(

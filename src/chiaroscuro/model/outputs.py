@@ -18,8 +18,8 @@ class ChiarModelOutput(ModelOutput):
         last_hidden_state: after the final norm.
         past_key_values: the cache, where one was used.
         hidden_states: on `output_hidden_states=True`: the embedded input, and the tokens after every layer.
-        routing: on `output_routing=True`: a `Routing` a layer (entropy, operator index, share per operator). In training
-            with a collapse penalty also without being asked for, None for the layers of one operator.
+        routing: on `output_routing=True`: a `Routing` a layer (entropy, operator index, share per operator). In
+            training with a collapse penalty also without being asked for, None for the layers of one operator.
         meta_gate: g of the MetaRouter, on `output_routing=True`: (1, 1) pooled over the batch, (B, 1) over the
             sequence, (B, T) causally; None without a MetaRouter.
 

@@ -1,4 +1,4 @@
-"""The first five minutes: a CHIAR-Former and the full-attention model of its size, trained alike and shown side by side."""
+"""The first five minutes: a CHIAR-Former and full attention of the same size, trained alike, shown side by side."""
 
 from pathlib import Path
 from typing import Any

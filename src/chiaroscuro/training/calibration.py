@@ -6,10 +6,10 @@ The running calibration, which follows the data while a model trains, is the mod
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
@@ -27,14 +27,14 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Any]],
     share: float | None = None,
 ) -> dict[int, list[float]]:
-    """Set the thresholds of a model from data, so that each routed layer sends `share` of these tokens to its last operator.
+    """Set the thresholds of a model from data: each routed layer sends `share` of these tokens to its last operator.
 
     Layer after layer, each on what the routed layers before it produce with the thresholds that they have just got:
     the input of a layer depends on the routing before it, so all layers at once would miss. The table of quantiles is
     set too, so that `model.set_attention_share` works from these data afterwards.
 
-    Tokens of one score go the same way. Where H depends on the token's id alone (a routed first layer; dct before it and
-    no MetaRouter), the share is met only to within the share of the token at the threshold.
+    Tokens of one score go the same way. Where H depends on the token's id alone (a routed first layer; dct before it
+    and no MetaRouter), the share is met only to within the share of the token at the threshold.
 
     Args:
         model: any CHIAR-Former that routes by a score, calibrated or not. Changed in place.
@@ -50,7 +50,7 @@ def calibrate(
             as it was.
 
     """
-    base = model.base_model
+    base = model.trunk
     layers = model.thresholds()
     was_training = model.training
     model.eval()
@@ -73,7 +73,7 @@ def calibrate(
         model.set_attention_share(model.config.attention_share if share is None else share)
         for i in range(len(base.layers)):
             if i in layers:
-                scores = [_real_scores(base.layers[i].route(x, c["attention_mask"]), c) for x, c, _ in states]
+                scores = [_real_scores(base.blocks[i].route(x, c["attention_mask"]), c) for x, c, _ in states]
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
     finally:
@@ -90,8 +90,8 @@ def paper_thresholds(
 ) -> tuple[float, float]:
     """The paper's thresholds: percentiles of H over the embedding rows of a trained baseline.
 
-    No layer is run: H is of the bare embeddings, which are not what a routed layer sees. It is published so; `calibrate`
-    is what does it on the layers' own input.
+    No layer is run: H is of the bare embeddings, which are not what a routed layer sees. It is published so;
+    `calibrate` does it on the layers' own input.
 
     Args:
         model: the trained full-attention baseline.
@@ -111,7 +111,7 @@ def paper_thresholds(
     tokens = [token for row in islice(rows, PAPER_ROWS) for token in row[:max_length]]
     if not tokens:
         raise UserError("the rows to calibrate on hold no tokens: give some text")
-    embeddings = model.get_input_embeddings().weight
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
     if not 0 <= min(tokens) <= max(tokens) < len(embeddings):
         raise UserError(f"a token outside the vocabulary, vocab_size={len(embeddings)}: use the model's own tokenizer")
     entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)]).double()
