@@ -202,7 +202,7 @@ class ChiarConfig(PreTrainedConfig):
         return pick_thresholds(tuple(self.operators[layer]), low, high)
 
     def check(self) -> None:
-        """Raise a UserError for the first thing that is impossible. The model runs it too, on what was changed since."""
+        """Raise a UserError for the first thing that is impossible; the model runs it on what was changed since."""
         for field in _POSITIVE:
             self._check_number(field, getattr(self, field))
         for field in _SHARES:
