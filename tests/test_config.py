@@ -350,3 +350,9 @@ def test_impossible_presets(name: Any, changes: dict[str, Any], complaint: str) 
     with pytest.raises(UserError, match=complaint) as error:
         ChiarConfig.preset(name, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_share_for_fixed_thresholds_is_refused_and_for_running_ones_taken() -> None:
+    with pytest.raises(UserError, match=r"attention_share=0\.5 with preset 'v2-400m'.*calibration='running'"):
+        ChiarConfig.preset("v2-400m", attention_share=0.5)
+    assert ChiarConfig.preset("v2-400m", attention_share=0.5, calibration="running").attention_share == 0.5

@@ -177,6 +177,11 @@ class ChiarConfig(PreTrainedConfig):
             fields.pop("calibration", None)
         if changes.get("calibration") == "fixed" and "entropy_thresholds" not in changes | fields:
             raise UserError(f"preset {name!r} with calibration='fixed': give entropy_thresholds=[low, high] too")
+        if "attention_share" in changes and (fields | changes).get("calibration") == "fixed":
+            raise UserError(
+                f"attention_share={changes['attention_share']!r} with preset {name!r}, whose thresholds are fixed and "
+                "follow no share: set calibration='running' too"
+            )
         return cls(**(fields | changes))
 
     @classmethod

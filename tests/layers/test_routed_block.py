@@ -227,6 +227,32 @@ def test_attention_looks_back_in_a_routed_layer_too() -> None:
     assert torch.equal(y[0, :skipping], y_changed[0, :skipping])
 
 
+class Store:
+    """The simplest cache."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        new = [key_states, value_states]
+        self.kept = [torch.cat(pair, -2) for pair in zip(self.kept, new, strict=True)] if self.kept else new
+        return self.kept[0], self.kept[1]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_continued_from_a_cache_the_mask_covers_the_earlier_tokens_too(norm: str) -> None:
+    block, x = make(("dct", "attention"), norm=norm).eval(), draw(0, 2, 6, WIDTH)
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    whole, routing = block(x, real)
+    store, parts = Store(), []
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        ids = torch.arange(start, end).expand(2, -1)
+        y, part = block(x[:, start:end], real[:, :end], position_ids=ids, cache=store)
+        parts.append(y)
+        assert torch.equal(part.operator_index, routing.operator_index[:, start:end])
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
+
+
 def test_dropout_acts_on_both_sublayers_in_training_alone() -> None:
     block, x = make(("dct",), dropout=0.5), draw(0, 2, 6, WIDTH)
     assert not torch.equal(block(x)[0], block(x)[0])

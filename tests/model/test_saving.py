@@ -145,3 +145,12 @@ def test_a_text_generation_pipeline_runs_on_it(tmp_path: Path, preset: str) -> N
     assert answers[0][0]["generated_text"] == tokenizer.decode(alone[0], skip_special_tokens=True)
     if preset == "small":  # a gate over the batch answers otherwise in a batch
         assert pipe(texts, max_new_tokens=6, do_sample=False, batch_size=2) == answers
+
+
+def test_a_share_given_to_from_pretrained_turns_the_dial(tmp_path: Path) -> None:
+    model = ChiarForCausalLM(ChiarConfig(vocab_size=40, hidden_size=32, num_hidden_layers=3))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attention_share=0.9)
+    model.set_attention_share(0.9)
+    assert loaded.config.attention_share == 0.9
+    assert torch.equal(loaded.model.layers[1].thresholds, model.model.layers[1].thresholds)

@@ -31,8 +31,14 @@ class RBFMixing(nn.Module):
     def __init__(self, width: int, features: int = 64, gamma: float = 1.0, causal: bool = True) -> None:
         super().__init__()
         self.causal = causal
-        self.register_buffer("frequencies", math.sqrt(2 * gamma) * torch.randn(width, features))
+        self.gamma = gamma
+        self.register_buffer("frequencies", torch.empty(width, features))
+        self.reset_parameters()
         self.out_proj = nn.Linear(2 * features, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the frequencies."""
+        nn.init.normal_(self.frequencies, std=math.sqrt(2 * self.gamma))
 
     def forward(
         self, x: Float[Tensor, "batch time width"], attention_mask: Bool[Tensor, "batch time"] | None = None

@@ -61,7 +61,9 @@ class ScoreRouter(nn.Module):
         spectrum: Spectrum = "orthonormal",
     ) -> None:
         super().__init__()
-        null = null_entropy_quantiles(width, torch.linspace(0, 1, QUANTILES, device="cpu").tolist(), spectrum)
+        # The type is named because a model may be made under a default of bfloat16, which would round the table.
+        probabilities = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device="cpu").tolist()
+        null = null_entropy_quantiles(width, probabilities, spectrum)
         self.calibration = Thresholds(len(operators), null, attention_share, thresholds)
 
     def score(

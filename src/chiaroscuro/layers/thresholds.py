@@ -85,14 +85,25 @@ class Thresholds(nn.Module):
         self.running = fixed is None
         if fixed is not None and (len(fixed) != operators - 1 or list(fixed) != sorted(fixed)):
             raise ValueError(f"thresholds {fixed} for {operators} operators: need {operators - 1}, in rising order")
-        values = (
-            shares_to_thresholds(quantiles, share, operators) if fixed is None else torch.tensor(fixed, device="cpu")
-        )
-        self.register_buffer("values", values.float())
-        self.register_buffer("quantiles", quantiles.clone())
-        self.register_buffer("steps", torch.zeros((), device="cpu"))
+        # Kept to start from again: loading a checkpoint that has no calibration leaves the buffers without a value.
+        self._start = (quantiles.float(), fixed)
+        self.register_buffer("values", torch.empty(operators - 1, dtype=torch.float32, device="cpu"))
+        self.register_buffer("quantiles", torch.empty(len(quantiles), dtype=torch.float32, device="cpu"))
+        self.register_buffer("steps", torch.empty((), dtype=torch.float32, device="cpu"))
+        self.reset_parameters()
         self._noted: Tensor | None = None
         self._noted_count = 0
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to where it started: uncalibrated, or at the fixed thresholds."""
+        quantiles, fixed = self._start
+        self.quantiles.copy_(quantiles)
+        self.steps.zero_()
+        if fixed is None:
+            self.set_share(self.share)
+        else:
+            self.values.copy_(torch.tensor(fixed, dtype=torch.float32, device="cpu"))
 
     @property
     def calibrated(self) -> bool:

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import MetaRouter, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
+from chiaroscuro.layers import MetaRouter, RBFMixing, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
 from chiaroscuro.ops import causal_mask, rotary_table
@@ -50,8 +50,19 @@ class ChiarPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, SpectralMixing):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MetaRouter):
+        elif isinstance(module, MetaRouter | RBFMixing | Thresholds):
             module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as any Hugging Face model; `attention_share=ρ` turns the dial too, and not the config alone."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Where the thresholds follow the share they are the table's look-up of it, so this moves none but asked.
+        for thresholds in model.thresholds().values():
+            if thresholds.running:
+                thresholds.set_share(model.config.attention_share)
+        return loaded
 
     @property
     def trunk(self) -> "ChiarModel":

@@ -29,7 +29,7 @@ MATRIX_UP_TO = 64
 
 
 BLOCK = 2**17
-"""Numbers that the FFT takes at a time on a CPU: half a megabyte, which with its temporaries stays in the cache."""
+"""Numbers a thread that the FFT takes at a time on a CPU: half a megabyte, which stays in a core's cache."""
 
 
 def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -197,7 +197,7 @@ def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:  # which MKL's FFT refuses
         return y
-    rows = max(1, BLOCK // x.shape[-1])
+    rows = max(1, BLOCK * torch.get_num_threads() // x.shape[-1])
     if x.device.type != "cpu" or x.ndim == 1:
         transform(x, y)
     else:
