@@ -69,23 +69,19 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
 
 
 def _comparison(figures: dict[str, Any]) -> Table:
+    tokens = {f"{run['tokens']:,}" for run in figures.values()}
     table = Table(
-        "model",
-        "parameters",
-        "tokens",
-        "attention",
-        "validation ppl",
-        "bits/byte",
-        "training",
-        "tokens/s",
+        *("model", "parameters", "attention", "val. ppl", "bits/byte", "training", "tokens/s"),
+        title=f"{' and '.join(tokens)} tokens each; attention: of all tokens in all layers",
+        title_justify="left",
         box=None,
+        pad_edge=False,
     )
     for name, run in figures.items():
         table.add_row(
             name,
             f"{run['parameters']:,}",
-            f"{run['tokens']:,}",
-            _attention(Path(run["folder"])),
+            f"{_attention(Path(run['folder'])):.0%}",
             f"{run['perplexity']:.2f}",
             f"{run['bits_per_byte']:.4f}",
             f"{run['seconds']:.0f} s",
@@ -94,11 +90,9 @@ def _comparison(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _attention(run: Path) -> str:
+def _attention(run: Path) -> float:
     """The share of all layers' tokens that were sent to attention in the last validation."""
     last = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"][-1]
     layers = last["layers"]
-    sent = sum(
-        s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention"
-    )
-    return f"{sent / len(layers):.0%} of tokens × layers"
+    sent = [s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention"]
+    return sum(sent) / len(layers)
