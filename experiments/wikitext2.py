@@ -79,9 +79,7 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
         evaluation = evaluate_blocks(model, blocks, output_routing=routes)
         figures[split] = evaluation.figures()
         if routes:
-            gates = [gate for _, gate in evaluation.routings if gate is not None]
-            routings = [routing for routing, _ in evaluation.routings]
-            figures[split] |= describe_routing(routings, gates, model.config.hidden_size)
+            figures[split] |= describe_routing(evaluation.routings, model.config.hidden_size)
         console.print(f"{folder} {split}: perplexity {evaluation.perplexity:.2f}")
     measured.write_text(json.dumps(figures), encoding="utf-8")
     return figures

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 # Before anything of Hugging Face is imported, which reads them once: nothing phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -21,12 +21,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM
+
+if TYPE_CHECKING:
+    from chiaroscuro.data import Corpus
 
 app = typer.Typer(
     name="chiaroscuro",
@@ -105,14 +108,11 @@ def evaluate(
     Example: chiaroscuro evaluate runs/small --split test --stride 64
     """
     from chiaroscuro.analysis.perplexity import evaluate_blocks
-    from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
-    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+    from chiaroscuro.data import TokenBlocks, tokenize_corpus
     from chiaroscuro.training import describe_routing
 
-    model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
+    model, tokenizer = _load(checkpoint, share)
     recipe = _recipe_of(checkpoint)
-    if share is not None:
-        _chiar(model, "--share").set_attention_share(share)
     if length is None:
         length = recipe.data.sequence_length if recipe else model.config.max_position_embeddings
     if length > model.config.max_position_embeddings:
@@ -120,9 +120,7 @@ def evaluate(
             f"--length {length} is more than the model's max_position_embeddings="
             f"{model.config.max_position_embeddings}: take a shorter one"
         )
-    corpus = load_corpus(_source(data, recipe))
-    if split not in corpus.splits:
-        raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
+    corpus = _corpus(data, recipe, split)
     blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length, stride)
     routes = isinstance(model.config, ChiarConfig)
     with _bar("evaluating", len(blocks), as_json) as bar:
@@ -138,8 +136,7 @@ def evaluate(
         **result.figures(),
     }
     if routes:
-        gates = [gate for _, gate in result.routings if gate is not None]
-        figures |= describe_routing([routing for routing, _ in result.routings], gates, model.config.hidden_size)
+        figures |= describe_routing(result.routings, model.config.hidden_size)
     if as_json:
         _print_json(figures)
         return
@@ -165,11 +162,8 @@ def generate(
     Example: chiaroscuro generate runs/small "The function returns" --max-new-tokens 60
     """
     from chiaroscuro.analysis.sampling import continue_text
-    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
 
-    model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
-    if share is not None:
-        _chiar(model, "--share").set_attention_share(share)
+    model, tokenizer = _load(checkpoint, share)
     text = _text(prompt)
     result = continue_text(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
@@ -206,8 +200,7 @@ def calibrate(
     """
     from torch.utils.data import DataLoader, Subset
 
-    from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
-    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+    from chiaroscuro.data import TokenBlocks, tokenize_corpus
     from chiaroscuro.training import measure_routing, save_whole
     from chiaroscuro.training.calibration import calibrate as set_thresholds
     from chiaroscuro.training.calibration import paper_thresholds
@@ -218,11 +211,9 @@ def calibrate(
         raise UserError("--output goes with --method data: name a folder for the calibrated copy of the model")
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
-    model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
+    model, tokenizer = _load(checkpoint)
     recipe = _recipe_of(checkpoint)
-    corpus = load_corpus(_source(data, recipe))
-    if split not in corpus.splits:
-        raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
+    corpus = _corpus(data, recipe, split)
     if method == "paper":
         rows = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in corpus.splits["validation"]["text"])
         low, high = paper_thresholds(model, rows)
@@ -262,17 +253,13 @@ def route(
     Example: chiaroscuro route runs/small "Return a list of the words in the string." --html page.html
     """
     from chiaroscuro.analysis.routing import trace_routing
-    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
     from chiaroscuro.report.files import write_text
     from chiaroscuro.report.routing_figure import save_png
     from chiaroscuro.report.routing_html import render_html
     from chiaroscuro.report.routing_terminal import print_routing
 
-    model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
-    model = _chiar(model, "route")
-    if share is not None:
-        model.set_attention_share(share)
-    trace = trace_routing(model, tokenizer, _text(text))
+    model, tokenizer = _load(checkpoint, share)
+    trace = trace_routing(_chiar(model, "route"), tokenizer, _text(text))
     if html is not None:
         write_text(html, render_html(trace))
     if png is not None:
@@ -386,12 +373,26 @@ def _recipe_of(checkpoint: str) -> Any:
     return Recipe.load(beside) if beside.is_file() else None
 
 
-def _source(data: str | None, recipe: Any) -> str:
-    if data is not None:
-        return data
-    if recipe is None:
+def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":
+    """The text that the user named, or else that of the recipe; checked to have the split."""
+    from chiaroscuro.data import load_corpus
+
+    if data is None and recipe is None:
         raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
-    return recipe.data.source
+    corpus = load_corpus(recipe.data.source if data is None else data)
+    if split not in corpus.splits:
+        raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
+    return corpus
+
+
+def _load(checkpoint: str, share: float | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A checkpoint's model, its dial turned where a share is given, and its tokenizer."""
+    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+
+    model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
+    if share is not None:
+        _chiar(model, "--share").set_attention_share(share)
+    return model, tokenizer
 
 
 def _chiar(model: PreTrainedModel, what: str) -> ChiarForCausalLM:

@@ -27,12 +27,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def describe_routing(routings: Sequence[Sequence[Any]], gates: Sequence[Tensor], width: int) -> dict[str, Any]:
+def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width: int) -> dict[str, Any]:
     """Shares and entropies per layer, and the mean gate, over some batches.
 
     Args:
-        routings: `output.routing` of each batch: one `LayerRouting` per layer.
-        gates: `output.meta_gate` of each batch; empty without a MetaRouter.
+        looks: `output.routing` and `output.meta_gate` of each batch; the gate None without a MetaRouter.
         width: d, the width whose white noise the entropies are held against.
     """
     layers = [
@@ -42,12 +41,13 @@ def describe_routing(routings: Sequence[Sequence[Any]], gates: Sequence[Tensor],
             "share": _share(batches),
             "entropy": _entropy_quantiles(batches),
         }
-        for number, batches in enumerate(zip(*routings, strict=True), start=1)
+        for number, batches in enumerate(zip(*(routing for routing, _ in looks), strict=True), start=1)
     ]
     record: dict[str, Any] = {
         "layers": layers,
         "null_entropy": null_entropy_quantiles(width, PROBABILITIES).tolist(),
     }
+    gates = [gate for _, gate in looks if gate is not None]
     if gates:
         record["gate"] = torch.cat([gate.detach().float().flatten() for gate in gates]).mean().item()
     return record
@@ -57,8 +57,7 @@ def describe_routing(routings: Sequence[Sequence[Any]], gates: Sequence[Tensor],
 def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
     """What a model routes where on some batches of input ids, as `describe_routing` puts it."""
     outputs = [model(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
-    gates = [output.meta_gate for output in outputs if output.meta_gate is not None]
-    return describe_routing([output.routing for output in outputs], gates, model.config.hidden_size)
+    return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
 
 
 def _share(batches: Sequence[Any]) -> list[float]:

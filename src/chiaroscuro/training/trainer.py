@@ -203,8 +203,7 @@ class RunTrainer(Trainer):
 
     def _publish(self, record: dict[str, Any], seen: list[Any]) -> None:
         if seen:
-            gates = [gate for _, gate in seen if gate is not None]
-            record |= describe_routing([routing for routing, _ in seen], gates, self.model.config.hidden_size)
+            record |= describe_routing(seen, self.model.config.hidden_size)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     # ---- 4. validation -------------------------------------------------------------------------------------
