@@ -216,7 +216,13 @@ def test_presets_survive_saving(tmp_path: Path, name: str) -> None:
 FIXED = {"calibration": "fixed", "entropy_thresholds": [0.8, 0.9]}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"hiden_size": 16}, "hiden_size=16.*did you mean 'hidden_size'"),
-    ({"attention_context": "routed"}, "attention_context='routed'"),
+    ({"attention_context": "some"}, "attention_context='some'.*all, routed"),
+    (
+        {"attention_context": "routed", "router": "soft", "execution": "dense"},
+        "attention_context='routed' with router='soft'",
+    ),
+    ({"execution": "fast"}, "execution='fast'.*sparse, dense"),
+    ({"execution": "sparse", "router": "soft"}, "execution='sparse' with router='soft'"),
     ({"temperature": 3}, "temperature=3"),
     ({"hidden_size": 0}, "hidden_size=0"),
     ({"hidden_size": 16.0}, r"hidden_size=16\.0"),

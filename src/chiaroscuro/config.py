@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter, find_operator, find_router, pick_thresholds
-from chiaroscuro.layers.block import NormPlacement
+from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.registry import asked_names
+from chiaroscuro.layers.self_attention import AttentionContext
 from chiaroscuro.ops.spectral import Spectrum
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "meta_router": ("none", *get_args(Pooling)),
     "spectrum": get_args(Spectrum),
     "calibration": ("running", "fixed"),
+    "execution": get_args(Execution),
+    "attention_context": get_args(AttentionContext),
 }
 _POSITIVE = (
     "hidden_size",
@@ -71,6 +74,11 @@ class ChiarConfig(PreTrainedConfig):
         router: which operator gets which token: `"threshold"` (entropy against thresholds), `"soft"`, `"hard"`, or a
             registered name.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
+        attention_context: what a routed token attends to: `"all"` tokens up to its own (the paper), or only the
+            `"routed"` ones among them, itself included: ρ² of the scores and ρ of the keys and values.
+        execution: `"sparse"` runs every operator on its own tokens alone; `"dense"` runs each on all tokens and drops
+            what was not asked for, which computes the same and saves nothing. Unless given: sparse wherever a token
+            gets one operator; dense for `router="soft"`. `router="hard"` trains densely under both.
         calibration: `"running"` moves the thresholds towards ρ while training; `"fixed"` leaves them as given.
         entropy_thresholds: (τ_low, τ_high) for `calibration="fixed"`: three operators split at both, dct/rbf at the
             low one, rbf/attention at the high one, any other pair at their mean.
@@ -109,6 +117,8 @@ class ChiarConfig(PreTrainedConfig):
     operators: list[list[str]] | None = None
     router: str = "threshold"
     attention_share: float = 0.25
+    attention_context: AttentionContext = "all"
+    execution: Execution | None = None
     calibration: str = "running"
     entropy_thresholds: list[float] | None = None
     meta_router: Literal["none"] | Pooling | None = None
@@ -141,6 +151,8 @@ class ChiarConfig(PreTrainedConfig):
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
         if self.meta_router is None:
             self.meta_router = "causal" if self.routed_layers else "none"
+        if self.execution is None:
+            self.execution = "sparse" if _one_operator_a_token(self.router) else "dense"
         # Whether the model can be cached is known once the rest is known to be possible.
         cached = self.use_cache
         self.use_cache = False if cached is None else cached
@@ -300,11 +312,24 @@ class ChiarConfig(PreTrainedConfig):
                 f"collapse_penalty={self.collapse_penalty} with operators={self.operators}, no layer of which has "
                 "a choice to penalise: drop collapse_penalty"
             )
+        if not _one_operator_a_token(self.router):
+            if self.execution == "sparse":
+                raise UserError(
+                    f"execution='sparse' with router={self.router!r}, which needs every operator's output for every "
+                    "token: use execution='dense', or router='threshold' or 'hard'"
+                )
+            if self.attention_context == "routed":
+                raise UserError(
+                    f"attention_context='routed' with router={self.router!r}, under which every token attends: use "
+                    "attention_context='all'"
+                )
 
     def uncacheable(self) -> str:
         """Why no cache can serve this model; empty where one can."""
         if self.meta_router in ("batch", "sequence"):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
+        if self.attention_context == "routed" and self.execution == "dense" and self.routed_layers:
+            return "attention_context='routed' under execution='dense', whose keys are of all tokens"
         for i, menu in enumerate(self.menus):
             for name in menu:
                 if not getattr(find_operator(name), "cacheable", False):
@@ -356,9 +381,17 @@ def _as_thresholds(thresholds: Any) -> list[float]:
 
 
 def _routes_by_score(router: Any) -> bool:
+    return issubclass(_router_class(router), ScoreRouter)
+
+
+def _one_operator_a_token(router: Any) -> bool:
+    return getattr(_router_class(router), "one_operator_a_token", True)
+
+
+def _router_class(router: Any) -> type[Any]:
     if not isinstance(router, str):
         raise UserError(f"router={router!r}: give a name, such as 'threshold'")
-    return issubclass(find_router(router), ScoreRouter)
+    return find_router(router)
 
 
 def _is_number(value: Any) -> bool:

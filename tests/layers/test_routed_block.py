@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chiaroscuro.layers import RoutedBlock
+from chiaroscuro.model.cache import GrowingLayer
 from chiaroscuro.ops import spectral_entropy
 
 WIDTH = 16
@@ -227,24 +228,12 @@ def test_attention_looks_back_in_a_routed_layer_too() -> None:
     assert torch.equal(y[0, :skipping], y_changed[0, :skipping])
 
 
-class Store:
-    """The simplest cache."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        new = [key_states, value_states]
-        self.kept = [torch.cat(pair, -2) for pair in zip(self.kept, new, strict=True)] if self.kept else new
-        return self.kept[0], self.kept[1]
-
-
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_continued_from_a_cache_the_mask_covers_the_earlier_tokens_too(norm: str) -> None:
     block, x = make(("dct", "attention"), norm=norm).eval(), draw(0, 2, 6, WIDTH)
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     whole, routing = block(x, real)
-    store, parts = Store(), []
+    store, parts = GrowingLayer(), []
     for start, end in ((0, 3), (3, 4), (4, 6)):
         ids = torch.arange(start, end).expand(2, -1)
         y, part = block(x[:, start:end], real[:, :end], position_ids=ids, cache=store)

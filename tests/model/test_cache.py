@@ -126,7 +126,8 @@ def test_a_layer_of_dct_alone_keeps_nothing() -> None:
     cache = model(tokens(0, 2, 6)).past_key_values
     assert isinstance(cache, ChiarCache)
     assert cache.layers[0].keys is None
-    assert [tuple(layer.keys.shape) for layer in cache.layers[1:]] == [(2, 2, 6, 16)] * 3
+    assert [layer.lengths for layer in cache.layers[1:]] == [[6, 6]] * 3
+    assert [[tuple(k.shape) for k, _ in layer.rows()] for layer in cache.layers[1:]] == [[(2, 6, 16)] * 2] * 3
     assert [cache.get_seq_length(i) for i in range(4)] == [6] * 4
     total, count = cache.meta_state
     assert tuple(total.shape) == (2, 32)

@@ -59,7 +59,9 @@ def test_later_tokens_change_no_earlier_logits(preset: str, router: str) -> None
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_rest_of_the_batch_changes_nothing(preset: str, router: str) -> None:
-    model, switches = build(causal_form(preset, router)), Switches()
+    # In float64: other rows change which tokens a matrix product takes together, and so, at logits of 6, the last of
+    # float32's digits, which lies at 1e-6 and grows to 1e-5 over the layers.
+    model, switches = build(causal_form(preset, router)).double(), Switches()
 
     @settings(max_examples=5)
     @given(seed=seeds, others=st.integers(1, 3))

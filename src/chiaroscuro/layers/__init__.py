@@ -3,6 +3,7 @@
 from chiaroscuro.layers.block import RoutedBlock, Routing
 from chiaroscuro.layers.feed_forward import FeedForward
 from chiaroscuro.layers.meta_router import MetaRouter
+from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.rbf_mixing import RBFMixing
 from chiaroscuro.layers.registry import find_operator, find_router, register_operator, register_router
 from chiaroscuro.layers.router import HardRouter, ScoreRouter, SoftRouter, ThresholdRouter, pick_thresholds
@@ -14,6 +15,7 @@ __all__ = [
     "FeedForward",
     "HardRouter",
     "MetaRouter",
+    "PackedTokens",
     "RBFMixing",
     "RoutedBlock",
     "Routing",

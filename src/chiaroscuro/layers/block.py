@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.layers.feed_forward import FeedForward
+from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.registry import accepted, asked_names, find_operator, find_router
 from chiaroscuro.layers.router import ScoreRouter
+from chiaroscuro.layers.self_attention import AttentionContext
 from chiaroscuro.ops import entropy_of_spectrum, spectral_coefficients
 from chiaroscuro.ops.spectral import Spectrum
 
 NormPlacement = Literal["pre", "post"]
+Execution = Literal["sparse", "dense"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class RoutedBlock(nn.Module):
     `norm="post"`: y = LN(x + op(x)), each operator with a norm of its own, as the paper's code has it.
     `norm="pre"`: y = x + op(LN(x)), one norm for all; router, entropy and filter all see LN(x).
 
-    A menu of one operator has no router. Execution is dense: every operator runs on every token, and each token takes
-    the output that is its.
+    A menu of one operator has no router. Where each token gets one operator, execution is `"sparse"`: an operator runs
+    on its own tokens alone (at padding the operator sub-layer then adds nothing). `"dense"` runs every operator on
+    every token and then takes each token's own: the plain form that sparse execution is held to, and what a router
+    by weights needs.
 
     Args:
         width: d, the features of a token.
@@ -61,11 +66,13 @@ class RoutedBlock(nn.Module):
         dropout: on the sub-layers' outputs and inside the feed-forward.
         attention_dropout: on the attention probabilities.
         rope_theta: the base of the rotary angles.
+        execution: `"sparse"` or `"dense"`; a router that gives weights is executed densely under both.
+        attention_context: what a routed token attends to, `"all"` tokens or the `"routed"` ones.
 
     Raises:
         UserError: an unknown operator or router.
-        ValueError: an unknown norm placement, a menu that is empty or names an operator twice, or what the operators
-            and the router refuse.
+        ValueError: an unknown norm placement or execution, a menu that is empty or names an operator twice, or what
+            the operators and the router refuse.
 
     """
 
@@ -84,8 +91,12 @@ class RoutedBlock(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         rope_theta: float = 10000.0,
+        execution: Execution = "sparse",
+        attention_context: AttentionContext = "all",
     ) -> None:
         super().__init__()
+        if execution not in get_args(Execution):
+            raise ValueError(f"execution={execution!r}: choose 'sparse' or 'dense'")
         if norm not in get_args(NormPlacement):
             raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
         if not operators or len(set(operators)) < len(operators):
@@ -93,13 +104,25 @@ class RoutedBlock(nn.Module):
         self.operator_names = tuple(operators)
         self.norm_placement = norm
         self.spectrum = spectrum
-        sizes = {"width": width, "heads": heads, "dropout": attention_dropout, "rope_theta": rope_theta}
+        self.execution = execution
+        sizes = {
+            "width": width,
+            "heads": heads,
+            "dropout": attention_dropout,
+            "rope_theta": rope_theta,
+            "attention_context": attention_context,
+        }
         self.operators = nn.ModuleDict()
         for name in self.operator_names:
             cls = find_operator(name)
             self.operators[name] = cls(**accepted(cls, sizes))
         # Read from the signatures once: they don't change, and reading them is slow.
         self._asks_for = {name: asked_names(op.forward) for name, op in self.operators.items()}
+        self._asks_sparsely = {
+            name: asked_names(cast(Any, op).sparse_forward)
+            for name, op in self.operators.items()
+            if execution == "sparse" and hasattr(op, "sparse_forward")
+        }
         self.router: nn.Module | None = None
         if len(self.operator_names) > 1:
             cls = find_router(router)
@@ -123,8 +146,8 @@ class RoutedBlock(nn.Module):
         return self.router.calibration.values if isinstance(self.router, ScoreRouter) else None
 
     def asks_for(self, name: str) -> bool:
-        """Whether any operator of the menu asks for this part of the context."""
-        return any(name in asked for asked in self._asks_for.values())
+        """Whether any operator of the menu asks for this part of the context, in the form in which it will run."""
+        return any(name in asked for asked in (self._asks_for | self._asks_sparsely).values())
 
     def forward(
         self,
@@ -154,7 +177,10 @@ class RoutedBlock(nn.Module):
             context["coefficients"] = spectral_coefficients(source)
         if self.router is not None or output_routing:
             routing = self._route(source, context["coefficients"], real)
-        x = self._mix(x, source, routing, context)
+        if self._runs_sparsely(routing, context):
+            x = self._mix_sparsely(x, source, routing, context)
+        else:
+            x = self._mix_densely(x, source, routing, context)
         if self.norm_placement == "pre":
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), routing
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), routing
@@ -191,10 +217,51 @@ class RoutedBlock(nn.Module):
             index = index.masked_fill(~real, -1)
         return Routing(self.operator_names, entropy.detach(), index, share.detach(), score, weights)
 
-    def _mix(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
-        """The operator sub-layer, densely: every operator on every token, then each token its own."""
+    def _runs_sparsely(self, routing: Routing | None, context: dict[str, Any]) -> bool:
+        if self.execution == "dense":
+            return False
+        if self.router is not None:
+            return routing is not None and routing.weights is None
+        # One operator for all tokens has nothing to leave out, but padding: in the batch, or in a cache's rows.
+        padded = context["attention_mask"] is not None or getattr(context.get("cache"), "ragged", False)
+        return padded and bool(self._asks_sparsely)
+
+    def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
+        """The operator sub-layer, each operator on its own tokens."""
+        real = context["attention_mask"]
+        mixed = x
+        for k, (name, operator) in enumerate(self.operators.items()):
+            if routing is not None:
+                tokens = PackedTokens.of(routing.operator_index == k)
+            else:
+                chosen = torch.ones_like(x[..., 0], dtype=torch.bool) if real is None else real[:, -x.shape[1] :].bool()
+                tokens = PackedTokens.of(chosen)
+            output = self.dropout(self._run_on(tokens, name, operator, source, context))
+            if self.norm_placement == "post":
+                mixed = tokens.put_in(mixed, self.operator_norms[name](tokens.take(x) + output))
+            else:
+                mixed = tokens.add_to(mixed, output)
+        return mixed
+
+    def _run_on(
+        self, tokens: PackedTokens, name: str, operator: nn.Module, source: Tensor, context: dict[str, Any]
+    ) -> Tensor:
+        """An operator's outputs for some tokens, packed."""
+        if name in self._asks_sparsely:
+            asked = {key: value for key, value in context.items() if key in self._asks_sparsely[name]}
+            return cast(Any, operator).sparse_forward(source, tokens, **asked)
+        asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
+        if getattr(operator, "tokenwise", False):
+            own = {key: tokens.take(value)[None] for key, value in asked.items() if value is not None}
+            return operator(tokens.take(source)[None], **own)[0]
+        return tokens.take(operator(source, **asked))
+
+    def _mix_densely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
+        """The operator sub-layer, every operator on every token, then each token its own."""
         outputs = []
-        for name, operator in self.operators.items():
+        for k, (name, operator) in enumerate(self.operators.items()):
+            if self.router is not None and routing is not None:
+                context["routed"] = routing.operator_index == k
             asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
             mixed = x + self.dropout(operator(source, **asked))
             outputs.append(self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed)

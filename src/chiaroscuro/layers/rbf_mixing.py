@@ -1,12 +1,15 @@
 """Kernel mixing by random Fourier features, the third operator of the paper's v1."""
 
 import math
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from chiaroscuro.ops import causal_mask, fourier_features, rbf_mix
+from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.self_attention import AttentionContext
+from chiaroscuro.ops import causal_mask, fourier_features, prefix_attention, rbf_mix
 
 
 class RBFMixing(nn.Module):
@@ -21,6 +24,10 @@ class RBFMixing(nn.Module):
         features: R, the number of random frequencies.
         gamma: γ, the kernel's inverse squared length; Ω has variance 2γ.
         causal: whether a token weighs only itself and those before it.
+        attention_context: where only some tokens are routed here, what they weigh: `"all"` tokens, or the `"routed"`.
+
+    Raises:
+        ValueError: an unknown context.
 
     """
 
@@ -28,8 +35,18 @@ class RBFMixing(nn.Module):
     cacheable = False
     frequencies: Tensor
 
-    def __init__(self, width: int, features: int = 64, gamma: float = 1.0, causal: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        features: int = 64,
+        gamma: float = 1.0,
+        causal: bool = True,
+        attention_context: AttentionContext = "all",
+    ) -> None:
         super().__init__()
+        if attention_context not in get_args(AttentionContext):
+            raise ValueError(f"attention_context={attention_context!r}: choose 'all' or 'routed'")
+        self.attention_context = attention_context
         self.causal = causal
         self.gamma = gamma
         self.register_buffer("frequencies", torch.empty(width, features))
@@ -41,12 +58,49 @@ class RBFMixing(nn.Module):
         nn.init.normal_(self.frequencies, std=math.sqrt(2 * self.gamma))
 
     def forward(
-        self, x: Float[Tensor, "batch time width"], attention_mask: Bool[Tensor, "batch time"] | None = None
+        self,
+        x: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+        routed: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
-        """Mix every token with those that it may see; `attention_mask` is true for real tokens."""
-        batch, time, _ = x.shape
-        real = x.new_ones(batch, time, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        mask = causal_mask(real, time)
+        """Mix every token with those that it may see: the dense form.
+
+        Args:
+            x: the tokens.
+            attention_mask: true for real ones.
+            routed: those whose output will be used; in the `"routed"` context the others are weighed by themselves
+                alone.
+
+        """
+        weighed = self._weighed(x, attention_mask)
+        if routed is not None and self.attention_context == "routed":
+            weighed = weighed & routed
+        mask = causal_mask(weighed, x.shape[1])
         if not self.causal:
-            mask = mask | real[:, None, None, :]
-        return self.out_proj(rbf_mix(fourier_features(x, self.frequencies.to(x.dtype)), mask))
+            mask = mask | weighed[:, None, None, :]
+        return self.out_proj(rbf_mix(self._features(x), mask))
+
+    def sparse_forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        tokens: PackedTokens,
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "tokens width"]:
+        """Mix some tokens: rows of A for them alone, in exact arithmetic those of `forward`.
+
+        A is softmax(φ φᵀ) and mixes φ itself: attention of one head whose queries, keys and values are all φ.
+        """
+        keyed = tokens
+        if self.attention_context == "all":
+            keyed = PackedTokens.of(self._weighed(x, attention_mask))
+        query = self._features(tokens.take(x))[:, None]
+        key = query if keyed is tokens else self._features(keyed.take(x))[:, None]
+        visible = tokens.ordinals(keyed) if self.causal else keyed.lengths.repeat_interleave(tokens.lengths)
+        mixed = prefix_attention(query, key, key, tokens.lengths, keyed.lengths, visible, scale=1.0)
+        return self.out_proj(mixed.flatten(1))
+
+    def _weighed(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return x.new_ones(x.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+    def _features(self, x: Tensor) -> Tensor:
+        return fourier_features(x, self.frequencies.to(x.dtype))

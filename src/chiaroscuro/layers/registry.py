@@ -28,13 +28,19 @@ def register_operator(name: str, cls: type[nn.Module]) -> None:
     Args:
         name: what `ChiarConfig.operators` will call it; not one that is taken.
         cls: a `torch.nn.Module`. Its constructor may ask by name for any of `width`, `heads`, `dropout` (of the
-            attention probabilities) and `rope_theta`. Its `forward(x, …)` takes tokens (B, T, d), may ask by name
-            for `coefficients` (the DCT of x) and `attention_mask` (true for real tokens), and, with defaults, as
-            they come only where the caller has them, for `position_ids`, `mask` (causal and padding,
-            (B, 1, T, S)), `rotary`, `cache` and `implementation`; it returns (B, T, d). Two class attributes are
-            read: `cost` (a number; a menu lists its operators by rising cost: dct 0, rbf 1, attention 2; without it
-            the operator may stand anywhere) and `cacheable` (True where a token's output needs nothing of earlier
-            tokens but what `cache` keeps; False, the default, switches `use_cache` off).
+            attention probabilities), `rope_theta` and `attention_context`. Its `forward(x, …)` takes tokens (B, T, d),
+            may ask by name for `coefficients` (the DCT of x) and `attention_mask` (true for real tokens), and, with
+            defaults, as they come only where the caller has them, for `position_ids`, `mask` (causal and padding,
+            (B, 1, T, S)), `rotary`, `cache`, `implementation` and `routed` (the tokens that it was chosen for); it
+            returns (B, T, d). Two class attributes are read: `cost` (a number; a menu lists its operators by rising
+            cost: dct 0, rbf 1, attention 2; without it the operator may stand anywhere) and `cacheable` (True where a
+            token's output needs nothing of earlier tokens but what `cache` keeps; False, the default, switches
+            `use_cache` off).
+            Sparse execution runs an operator on its own tokens where it knows how. `tokenwise = True`, for one whose
+            output at a token depends on that token alone: `forward` is called on the gathered tokens, (1, N, d), with
+            their `coefficients` and `position_ids`. Else a method `sparse_forward(x, tokens, …)` takes all tokens and
+            the `PackedTokens` among them, asks for the same context by name, and returns theirs, (N, d). An operator
+            with neither runs on every token, and those that it was chosen for take its output: nothing is saved.
 
     Raises:
         UserError: the name is taken or can't be one, or cls is no `nn.Module`.
@@ -52,7 +58,9 @@ def register_router(name: str, cls: type[nn.Module]) -> None:
             `attention_share`, `thresholds` (fixed ones, or None) and `spectrum`. Its `forward(x, entropy)` takes the
             operator's input (B, T, d) and H (B, T), and returns either the operator's index for every token,
             (B, T) integers, or a weight for every operator, (B, T, K). A subclass of `ScoreRouter` need only say
-            its `score(x, entropy)`, and is calibrated like the built-in one.
+            its `score(x, entropy)`, and is calibrated like the built-in one. A class attribute
+            `one_operator_a_token = False` says that it gives weights in inference too: then execution is dense, the
+            default, and sparse execution is refused.
 
     Raises:
         UserError: the name is taken or can't be one, or cls is no `nn.Module`.

@@ -96,11 +96,15 @@ class ThresholdRouter(ScoreRouter):
 class SoftRouter(nn.Module):
     """softmax(W [x, H] + b): every operator runs on every token, and the outputs are averaged by these weights.
 
+    So execution is always dense.
+
     Args:
         operators: the menu.
         width: d, the features of a token.
 
     """
+
+    one_operator_a_token = False
 
     def __init__(self, operators: tuple[str, ...], width: int) -> None:
         super().__init__()
@@ -117,8 +121,10 @@ class HardRouter(SoftRouter):
     """The argmax of the soft router's weights, with its gradient passed straight through.
 
     In training the weights are one-hot in the forward and soft in the backward (which therefore needs every
-    operator's output); in inference the index alone remains. Straight-through: arXiv 1308.3432.
+    operator's output, so execution is dense); in inference the index alone remains. Straight-through: arXiv 1308.3432.
     """
+
+    one_operator_a_token = True
 
     def forward(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]

@@ -19,6 +19,7 @@ class SpectralMixing(nn.Module):
 
     cost = 0
     cacheable = True
+    tokenwise = True
 
     def __init__(self, width: int) -> None:
         super().__init__()

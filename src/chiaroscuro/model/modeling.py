@@ -137,6 +137,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 dropout=config.hidden_dropout,
                 attention_dropout=config.attention_dropout,
                 rope_theta=config.rope_theta,
+                execution=config.execution or "sparse",
+                attention_context=config.attention_context,
             )
             for i, menu in enumerate(config.menus)
         )
@@ -246,6 +248,8 @@ class ChiarModel(ChiarPreTrainedModel):
                     "a row for every sequence, over cached and new tokens"
                 )
             attention_mask = attention_mask.bool()
+            if self.config.execution == "sparse" and bool(attention_mask.all()):
+                attention_mask = None  # nothing is padded, so nothing need be packed
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(seen, seen + time, device=x.device)[None]

@@ -2,6 +2,7 @@
 
 from chiaroscuro.ops.attention import attend, causal_mask, rotary_table, rotate
 from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
+from chiaroscuro.ops.packed_attention import prefix_attention
 from chiaroscuro.ops.rbf import fourier_features, rbf_mix
 from chiaroscuro.ops.spectral import (
     dct,
@@ -21,6 +22,7 @@ __all__ = [
     "idct",
     "null_entropy_mean",
     "null_entropy_quantiles",
+    "prefix_attention",
     "rbf_mix",
     "rotary_table",
     "rotate",

@@ -36,10 +36,10 @@ def rotary_table(
 
 
 def rotate(
-    x: Float[Tensor, "batch heads time head_width"],
-    table: tuple[Float[Tensor, "batch time head_width"], Float[Tensor, "batch time head_width"]],
-) -> Float[Tensor, "batch heads time head_width"]:
-    """Turn each pair (x_i, x_{i + c/2}) by its position's angle: x cos + (−x₂, x₁) sin."""
+    x: Float[Tensor, "rows heads *time head_width"],
+    table: tuple[Float[Tensor, "rows *time head_width"], Float[Tensor, "rows *time head_width"]],
+) -> Float[Tensor, "rows heads *time head_width"]:
+    """Turn each pair (x_i, x_{i + c/2}) by its position's angle: x cos + (−x₂, x₁) sin; packed tokens have no time."""
     cos, sin = (part[:, None].to(x.dtype) for part in table)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,205 @@
+"""Attention from some tokens to what came before them, in rows of different length, without padding.
+
+Routing leaves every row of a batch with another number of tokens that attend. So queries and keys come packed: all
+rows' tokens one after another, and the rows' lengths beside them. A query sees the first so many keys of its row:
+1, 2, 3, … where the routed tokens attend to each other, its own position where they attend to everything. One
+function serves both, a cache of earlier keys, and rows that are padded, and none of it ever holds queries × keys.
+
+On a CPU there is no kernel for packed rows. PyTorch's flash attention on chunks of queries, each against the keys that
+it sees, does the work: what all queries of the chunk see goes in whole, the rest with a mask, and the two parts are
+merged by their normalisers. The backward goes over the same tiles.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK = 128
+"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones."""
+
+
+def prefix_attention(
+    query: Float[Tensor, "queries heads head_width"],
+    key: Float[Tensor, "keys heads head_width"],
+    value: Float[Tensor, "keys heads head_width"],
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    visible: Int[Tensor, " queries"],
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_width"]:
+    """softmax(q_i k_jᵀ / √c) v_j over the first visible_i keys j of i's row.
+
+    Args:
+        query: the queries, row after row.
+        key: the keys, row after row.
+        value: likewise.
+        query_lengths: how many queries each row has; may be 0.
+        key_lengths: how many keys.
+        visible: how many keys of its row each query sees, at least 1, not falling within a row.
+        dropout: of the attention weights; the caller passes 0 outside training. With dropout a row's weights are held
+            in memory: queries × keys.
+        scale: instead of 1/√c.
+
+    """
+    if dropout:
+        return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, dropout, scale)
+    if query.device.type == "cpu":
+        return _TiledAttention.apply(query, key, value, query_lengths, key_lengths, visible, scale)
+    if query.device.type == "cuda":
+        # Triton, which its kernels are made with, need not be there on other machines.
+        from chiaroscuro.ops import packed_attention_cuda
+
+        return packed_attention_cuda.prefix_attention(
+            query, key, value, query_lengths, key_lengths, visible, scale=scale
+        )
+    return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, scale=scale)
+
+
+def prefix_attention_by_rows(
+    query: Float[Tensor, "queries heads head_width"],
+    key: Float[Tensor, "keys heads head_width"],
+    value: Float[Tensor, "keys heads head_width"],
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    visible: Int[Tensor, " queries"],
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_width"]:
+    """`prefix_attention` written out, row by row: the plain form that the fast ones are held to."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    queries, keys = query_lengths.tolist(), key_lengths.tolist()
+    rows = []
+    for q, k, v, seen in zip(
+        query.split(queries), key.split(keys), value.split(keys), visible.split(queries), strict=True
+    ):
+        scores = torch.einsum("qhc,khc->hqk", q, k) * scale
+        hidden = torch.arange(len(k), device=k.device) >= seen[:, None]
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=wide).to(v.dtype)
+        rows.append(torch.einsum("hqk,khc->qhc", F.dropout(weights, dropout), v))
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some queries of a row and the keys they see: all of them those before `shared`, none those from `end` on."""
+
+    queries: slice
+    start: int
+    shared: int
+    end: int
+    square: bool
+
+
+def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[_Tile]:
+    first = start = 0
+    for n, s in zip(queries, keys, strict=True):
+        if n == s and n > 0 and visible[first] == 1 and visible[first + n - 1] == n:
+            # Each sees itself and all before it: what the kernel calls causal, without a mask.
+            yield _Tile(slice(first, first + n), start, start, start + n, square=n > 1)
+        else:
+            for a in range(first, first + n, CHUNK):
+                b = min(a + CHUNK, first + n)
+                low, high = visible[a], visible[b - 1]
+                # The first query sees `low` keys and so needs one of them left in the masked part. Few shared keys are
+                # not worth a call of their own.
+                shared = high if low == high else low - 1 if low > CHUNK else 0
+                yield _Tile(slice(a, b), start, start + shared, start + high, square=False)
+        first, start = first + n, start + s
+
+
+class _TiledAttention(torch.autograd.Function):
+    """PyTorch's flash attention for CPUs, tile by tile. Kept for the backward: what came in, the output, log Σ exp."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_lengths: Tensor,
+        key_lengths: Tensor,
+        visible: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        tiles = list(_tiles(query_lengths.tolist(), key_lengths.tolist(), visible.tolist()))
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for tile in tiles:
+            merged: tuple[Tensor, Tensor] | None = None
+            for keys, mask in _parts(tile, visible, query.dtype):
+                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    _heads_first(query[tile.queries]),
+                    _heads_first(key[keys]),
+                    _heads_first(value[keys]),
+                    0.0,
+                    tile.square,
+                    attn_mask=mask,
+                    scale=scale,
+                )
+                out, lse = out[0].transpose(0, 1), lse[0].T
+                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
+            if merged is not None:
+                output[tile.queries], normaliser[tile.queries] = merged
+        ctx.save_for_backward(query, key, value, visible, output, normaliser)
+        ctx.tiles, ctx.scale = tiles, scale
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.compiler.disable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, visible, output, normaliser = ctx.saved_tensors
+        to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
+        for tile in ctx.tiles:
+            for keys, mask in _parts(tile, visible, query.dtype):
+                # With the output and the normaliser of all keys, a part's gradients are right for that part.
+                gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _heads_first(grad[tile.queries]),
+                    _heads_first(query[tile.queries]),
+                    _heads_first(key[keys]),
+                    _heads_first(value[keys]),
+                    _heads_first(output[tile.queries]),
+                    normaliser[tile.queries].T[None],
+                    0.0,
+                    tile.square,
+                    attn_mask=mask,
+                    scale=ctx.scale,
+                )
+                for total, rows, part in zip(
+                    (to_query, to_key, to_value), (tile.queries, keys, keys), gradients, strict=True
+                ):
+                    total[rows] += part[0].transpose(0, 1)
+        return to_query, to_key, to_value, None, None, None, None
+
+
+def _parts(tile: _Tile, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
+    """The tile's keys that all of its queries see, and those that some see, with the mask that says which."""
+    if tile.square:
+        yield slice(tile.start, tile.end), None
+        return
+    if tile.shared > tile.start:
+        yield slice(tile.start, tile.shared), None
+    if tile.end > tile.shared:
+        ordinal = torch.arange(tile.shared - tile.start, tile.end - tile.start)
+        hidden = ordinal >= visible[tile.queries, None]
+        yield slice(tile.shared, tile.end), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]
+
+
+def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmax averages over disjoint keys, with their log Σ exp, as one over all of them."""
+    lse = torch.logaddexp(a_lse, b_lse)
+    weigh = ((part - lse).exp()[..., None].to(a.dtype) for part in (a_lse, b_lse))
+    return a * next(weigh) + b * next(weigh), lse
