@@ -28,7 +28,6 @@ class Routing:
         operators: the layer's menu, in order of cost.
         entropy: H of the operator's input, float32; 0 at padding.
         operator_index: which operator each token got (the heaviest one, where a router weighs them); −1 at padding.
-        share: of the real tokens, how many each operator got (its mean weight, where a router weighs them).
         score: what the thresholds were held against, where there are any.
         weights: the operators' weights, where the router gives weights.
 
@@ -37,9 +36,17 @@ class Routing:
     operators: tuple[str, ...]
     entropy: Float[Tensor, "batch time"]
     operator_index: Int[Tensor, "batch time"]
-    share: Float[Tensor, " operators"]
     score: Float[Tensor, "batch time"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
+
+    @property
+    def share(self) -> Float[Tensor, " operators"]:
+        """Of the real tokens, how many each operator got (its mean weight, where a router weighs them)."""
+        real = self.operator_index >= 0
+        given = self.weights
+        if given is None:
+            given = nn.functional.one_hot(self.operator_index.clamp(min=0), len(self.operators))
+        return (given.detach().float() * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1)
 
 
 class RoutedBlock(nn.Module):
@@ -178,7 +185,9 @@ class RoutedBlock(nn.Module):
         if self.router is not None or output_routing:
             routing = self._route(source, context["coefficients"], real)
         if self._runs_sparsely(routing, context):
-            x = self._mix_sparsely(x, source, routing, context)
+            alone = x.shape[:2] == (1, 1) and attention_mask is None and not torch.is_grad_enabled()
+            mix = self._mix_one_token if alone else self._mix_sparsely
+            x = mix(x, source, routing, context)
         else:
             x = self._mix_densely(x, source, routing, context)
         if self.norm_placement == "pre":
@@ -207,15 +216,10 @@ class RoutedBlock(nn.Module):
             answer = self.router(source, entropy)
             weights = answer if answer.is_floating_point() else None
             index = answer.argmax(-1) if answer.is_floating_point() else answer
-        count = len(self.operator_names)
-        given = nn.functional.one_hot(index, count).float() if weights is None else weights.float()
-        if real is None:
-            share = given.mean((0, 1))
-        else:
-            share = (given * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1)
+        if real is not None:
             entropy = entropy.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, -1)
-        return Routing(self.operator_names, entropy.detach(), index, share.detach(), score, weights)
+        return Routing(self.operator_names, entropy.detach(), index, score, weights)
 
     def _runs_sparsely(self, routing: Routing | None, context: dict[str, Any]) -> bool:
         if self.execution == "dense":
@@ -228,20 +232,34 @@ class RoutedBlock(nn.Module):
 
     def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """The operator sub-layer, each operator on its own tokens."""
-        real = context["attention_mask"]
         mixed = x
         for k, (name, operator) in enumerate(self.operators.items()):
-            if routing is not None:
-                tokens = PackedTokens.of(routing.operator_index == k)
-            else:
-                chosen = torch.ones_like(x[..., 0], dtype=torch.bool) if real is None else real[:, -x.shape[1] :].bool()
-                tokens = PackedTokens.of(chosen)
+            tokens = PackedTokens.of(self._tokens_of(k, x, routing, context))
+            if len(tokens) == 0 and name not in self._asks_sparsely and not torch.is_grad_enabled():
+                continue
             output = self.dropout(self._run_on(tokens, name, operator, source, context))
             if self.norm_placement == "post":
                 mixed = tokens.put_in(mixed, self.operator_norms[name](tokens.take(x) + output))
             else:
                 mixed = tokens.add_to(mixed, output)
         return mixed
+
+    def _mix_one_token(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
+        """What `_mix_sparsely` does with a token that is decoded alone: there is nothing to pack."""
+        chosen = 0 if routing is None else int(routing.operator_index)
+        for k, (name, operator) in enumerate(self.operators.items()):
+            if k != chosen and "cache" in self._asks_sparsely.get(name, ()):
+                # It may keep keys of all tokens, and counts those that go by.
+                none = PackedTokens.of(torch.zeros_like(x[..., 0], dtype=torch.bool))
+                self._run_on(none, name, operator, source, context)
+        return self._mix_in(self.operator_names[chosen], x, source, context)
+
+    def _tokens_of(self, k: int, x: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
+        """Which tokens the k-th operator got; a single operator gets the real ones."""
+        if self.router is not None and routing is not None:
+            return routing.operator_index == k
+        mask = context["attention_mask"]
+        return torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask[:, -x.shape[1] :].bool()
 
     def _run_on(
         self, tokens: PackedTokens, name: str, operator: nn.Module, source: Tensor, context: dict[str, Any]
@@ -259,12 +277,10 @@ class RoutedBlock(nn.Module):
     def _mix_densely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """The operator sub-layer, every operator on every token, then each token its own."""
         outputs = []
-        for k, (name, operator) in enumerate(self.operators.items()):
+        for k, name in enumerate(self.operators):
             if self.router is not None and routing is not None:
                 context["routed"] = routing.operator_index == k
-            asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
-            mixed = x + self.dropout(operator(source, **asked))
-            outputs.append(self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed)
+            outputs.append(self._mix_in(name, x, source, context))
         if routing is None or len(outputs) == 1:
             return outputs[0]
         if routing.weights is not None:
@@ -274,3 +290,9 @@ class RoutedBlock(nn.Module):
         for k, output in enumerate(outputs[1:], start=1):
             mixed = torch.where((routing.operator_index == k)[..., None], output, mixed)
         return mixed
+
+    def _mix_in(self, name: str, x: Tensor, source: Tensor, context: dict[str, Any]) -> Tensor:
+        """One operator on every token, with its residual."""
+        asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
+        mixed = x + self.dropout(self.operators[name](source, **asked))
+        return self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed

@@ -1,6 +1,7 @@
 """Some of a batch's tokens, row after row without padding: what sparse execution runs an operator on."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -13,19 +14,22 @@ class PackedTokens:
     Attributes:
         chosen: which they are.
         index: their places in the flattened batch, in order; None where all are chosen, so that nothing is copied.
-        lengths: how many each row has.
 
     """
 
     chosen: Bool[Tensor, "batch time"]
     index: Int[Tensor, " tokens"] | None
-    lengths: Int[Tensor, " batch"]
 
     @classmethod
     def of(cls, chosen: Bool[Tensor, "batch time"]) -> "PackedTokens":
         """Pack those for which `chosen` is true."""
         index = chosen.flatten().nonzero().squeeze(1)
-        return cls(chosen, None if len(index) == chosen.numel() else index, chosen.sum(1))
+        return cls(chosen, None if len(index) == chosen.numel() else index)
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """How many of them each row has."""
+        return self.chosen.sum(1)
 
     def __len__(self) -> int:
         return self.chosen.numel() if self.index is None else len(self.index)

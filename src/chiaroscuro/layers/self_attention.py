@@ -167,16 +167,19 @@ class SelfAttention(nn.Module):
                 cache.extend(key, value, keyed.chosen)
             return self.out_proj(mixed.flatten(1))
         cache.extend(key, value, keyed.chosen)
-        mixed = torch.empty_like(query)
-        start = 0
-        for (k, v), n, new in zip(cache.rows(), tokens.lengths.tolist(), keyed.lengths, strict=True):
-            if n:
-                own = slice(start, start + n)
-                one, kept = torch.tensor([[n], [k.shape[1]]], device=x.device)
-                seen = visible[own] + (kept - new)
-                mixed[own] = attention(query[own], k.transpose(0, 1), v.transpose(0, 1), one, kept, seen, dropout)
-                start += n
-        return self.out_proj(mixed.flatten(1))
+        counts, new = tokens.lengths.tolist(), keyed.lengths.tolist()
+        mixed = [query[:0]]
+        rows = zip(query.split(counts), visible.split(counts), cache.rows(), new, strict=True)
+        for q, seen, (k, v), m in rows:
+            if len(q) == m == 1:  # the last of its row: it sees all
+                mixed.append(
+                    attend(q.transpose(0, 1)[None], k[None], v[None], None, dropout, implementation)[0, :, 0][None]
+                )
+            elif len(q):
+                lengths = (torch.tensor([n], device=x.device) for n in (len(q), k.shape[1]))
+                earlier = k.shape[1] - m
+                mixed.append(attention(q, k.transpose(0, 1), v.transpose(0, 1), *lengths, seen + earlier, dropout))
+        return self.out_proj(torch.cat(mixed).flatten(1))
 
     def _angles(
         self, x: Tensor, position_ids: Tensor | None, rotary: tuple[Tensor, Tensor] | None

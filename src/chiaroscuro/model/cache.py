@@ -88,6 +88,9 @@ class GrowingLayer(CacheLayerMixin):
     ) -> None:
         """Keep the chosen ones of the new tokens; keys and values come packed, row after row."""
         batch, time = chosen.shape
+        if self.lengths and len(key) == 0:
+            self.seen += time
+            return
         counts = chosen.sum(1).tolist()
         before = self.lengths or [0] * batch
         after = [n + m for n, m in zip(before, counts, strict=True)]

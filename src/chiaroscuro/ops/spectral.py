@@ -10,6 +10,7 @@ length, in float64, and kept.
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,10 @@ MATRIX_UP_TO = 64
 """The longest vector for which the matrix product is used. It does 2d² operations where the FFT does about
 2.5 d log₂ d, but in one pass over memory instead of six; `benchmarks/dct.py` measures where they cross."""
 
+
+FEW = 2**20
+"""Up to so many multiply-adds (16 tokens at d = 256) the matrix product is used too: a token that is decoded alone
+waits for the calls of the FFT's six passes, not for their arithmetic."""
 
 BLOCK = 2**18
 """Numbers a thread that the FFT takes at a time on a CPU: a megabyte of float32, which stays in a core's cache."""
@@ -140,9 +145,12 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"the DCT runs along the last axis, got shape {tuple(x.shape)}: need a width of at least 1")
     half = _is_half(x)
+    wide = x.float() if half else x
     # Autocast would run the matrix product in half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        y = _OrthonormalDCT.apply(x.float() if half else x, inverse)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        few = x.numel() * x.shape[-1] <= FEW and not torch.compiler.is_compiling()
+        y = dct_by_matrix(wide, inverse) if few else _OrthonormalDCT.apply(wide, inverse)
     return y.to(x.dtype) if half and keep_half else y
 
 
