@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -53,7 +54,8 @@ class PackedTokens:
     ) -> Float[Tensor, "batch time width"]:
         """X with `packed` in their places."""
         if self.index is None:
-            return packed.view_as(x)
+            # Not `packed` alone: an operator that got no token, and so put nothing into x, has a gradient too, zeros.
+            return torch.where(self.chosen[..., None], packed.view_as(x).to(x.dtype), x)
         return x.flatten(0, 1).index_copy(0, self.index, packed.to(x.dtype)).view_as(x)
 
     def ordinals(self, keys: "PackedTokens") -> Int[Tensor, " tokens"]:

@@ -320,9 +320,9 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
         if past_key_values is None:
             return ChiarCache(self.config)
-        if reason := self.config.uncacheable():
-            raise UserError(f"past_key_values for a model with {reason}: drop it")
         if not isinstance(past_key_values, ChiarCache):
+            if reason := self.config.uncacheable():
+                raise UserError(f"past_key_values for a model with {reason}: drop it")
             raise UserError(
                 f"past_key_values is a {type(past_key_values).__name__}: need a chiaroscuro.ChiarCache(model.config), "
                 "which knows the layers that keep nothing"

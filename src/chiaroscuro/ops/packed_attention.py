@@ -101,7 +101,7 @@ class _Tile:
 def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[_Tile]:
     first = start = 0
     for n, s in zip(queries, keys, strict=True):
-        if n == s and n > 0 and visible[first] == 1 and visible[first + n - 1] == n:
+        if n == s and n > 0 and visible[first : first + n] == list(range(1, n + 1)):
             # Each sees itself and all before it: what the kernel calls causal, without a mask.
             yield _Tile(slice(first, first + n), start, start, start + n, square=n > 1)
         else:
@@ -195,7 +195,8 @@ def _parts(tile: _Tile, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[s
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]
+    # The kernel takes a head's numbers to lie side by side, and doesn't look.
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1)[None]
 
 
 def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
