@@ -249,6 +249,38 @@ def test_the_loss_by_hand_in_every_form() -> None:
         torch.testing.assert_close(kept, F.cross_entropy(log[:, -2:].flatten(0, 1), shifted[:, -2:].flatten()))
 
 
+@pytest.mark.parametrize("preset", ["small", "small-baseline"])
+def test_a_loss_in_training_is_made_without_logits_unless_they_are_asked_for(preset: str) -> None:
+    model, ids = build(shrunk(preset)), tokens(0, 3, 9)
+    results = {}
+    for training, asked in [(True, None), (True, True), (True, False), (False, None), (False, True), (False, False)]:
+        model.train(training).zero_grad()
+        out = model(ids, labels=ids, output_logits=asked)
+        assert (out.logits is not None) == (asked if asked is not None else not training)
+        out.loss.backward()
+        results[training, asked] = [out.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    for found in results.values():
+        torch.testing.assert_close(found, results[False, True], atol=1e-6, rtol=1e-4)
+    for training in (True, False):
+        assert model.train(training)(ids, output_logits=False).logits.shape == (3, 9, VOCABULARY)
+
+
+def test_another_head_or_another_loss_gets_its_logits() -> None:
+    """An adapter around the head, or a loss of the user's, would be passed over without a word."""
+    ids = tokens(0, 3, 9)
+    adapted = build(shrunk("small")).train()
+    plain = adapted(ids, labels=ids)
+    adapted.lm_head = nn.Sequential(adapted.lm_head, nn.Tanh())
+    out = adapted(ids, labels=ids)
+    wanted = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, wanted)
+    assert not torch.isclose(out.loss, plain.loss, rtol=1e-3)
+    own = build(shrunk("small")).train()
+    own.loss_function = lambda logits, **rest: logits.square().mean()
+    out = own(ids, labels=ids)
+    torch.testing.assert_close(out.loss, out.logits.square().mean())
+
+
 def utilisation(out: ChiarCausalLMOutput, real: Tensor) -> Tensor:
     means = [routing.weights[real].mean(0) for routing in out.routing if routing.weights is not None]
     return sum(-(mean * mean.clamp(min=1e-8).log()).sum() for mean in means)

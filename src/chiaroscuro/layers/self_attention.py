@@ -168,18 +168,18 @@ class SelfAttention(nn.Module):
             return self.out_proj(mixed.flatten(1))
         cache.extend(key, value, keyed.chosen)
         counts, new = tokens.lengths.tolist(), keyed.lengths.tolist()
-        mixed = [query[:0]]
+        outputs = [query[:0]]
         rows = zip(query.split(counts), visible.split(counts), cache.rows(), new, strict=True)
         for q, seen, (k, v), m in rows:
             if len(q) == m == 1:  # the last of its row: it sees all
-                mixed.append(
+                outputs.append(
                     attend(q.transpose(0, 1)[None], k[None], v[None], None, dropout, implementation)[0, :, 0][None]
                 )
             elif len(q):
-                lengths = (torch.tensor([n], device=x.device) for n in (len(q), k.shape[1]))
-                earlier = k.shape[1] - m
-                mixed.append(attention(q, k.transpose(0, 1), v.transpose(0, 1), *lengths, seen + earlier, dropout))
-        return self.out_proj(torch.cat(mixed).flatten(1))
+                sizes = torch.tensor([[len(q)], [k.shape[1]]], device=x.device)
+                seen = seen + k.shape[1] - m
+                outputs.append(attention(q, k.transpose(0, 1), v.transpose(0, 1), sizes[0], sizes[1], seen, dropout))
+        return self.out_proj(torch.cat(outputs).flatten(1))
 
     def _angles(
         self, x: Tensor, position_ids: Tensor | None, rotary: tuple[Tensor, Tensor] | None

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import can_return_tuple
 
 from chiaroscuro.config import ChiarConfig
@@ -21,7 +22,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import MetaRouter, RBFMixing, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
-from chiaroscuro.ops import causal_mask, rotary_table
+from chiaroscuro.ops import causal_mask, linear_cross_entropy, rotary_table
 
 GATED_LAYER = 0
 """The layer that the MetaRouter gates: the first, which the paper counts as layer 1."""
@@ -364,8 +365,12 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        output_logits: bool | None = None,
     ) -> ChiarCausalLMOutput:
         """Run the model and its head.
+
+        In training, a loss is all that a step needs, and the logits are the largest tensor of a small model by far. So
+        there they are made a chunk at a time (`ops.linear_cross_entropy`) and not given, unless asked for.
 
         Args:
             input_ids: see `ChiarModel.forward`, as for all that is not named here.
@@ -383,6 +388,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             return_dict: see there.
             num_items_in_batch: divide the summed loss by this, over several forwards of one step, not by the number
                 of this forward's predictions.
+            output_logits: whether to give logits beside a loss; unless said, in evaluation but not in training. They
+                are given in any case without labels, and where the head or `loss_function` was replaced.
 
         """
         outputs = self.model(
@@ -397,17 +404,25 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden = outputs.last_hidden_state[:, kept]
+        predicts = labels is not None or shift_labels is not None
+        wanted = not self.training if output_logits is None else output_logits
+        logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
         loss = None
-        if labels is not None or shift_labels is not None:
+        if predicts:
             targets = self._targets(labels, shift_labels, attention_mask)[:, kept].contiguous()
-            loss = self.loss_function(
-                logits,
-                labels=None,
-                vocab_size=self.config.vocab_size,
-                shift_labels=targets,
-                num_items_in_batch=num_items_in_batch,
-            )
+            if logits is None:
+                loss = linear_cross_entropy(
+                    hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), divisor=num_items_in_batch
+                )
+            else:
+                loss = self.loss_function(
+                    logits,
+                    labels=None,
+                    vocab_size=self.config.vocab_size,
+                    shift_labels=targets,
+                    num_items_in_batch=num_items_in_batch,
+                )
             if self.model.penalises():
                 loss = loss - self._collapse_term(outputs.routing, attention_mask, targets, num_items_in_batch)
         return ChiarCausalLMOutput(
@@ -418,6 +433,10 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             routing=outputs.routing if output_routing else None,
             meta_gate=outputs.meta_gate,
         )
+
+    def _loss_needs_logits(self) -> bool:
+        """Whether the head or the loss is another than ours, as an adapter's or the user's own."""
+        return type(self.lm_head) is not nn.Linear or self.loss_function is not ForCausalLMLoss
 
     def _collapse_term(
         self,

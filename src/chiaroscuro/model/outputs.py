@@ -39,7 +39,7 @@ class ChiarCausalLMOutput(ModelOutput):
     Attributes:
         loss: mean negative log-likelihood of the next token in nats, where labels were given; in training with
             `collapse_penalty` λ > 0, less λ Σ_layers U.
-        logits: scores of the next token.
+        logits: scores of the next token; None in training with labels, unless `output_logits=True` asked for them.
         past_key_values: see `ChiarModelOutput`.
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.

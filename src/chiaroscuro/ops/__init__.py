@@ -1,6 +1,7 @@
 """Pure functions on tensors: the operators' arithmetic, without parameters and without a config."""
 
 from chiaroscuro.ops.attention import attend, causal_mask, rotary_table, rotate
+from chiaroscuro.ops.linear_cross_entropy import linear_cross_entropy
 from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
 from chiaroscuro.ops.packed_attention import prefix_attention
 from chiaroscuro.ops.rbf import fourier_features, rbf_mix
@@ -20,6 +21,7 @@ __all__ = [
     "entropy_of_spectrum",
     "fourier_features",
     "idct",
+    "linear_cross_entropy",
     "null_entropy_mean",
     "null_entropy_quantiles",
     "prefix_attention",
