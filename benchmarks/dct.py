@@ -14,11 +14,8 @@ every candidate is held to scipy in float64.
 import json
 import math
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import scipy.fft
@@ -27,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from chiaroscuro.analysis.speed import Timing, machine, take_turns
 from chiaroscuro.ops import dct, idct, spectral
 
 RESULTS = Path(__file__).parent / "results" / "dct.json"
@@ -64,40 +62,8 @@ class DoubleLength:
         return torch.fft.irfft(spectrum, n=2 * self.width)[..., : self.width].contiguous()
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one candidate: the median over its turns, and the middle half."""
-
-    median: float
-    lower: float
-    upper: float
-    turns: int
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.lower:.2f}–{self.upper:.2f})"
-
-
-def take_turns(candidates: Mapping[str, Callable[..., object]], seconds: float = SECONDS) -> dict[str, Timing]:
-    """Time each candidate again and again, one after the other, until the time is up.
-
-    Each turn runs its candidate once before the clock starts, so that none pays for the memory and the caches as the
-    one before it left them.
-    """
-    for run in candidates.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, run in candidates.items():
-            run()
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    timings = {}
-    for name, values in times.items():
-        lower, median, upper = statistics.quantiles(values, n=4)
-        timings[name] = Timing(median, lower, upper, len(values))
-    return timings
+def shown(timing: Timing) -> str:
+    return f"{1e3 * timing.median:.2f} ({1e3 * timing.lower:.2f}–{1e3 * timing.upper:.2f})"
 
 
 def check(pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], x: Tensor) -> None:
@@ -125,7 +91,7 @@ def compare_pairs() -> dict[int, dict[str, Timing]]:
     for threads in THREADS:
         torch.set_num_threads(threads)
         candidates = {"ours": lambda: idct(dct(x)), "length 2d": lambda: double.idct(double.dct(x))}
-        results[threads] = take_turns(candidates)
+        results[threads] = take_turns(candidates, SECONDS, rehearse=True)
     return results
 
 
@@ -138,7 +104,7 @@ def find_crossing() -> dict[int, dict[int, dict[str, Timing]]]:
         for threads in THREADS:
             torch.set_num_threads(threads)
             candidates = {"matrix": lambda x=x: by_matrix(x), "fft": lambda x=x: by_fft(x)}
-            results[threads][width] = take_turns(candidates, SECONDS / 3)
+            results[threads][width] = take_turns(candidates, SECONDS / 3, rehearse=True)
     return results
 
 
@@ -150,14 +116,14 @@ def show(
         table.add_column(column, justify="right")
     for threads, timings in pairs.items():
         ratio = timings["length 2d"].median / timings["ours"].median
-        table.add_row(str(threads), str(timings["ours"]), str(timings["length 2d"]), f"{ratio:.2f}")
+        table.add_row(str(threads), shown(timings["ours"]), shown(timings["length 2d"]), f"{ratio:.2f}")
     console.print(table)
     table = Table(title=f"the pair on {TOKENS} tokens: ms (MATRIX_UP_TO is {spectral.MATRIX_UP_TO})")
     for column in ("d", *(f"{kind}, threads: {n}" for n in THREADS for kind in ("matrix", "fft"))):
         table.add_column(column, justify="right")
     for width in LENGTHS:
         cells = [crossing[threads][width] for threads in THREADS]
-        table.add_row(str(width), *(str(cell[kind]) for cell in cells for kind in ("matrix", "fft")))
+        table.add_row(str(width), *(shown(cell[kind]) for cell in cells for kind in ("matrix", "fft")))
     console.print(table)
 
 
@@ -166,14 +132,13 @@ def main() -> None:
         pairs, crossing = compare_pairs(), find_crossing()
     show(pairs, crossing, Console())
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "torch": torch.__version__,
+        "machine": machine(),
         "shape": SHAPE,
-        "pair_ms": {n: {name: asdict(t) for name, t in row.items()} for n, row in pairs.items()},
+        "pair_seconds": {n: {name: asdict(t) for name, t in row.items()} for n, row in pairs.items()},
         "times_faster": {n: row["length 2d"].median / row["ours"].median for n, row in pairs.items()},
         "matrix_up_to": spectral.MATRIX_UP_TO,
         "crossing_tokens": TOKENS,
-        "crossing_ms": {
+        "crossing_seconds": {
             n: {d: {name: asdict(t) for name, t in row.items()} for d, row in rows.items()}
             for n, rows in crossing.items()
         },

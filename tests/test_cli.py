@@ -184,8 +184,38 @@ def test_train_evaluate_and_resume_from_a_recipe(run: Run, text_folder: Path, tm
     assert code == 0 and json.loads(out)["perplexity"] == result["perplexity"]
 
 
+def test_flops_of_a_preset_and_of_a_checkpoint(run: Run, run_folder: Path) -> None:
+    code, out, _ = run("flops", "v2-400m", "--length", 256, "--share", 0.5)
+    assert code == 0
+    assert all(word in out for word in ("exact", "no-head", "paper", "attention scores", "feed-forward", "35–40%"))
+    assert "at no ρ, not even at 0" in out.replace("\n", " ")
+    code, out, _ = run("flops", run_folder, "--length", 4000, "--share", 0.1, "--context", "routed", "--json")
+    figures = json.loads(out)
+    assert code == 0 and figures["attention_context"] == "routed" and figures["share"] == 0.1
+    exact = figures["protocols"]["exact"]["forward"]
+    assert exact["flops"] == pytest.approx(sum(figures["by_operator"]["forward"]["ours"].values()))
+    assert exact["baseline"] == pytest.approx(sum(figures["by_operator"]["forward"]["full attention"].values()))
+    assert figures["shortest_length"] < 4000
+
+
+def test_benchmark_measures_what_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    small = ["--layers", 3, "--width", 16, "--heads", 2, "--vocabulary", 50, "--tokens", 32, "--seconds", 0]
+    cells = ["--length", 16, "--share", 0.5, "--context", "routed", "--task", "forward", "--output", tmp_path / "out"]
+    code, out, _ = run("benchmark", *small, *cells, "--json")
+    assert code == 0
+    assert [cell["candidate"] for cell in json.loads(out)["cells"]][-1] == "routed, ρ = 0.5"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "performance.md",
+        "performance.png",
+        "speed.json",
+    ]
+    code, again, _ = run("benchmark", *small, *cells)
+    assert code == 0 and "wrote" in again
+
+
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "generate", "calibrate", "route", "presets", "info", "quickstart"]
+    "command",
+    ["train", "evaluate", "generate", "calibrate", "route", "flops", "benchmark", "presets", "info", "quickstart"],
 )
 def test_every_command_has_a_help_that_teaches(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
@@ -240,6 +270,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a sequence too long": (["train", "GOOD", "data.sequence_length=5000"], "max_position_embeddings=1024"),
     "an unknown tokenizer": (["train", "GOOD", "tokenizer=bpe:12"], "bpe:12"),
     "nothing to resume": (["train", "GOOD", "--resume"], "holds no run to resume"),
+    "neither preset nor checkpoint": (["flops", "smal"], "is no preset"),
+    "a length of nothing": (["flops", "small", "--length", "0"], "--length"),
+    "a share above one": (["flops", "small", "--share", "2"], "share 2.0"),
+    "an unknown context": (["flops", "small", "--context", "some"], "choose all or routed"),
+    "a config that can't be counted": (["flops", "GARBLED"], "config.json can't be read"),
+    "an unknown task": (["benchmark", "--task", "sleep"], "--task sleep: choose among"),
+    "a width the heads of a benchmark don't divide": (["benchmark", "--heads", "3"], "num_attention_heads=3"),
     "quickstart elsewhere": (["quickstart"], "top of a clone"),
 }
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 # Before anything of Hugging Face is imported, which reads them once: nothing phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -271,6 +271,84 @@ def route(
 
 
 @app.command()
+def flops(
+    model: Annotated[
+        str, typer.Argument(metavar="PRESET|CHECKPOINT", help="What to count; of a checkpoint, its shape.")
+    ],
+    length: Annotated[int, typer.Option(help="T, tokens of a sequence.", min=1)] = 256,
+    share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
+    context: Annotated[str | None, typer.Option(help="all or routed; the model's own unless given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the operations of a model and of full attention, under three protocols, and say what can be saved when.
+
+    exact counts every matrix product and transform that is executed, of causal attention; no-head leaves out the
+    product that makes the logits; paper is the formula of the author's code. Nothing is run.
+
+    Example: chiaroscuro flops v2-400m --length 8192 --share 0.25 --context routed
+    """
+    from chiaroscuro.report.flops_terminal import describe_flops, print_flops
+
+    config = _config_of(model)
+    if context is not None:
+        if context not in ("all", "routed"):
+            raise UserError(f"--context {context}: choose all or routed")
+        config.attention_context = cast(Any, context)
+    figures = {"model": model, **describe_flops(config, length, share)}
+    if as_json:
+        _print_json(figures)
+    else:
+        print_flops(figures, Console())
+
+
+@app.command()
+def benchmark(
+    output: Annotated[Path, typer.Option(help="Folder for speed.json, performance.md and performance.png.")] = Path(
+        "runs/benchmark"
+    ),
+    length: Annotated[list[int] | None, typer.Option(help="T; several times for several. [256 … 16384]")] = None,
+    share: Annotated[list[float] | None, typer.Option(help="ρ; likewise. [0.5, 0.25, 0.125]")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="all or routed; likewise. [both]")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="train, forward, decode, memory or router; likewise. [all five]")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Of every model.", min=3)] = 12,
+    width: Annotated[int, typer.Option(help="d.", min=2)] = 256,
+    heads: Annotated[int, typer.Option(help="h.", min=1)] = 4,
+    vocabulary: Annotated[int, typer.Option(help="V.", min=2)] = 8192,
+    tokens: Annotated[int, typer.Option(help="B·T of a step; one sequence where T is more.", min=1)] = 8192,
+    seconds: Annotated[float, typer.Option(help="To take turns at each task and length.", min=0)] = 20.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Time our model against full attention and a Hugging Face Llama of the same size, on this machine.
+
+    Training step, prefill, decoding and peak memory, at several lengths, shares and contexts, and beside every ratio
+    the one that the operation counts predict. What was measured before an interruption is kept.
+
+    Example: chiaroscuro benchmark --length 1024 --length 4096 --share 0.25 --task train
+    """
+    from chiaroscuro.report.performance import Plan, run_benchmark
+
+    given = {"lengths": length, "shares": share, "contexts": context, "tasks": task}
+    plan = Plan(
+        layers=layers,
+        width=width,
+        heads=heads,
+        vocabulary=vocabulary,
+        tokens=tokens,
+        seconds=seconds,
+        device=device,
+        dtype=dtype,
+        **{name: tuple(values) for name, values in given.items() if values},  # type: ignore[arg-type]
+    )
+    found = run_benchmark(plan, output / "speed.json", output / "performance.md", Console(stderr=as_json))
+    if as_json:
+        _print_json(found)
+
+
+@app.command()
 def presets(as_json: AsJson = False) -> None:
     """List the presets: names for `model.preset` in a recipe and for `ChiarConfig.preset`."""
     descriptions = ChiarConfig.presets()
@@ -383,6 +461,27 @@ def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     return corpus
+
+
+def _config_of(model: str) -> ChiarConfig:
+    """The config of a preset, or of a checkpoint, whose weights are left alone."""
+    from transformers import AutoConfig
+
+    from chiaroscuro.model.checkpoint import find_checkpoint
+
+    if model in ChiarConfig.presets():
+        return ChiarConfig.preset(model)
+    try:
+        path = find_checkpoint(model)
+    except UserError:
+        raise UserError(f"{model} is no preset (chiaroscuro presets lists them), and no checkpoint is there") from None
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/config.json can't be read: {error}") from None
+    if not isinstance(config, ChiarConfig):
+        raise UserError(f"{model} is a {config.model_type}, not a CHIAR-Former: its operations are not counted here")
+    return config
 
 
 def _load(checkpoint: str, share: float | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -1,0 +1,83 @@
+"""Sparse execution against full attention and a Hugging Face Llama: docs/performance.md, its plot and its figures.
+
+    python -m benchmarks.speed
+
+An hour on two cores that do nothing else. What is measured already in benchmarks/results/speed.json is not measured
+again: remove the file to begin anew. `chiaroscuro benchmark` does the same at other sizes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from chiaroscuro.report.files import write_text
+from chiaroscuro.report.performance import Plan, run_benchmark
+
+RESULTS = Path("benchmarks/results/speed.json")
+PAGE = Path("docs/performance.md")
+SPEEDS = {"routed": {256: 1.2, 1024: 1.4, 4096: 2.0, 8192: 2.6}, "all": {4096: 1.5, 8192: 1.8}}
+"""How many times faster than full attention a context is to be, at which length."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that a cell is to reach."""
+
+    text: str
+    task: str
+    candidate: str
+    length: int
+    field: str
+    bound: float
+    at_least: bool = True
+
+    def row(self, cells: list[dict[str, Any]]) -> str:
+        """A row of the table: what was asked, what was measured, and whether that is enough."""
+        keys = ("task", "candidate", "length")
+        cell = next(c for c in cells if all(c.get(key) == getattr(self, key) for key in keys))
+        found = cell[self.field]
+        reached = found >= self.bound if self.at_least else found <= self.bound
+        return _row(self.text, self.length, f"{'≥' if self.at_least else '≤'} {self.bound:g}", f"{found:.2f}", reached)
+
+
+def goals() -> Iterator[Goal]:
+    """What the project set out to reach."""
+    for task, what in (("train", "training step"), ("forward", "prefill")):
+        for context, bounds in SPEEDS.items():
+            for length, bound in bounds.items():
+                yield Goal(f"{what}, {context}: times faster", task, f"{context}, ρ = 0.25", length, "ratio", bound)
+        for length in SPEEDS["routed"]:
+            text = f"{what}, full attention: its time over Llama's"
+            yield Goal(text, task, "Hugging Face Llama", length, "ratio", 1.05, at_least=False)
+    yield Goal("decoding, routed: times faster", "decode", "routed, ρ = 0.25", 8192, "ratio", 2.0)
+    yield Goal("decoding, routed: part of the cache", "decode", "routed, ρ = 0.25", 8192, "cache_ratio", 0.35, False)
+    yield Goal("training step, routed: part of the memory", "memory", "routed, ρ = 0.25", 8192, "ratio", 0.85, False)
+
+
+def main() -> None:
+    """Measure what is missing, then write figures, page and plot, and what was to be reached at the end of the page."""
+    cells = run_benchmark(Plan(), RESULTS, PAGE, Console())["cells"]
+    rows = [goal.row(cells) for goal in goals()]
+    for cell in cells:
+        if cell["task"] == "router":
+            share, what = cell["share_of_layer"], "training step" if cell["training"] else "forward"
+            reached = "yes" if share <= 0.1 else "**no**"
+            rows.append(
+                f"| router and transform, {cell['context']}, {what}: part of a layer at d = {cell['length']} "
+                f"| 1,024 | ≤ 0.1 | {share:.3f} | {reached} |"
+            )
+    head = [
+        "",
+        "## What was to be reached",
+        "",
+        "| at ρ = 0.25 | T | goal | measured | reached |",
+        "|---|---|---|---|---|",
+    ]
+    write_text(PAGE, PAGE.read_text(encoding="utf-8") + "\n".join([*head, *rows, ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""How long models take at the same work, and how much memory: timed in turn, in one process.
+
+An absolute time says little on a machine that does other things too, and a fair comparison of two runs one after the
+other not much more. So candidates take turns at the same work, round after round, and what is reported are medians
+with their middle half, and ratios of medians.
+"""
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import PackedTokens, RoutedBlock
+from chiaroscuro.model import ChiarCache, ChiarForCausalLM
+from chiaroscuro.ops import entropy_of_spectrum, spectral_coefficients
+
+DECODED = 16
+"""Tokens of a turn in decoding: routing makes one token cheaper than the next, so a turn is the sum over some."""
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one candidate: the median over its turns, and the middle half."""
+
+    median: float
+    lower: float
+    upper: float
+    turns: int
+
+
+def take_turns(
+    candidates: Mapping[str, Work], seconds: float, turns: int = 3, rehearse: bool = False
+) -> dict[str, Timing]:
+    """Time each candidate again and again, one after the other, until the time is up.
+
+    Args:
+        candidates: what to run, by name. Each runs once before any clock does.
+        seconds: how long to go on.
+        turns: how many each has at least, whatever the time; 2 or more.
+        rehearse: run a candidate before each of its turns too: for work of milliseconds, which would pay for the
+            caches as the candidate before it left them.
+
+    """
+    for run in candidates.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < turns:
+        for name, run in candidates.items():
+            if rehearse:
+                run()
+            _finish()
+            start = time.perf_counter()
+            run()
+            _finish()
+            times[name].append(time.perf_counter() - start)
+    timings = {}
+    for name, values in times.items():
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        timings[name] = Timing(median, lower, upper, len(values))
+    return timings
+
+
+def forward_pass(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
+    """A prefill: all layers and a cache of the sequences, logits of their last tokens alone."""
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def training_step(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
+    """Forward, backward and AdamW at a learning rate of 0, so that the routing stays as it was calibrated."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+@torch.no_grad()
+def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
+    """`DECODED` tokens one after another on a cache of `ids`, which is cropped again.
+
+    A CHIAR-Former, and so the baseline, has its own cache, which does not copy itself at every token; another model
+    has transformers' `DynamicCache`, which does. The tokens are given, not sampled: every candidate reads the same.
+    """
+    model.eval()
+    cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    following = ids[:, :DECODED].flip(1)
+
+    @torch.no_grad()
+    def run() -> None:
+        for token in following.split(1, dim=1):
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.crop(-following.shape[1])
+
+    return run
+
+
+def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Work]:
+    """A routed pre-norm block on x as a whole, and of it what routing by entropy and the spectral operator cost.
+
+    That is the transform and the entropy of every token, the choice, and the filter and the way back for the tokens
+    that take it; with their gradients, in training.
+    """
+    block.train(training)
+    inputs = x.detach().requires_grad_(training)
+    source = block.operator_norms["input"](x).detach().requires_grad_(training)
+
+    def finish(y: Tensor) -> None:
+        if training:
+            y.sum().backward()
+            block.zero_grad()
+            inputs.grad = source.grad = None
+
+    def whole() -> None:
+        with torch.set_grad_enabled(training):
+            finish(block(inputs)[0])
+
+    def part() -> None:
+        with torch.set_grad_enabled(training):
+            coefficients = spectral_coefficients(source)
+            entropy = entropy_of_spectrum(coefficients.detach(), block.spectrum)
+            assert block.router is not None
+            tokens = PackedTokens.of(block.router(source, entropy) == block.operator_names.index("dct"))
+            finish(block.operators["dct"](tokens.take(source)[None], tokens.take(coefficients)[None]))
+
+    return {"layer": whole, "router and transform": part}
+
+
+def peak_memory(make: Callable[[], Work]) -> int:
+    """Bytes at the highest, above what the process held before: of making some work, and of running it once.
+
+    To be called once in a process that has done nothing else yet: memory that was used and given back before would
+    be used again, and not seen.
+
+    Args:
+        make: builds the model and gives the work.
+
+    Raises:
+        UserError: no GPU, and no /proc either, which is where Linux says it.
+
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        run = make()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    before = _status("VmRSS")
+    run = make()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far: calibration is not the step's
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        raise UserError("peak memory is read from /proc, which this system lacks: leave out the task memory") from None
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def _finish() -> None:
+    """A GPU answers before it is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
+    facts: dict[str, Any] = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"torch": torch.__version__}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

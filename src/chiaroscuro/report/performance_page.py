@@ -1,0 +1,97 @@
+"""The benchmark's figures as a page to read."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from chiaroscuro.analysis.speed import DECODED
+
+INTRODUCTION = """# What routing saves
+
+{layers} layers: the first of dct alone, the last of full attention, and in the {routed} between them a choice. Width
+{width}, {heads} heads, {vocabulary} words, {dtype}, no MetaRouter; {tokens} tokens a step, or one longer sequence.
+Random weights and tokens, thresholds calibrated on these tokens. Measured on {machine}.
+
+The candidates take turns in one process. Every cell is the median time and its middle half; how many times faster that
+is than our own full-attention baseline (the same class, attention on every menu, PyTorch's SDPA); and, in brackets,
+what the operation counts predict for it (`chiaroscuro flops`). *routed* and *all* say what a routed token attends to;
+*dense execution* runs every operator on every token, as the published code does. Hugging Face's Llama has the same
+layers, width, heads and vocabulary and as many weights; its loss is its own, over all logits at once.
+
+![Time a token over the length of the sequence, one line a model]({picture})
+"""
+
+TITLES: dict[str, tuple[str, str]] = {
+    "train": ("Training step", "Forward, backward and AdamW."),
+    "forward": ("Prefill", "Forward without gradients, which fills a cache and gives the logits of the last token."),
+    "decode": (
+        "Decoding",
+        f"{DECODED} tokens, one after another, on a cache of so many. Our cache, and so the baseline's, does not copy "
+        "itself at every token; transformers' `DynamicCache`, which Llama has, does. In the second table: the numbers "
+        "that the cache keeps, as a part of the baseline's.",
+    ),
+    "memory": (
+        "Peak memory of a training step",
+        "Weights, gradients, AdamW's moments and activations: what a process holds above one with PyTorch loaded; each "
+        "in a process of its own, and as a part of the baseline's. The loss is made in chunks in all of ours, the "
+        "baseline too.",
+    ),
+    "router": (
+        "Router and transform",
+        "Their part of a routed layer's time, at ρ = 0.25 and sequences of 1024 tokens: the DCT and the entropy of all "
+        "tokens, the choice, and the filter and the way back for the tokens that take it.",
+    ),
+}
+
+
+def render_page(found: dict[str, Any], picture: str) -> str:
+    """What was measured as a Markdown page, with the plot of that name."""
+    plan, host = found["plan"], found["machine"]
+    where = [
+        f"{host['cores']} cores of {host['cpu']}",
+        f"PyTorch {host['torch']}",
+        *([host["gpu"]] if "gpu" in host else []),
+    ]
+    parts = [INTRODUCTION.format(**plan, routed=plan["layers"] - 2, machine=", ".join(where), picture=picture)]
+    for task, (title, text) in TITLES.items():
+        if cells := [cell for cell in found["cells"] if cell["task"] == task]:
+            parts += [f"## {title}\n", f"{text}\n", *_tables(task, cells)]
+    return "\n".join(parts)
+
+
+def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
+    if task == "router":
+        head = ["width", "context", "", "part of the layer's time"]
+        what = {True: "training step", False: "forward"}
+        return [
+            _table(
+                head,
+                [[f"{c['length']:,}", c["context"], what[c["training"]], f"{c['share_of_layer']:.1%}"] for c in cells],
+            )
+        ]
+    if task == "memory":
+        return [_by_length(cells, lambda c: f"{c['bytes'] / 2**20:,.0f} MiB · **{c['ratio']:.2f}**")]
+    tables = [_by_length(cells, _timing)]
+    if task == "decode":
+        tables.append(_by_length([c for c in cells if "cache_ratio" in c], lambda c: f"{c['cache_ratio']:.3f}"))
+    return tables
+
+
+def _timing(cell: dict[str, Any]) -> str:
+    lower, median, upper = (cell[part] for part in ("lower", "median", "upper"))
+    unit, scale = ("s", 1) if median >= 1 else ("ms", 1000)
+    spread = f"{median * scale:.3g} {unit} ({lower * scale:.3g}–{upper * scale:.3g})"
+    return f"{spread} · **{cell['ratio']:.2f}×** [{cell['predicted']:.2f}]"
+
+
+def _by_length(cells: list[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
+    """One row a candidate, one column a length."""
+    lengths = sorted({cell["length"] for cell in cells})
+    names = list(dict.fromkeys(cell["candidate"] for cell in cells))
+    shown = {(cell["candidate"], cell["length"]): show(cell) for cell in cells}
+    rows = [[name, *(shown.get((name, length), "") for length in lengths)] for name in names]
+    return _table(["", *(f"T = {length:,}" for length in lengths)], rows)
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,213 @@
+"""The count of operations, against PyTorch's own counter on a model that runs, and against sums done by hand.
+
+`torch.utils.flop_counter` sees every matrix product that is called, and no FFT and no flash attention: so it is asked
+where all is products, in eager attention, which computes every pair, and at a width that the DCT takes as a product.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
+from chiaroscuro.analysis.flops import (
+    attention_part,
+    compare_protocols,
+    count_decode_flops,
+    count_flops,
+    count_llama_flops,
+    count_published_flops,
+    full_attention,
+    largest_share,
+    saving,
+    shortest_length,
+)
+from chiaroscuro.config import default_operators
+
+MENUS = [
+    ["dct"],
+    ["attention"],
+    ["dct", "attention"],
+    ["dct", "rbf", "attention"],
+    ["dct", "rbf"],
+    ["rbf", "attention"],
+]
+
+
+def config(**fields: object) -> ChiarConfig:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 100, "meta_router": "none"}
+    return ChiarConfig(**sizes | {"max_position_embeddings": 2**15} | fields)
+
+
+def issue(context: str = "all") -> ChiarConfig:
+    """Of the shape that the benchmarks have."""
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "vocab_size": 8192}
+    return config(**shape, operators=default_operators(12), attention_context=context)
+
+
+configs = st.builds(
+    config,
+    operators=st.lists(st.sampled_from(MENUS), min_size=1, max_size=4),
+    attention_context=st.sampled_from(["all", "routed"]),
+    execution=st.sampled_from(["sparse", "dense"]),
+    meta_router=st.sampled_from(["none", "causal"]),
+    router=st.sampled_from(["threshold", "hard"]),
+)
+
+
+def counted_by_pytorch(model: torch.nn.Module, ids: torch.Tensor, training: bool) -> int:
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids, use_cache=False).logits
+        if training:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ["threshold", "hard", "soft"])
+@pytest.mark.parametrize("meta_router", ["none", "causal"])
+@pytest.mark.parametrize("menus", [[menu] for menu in MENUS] + [MENUS])
+def test_dense_and_not_causal_it_is_pytorch_s_count(
+    menus: list[list[str]], meta_router: str, router: str, training: bool
+) -> None:
+    shape = config(
+        operators=menus, execution="dense", router=router, meta_router=meta_router, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    wanted = counted_by_pytorch(ChiarForCausalLM(shape), torch.randint(100, (1, 48)), training)
+    found = count_flops(shape, 48, training=training, causal=False).total
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_of_a_llama_too(training: bool) -> None:
+    shape = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+    )
+    wanted = counted_by_pytorch(LlamaForCausalLM(shape), torch.randint(100, (1, 48)), training)
+    assert count_llama_flops(shape, 48, training=training, causal=False).total == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("context", ["all", "routed"])
+def test_sparse_execution_runs_as_many_products_as_are_counted(context: str) -> None:
+    """Rows that go through the projections, of a model that runs: four of them, and 2 d² operations a row."""
+    shape = config(operators=[["dct", "attention"]] * 3, attention_context=context)
+    torch.manual_seed(0)
+    model, rows, routed = ChiarForCausalLM(shape).eval(), [], []
+    for layer in model.model.layers:
+        for module in layer.operators["attention"].children():
+            module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1].numel()))
+    with torch.no_grad():
+        out = model(torch.randint(100, (1, 400)), output_routing=True, use_cache=False)
+    routed = [float(routing.share[1]) for routing in out.routing]
+    shares = [
+        count_flops(config(operators=[["dct", "attention"]], attention_context=context), 400, share=s) for s in routed
+    ]
+    found = sum(count.by_operator["attention projections"] for count in shares)
+    assert found == pytest.approx(sum(rows) * 2 * 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "ratio"),
+    [
+        ("routed", 256, 1.30),
+        ("routed", 1024, 1.50),
+        ("routed", 4096, 2.18),
+        ("routed", 8192, 2.87),
+        ("all", 4096, 1.72),
+        ("all", 8192, 2.07),
+    ],
+)
+def test_what_twelve_layers_save(context: str, length: int, ratio: float) -> None:
+    compared = compare_protocols(issue(context), length, 0.25)
+    assert compared["exact"]["training"]["ratio"] == pytest.approx(ratio, abs=0.015)
+    assert 1 - 1 / compared["exact"]["training"]["ratio"] == pytest.approx(saving(issue(context), length, 0.25))
+
+
+def test_the_published_formula_by_hand() -> None:
+    shape = config(operators=[["dct"], ["dct", "rbf"], ["dct", "attention"], ["dct", "attention"], ["attention"]])
+    layer = 100 * (3 * 32**2 + 100 * 32 + 100 * 32 + 32**2)
+    assert count_published_flops(shape, 100, share=0.5).total == 2 * layer
+    # SPEC's figure of the author's four layers, 0 + ½ + ½ + 1.
+    four = config(operators=default_operators(4))
+    assert compare_protocols(four, 256, 0.5)["paper"]["forward"]["saving"] == pytest.approx(0.5)
+
+
+def test_what_the_paper_s_own_size_can_save() -> None:
+    paper = ChiarConfig.preset("v2-400m")
+    assert attention_part(paper, 256)["of_a_layer"] == pytest.approx(0.36, abs=0.02)
+    assert largest_share(paper, 256) is None
+    assert 0.08 < saving(paper, 256, 0.5) < 0.1
+
+
+@given(shape=configs, length=st.integers(1, 3000), share=st.floats(0, 1), training=st.booleans())
+def test_more_tokens_more_attention_and_more_pairs_are_never_less(
+    shape: ChiarConfig, length: int, share: float, training: bool
+) -> None:
+    count = count_flops(shape, length, share=share, training=training)
+    assert all(number >= 0 for number in count.by_operator.values())
+    assert count.total == pytest.approx(sum(count.by_operator.values()))
+    assert count_flops(shape, length + 1, share=share, training=training).total > count.total
+    if share * length >= 1:  # of half a token the formulas of pairs say nothing
+        assert count_flops(shape, length, share=share, training=training, causal=False).total >= count.total
+    without = count_flops(shape, length, share=share, training=training, head=False)
+    assert count.total - without.total == pytest.approx((3 if training else 1) * 2 * 32 * 100 * length)
+    if not any("rbf" in menu for menu in shape.menus):  # whose products can cost more than attention's at a small width
+        assert (
+            count_flops(shape, length, share=(1 + share) / 2, training=training).total
+            >= count.total - 1e-6 * count.total
+        )
+
+
+@given(shape=configs, length=st.integers(1, 3000))
+def test_sparse_is_never_more_than_dense_and_all_attention_is_the_baseline(shape: ChiarConfig, length: int) -> None:
+    # rbf apart, whose features sparse execution makes for the tokens and again for those that they weigh.
+    menus = [[name for name in menu if name != "rbf"] for menu in shape.menus]
+    sparse, dense = (config(operators=menus, execution=e) for e in ("sparse", "dense"))
+    for share in (0.0, 0.3, 1.0):
+        assert count_flops(sparse, length, share=share).total <= count_flops(dense, length, share=share).total * (
+            1 + 1e-9
+        )
+    attention = config(operators=[["dct", "attention"]] * 2, attention_context=shape.attention_context)
+    count = dict(count_flops(attention, length, share=1.0).by_operator)
+    baseline = count_flops(full_attention(attention), length).by_operator
+    assert count.pop("dct") == 0 and count.pop("router") > 0
+    assert count == pytest.approx(baseline)
+
+
+@given(length=st.integers(1, 5000), share=st.floats(0, 1), context=st.sampled_from(["all", "routed"]))
+def test_a_decoded_token_is_what_the_sequence_grows_by(length: int, share: float, context: str) -> None:
+    # With attention alone exactly; where tokens are routed, in the mean over them.
+    baseline = config(operators=[["attention"]] * 3)
+    grown = count_flops(baseline, length + 1).total - count_flops(baseline, length).total
+    assert count_decode_flops(baseline, length).total == pytest.approx(grown)
+    mixed = config(operators=default_operators(4), attention_context=context)
+    grown = count_flops(mixed, length + 1, share=share).total - count_flops(mixed, length, share=share).total
+    assert count_decode_flops(mixed, length, share=share).total == pytest.approx(grown, rel=0.02)
+
+
+@pytest.mark.parametrize("context", ["all", "routed"])
+def test_from_where_on_it_can_be_had(context: str) -> None:
+    shape = issue(context)
+    length = shortest_length(shape, 0.25)
+    assert saving(shape, length, 0.25) >= 0.35 > saving(shape, length - 1, 0.25)
+    share = largest_share(shape, 8192)
+    assert saving(shape, 8192, share) >= 0.35 > saving(shape, 8192, share + 0.001)
+    assert shortest_length(shape, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "says"), [(0, 0.5, "length 0"), (5, -0.1, "share -0.1"), (5, 1.1, "share 1.1")]
+)
+def test_what_can_t_be_counted(length: int, share: float, says: str) -> None:
+    for count in (count_flops, count_decode_flops, count_published_flops):
+        with pytest.raises(UserError, match=says):
+            count(config(), length, share=share)
