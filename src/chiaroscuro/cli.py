@@ -278,6 +278,7 @@ def flops(
     length: Annotated[int, typer.Option(help="T, tokens of a sequence.", min=1)] = 256,
     share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
     context: Annotated[str | None, typer.Option(help="all or routed; the model's own unless given.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="V; the model's own unless given.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count the operations of a model and of full attention, under three protocols, and say what can be saved when.
@@ -294,6 +295,9 @@ def flops(
         if context not in ("all", "routed"):
             raise UserError(f"--context {context}: choose all or routed")
         config.attention_context = cast(Any, context)
+    config.vocab_size = vocabulary or config.vocab_size
+    config.use_cache = False  # nothing is generated, so what can't be cached can be counted
+    config.check()
     figures = {"model": model, **describe_flops(config, length, share)}
     if as_json:
         _print_json(figures)

@@ -69,15 +69,18 @@ def count_flops(
     """
     share = _checked(config, length, share)
     d, once = config.hidden_size, _transform(config.hidden_size)
-    products: dict[str, float] = {}
-    transforms: dict[str, float] = {}
+    product, transform = (3, 2) if training else (1, 1)
+    learned = config.router in ("soft", "hard")
+    # The straight-through gradient of the hard router needs every operator's output.
+    everywhere = config.execution == "dense" or (training and config.router == "hard")
+    counted: dict[str, float] = {}
     for menu in config.menus:
         routes = len(menu) > 1
-        everywhere = config.execution == "dense"
         if routes:
-            if config.router in ("soft", "hard"):
-                _add(products, "router", 2 * (d + 1) * len(menu) * length)
-            _add(transforms, "router", once * length)  # of the entropy; the filter takes it over
+            if learned:
+                _add(counted, "router", product * 2 * (d + 1) * len(menu) * length)
+            # The entropy's transform, which the filter takes over. Without a filter a threshold sends no gradient back.
+            _add(counted, "router", (transform if learned or "dct" in menu else 1) * once * length)
         for k, name in enumerate(menu):
             part = 1.0 if not routes else share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
             n = length * (1.0 if everywhere else part)
@@ -85,27 +88,24 @@ def count_flops(
             keys = n if routed else length
             pairs = n * ((keys + 1) / 2 if causal else keys)
             if name == "dct":
-                _add(transforms, "dct", once * n * (1 if routes else 2))
+                _add(counted, "dct", transform * once * n * (1 if routes else 2))
             elif name == "attention":
-                _add(products, "attention projections", 4 * d * d * (n + keys))
-                _add(products, "attention scores", 4 * d * pairs)
+                _add(counted, "attention projections", product * 4 * d * d * (n + keys))
+                _add(counted, "attention scores", product * 4 * d * pairs)
             elif name == "rbf":
                 # Ω is fixed: of its product the backward is one product too.
                 mapped = n if everywhere or routed or not routes else n + keys
-                _add(transforms, "rbf", 2 * d * RANDOM_FEATURES * mapped)
-                _add(products, "rbf", 4 * d * RANDOM_FEATURES * n + 8 * RANDOM_FEATURES * pairs)
+                _add(counted, "rbf", transform * 2 * d * RANDOM_FEATURES * mapped)
+                _add(counted, "rbf", product * 4 * RANDOM_FEATURES * (d * n + 2 * pairs))
             else:
                 raise UserError(
                     f"operator {name!r} has no count of operations: count a model of dct, rbf and attention"
                 )
-        _add(products, "feed-forward", 4 * d * _hidden(config) * length)
+        _add(counted, "feed-forward", product * 4 * d * _hidden(config) * length)
     if config.meta_router != "none":
-        _add(products, "meta-router", 2 * d * (length if config.meta_router == "causal" else 1))
+        _add(counted, "meta-router", product * 2 * d * (length if config.meta_router == "causal" else 1))
     if head:
-        _add(products, "head", 2 * d * config.vocab_size * length)
-    counted = {name: (3 if training else 1) * number for name, number in products.items()}
-    for name, number in transforms.items():
-        _add(counted, name, (2 if training else 1) * number)
+        _add(counted, "head", product * 2 * d * config.vocab_size * length)
     return FlopCount(counted)
 
 
@@ -144,10 +144,16 @@ def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None 
 def count_llama_flops(
     config: LlamaConfig, length: int, *, training: bool = False, causal: bool = True, head: bool = True
 ) -> FlopCount:
-    """Operations of one sequence of a Llama, counted alike: what ours is compared with."""
+    """Operations of one sequence of a Llama, counted alike: what ours is compared with.
+
+    Raises:
+        UserError: a length below 1.
+
+    """
+    _check_length(length)
     d, layers = config.hidden_size, config.num_hidden_layers
-    head_width = d // config.num_attention_heads
-    attended = d
+    head_width = config.head_dim or d // config.num_attention_heads
+    attended = config.num_attention_heads * head_width
     keyed = (config.num_key_value_heads or config.num_attention_heads) * head_width
     pairs = length * ((length + 1) / 2 if causal else length)
     counted = {
@@ -186,7 +192,7 @@ def compare_protocols(config: ChiarConfig, length: int, share: float | None = No
     """A model against full attention under every protocol, forward and in training.
 
     `exact` counts what is executed, `no-head` leaves out the product that makes the logits, and `paper` is
-    `count_published_flops`, which knows no training.
+    `count_published_flops`; it counts a forward, of which a training step is three.
 
     Returns:
         By protocol and step: operations of one sequence, those of the baseline, their ratio, and the part that is
@@ -202,8 +208,8 @@ def compare_protocols(config: ChiarConfig, length: int, share: float | None = No
                 count_flops(c, length, share=share, training=training, head=head).total for c in (config, baseline)
             )
             compared[protocol][step] = _compared(ours, theirs)
-    published = (count_published_flops(c, length, share=share).total for c in (config, baseline))
-    compared["paper"] = {"forward": _compared(*published)}
+    ours, theirs = (count_published_flops(c, length, share=share).total for c in (config, baseline))
+    compared["paper"] = {"forward": _compared(ours, theirs), "training": _compared(3 * ours, 3 * theirs)}
     return compared
 
 
@@ -243,13 +249,17 @@ def _compared(ours: float, baseline: float) -> dict[str, float]:
 
 
 def _checked(config: ChiarConfig, length: int, share: float | None) -> float:
-    if length < 1:
-        raise UserError(f"length {length}: need 1 token or more")
+    _check_length(length)
     if share is None:
         share = config.attention_share
     if not 0 <= share <= 1:
         raise UserError(f"share {share}: need a share of the tokens, from 0 to 1")
     return share
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise UserError(f"length {length}: need 1 token or more")
 
 
 def _transform(width: int) -> float:

@@ -55,12 +55,12 @@ def print_flops(figures: dict[str, Any], console: Console) -> None:
     table.add_row("total", *(_giga(sum(column.values())) for column in columns), style="bold")
     console.print(table)
     table = Table("protocol", "step", box=None)
-    for column in ("GFLOP", "full attention", "times less", "saved"):
+    for column in ("10⁹", "full attention", "times less", "saved"):
         table.add_column(column, justify="right")
     for protocol, steps in figures["protocols"].items():
         for step, c in steps.items():
             numbers = (_giga(c["flops"]), _giga(c["baseline"]), f"{c['ratio']:.2f}", f"{c['saving']:.1%}")
-            table.add_row(protocol, step, *numbers)
+            table.add_row("paper, multiply-adds" if protocol == "paper" else protocol, step, *numbers)
     console.print()
     console.print(table)
     console.print(f"\n{explain(figures)}", highlight=False)

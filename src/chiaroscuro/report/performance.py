@@ -7,7 +7,7 @@ Beside a measured ratio stands the one that the operation counts predict.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -221,7 +221,9 @@ def run_benchmark(plan: Plan, results: Path, page: Path, console: Console) -> di
         folder.mkdir(parents=True, exist_ok=True)
     found = _begin(plan, results)
     cells: list[dict[str, Any]] = found["cells"]
-    wanted = [(task, length) for task in plan.tasks for length in _lengths_of(plan, task)]
+    # Length by length, and the long ones last, which take as long as all before them.
+    wanted = [("router", width) for width in ROUTER_WIDTHS if "router" in plan.tasks]
+    wanted += [(task, length) for length in plan.lengths for task in plan.tasks if task != "router"]
     done = {(cell["task"], cell["length"]) for cell in cells}
     columns = (
         TextColumn("{task.description}"),
@@ -258,10 +260,6 @@ def _begin(plan: Plan, results: Path) -> dict[str, Any]:
     if not same:
         raise UserError(f"{results} holds results of another plan or machine: name another place, or remove it")
     return old
-
-
-def _lengths_of(plan: Plan, task: str) -> Sequence[int]:
-    return ROUTER_WIDTHS if task == "router" else plan.lengths
 
 
 def _measure(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
