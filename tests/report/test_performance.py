@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from chiaroscuro.analysis.flops import count_flops
 from rich.console import Console
 
 from chiaroscuro import UserError
+from chiaroscuro.analysis.flops import count_flops
 from chiaroscuro.report import performance
 from chiaroscuro.report.performance import Candidate, Plan, run_benchmark
 
