@@ -1,26 +1,35 @@
 """A forward in pieces, with a cache, is the forward in one go.
 
-Oracle: the model without a cache. Everything that can be cached is drawn over: presets, routers, pieces, left
+Oracle: the model without a cache. Everything that can be cached is drawn over: presets, routers, contexts, pieces,
 padding, and an operator of a user's.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import PRESETS, ROUTERS, Switches, build, shrunk, tokens
+from small_models import LENGTH, PRESETS, ROUTERS, WIDTH, Switches, build, shrunk, tokens
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, set_seed
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, register_operator
 from chiaroscuro.layers import SelfAttention
 from chiaroscuro.layers.registry import OPERATORS
+from chiaroscuro.model.cache import GrowingLayer
 
 ATOL = 1e-4
 TIME = 14
+CONTEXTS = ["all", "routed"]
 
 
 class Doubling(nn.Module):
@@ -45,7 +54,7 @@ def operators() -> Iterator[None]:
 
 
 def configs() -> dict[str, ChiarConfig]:
-    """Every preset that can be cached, with a causal MetaRouter where it has one, under every router."""
+    """Every preset that can be cached, with a causal MetaRouter where it has one, under every router and context."""
     found = {}
     for preset in PRESETS:
         for router in ROUTERS:
@@ -53,6 +62,10 @@ def configs() -> dict[str, ChiarConfig]:
             config = shrunk(preset, router=router, **causal)
             if not config.uncacheable():
                 found[f"{preset} {router}"] = config
+                if config.routed_layers and config.execution == "sparse":
+                    found[f"{preset} {router} routed"] = shrunk(
+                        preset, router=router, attention_context="routed", **causal
+                    )
     return found
 
 
@@ -69,6 +82,15 @@ def in_pieces(model: ChiarForCausalLM, ids: Tensor, mask: Tensor | None, cuts: l
     return torch.cat(logits, dim=1)
 
 
+sides = st.integers(0, TIME) | st.just(0)
+
+
+def real_between(padding: list[tuple[int, int]]) -> Tensor:
+    """A mask of rows with so many tokens of padding on the left and on the right, and perhaps none between."""
+    left, right = torch.tensor(padding).T[:, :, None]
+    return ((torch.arange(TIME) >= left) & (torch.arange(TIME) < TIME - right)).long()
+
+
 def check_pieces(model: ChiarForCausalLM, examples: int = 5) -> None:
     switches = Switches()
 
@@ -76,11 +98,11 @@ def check_pieces(model: ChiarForCausalLM, examples: int = 5) -> None:
     @given(
         seed=st.integers(0, 2**31),
         cuts=st.sets(st.integers(1, TIME - 1), max_size=TIME).map(sorted),
-        padding=st.lists(st.integers(0, TIME - 2), min_size=2, max_size=2),
+        padding=st.none() | st.lists(st.tuples(sides, sides), min_size=2, max_size=2),
     )
-    def holds(seed: int, cuts: list[int], padding: list[int]) -> None:
+    def holds(seed: int, cuts: list[int], padding: list[tuple[int, int]] | None) -> None:
         ids = tokens(seed, 2, TIME)
-        mask = (torch.arange(TIME) >= torch.tensor(padding)[:, None]).long() if any(padding) else None
+        mask = None if padding is None else real_between(padding)
         with torch.no_grad(), switches.watch(model) as distances:
             whole = model(ids, attention_mask=mask, use_cache=False).logits
             pieces = in_pieces(model, ids, mask, cuts)
@@ -155,7 +177,10 @@ def filled(model: ChiarForCausalLM, ids: Tensor) -> ChiarCache:
     return cache
 
 
-@pytest.mark.parametrize("name", ["small threshold", "v2-400m soft", "v1-dct-attention hard"])
+@pytest.mark.parametrize(
+    "name",
+    ["small threshold", "v2-400m soft", "v1-dct-attention hard", "small threshold routed", "v2-400m hard routed"],
+)
 def test_rows_are_reordered_repeated_and_selected(name: str) -> None:
     model = build(CONFIGS[name])
     prompt, more = tokens(0, 3, 6), tokens(1, 3, 4)
@@ -182,13 +207,15 @@ def test_reset_forgets_everything() -> None:
     torch.testing.assert_close(continued(model, cache, ids), wanted, atol=ATOL, rtol=0)
 
 
-def test_crop_forgets_the_last_tokens() -> None:
-    model = build(shrunk("small", meta_router="none"))
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_crop_forgets_the_last_tokens(context: str) -> None:
+    model = build(shrunk("small", meta_router="none", attention_context=context))
     ids, other = tokens(0, 2, 8), tokens(1, 2, 3)
     cache = filled(model, ids)
     assert cache.is_croppable
     cache.crop(-3)
     assert cache.get_seq_length() == 5
+    assert cache.numbers_kept() == filled(model, ids[:, :5]).numbers_kept()
     wanted = model(torch.cat([ids[:, :5], other], dim=1), use_cache=False).logits[:, 5:]
     torch.testing.assert_close(continued(model, cache, other), wanted, atol=ATOL, rtol=0)
 
@@ -206,6 +233,288 @@ def test_a_causal_metarouter_s_sum_can_not_be_cropped() -> None:
     assert not cache.is_croppable
     with pytest.raises(UserError, match="causal MetaRouter and can't be cropped"):
         cache.crop(-1)
+
+
+# What a layer keeps
+
+
+@dataclass
+class PlainLayer:
+    """What a `GrowingLayer` is to be: a list for each row, of the places, keys and values that it keeps."""
+
+    rows: list[list[tuple[int, Tensor, Tensor]]]
+    seen: int = 0
+
+    def extend(self, key: Tensor, value: Tensor, chosen: Tensor) -> None:
+        tokens_kept = iter(zip(key, value, strict=True))
+        for row, takes in zip(self.rows, chosen.tolist(), strict=True):
+            row += [(self.seen + t, *next(tokens_kept)) for t, taken in enumerate(takes) if taken]
+        self.seen += chosen.shape[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen += tokens_to_remove
+        self.rows = [[token for token in row if token[0] < self.seen] for row in self.rows]
+
+    def select(self, indices: list[int]) -> None:
+        self.rows = [list(self.rows[i]) for i in indices]
+
+
+shares = st.sampled_from([0.0, 0.3, 1.0])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("extend"), st.integers(1, 40), shares),
+        st.tuples(st.just("crop"), st.floats(0, 1), st.none()),
+        st.tuples(
+            st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4), st.none()
+        ),
+        st.tuples(st.just("repeat"), st.integers(1, 2), st.none()),
+    ),
+    max_size=8,
+)
+
+
+@given(first=shares, steps=steps, seed=st.integers(0, 2**31))
+def test_rows_of_different_lengths_are_kept_in_one_buffer(
+    first: float, steps: list[tuple[str, Any, Any]], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer, plain = GrowingLayer(), PlainLayer([[], [], []])
+    for what, number, share in [("extend", 5, first), *steps]:
+        if what == "extend":
+            chosen = torch.rand(len(plain.rows), number, generator=generator) < share
+            key, value = torch.randn(2, int(chosen.sum()), 2, 4, generator=generator)
+            layer.extend(key, value, chosen)
+            plain.extend(key, value, chosen)
+        elif what == "crop":
+            removed = -round(number * plain.seen)
+            layer.crop(removed)
+            plain.crop(removed)
+        elif what == "repeat":
+            layer.batch_repeat_interleave(number)
+            plain.select([i for i in range(len(plain.rows)) for _ in range(number)])
+        else:
+            indices = [i % len(plain.rows) for i in number]
+            change = layer.reorder_cache if what == "reorder" else layer.batch_select_indices
+            change(torch.tensor(indices))
+            plain.select(indices)
+        assert layer.get_seq_length() == plain.seen
+        assert layer.lengths == [len(row) for row in plain.rows]
+        assert layer.empty == (not any(plain.rows))
+        assert layer.numbers_kept() == 2 * sum(layer.lengths) * 2 * 4
+        if layer.empty:
+            continue
+        for (key, value), row in zip(layer.rows(), plain.rows, strict=True):
+            assert key.shape == value.shape == (2, len(row), 4)
+            for t, (_, wanted_key, wanted_value) in enumerate(row):
+                assert torch.equal(key[:, t], wanted_key)
+                assert torch.equal(value[:, t], wanted_value)
+
+
+def test_rows_of_different_lengths_are_no_rectangle() -> None:
+    layer = GrowingLayer()
+    layer.extend(*torch.zeros(2, 1, 2, 4), torch.tensor([[True], [False]]))
+    with pytest.raises(UserError, match="go on giving one"):
+        layer.update(*torch.zeros(2, 2, 2, 1, 4))
+
+
+class Written(TorchDispatchMode):
+    """How many numbers operations write, and how often they make a tensor of four dimensions without filling it."""
+
+    numbers = buffers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" in str(func):
+            self.buffers += isinstance(out, Tensor) and out.ndim == 4
+        elif isinstance(out, Tensor) and not func.is_view:
+            self.numbers += out.numel()
+        return out
+
+
+def appended(tokens_kept: int, way: str) -> Written:
+    """One token at a time: one to every row, in a rectangle or packed, or to the first row alone."""
+    layer = GrowingLayer()
+    rows = 1 if way == "one row" else 2
+    key, value = torch.randn(2, rows, 2, 1, 4)
+    chosen = torch.tensor([[True], [way == "packed"]])
+    with Written() as written:
+        for _ in range(tokens_kept):
+            if way == "rectangle":
+                layer.update(key, value)
+            else:
+                layer.extend(key[:, :, 0], value[:, :, 0], chosen)
+    assert max(layer.lengths) == tokens_kept
+    return written
+
+
+@pytest.mark.parametrize("way", ["rectangle", "packed", "one row"])
+def test_a_token_more_does_not_copy_those_before_it(way: str) -> None:
+    short, long = appended(500, way), appended(1000, way)
+    assert long.numbers < 2.5 * short.numbers
+    # Of 1.25 times the size each, for keys and for values.
+    assert short.buffers < long.buffers <= 2 * math.log(1000 / 16, 1.25)
+
+
+# The routed context
+
+
+def routed(share: float = 0.5, **changes: Any) -> ChiarForCausalLM:
+    """DCT alone, two layers of routing, attention alone; without a MetaRouter, so that it can be cropped."""
+    fields = {"meta_router": "none", "attention_context": "routed", "attention_share": share} | changes
+    return build(shrunk("small", **fields))
+
+
+def attending(model: ChiarForCausalLM, ids: Tensor, mask: Tensor | None = None) -> list[list[int]]:
+    """How many tokens of each row every layer routes to attention."""
+    with torch.no_grad():
+        routing = model(ids, attention_mask=mask, use_cache=False, output_routing=True).routing
+    return [(r.operator_index == r.operators.index("attention")).sum(1).tolist() for r in routing[1:]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_only_routed_tokens_are_kept(share: float) -> None:
+    model, ids = routed(share), tokens(0, 3, LENGTH)
+    cache = filled(model, ids)
+    got = attending(model, ids)
+    dct, *routed_layers, last = cache.layers
+    assert not isinstance(dct, GrowingLayer)
+    assert [layer.lengths for layer in cache.layers[1:]] == got
+    assert last.lengths == [LENGTH] * 3
+    full = 2 * 3 * LENGTH * WIDTH
+    for layer, counts in zip(routed_layers, got, strict=False):
+        assert layer.numbers_kept() == full * sum(counts) / (3 * LENGTH)
+        assert layer.ragged == (0 < share < 1)
+    assert cache.numbers_kept() == 2 * WIDTH * sum(map(sum, got))
+    assert [cache.get_seq_length(i) for i in range(4)] == [LENGTH] * 4
+    in_all = filled(routed(share, attention_context="all"), ids)
+    assert in_all.numbers_kept() == 3 * full
+
+
+def test_a_padded_row_is_kept_as_the_row_alone() -> None:
+    model, ids = routed(), tokens(0, 3, TIME)
+    mask = real_between([(0, 0), (6, 0), (3, 5)])
+    cache = ChiarCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    for b, real in enumerate(mask.bool()):
+        alone = filled(model, ids[b : b + 1, real])
+        for together, single in zip(cache.layers[1:], alone.layers[1:], strict=True):
+            assert [together.lengths[b]] == single.lengths
+            if not single.empty:
+                torch.testing.assert_close(list(together.rows())[b], next(single.rows()), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_buffers_have_the_type_of_what_is_kept(rows: int) -> None:
+    """Under autocast, also where the first tokens are not routed, so that there was nothing yet to have a type."""
+    model, ids = routed(0.2), tokens(0, rows, TIME)
+    cache = ChiarCache(model.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for t in range(TIME):
+            model(ids[:, t : t + 1], past_key_values=cache)
+            if t == 0:
+                assert any(layer.empty for layer in cache.layers[1:])
+    assert {layer.keys.dtype for layer in cache.layers[1:]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_cache_of_other_rows(context: str, rows: int, share: float) -> None:
+    model = routed(share, attention_context=context)
+    cache = filled(model, tokens(0, 3, 4))
+    with pytest.raises(UserError, match=f"holds 3 rows, the input has {rows}") as error:
+        continued(model, cache, tokens(0, rows, 2))
+    assert "\n" not in str(error.value)
+
+
+@contextmanager
+def attention_calls(model: ChiarForCausalLM) -> Iterator[dict[str, int]]:
+    """How many vectors go into the projections of the routed layers, and how often anything attends there."""
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    counts = dict.fromkeys([*names, "attends"], 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            counts[name] += inputs[0].shape[:-1].numel()
+
+        return hook
+
+    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(query: Tensor, *rest: Any) -> Tensor:
+            counts["attends"] += 1
+            return function(query, *rest)
+
+        return counted
+
+    module = import_module("chiaroscuro.layers.self_attention")
+    handles = [
+        getattr(layer.operators["attention"], name).register_forward_pre_hook(count(name))
+        for layer in model.model.layers
+        for name in names
+        if "attention" in layer.operators
+    ]
+    functions = ["attend", "prefix_attention", "prefix_attention_by_rows"]
+    try:
+        with mock.patch.multiple(module, **{name: counting(getattr(module, name)) for name in functions}):
+            yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_in_decoding_a_token_that_goes_to_dct_does_no_attention(context: str, rows: int) -> None:
+    model = routed(operators=[["dct"], *[["dct", "attention"]] * 3], attention_context=context)
+    ids, idle = tokens(0, rows, LENGTH), 0
+    cache = filled(model, ids[:, :6])
+    for t in range(6, LENGTH):
+        with torch.no_grad(), attention_calls(model) as counts:
+            routing = model(ids[:, t : t + 1], past_key_values=cache, output_routing=True).routing
+        got = sum(int((r.operator_index == 1).sum()) for r in routing[1:])
+        keyed = 3 * rows if context == "all" else got
+        wanted = {"q_proj": got, "k_proj": keyed, "v_proj": keyed, "out_proj": got}
+        assert {name: counts[name] for name in wanted} == wanted
+        assert counts["attends"] <= got
+        assert (counts["attends"] > 0) == (got > 0)
+        idle += got < 3 * rows
+    assert idle > 10
+
+
+def generated(model: ChiarForCausalLM, rows: int = 3, **options: Any) -> Tensor:
+    """A continuation of rows of 8, 5 and 2 tokens."""
+    set_seed(5)
+    ids, mask = tokens(0, 3, 8), (torch.arange(8) >= torch.tensor([0, 3, 6])[:, None]).long()
+    fields = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(ids[:rows], attention_mask=mask[:rows], **fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rows": 1},
+        {"do_sample": True, "top_k": 0, "temperature": 1.3, "num_return_sequences": 2},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": True},
+        {"prefill_chunk_size": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["small threshold routed", "v1-dct-attention hard routed"])
+def test_generation_with_and_without_a_cache_of_routed_tokens(name: str, options: dict[str, Any]) -> None:
+    model = build(CONFIGS[name])
+    uncached = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
+    assert torch.equal(generated(model, **options), generated(model, use_cache=False, **uncached))
+
+
+def test_guesses_from_the_prompt_are_cropped_from_the_routed_tokens_too() -> None:
+    model = routed()
+    with mock.patch.object(GrowingLayer, "crop", autospec=True, side_effect=GrowingLayer.crop) as crop:
+        guessing = generated(model, rows=1, max_new_tokens=24, prompt_lookup_num_tokens=3)
+    assert any(call.args[1] < 0 for call in crop.call_args_list)
+    assert torch.equal(guessing, generated(model, rows=1, max_new_tokens=24))
 
 
 # What can't be cached

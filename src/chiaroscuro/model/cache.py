@@ -68,6 +68,7 @@ class GrowingLayer(CacheLayerMixin):
         if self.ragged:
             raise UserError("this cache was begun with an attention_mask: go on giving one, over cached and new tokens")
         batch, _, time, _ = key_states.shape
+        self._check_rows(batch)
         kept = self.lengths[0] if self.lengths else 0
         self._make_room([kept + time] * batch, key_states, value_states)
         assert self.keys is not None and self.values is not None and self.places is not None
@@ -88,11 +89,12 @@ class GrowingLayer(CacheLayerMixin):
     ) -> None:
         """Keep the chosen ones of the new tokens; keys and values come packed, row after row."""
         batch, time = chosen.shape
-        if self.lengths and len(key) == 0:
-            self.seen += time
+        self._check_rows(batch)
+        before = self.lengths or [0] * batch
+        if len(key) == 0:  # no buffers either: their type is that of the first that is kept
+            self.lengths, self.seen = before, self.seen + time
             return
         counts = chosen.sum(1).tolist()
-        before = self.lengths or [0] * batch
         after = [n + m for n, m in zip(before, counts, strict=True)]
         self._make_room(after, key.transpose(0, 1)[None], value.transpose(0, 1)[None])
         assert self.keys is not None and self.values is not None and self.places is not None
@@ -108,16 +110,18 @@ class GrowingLayer(CacheLayerMixin):
     def rows(
         self,
     ) -> Iterator[tuple[Float[Tensor, "heads kept head_width"], Float[Tensor, "heads kept head_width"]]]:
-        """What each row keeps, as views."""
+        """What each row keeps, as views; there is nothing to view in an `empty` layer."""
         assert self.keys is not None and self.values is not None
         for k, v, n in zip(self.keys, self.values, self.lengths, strict=True):
             yield k[:, :n], v[:, :n]
 
+    def _check_rows(self, batch: int) -> None:
+        if self.lengths and len(self.lengths) != batch:
+            raise UserError(f"the cache holds {len(self.lengths)} rows, the input has {batch}: need as many")
+
     def _make_room(self, lengths: list[int], key_states: Tensor, value_states: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.lengths and len(self.lengths) != len(lengths):
-            raise UserError(f"the cache holds {len(self.lengths)} rows, the input has {len(lengths)}: need as many")
         needed, batch = max(lengths, default=0), len(lengths)
         if self.keys is not None and needed <= self.keys.shape[2]:
             return
@@ -176,6 +180,7 @@ class GrowingLayer(CacheLayerMixin):
             indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.places = self.places[indices]
+        if self.lengths:
             self.lengths = torch.tensor(self.lengths)[indices.cpu()].tolist()
 
 

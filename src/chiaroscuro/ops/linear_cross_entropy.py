@@ -53,12 +53,13 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a target that is no word's number and not −100.
+        RuntimeError: in a backward with `create_graph=True`: the gradients have no graph.
 
     """
     total = _ChunkedLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
     if divisor is None:
         divisor = (targets != IGNORED).sum()
-    return total / torch.as_tensor(divisor, device=total.device)
+    return total / torch.as_tensor(divisor, dtype=total.dtype, device=total.device)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -71,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden) if learning and ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=wide) if learning and ctx.needs_input_grad[1] else None
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and wide == torch.float32:  # it leaves float64 alone
             narrow = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(narrow), weight.to(narrow)
         tokens = (targets != IGNORED).nonzero()[:, 0]
@@ -108,8 +109,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Asked here, because `once_differentiable` lets it pass where `grad` itself depends on nothing.
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative: drop create_graph=True, or use logits")
         if not ctx.predicted:
             grad = torch.zeros_like(grad)  # a mean over nothing divides by 0, and so sends infinity here
         return *(None if gradient is None else gradient * grad for gradient in ctx.saved_tensors), None, None

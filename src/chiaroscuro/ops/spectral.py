@@ -100,8 +100,7 @@ def entropy_of_spectrum(
         ValueError: an unknown spectrum.
 
     """
-    if spectrum not in get_args(Spectrum):
-        raise ValueError(f"spectrum={spectrum!r}: choose one of {', '.join(map(repr, get_args(Spectrum)))}")
+    check_spectrum(spectrum)
     rows = max(1, ENTROPY_BLOCK * torch.get_num_threads() // max(1, coefficients.shape[-1]))
     learning = torch.is_grad_enabled() and coefficients.requires_grad
     few = coefficients.ndim < 2 or coefficients.shape[:-1].numel() <= rows
@@ -141,8 +140,9 @@ def spectral_mix(x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width
     Source: the paper, DCT spectral mixing.
 
     """
+    coefficients = _transform(x, inverse=False, keep_half=False)
     check_filter(weight, x)
-    return idct(_transform(x, inverse=False, keep_half=False) * weight).to(x.dtype)
+    return idct(coefficients * weight).to(x.dtype)
 
 
 def spectral_mix_with_entropy(
@@ -164,12 +164,12 @@ def spectral_mix_with_entropy(
         ValueError: weight is not one vector of x's width; an unknown spectrum.
 
     """
-    if _has_kernel(x):
+    if has_kernel(x):
         from chiaroscuro.ops import triton_spectral
 
         return triton_spectral.spectral_mix_with_entropy(x, weight, spectrum)
-    check_filter(weight, x)
     coefficients = _transform(x, inverse=False, keep_half=False)
+    check_filter(weight, x)
     return idct(coefficients * weight).to(x.dtype), entropy_of_spectrum(coefficients, spectrum)
 
 
@@ -190,7 +190,7 @@ def check_spectrum(spectrum: str) -> None:
         raise ValueError(f"spectrum={spectrum!r}: choose one of {', '.join(map(repr, get_args(Spectrum)))}")
 
 
-def _has_kernel(x: Tensor) -> bool:
+def has_kernel(x: Tensor) -> bool:
     """Whether `triton_spectral` takes x. A matrix product of float32 in three parts needs an NVIDIA GPU."""
     width = x.shape[-1] if x.ndim else 0
     return (

@@ -1,7 +1,7 @@
 """The spectral path on a GPU: one kernel reads x once and writes its entropy and its filtered form.
 
 A DCT, an entropy, a filter and a DCT back are some twenty passes over memory when each is a call of its own. Here a
-program takes a tile of 4096 numbers, 16 tokens of width 256 or one of width 4096, and keeps them in registers and
+program takes a tile of 2048 numbers, 8 tokens of width 256 or one of width 2048, and keeps them in registers and
 shared memory from the first step to the last. The forward reads x and writes y and H; the backward reads x and ∂y,
 transforms x again, which is cheaper than to have kept its spectrum, and writes ∂x.
 
@@ -35,11 +35,14 @@ from chiaroscuro.ops.spectral import EPSILON, Spectrum, check_filter, check_spec
 
 _EPSILON = tl.constexpr(EPSILON)
 
-TILE = 4096
-"""Numbers a program holds at a time: the widest token, or several narrow ones."""
+TILE = 2048
+"""Numbers a program holds at a time, unless one token is wider: with twice as many a thread's registers overflow."""
 
 PROGRAMS = 512
-"""At most so many programs share the backward, about four to a processor. Each sums its own ∂w over its tiles."""
+"""At most so many programs share the backward, a few to a processor. Each sums its own ∂w over its tiles."""
+
+LAUNCH = {"num_warps": 4, "num_stages": 1}
+"""Loads are not run ahead of the loop: at d = 4096 that takes more shared memory than a processor has."""
 
 
 def spectral_mix_with_entropy(
@@ -73,7 +76,7 @@ def _forward(x: Tensor, weight: Tensor, spectrum: str) -> tuple[Tensor, Tensor]:
     sizes = _sizes(x.shape[1])
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(len(x), sizes["R"]),)](
-            x, weight, mixed, entropy, _tables(x.shape[1], x.device), len(x), spectrum == "reference", **sizes
+            x, weight, mixed, entropy, _tables(x.shape[1], x.device), len(x), spectrum == "reference", **sizes, **LAUNCH
         )
     return mixed, entropy
 
@@ -84,9 +87,7 @@ def _(x: Tensor, weight: Tensor, spectrum: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("chiaroscuro::spectral_mix_with_entropy_backward", mutates_args=())
-def _backward(
-    x: Tensor, weight: Tensor, to_mixed: Tensor, to_entropy: Tensor, spectrum: str
-) -> tuple[Tensor, Tensor]:
+def _backward(x: Tensor, weight: Tensor, to_mixed: Tensor, to_entropy: Tensor, spectrum: str) -> tuple[Tensor, Tensor]:
     x, weight, to_mixed, to_entropy = (t.contiguous() for t in (x, weight, to_mixed, to_entropy))
     sizes = _sizes(x.shape[1])
     programs = min(triton.cdiv(len(x), sizes["R"]), PROGRAMS)
@@ -94,7 +95,7 @@ def _backward(
     tables = _tables(x.shape[1], x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            x, weight, to_mixed, to_entropy, to_x, to_weight, tables, len(x), spectrum == "reference", **sizes
+            x, weight, to_mixed, to_entropy, to_x, to_weight, tables, len(x), spectrum == "reference", **sizes, **LAUNCH
         )
     return to_x, to_weight.sum(0).to(weight.dtype)
 
@@ -120,7 +121,7 @@ def _sizes(width: int) -> dict[str, int]:
     """d, d₁ and d₂; P and Q, these with their zeros; R, the tokens of a tile."""
     d1 = 2 ** math.ceil(math.log2(width) / 2)
     p, q = max(d1, 16), max(width // d1, 16)
-    return {"D": width, "D1": d1, "D2": width // d1, "P": p, "Q": q, "R": max(1, TILE // (p * q)), "num_warps": 8}
+    return {"D": width, "D1": d1, "D2": width // d1, "P": p, "Q": q, "R": max(1, TILE // (p * q))}
 
 
 @lru_cache(maxsize=64)
@@ -137,16 +138,10 @@ def _tables(width: int, device: torch.device) -> Tensor:
         first = torch.outer(i[:p], i[:p]) * (2 * math.pi / d1)
         turn = torch.outer(i[:p], 2 * i[:q] + 0.5) * (math.pi / width)
         second = torch.outer(2 * i[:q] + 0.5, i[:q]) * (math.pi / d2)
-        inside1, inside2 = i[:p] < d1, math.sqrt(2 / width) * (i[:q] < d2)
-        tables = [
-            function(angle) * mask
-            for angle, mask in (
-                (first, torch.outer(inside1, inside1)),
-                (turn, 1),
-                (second, torch.outer(inside2 != 0, inside2)),
-            )
-            for function in (torch.cos, torch.sin)
-        ]
+        here1, here2 = i[:p] < d1, i[:q] < d2
+        inside1, inside2 = here1[:, None] & here1, math.sqrt(2 / width) * (here2[:, None] & here2)
+        angles = ((first, inside1), (turn, 1), (second, inside2))
+        tables = [function(angle) * inside for angle, inside in angles for function in (torch.cos, torch.sin)]
         return torch.cat([table.flatten() for table in tables]).to(device, torch.float32)
 
 
@@ -205,7 +200,8 @@ def _backward_kernel(
     k, exists = _frequencies(D1, D2, P, Q)
     w = tl.load(weight + k, exists, 0.0).to(tl.float32)
     to_w = tl.zeros((P, 1, Q), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
+    tile = tl.program_id(0)
+    while tile * R < rows:  # not `range`: Triton 3.6's interpreter can't, with NumPy 2.4
         places, inside = _places(tile, rows, D, D1, D2, P, Q, R)
         spectrum = _dct(tl.load(x + places, inside, 0.0).to(tl.float32), tables, P, Q, R) * _scale(k)
         # y = Cᵀ(w ⊙ X), so the gradient of w ⊙ X is C ∂y.
@@ -220,6 +216,7 @@ def _backward_kernel(
         to_spectrum = to_filtered * w + 2 * spectrum * to_power * _counts(k, REFERENCE)
         y = _idct(to_spectrum * _scale(k), tables, P, Q, R)
         tl.store(to_x + places, y.to(to_x.dtype.element_ty), inside)
+        tile += tl.num_programs(0)
     tl.store(to_weight + tl.program_id(0) * D + k, to_w, exists)
 
 
