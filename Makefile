@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -33,7 +34,7 @@ quickstart: install ## train CHIAR-Former and full attention on real text, side 
 	@$(BIN)/chiaroscuro quickstart
 
 # The tests run side by side, one process a core, so each process keeps to one thread.
-test: lint ## lint, then the whole test suite, the slow tests too
+test: lint $(KERNELS) ## lint, then the whole test suite, the slow tests too
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 lint: install ## formatting, lint rules, types, and the direction of imports
@@ -79,3 +80,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PIP) '$(TORCH)'
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@mv $(UNFINISHED) $(STAMP) && touch $(STAMP)
+
+# Triton is large, and only the tests of the GPU's kernels want it on a machine that has none.
+$(KERNELS): $(STAMP)
+	@echo "Installing Triton into $(VENV), for the tests of the kernels (once)"
+	@$(PIP) --constraint constraints.txt --editable '.[kernels]' && touch $(KERNELS)

@@ -6,6 +6,7 @@ An hour on two cores that do nothing else. What is measured already in benchmark
 again: remove the file to begin anew. `chiaroscuro benchmark` does the same at other sizes.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from chiaroscuro.report.files import write_text
-from chiaroscuro.report.performance import Plan, run_benchmark
+from chiaroscuro.report.performance import Plan, run_benchmark, write_page
 
 RESULTS = Path("benchmarks/results/speed.json")
 PAGE = Path("docs/performance.md")
@@ -37,10 +37,12 @@ class Goal:
     def row(self, cells: list[dict[str, Any]]) -> str:
         """A row of the table: what was asked, what was measured, and whether that is enough."""
         keys = ("task", "candidate", "length")
-        cell = next(c for c in cells if all(c.get(key) == getattr(self, key) for key in keys))
+        goal = f"{'≥' if self.at_least else '≤'} {self.bound:g}"
+        cell = next((c for c in cells if all(c.get(key) == getattr(self, key) for key in keys)), None)
+        if cell is None:
+            return f"| {self.text} | {self.length:,} | {goal} | | not measured |"
         found = cell[self.field]
-        reached = found >= self.bound if self.at_least else found <= self.bound
-        return _row(self.text, self.length, f"{'≥' if self.at_least else '≤'} {self.bound:g}", f"{found:.2f}", reached)
+        return _row(self.text, self.length, goal, found, found >= self.bound if self.at_least else found <= self.bound)
 
 
 def goals() -> Iterator[Goal]:
@@ -59,16 +61,22 @@ def goals() -> Iterator[Goal]:
 
 def main() -> None:
     """Measure what is missing, then write figures, page and plot, and what was to be reached at the end of the page."""
-    cells = run_benchmark(Plan(), RESULTS, PAGE, Console())["cells"]
+    try:
+        run_benchmark(Plan(), RESULTS, PAGE, Console())
+    finally:
+        if RESULTS.is_file():  # an interrupted run has its page too
+            found = json.loads(RESULTS.read_text(encoding="utf-8"))
+            write_page(found, PAGE, closing(found["cells"]))
+
+
+def closing(cells: list[dict[str, Any]]) -> str:
+    """The table of goals."""
     rows = [goal.row(cells) for goal in goals()]
     for cell in cells:
         if cell["task"] == "router":
             share, what = cell["share_of_layer"], "training step" if cell["training"] else "forward"
-            reached = "yes" if share <= 0.1 else "**no**"
-            rows.append(
-                f"| router and transform, {cell['context']}, {what}: part of a layer at d = {cell['length']} "
-                f"| 1,024 | ≤ 0.1 | {share:.3f} | {reached} |"
-            )
+            text = f"router and transform, {cell['context']}, {what}: part of a layer at d = {cell['length']}"
+            rows.append(_row(text, 1024, "≤ 0.1", share, share <= 0.1))
     head = [
         "",
         "## What was to be reached",
@@ -76,7 +84,11 @@ def main() -> None:
         "| at ρ = 0.25 | T | goal | measured | reached |",
         "|---|---|---|---|---|",
     ]
-    write_text(PAGE, PAGE.read_text(encoding="utf-8") + "\n".join([*head, *rows, ""]))
+    return "\n".join([*head, *rows, ""])
+
+
+def _row(text: str, length: int, goal: str, found: float, reached: bool) -> str:
+    return f"| {text} | {length:,} | {goal} | {found:.3g} | {'yes' if reached else '**no**'} |"
 
 
 if __name__ == "__main__":

@@ -263,12 +263,14 @@ shares = st.sampled_from([0.0, 0.3, 1.0])
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("extend"), st.integers(1, 40), shares),
-        st.tuples(st.just("crop"), st.floats(0, 1), st.none()),
+        st.tuples(st.just("update"), st.integers(1, 40), st.none()),
+        st.tuples(st.just("crop"), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.none()),
         st.tuples(
             st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4), st.none()
         ),
         st.tuples(st.just("repeat"), st.integers(1, 2), st.none()),
     ),
+    min_size=2,
     max_size=8,
 )
 
@@ -285,6 +287,12 @@ def test_rows_of_different_lengths_are_kept_in_one_buffer(
             key, value = torch.randn(2, int(chosen.sum()), 2, 4, generator=generator)
             layer.extend(key, value, chosen)
             plain.extend(key, value, chosen)
+        elif what == "update":
+            if layer.ragged:
+                continue
+            key, value = torch.randn(2, len(plain.rows), number, 2, 4, generator=generator)
+            layer.update(key.transpose(1, 2), value.transpose(1, 2))
+            plain.extend(key.flatten(0, 1), value.flatten(0, 1), torch.ones(len(plain.rows), number).bool())
         elif what == "crop":
             removed = -round(number * plain.seen)
             layer.crop(removed)
@@ -417,11 +425,12 @@ def test_buffers_have_the_type_of_what_is_kept(rows: int) -> None:
     assert {layer.keys.dtype for layer in cache.layers[1:]} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("menu", [["attention"], ["dct", "attention"]])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_a_cache_of_other_rows(context: str, rows: int, share: float) -> None:
-    model = routed(share, attention_context=context)
+def test_a_cache_of_other_rows(context: str, rows: int, share: float, menu: list[str]) -> None:
+    model = routed(share, attention_context=context, operators=[menu] * 2, num_hidden_layers=2)
     cache = filled(model, tokens(0, 3, 4))
     with pytest.raises(UserError, match=f"holds 3 rows, the input has {rows}") as error:
         continued(model, cache, tokens(0, rows, 2))

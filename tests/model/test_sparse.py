@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
-from chiaroscuro.layers import RoutedBlock, SelfAttention
+from chiaroscuro.layers import RoutedBlock, SelfAttention, block
 from chiaroscuro.model.cache import GrowingLayer
+from chiaroscuro.ops import spectral_mix_with_entropy
 
 CONTEXTS = ["all", "routed"]
 MENUS = [
@@ -421,3 +422,32 @@ def test_in_the_routed_context_a_cache_is_for_sparse_execution_alone(unchecked: 
     x = torch.zeros(1, 3, WIDTH)
     with pytest.raises(ValueError, match="use sparse execution"):
         attention(x, cache=GrowingLayer(), routed=torch.ones(1, 3).bool())
+
+
+# Where a kernel gives filter and entropy at once
+
+
+@pytest.mark.parametrize("router", ["threshold", "hard", "soft"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_filter_and_entropy_of_one_kernel_are_those_of_two_steps(
+    norm: str, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, with the plain function in the kernel's place: what the block does with its two results."""
+    menus = [["dct"], ["dct", "attention"], ["dct", "rbf", "attention"], ["rbf", "attention"]]
+    model = build(shrunk("small", operators=menus, router=router, norm=norm)).double().train()
+    ids, mask, calls, found = tokens(0, 2, 20), padding("both", 2, 20, 3), [], []
+
+    def counted(*inputs: Any) -> Any:
+        calls.append(inputs[0].shape)
+        return spectral_mix_with_entropy(*inputs)
+
+    for kernel in (False, True):
+        monkeypatch.setattr(block, "has_kernel", lambda x, kernel=kernel: kernel)
+        monkeypatch.setattr(block, "spectral_mix_with_entropy", counted)
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids, output_routing=True, use_cache=False)
+        out.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        found.append((out.loss.detach(), [(r.entropy, r.operator_index) for r in out.routing], gradients))
+        assert len(calls) == (3 if kernel else 0)
+    torch.testing.assert_close(found[1], found[0])

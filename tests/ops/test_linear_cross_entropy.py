@@ -74,7 +74,7 @@ cases = st.fixed_dictionaries(
         "chunk": st.sampled_from([1, 2, 3, 5, 14, 512]),
         "ignored": st.sampled_from(["none", "some", "all"]),
         "divisor": divisors,
-        "indices": st.sampled_from([torch.int32, torch.int64]),
+        "indices": st.sampled_from([torch.int16, torch.int32, torch.int64]),
         "strided": st.booleans(),
         "seed": st.integers(0, 2**31),
     }

@@ -13,7 +13,8 @@ from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.registry import accepted, asked_names, find_operator, find_router
 from chiaroscuro.layers.router import ScoreRouter
 from chiaroscuro.layers.self_attention import AttentionContext
-from chiaroscuro.ops import entropy_of_spectrum, spectral_coefficients
+from chiaroscuro.layers.spectral_mixing import SpectralMixing
+from chiaroscuro.ops import entropy_of_spectrum, has_kernel, spectral_coefficients, spectral_mix_with_entropy
 from chiaroscuro.ops.spectral import Spectrum
 
 NormPlacement = Literal["pre", "post"]
@@ -179,11 +180,9 @@ class RoutedBlock(nn.Module):
         real = None if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
         context["attention_mask"] = attention_mask
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
-        routing = None
-        if self.router is not None or output_routing or self.asks_for("coefficients"):
-            context["coefficients"] = spectral_coefficients(source)
-        if self.router is not None or output_routing:
-            routing = self._route(source, context["coefficients"], real)
+        routes = self.router is not None or output_routing
+        entropy = self._spectra(source, routes, context)
+        routing = self._route(source, entropy, real) if routes and entropy is not None else None
         if self._runs_sparsely(routing, context):
             alone = x.shape[:2] == (1, 1) and attention_mask is None and not torch.is_grad_enabled()
             mix = self._mix_one_token if alone else self._mix_sparsely
@@ -200,12 +199,30 @@ class RoutedBlock(nn.Module):
         """The routing alone, without running an operator: what a calibration needs."""
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         real = None if attention_mask is None else attention_mask.bool()
-        return self._route(source, spectral_coefficients(source), real)
+        return self._route(source, self._entropy(spectral_coefficients(source)), real)
 
-    def _route(self, source: Tensor, coefficients: Tensor, real: Tensor | None) -> Routing:
-        # A choice by thresholds has no gradient, so its entropy needs no graph either.
-        differentiable = self.router is not None and not isinstance(self.router, ScoreRouter)
-        entropy = entropy_of_spectrum(coefficients if differentiable else coefficients.detach(), self.spectrum).float()
+    def _spectra(self, source: Tensor, routes: bool, context: dict[str, Any]) -> Tensor | None:
+        """The entropy, where it is wanted, and into the context what the operators ask for of the same transform."""
+        asking = [self.operators[name] for name, asked in self._asks_for.items() if "coefficients" in asked]
+        if len(asking) == 1 and isinstance(asking[0], SpectralMixing) and has_kernel(source):
+            # One kernel gives both. To filter a token that goes elsewhere costs it less than to read x again.
+            context["mixed"], entropy = spectral_mix_with_entropy(source, asking[0].weight, self.spectrum)
+            return entropy.detach() if self._chooses else entropy
+        if not routes and not asking:
+            return None
+        context["coefficients"] = spectral_coefficients(source)
+        return self._entropy(context["coefficients"]) if routes else None
+
+    def _entropy(self, coefficients: Tensor) -> Tensor:
+        return entropy_of_spectrum(coefficients.detach() if self._chooses else coefficients, self.spectrum)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether thresholds choose: without a gradient, so that the entropy needs no graph either."""
+        return self.router is None or isinstance(self.router, ScoreRouter)
+
+    def _route(self, source: Tensor, entropy: Tensor, real: Tensor | None) -> Routing:
+        entropy = entropy.float()
         score = weights = None
         if self.router is None:
             index = torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)

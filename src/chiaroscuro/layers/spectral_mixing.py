@@ -29,8 +29,18 @@ class SpectralMixing(nn.Module):
         self,
         x: Float[Tensor, "batch time width"],
         coefficients: Float[Tensor, "batch time width"] | None = None,
+        mixed: Float[Tensor, "batch time width"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
-        """Filter every token; `coefficients` = DCT(x) where the router has computed it already."""
+        """Filter every token.
+
+        Args:
+            x: the tokens.
+            coefficients: DCT(x), where the router has computed it already.
+            mixed: the result, where a kernel gave it along with the router's entropy.
+
+        """
+        if mixed is not None:
+            return mixed
         if coefficients is None:
             coefficients = spectral_coefficients(x)
         return idct(coefficients * self.weight).to(x.dtype)

@@ -8,10 +8,12 @@ from chiaroscuro.ops.rbf import fourier_features, rbf_mix
 from chiaroscuro.ops.spectral import (
     dct,
     entropy_of_spectrum,
+    has_kernel,
     idct,
     spectral_coefficients,
     spectral_entropy,
     spectral_mix,
+    spectral_mix_with_entropy,
 )
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "dct",
     "entropy_of_spectrum",
     "fourier_features",
+    "has_kernel",
     "idct",
     "linear_cross_entropy",
     "null_entropy_mean",
@@ -31,4 +34,5 @@ __all__ = [
     "spectral_coefficients",
     "spectral_entropy",
     "spectral_mix",
+    "spectral_mix_with_entropy",
 ]

@@ -201,7 +201,7 @@ class Plan:
 
 
 def run_benchmark(plan: Plan, results: Path, page: Path, console: Console) -> dict[str, Any]:
-    """Measure what the plan names and `results` lacks; write the results after every cell, and the page at the end.
+    """Measure what the plan names and `results` lacks; write results after every set of turns, the page at the end.
 
     Args:
         plan: what to measure.
@@ -241,11 +241,16 @@ def run_benchmark(plan: Plan, results: Path, page: Path, console: Console) -> di
             cells.extend(_measure(plan, task, length))
             write_text(results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
             progress.advance(bar)
-    picture = page.with_suffix(".png")
-    write_bytes(picture, draw_performance(cells))
-    write_text(page, render_page(found, picture.name))
-    console.print(f"wrote {results}, {page} and {picture}", highlight=False)
+    write_page(found, page)
+    console.print(f"wrote {results}, {page} and {page.with_suffix('.png')}", highlight=False)
     return found
+
+
+def write_page(found: dict[str, Any], page: Path, closing: str = "") -> None:
+    """Write the page of what was measured, some closing words at its end, and the plot beside it."""
+    picture = page.with_suffix(".png")
+    write_bytes(picture, draw_performance(found["cells"]))
+    write_text(page, render_page(found, picture.name) + closing)
 
 
 def _begin(plan: Plan, results: Path) -> dict[str, Any]:
