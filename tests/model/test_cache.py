@@ -316,6 +316,11 @@ def test_rows_of_different_lengths_are_kept_in_one_buffer(
             for t, (_, wanted_key, wanted_value) in enumerate(row):
                 assert torch.equal(key[:, t], wanted_key)
                 assert torch.equal(value[:, t], wanted_value)
+    while plain.seen:
+        removed = -min(3, plain.seen)
+        layer.crop(removed)
+        plain.crop(removed)
+        assert layer.lengths == [len(row) for row in plain.rows]
 
 
 def test_rows_of_different_lengths_are_no_rectangle() -> None:
@@ -439,13 +444,14 @@ def test_a_cache_of_other_rows(context: str, rows: int, share: float, menu: list
 
 @contextmanager
 def attention_calls(model: ChiarForCausalLM) -> Iterator[dict[str, int]]:
-    """How many vectors go into the projections of the routed layers, and how often anything attends there."""
+    """How many vectors go into the projections of the layers, and how often these run, and anything attends."""
     names = ["q_proj", "k_proj", "v_proj", "out_proj"]
-    counts = dict.fromkeys([*names, "attends"], 0)
+    counts = dict.fromkeys([*names, "runs", "attends"], 0)
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts[name] += inputs[0].shape[:-1].numel()
+            counts["runs"] += 1
 
         return hook
 
@@ -481,10 +487,13 @@ def test_in_decoding_a_token_that_goes_to_dct_does_no_attention(context: str, ro
     for t in range(6, LENGTH):
         with torch.no_grad(), attention_calls(model) as counts:
             routing = model(ids[:, t : t + 1], past_key_values=cache, output_routing=True).routing
-        got = sum(int((r.operator_index == 1).sum()) for r in routing[1:])
+        attended = [int((r.operator_index == 1).sum()) for r in routing[1:]]
+        got = sum(attended)
         keyed = 3 * rows if context == "all" else got
         wanted = {"q_proj": got, "k_proj": keyed, "v_proj": keyed, "out_proj": got}
         assert {name: counts[name] for name in wanted} == wanted
+        if context == "routed":
+            assert counts["runs"] == 4 * sum(n > 0 for n in attended)
         assert counts["attends"] <= got
         assert (counts["attends"] > 0) == (got > 0)
         idle += got < 3 * rows

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 128
-"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones."""
+CHUNK = 64
+"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones. Of
+32 to 192, with a quarter of the tokens routed, 64 is the fastest at 1024 tokens and within 5% of it at 8192."""
 
 
 def prefix_attention(
