@@ -591,3 +591,19 @@ def test_training_keeps_no_cache_unless_asked() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(UserError, match="gradient checkpointing"):
         model(tokens(0), use_cache=True)
+
+
+@pytest.mark.parametrize(("execution", "context"), [("sparse", "all"), ("sparse", "routed"), ("dense", "all")])
+def test_a_cache_begun_with_padding_is_not_gone_on_with_without_a_mask(execution: str, context: str) -> None:
+    model, ids = build(shrunk("small", execution=execution, attention_context=context)), tokens(0, 2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    cache = ChiarCache(model.config)
+    model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+    with pytest.raises(UserError, match="begun with an attention_mask: go on giving one"):
+        model(ids[:, 5:], past_key_values=cache)
+    model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+    # A mask that hides nothing need not be gone on with.
+    cache.reset()
+    model(ids[:, :5], attention_mask=torch.ones_like(ids[:, :5]), past_key_values=cache)
+    model(ids[:, 5:], past_key_values=cache)

@@ -43,7 +43,8 @@ def rows_of(seed: int, sizes: list[int]) -> list[Tensor]:
 def test_a_padded_batch_equals_its_rows(preset: str, router: str, side: str) -> None:
     own = shrunk(preset).meta_router
     # A gate over the batch mixes rows of different lengths by design; its padding has its own test below.
-    model = build(shrunk(preset, router=router, meta_router="sequence" if own == "batch" else own))
+    # In float64: a batch and a single row add up in another order, which a deep float32 model can show.
+    model = build(shrunk(preset, router=router, meta_router="sequence" if own == "batch" else own)).double()
     switches = Switches()
 
     @settings(max_examples=4)

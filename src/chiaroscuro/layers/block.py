@@ -243,9 +243,8 @@ class RoutedBlock(nn.Module):
             return False
         if self.router is not None:
             return routing is not None and routing.weights is None
-        # One operator for all tokens has nothing to leave out, but padding: in the batch, or in a cache's rows.
-        padded = context["attention_mask"] is not None or getattr(context.get("cache"), "ragged", False)
-        return padded and bool(self._asks_sparsely)
+        # One operator for all tokens has nothing to leave out, but padding.
+        return context["attention_mask"] is not None and bool(self._asks_sparsely)
 
     def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """The operator sub-layer, each operator on its own tokens."""

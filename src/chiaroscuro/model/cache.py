@@ -194,6 +194,10 @@ class ChiarCache(Cache):
     Args:
         config: of the model.
 
+    Attributes:
+        tokens_seen: so far, padding included.
+        padded: whether some of these were padding, so that what follows needs an attention_mask too.
+
     Raises:
         UserError: the model can't be cached; the message says why.
 
@@ -205,6 +209,7 @@ class ChiarCache(Cache):
         keeping = [config.keeps_keys(menu) for menu in config.menus]
         super().__init__(layers=[GrowingLayer() if keeps else DummyLayer() for keeps in keeping])
         self.tokens_seen = 0
+        self.padded = False
         self.meta_state: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -229,6 +234,7 @@ class ChiarCache(Cache):
         """Forget everything."""
         super().reset()
         self.tokens_seen = 0
+        self.padded = False
         self.meta_state = None
 
     def crop(self, tokens_to_remove: int) -> None:

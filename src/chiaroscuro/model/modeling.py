@@ -242,6 +242,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
                 "shorten the sequence, or configure the model for longer ones"
             )
+        if attention_mask is None and isinstance(past_key_values, ChiarCache) and past_key_values.padded:
+            raise UserError("this cache was begun with an attention_mask: go on giving one, over cached and new tokens")
         if attention_mask is not None:
             if attention_mask.shape != (batch, seen + time):
                 raise UserError(
@@ -249,6 +251,8 @@ class ChiarModel(ChiarPreTrainedModel):
                     "a row for every sequence, over cached and new tokens"
                 )
             attention_mask = attention_mask.bool()
+            if isinstance(past_key_values, ChiarCache):
+                past_key_values.padded = not attention_mask.all()
             if self.config.execution == "sparse" and bool(attention_mask.all()):
                 attention_mask = None  # nothing is padded, so nothing need be packed
         if position_ids is None:
