@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, machine, take_turns
 from chiaroscuro.ops import dct, idct, spectral
 
@@ -128,6 +129,7 @@ def show(
 
 
 def main() -> None:
+    keep_freed_memory()
     with torch.no_grad():
         pairs, crossing = compare_pairs(), find_crossing()
     show(pairs, crossing, Console())

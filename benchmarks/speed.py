@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.report.performance import Plan, run_benchmark, write_page
 
 RESULTS = Path("benchmarks/results/speed.json")
@@ -61,6 +62,7 @@ def goals() -> Iterator[Goal]:
 
 def main() -> None:
     """Measure what is missing, then write figures, page and plot, and what was to be reached at the end of the page."""
+    keep_freed_memory()
     try:
         run_benchmark(Plan(), RESULTS, PAGE, Console())
     finally:

@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM
@@ -409,6 +410,7 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    keep_freed_memory()
     logging.disable_progress_bar()  # that of loading a few files, which would stand between the lines of ours
     try:
         app(standalone_mode=False)

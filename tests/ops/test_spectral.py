@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from chiaroscuro.ops import (
     spectral,
     spectral_coefficients,
     spectral_entropy,
+    spectral_filter,
     spectral_mix,
 )
 
@@ -353,3 +355,26 @@ def test_a_filter_of_another_shape(shape: tuple[int, ...]) -> None:
 def test_an_unknown_spectrum() -> None:
     with pytest.raises(ValueError, match="'orthonormal', 'reference'"):
         spectral_entropy(torch.ones(2, 3), "Reference")  # type: ignore[arg-type]
+
+
+# In blocks
+
+
+@given(
+    rows=st.integers(0, 30),
+    width=st.sampled_from([1, 5, 64, 65, 96]),
+    seed=st.integers(0, 2**31),
+    some=st.booleans(),
+    block=st.sampled_from([1, 200, 2**18]),
+)
+def test_blocks_change_nothing(rows: int, width: int, seed: int, some: bool, block: int) -> None:
+    """Without a gradient the filter and the entropy go through the rows in blocks; with one, all at once."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, width), (width,)))
+    index = torch.randperm(rows, generator=generator)[: rows // 2] if some else None
+    with mock.patch.multiple(spectral, BLOCK=block, ENTROPY_BLOCK=block, FEW=0):
+        blocks = spectral_filter(x, weight, index), entropy_of_spectrum(x)
+    whole = spectral_filter(x.requires_grad_(), weight, index), entropy_of_spectrum(x)
+    torch.testing.assert_close(blocks, tuple(y.detach() for y in whole), atol=1e-12, rtol=1e-12)
+    wanted = idct((x if index is None else x[index]) * weight)
+    torch.testing.assert_close(whole[0], wanted)

@@ -145,7 +145,8 @@ def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Wo
             entropy = entropy_of_spectrum(coefficients.detach(), block.spectrum)
             assert block.router is not None
             tokens = PackedTokens.of(block.router(source, entropy) == block.operator_names.index("dct"))
-            finish(block.operators["dct"](tokens.take(source)[None], tokens.take(coefficients)[None]))
+            mixing: Any = block.operators["dct"]
+            finish(mixing.sparse_forward(source, tokens, coefficients))
 
     return {"layer": whole, "router and transform": part}
 

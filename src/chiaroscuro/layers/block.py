@@ -285,9 +285,6 @@ class RoutedBlock(nn.Module):
             asked = {key: value for key, value in context.items() if key in self._asks_sparsely[name]}
             return cast(Any, operator).sparse_forward(source, tokens, **asked)
         asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
-        if getattr(operator, "tokenwise", False):
-            own = {key: tokens.take(value)[None] for key, value in asked.items() if value is not None}
-            return operator(tokens.take(source)[None], **own)[0]
         return tokens.take(operator(source, **asked))
 
     def _mix_densely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:

@@ -36,11 +36,10 @@ def register_operator(name: str, cls: type[nn.Module]) -> None:
             cost: dct 0, rbf 1, attention 2; without it the operator may stand anywhere) and `cacheable` (True where a
             token's output needs nothing of earlier tokens but what `cache` keeps; False, the default, switches
             `use_cache` off).
-            Sparse execution runs an operator on its own tokens where it knows how. `tokenwise = True`, for one whose
-            output at a token depends on that token alone: `forward` is called on the gathered tokens, (1, N, d), with
-            their `coefficients` and `position_ids`. Else a method `sparse_forward(x, tokens, …)` takes all tokens and
-            the `PackedTokens` among them, asks for the same context by name, and returns theirs, (N, d). An operator
-            with neither runs on every token, and those that it was chosen for take its output: nothing is saved.
+            Sparse execution runs an operator on its own tokens where it has a method `sparse_forward(x, tokens, …)`,
+            which takes all tokens and the `PackedTokens` among them, asks for the same context by name, and returns
+            theirs, (N, d). An operator without one runs on every token, and those that it was chosen for take its
+            output: nothing is saved.
 
     Raises:
         UserError: the name is taken or can't be one, or cls is no `nn.Module`.

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiaroscuro.ops import idct, spectral_coefficients
+from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.ops import spectral_coefficients, spectral_filter
 
 
 class SpectralMixing(nn.Module):
@@ -19,7 +20,6 @@ class SpectralMixing(nn.Module):
 
     cost = 0
     cacheable = True
-    tokenwise = True
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,4 +43,18 @@ class SpectralMixing(nn.Module):
             return mixed
         if coefficients is None:
             coefficients = spectral_coefficients(x)
-        return idct(coefficients * self.weight).to(x.dtype)
+        return spectral_filter(coefficients, self.weight).to(x.dtype)
+
+    def sparse_forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        tokens: PackedTokens,
+        coefficients: Float[Tensor, "batch time width"] | None = None,
+        mixed: Float[Tensor, "batch time width"] | None = None,
+    ) -> Float[Tensor, "tokens width"]:
+        """Filter some tokens; what else is given is of all."""
+        if mixed is not None:
+            return tokens.take(mixed)
+        if coefficients is None:
+            return self(tokens.take(x)[None])[0]
+        return spectral_filter(coefficients.flatten(0, 1), self.weight, tokens.index).to(x.dtype)

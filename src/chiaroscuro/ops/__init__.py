@@ -12,6 +12,7 @@ from chiaroscuro.ops.spectral import (
     idct,
     spectral_coefficients,
     spectral_entropy,
+    spectral_filter,
     spectral_mix,
     spectral_mix_with_entropy,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "rotate",
     "spectral_coefficients",
     "spectral_entropy",
+    "spectral_filter",
     "spectral_mix",
     "spectral_mix_with_entropy",
 ]
