@@ -315,7 +315,7 @@ def benchmark(
     share: Annotated[list[float] | None, typer.Option(help="ρ; likewise. [0.5, 0.25, 0.125]")] = None,
     context: Annotated[list[str] | None, typer.Option(help="all or routed; likewise. [both]")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="train, forward, decode, memory or router; likewise. [all five]")
+        list[str] | None, typer.Option(help="train, forward, decode, memory, router or profile; likewise. [all six]")
     ] = None,
     layers: Annotated[int, typer.Option(help="Of every model.", min=3)] = 12,
     width: Annotated[int, typer.Option(help="d.", min=2)] = 256,

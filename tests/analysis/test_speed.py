@@ -12,6 +12,7 @@ from chiaroscuro.analysis.speed import (
     decoding,
     forward_pass,
     peak_memory,
+    profile_by_kind,
     spectral_part,
     take_turns,
     training_step,
@@ -109,3 +110,11 @@ def test_peak_memory_sees_what_is_allocated_and_given_back() -> None:
     if torch.cuda.is_available():
         pytest.skip("the array lies on the CPU")
     assert peak_memory(make) == pytest.approx(120e6, rel=0.3)
+
+
+def test_a_profile_says_what_the_time_went_into() -> None:
+    a, b = torch.randn(400, 400), torch.randn(2_000_000)
+    products = profile_by_kind(lambda: [a @ a for _ in range(20)])
+    moving = profile_by_kind(lambda: [b.clone() for _ in range(20)])
+    assert max(products, key=products.__getitem__) == "matrix products"
+    assert max(moving, key=moving.__getitem__) == "moving"

@@ -149,7 +149,7 @@ def test_the_models_are_of_one_size() -> None:
 
 @pytest.mark.slow
 def test_memory_and_router_in_processes_and_tables(tmp_path: Path) -> None:
-    plan = replace(PLAN, lengths=(32,), tasks=("memory", "router"), contexts=("routed",))
+    plan = replace(PLAN, lengths=(32,), tasks=("memory", "router", "profile"), contexts=("routed",))
     cells = run_benchmark(plan, tmp_path / "speed.json", tmp_path / "page.md", Console(quiet=True))["cells"]
     memory = [c for c in cells if c["task"] == "memory"]
     assert [c["candidate"] for c in memory] == [
@@ -161,4 +161,11 @@ def test_memory_and_router_in_processes_and_tables(tmp_path: Path) -> None:
     assert all(c["bytes"] > 0 and c["ratio"] == c["bytes"] / memory[0]["bytes"] for c in memory)
     shares = [c["share_of_layer"] for c in cells if c["task"] == "router"]
     assert len(shares) == 4 and all(0 < share < 1 for share in shares)
-    assert "## Peak memory" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    profiles = [c for c in cells if c["task"] == "profile"]
+    assert [(c["step"], c["candidate"]) for c in profiles] == [
+        (step, name) for name in ("full attention", "routed, ρ = 0.25") for step in ("train", "forward")
+    ]
+    assert all(c["seconds"]["matrix products"] > 0 for c in profiles)
+    assert (profiles[0]["seconds"]["transform"] == 0) and profiles[2]["seconds"]["transform"] > 0
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert all(f"## {title}" in page for title in ("Peak memory", "Router and transform", "Where the time goes"))

@@ -28,6 +28,7 @@ from chiaroscuro.analysis.speed import (
     forward_pass,
     machine,
     peak_memory,
+    profile_by_kind,
     spectral_part,
     take_turns,
     training_step,
@@ -41,14 +42,14 @@ from chiaroscuro.report.performance_figure import draw_performance
 from chiaroscuro.report.performance_page import render_page
 from chiaroscuro.training.calibration import calibrate
 
-Task = Literal["train", "forward", "decode", "memory", "router"]
+Task = Literal["train", "forward", "decode", "memory", "router", "profile"]
 TASKS: dict[str, Callable[[PreTrainedModel, Tensor], Work]] = {
     "train": training_step,
     "forward": forward_pass,
     "decode": decoding,
 }
-MEMORY_SHARE = 0.25
-"""Peak memory is measured at this share alone: a process and a model for every candidate is long work."""
+SHARE = 0.25
+"""ρ where one is measured alone: the router's part, profiles, and peak memory, which takes a process a candidate."""
 ROUTER_WIDTHS = (256, 1024)
 
 
@@ -90,7 +91,7 @@ class Plan:
         lengths: T, each with as many sequences as make `tokens`, and one at least.
         shares: ρ of the sparse candidates, each in every context.
         contexts: of the sparse candidates.
-        tasks: some of `"train"`, `"forward"`, `"decode"`, `"memory"`, `"router"`.
+        tasks: some of `"train"`, `"forward"`, `"decode"`, `"memory"`, `"router"` and `"profile"`.
         tokens: B·T.
         seconds: that the candidates of a length take turns at a task; three turns each are had in any case.
         device: `"cpu"` or `"cuda"`.
@@ -272,6 +273,8 @@ def _measure(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
         return _measure_router(plan, length)
     if task == "memory":
         return _measure_memory(plan, length)
+    if task == "profile":
+        return _measure_profile(plan, length)
     ids = plan.ids(length)
     models = {candidate: plan.build(candidate, ids) for candidate in plan.candidates()}
     work = {candidate.name: TASKS[task](model, ids) for candidate, model in models.items()}
@@ -298,8 +301,9 @@ def _cache_of(model: ChiarForCausalLM, ids: Tensor) -> int:
 
 def _measure_memory(plan: Plan, length: int) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
+    share = SHARE if SHARE in plan.shares else plan.shares[0]
     for candidate in plan.candidates():
-        if candidate.kind == "sparse" and candidate.share != MEMORY_SHARE:
+        if candidate.kind == "sparse" and candidate.share != share:
             continue
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
@@ -315,6 +319,19 @@ def _measure_memory(plan: Plan, length: int) -> list[dict[str, Any]]:
     return cells
 
 
+def _measure_profile(plan: Plan, length: int) -> list[dict[str, Any]]:
+    """Where the time goes, in full attention and in sparse execution at one share."""
+    ids, cells = plan.ids(length), []
+    share = SHARE if SHARE in plan.shares else plan.shares[0]
+    for candidate in plan.candidates():
+        if candidate.kind == "baseline" or (candidate.kind == "sparse" and candidate.share == share):
+            model = plan.build(candidate, ids)
+            for step, make in (("train", training_step), ("forward", forward_pass)):
+                seconds = profile_by_kind(make(model, ids))
+                cells.append(_cell(plan, "profile", length, candidate, {"step": step, "seconds": seconds}))
+    return cells
+
+
 def _peak(plan: Plan, candidate: Candidate, length: int) -> int:
     """Of a process of its own."""
     ids = plan.ids(length)
@@ -324,7 +341,7 @@ def _peak(plan: Plan, candidate: Candidate, length: int) -> int:
 def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
     """The share of the router and the transform in a layer's time, at 1024 tokens a sequence."""
     torch.manual_seed(0)
-    share, time = MEMORY_SHARE, min(1024, plan.tokens)
+    share, time = SHARE, min(1024, plan.tokens)
     x = torch.randn(plan.batch(time), time, width, device=plan.device, dtype=getattr(torch, plan.dtype))
     cells = []
     for context in plan.contexts:

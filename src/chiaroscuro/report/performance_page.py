@@ -41,6 +41,11 @@ TITLES: dict[str, tuple[str, str]] = {
         "Their part of a routed layer's time, at ρ = 0.25 and sequences of 1024 tokens: the DCT and the entropy of all "
         "tokens, the choice, and the filter and the way back for the tokens that take it.",
     ),
+    "profile": (
+        "Where the time goes",
+        "Seconds of one step by kind of operation, under PyTorch's profiler. Routing saves matrix products and "
+        "attention; it adds the transform and the moving of tokens.",
+    ),
 }
 
 
@@ -69,6 +74,14 @@ def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
                 [[f"{c['length']:,}", c["context"], what[c["training"]], f"{c['share_of_layer']:.1%}"] for c in cells],
             )
         ]
+    if task == "profile":
+        head = ["T", "", "", *cells[0]["seconds"]]
+        what = {"train": "training step", "forward": "prefill"}
+        rows = [
+            [f"{c['length']:,}", what[c["step"]], c["candidate"], *(f"{s:.3g}" for s in c["seconds"].values())]
+            for c in sorted(cells, key=lambda c: (c["length"], c["step"] == "forward"))
+        ]
+        return [_table(head, rows)]
     if task == "memory":
         return [_by_length(cells, lambda c: f"{c['bytes'] / 2**20:,.0f} MiB · **{c['ratio']:.2f}**")]
     tables = [_by_length(cells, _timing)]
