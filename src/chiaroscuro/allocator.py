@@ -1,6 +1,7 @@
 """One setting of the C library's allocator, which a quarter of a layer's time on a CPU can hang on."""
 
 import ctypes
+import sys
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -15,7 +16,7 @@ def keep_freed_memory() -> None:
 
     It is for programs of one's own, as this package's command line is: a library has no business to set it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
