@@ -13,7 +13,6 @@ from chiaroscuro.analysis.speed import (
     DECODED,
     decoding,
     forward_pass,
-    peak_memory,
     profile_by_kind,
     spectral_part,
     take_turns,

@@ -42,7 +42,7 @@ from chiaroscuro.report.performance_figure import draw_performance
 from chiaroscuro.report.performance_page import render_page
 from chiaroscuro.training.calibration import calibrate
 
-Task = Literal["train", "forward", "decode", "memory", "router", "profile"]
+Task = Literal["router", "memory", "profile", "train", "forward", "decode"]
 TASKS: dict[str, Callable[[PreTrainedModel, Tensor], Work]] = {
     "train": training_step,
     "forward": forward_pass,
@@ -91,7 +91,7 @@ class Plan:
         lengths: T, each with as many sequences as make `tokens`, and one at least.
         shares: ρ of the sparse candidates, each in every context.
         contexts: of the sparse candidates.
-        tasks: some of `"train"`, `"forward"`, `"decode"`, `"memory"`, `"router"` and `"profile"`.
+        tasks: some of `"router"`, `"memory"`, `"profile"`, `"train"`, `"forward"` and `"decode"`.
         tokens: B·T.
         seconds: that the candidates of a length take turns at a task; three turns each are had in any case.
         device: `"cpu"` or `"cuda"`.
@@ -313,7 +313,7 @@ def _measure_memory(plan: Plan, length: int) -> list[dict[str, Any]]:
                     f"a training step of {candidate.name} at {length} tokens was killed, likely for its memory: "
                     "leave out that length"
                 ) from None
-        cell = _cell(plan, "memory", length, candidate, {"bytes": peak})
+        cell = _cell(plan, "memory", length, candidate, {"bytes": peak, "batch": 1})
         cell["ratio"] = peak / cells[0]["bytes"] if cells else 1.0
         cells.append(cell)
     return cells
@@ -333,8 +333,8 @@ def _measure_profile(plan: Plan, length: int) -> list[dict[str, Any]]:
 
 
 def _peak(plan: Plan, candidate: Candidate, length: int) -> int:
-    """Of a process of its own."""
-    ids = plan.ids(length)
+    """Of one sequence, in a process of its own."""
+    ids = plan.ids(length)[:1]
     return peak_memory(lambda: training_step(plan.build(candidate, ids), ids))
 
 

@@ -32,9 +32,9 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "memory": (
         "Peak memory of a training step",
-        "Weights, gradients, AdamW's moments and activations: what a process holds above one with PyTorch loaded; each "
-        "in a process of its own, and as a part of the baseline's. The loss is made in chunks in all of ours, the "
-        "baseline too.",
+        "Of one sequence: weights, gradients, AdamW's moments and activations, what a process holds above one with "
+        "PyTorch loaded; each in a process of its own, and as a part of the baseline's. The loss is made in chunks in "
+        "all of ours, the baseline too.",
     ),
     "router": (
         "Router and transform",
