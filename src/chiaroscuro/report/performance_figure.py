@@ -17,6 +17,7 @@ from chiaroscuro.analysis.speed import DECODED
 
 PANELS = {"train": "training step", "forward": "prefill", "decode": "decoding"}
 _INK, _GRID = "#241d14", "#d9d2c5"
+_LABELLED = ("1.0", "2.0", "3.0", "4.0", "5.0", "7.0")
 _BASELINE, _LLAMA, _DENSE = "#241d14", "#2b4c9b", "#a32a20"
 # Attention is where the light falls: the less of it, the paler the line.
 _CONTEXTS = {"routed": ("#7a4700", "#b97714", "#e0b15c"), "all": ("#0b665c", "#3f9c90", "#8fcabf")}
@@ -62,9 +63,9 @@ def _draw_panel(axes: Axes, task: str, cells: list[dict[str, Any]]) -> None:
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else ""))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:.1e}"[:3] in _LABELLED else ""))
     axes.set_xlabel("T, tokens of a sequence" if task != "decode" else "T, tokens in the cache", color=_INK, fontsize=9)
-    axes.set_ylabel("milliseconds a token", color=_INK, fontsize=9)
+    axes.set_ylabel("milliseconds a token" + (" of every sequence" if task == "decode" else ""), color=_INK, fontsize=9)
     axes.set_title(PANELS[task], loc="left", color=_INK, fontsize=10)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.grid(which="minor", axis="y", color=_GRID, linewidth=0.3)
