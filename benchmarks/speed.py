@@ -68,11 +68,12 @@ def main() -> None:
     finally:
         if RESULTS.is_file():  # an interrupted run has its page too
             found = json.loads(RESULTS.read_text(encoding="utf-8"))
-            write_page(found, PAGE, closing(found["cells"]))
+            write_page(found, PAGE, closing(found))
 
 
-def closing(cells: list[dict[str, Any]]) -> str:
-    """The table of goals."""
+def closing(found: dict[str, Any]) -> str:
+    """The table of goals, and what of the plan is still to be measured."""
+    cells = found["cells"]
     rows = [goal.row(cells) for goal in goals()]
     for cell in cells:
         if cell["task"] == "router":
@@ -86,7 +87,10 @@ def closing(cells: list[dict[str, Any]]) -> str:
         "| at ρ = 0.25 | T | goal | measured | reached |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows, ""])
+    done = {cell["length"] for cell in cells if cell["task"] == "train"}
+    missing = [f"{length:,}" for length in found["plan"]["lengths"] if length not in done]
+    rest = ["", f"Not measured here: T = {', '.join(missing)}; `make bench` goes on with it."] if missing else []
+    return "\n".join([*head, *rows, *rest, ""])
 
 
 def _row(text: str, length: int, goal: str, found: float, reached: bool) -> str:
