@@ -76,9 +76,9 @@ def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
         ]
     if task == "profile":
         head = ["T", "", "", *cells[0]["seconds"]]
-        what = {"train": "training step", "forward": "prefill"}
+        steps = {"train": "training step", "forward": "prefill"}
         rows = [
-            [f"{c['length']:,}", what[c["step"]], c["candidate"], *(f"{s:.3g}" for s in c["seconds"].values())]
+            [f"{c['length']:,}", steps[c["step"]], c["candidate"], *(f"{s:.3g}" for s in c["seconds"].values())]
             for c in sorted(cells, key=lambda c: (c["length"], c["step"] == "forward"))
         ]
         return [_table(head, rows)]
