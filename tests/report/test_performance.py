@@ -114,7 +114,7 @@ def test_results_of_another_plan_are_neither_mixed_in_nor_lost(measured: tuple[d
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tasks": ("sleep",)}, "--task sleep: choose among train"),
+        ({"tasks": ("sleep",)}, "--task sleep: choose among router"),
         ({"contexts": ("some",)}, "--context some"),
         ({"lengths": (256, 1)}, "--length 1: need 2"),
         ({"shares": (1.5,)}, "--share 1.5"),
@@ -166,6 +166,5 @@ def test_memory_and_router_in_processes_and_tables(tmp_path: Path) -> None:
         (step, name) for name in ("full attention", "routed, ρ = 0.25") for step in ("train", "forward")
     ]
     assert all(c["seconds"]["matrix products"] > 0 for c in profiles)
-    assert (profiles[0]["seconds"]["transform"] == 0) and profiles[2]["seconds"]["transform"] > 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert all(f"## {title}" in page for title in ("Peak memory", "Router and transform", "Where the time goes"))
