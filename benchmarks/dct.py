@@ -13,7 +13,6 @@ every candidate is held to scipy in float64.
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, machine, take_turns
 from chiaroscuro.ops import dct, idct, spectral
+from chiaroscuro.report.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "dct.json"
 SHAPE = (8, 256, 1024)
@@ -145,10 +145,7 @@ def main() -> None:
             for n, rows in crossing.items()
         },
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, RESULTS)
+    write_text(RESULTS, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ An hour on two cores that do nothing else. What is measured already in benchmark
 again: remove the file to begin anew. `chiaroscuro benchmark` does the same at other sizes.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from chiaroscuro.allocator import keep_freed_memory
-from chiaroscuro.report.performance import Plan, run_benchmark, write_page
+from chiaroscuro.report.performance import Plan, run_benchmark
 
 RESULTS = Path("benchmarks/results/speed.json")
 PAGE = Path("docs/performance.md")
@@ -63,12 +62,7 @@ def goals() -> Iterator[Goal]:
 def main() -> None:
     """Measure what is missing, then write figures, page and plot, and what was to be reached at the end of the page."""
     keep_freed_memory()
-    try:
-        run_benchmark(Plan(), RESULTS, PAGE, Console())
-    finally:
-        if RESULTS.is_file():  # an interrupted run has its page too
-            found = json.loads(RESULTS.read_text(encoding="utf-8"))
-            write_page(found, PAGE, closing(found))
+    run_benchmark(Plan(), RESULTS, PAGE, Console(), closing)
 
 
 def closing(found: dict[str, Any]) -> str:
