@@ -1,4 +1,4 @@
-"""One setting of the C library's allocator, which a quarter of a layer's time on a CPU can hang on."""
+"""One setting of the C library's allocator, which much of a layer's time on a CPU can hang on."""
 
 import ctypes
 import sys
@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
     """Keep the memory that tensors give back, for the next ones, instead of returning it to the system each time.
 
     A tensor of some megabytes comes from the system, page by page and zeroed, and goes back to it, at every operation.
-    Kept, it is there already: a routed layer's forward on 8192 tokens of width 256 takes 78 ms instead of 107. The
-    process then stays as large as it once was. Without effect where the C library is not glibc.
+    Kept, it is there already; `benchmarks/choices.py` measures what that spares a routed layer. The process then stays
+    as large as it once was. Without effect where the C library is not glibc.
 
     It is for programs of one's own, as this package's command line is: a library has no business to set it.
     """

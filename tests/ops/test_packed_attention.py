@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiaroscuro.ops import packed_attention, prefix_attention
 from chiaroscuro.ops.packed_attention import prefix_attention_by_rows
+from largest import Largest
 
 
 @dataclass
@@ -264,19 +264,6 @@ def test_dropout_drops_weights_and_keeps_the_mean() -> None:
 
 
 # What it costs
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(x, Tensor):
-                self.numbers = max(self.numbers, x.numel())
-        return out
 
 
 def routed_at_random(batch: int, time: int, share: float, seed: int = 0) -> Tensor:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packed_attention import LONG, Largest, Packed, problems, results, seeds
+from test_packed_attention import LONG, Packed, problems, results, seeds
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from chiaroscuro.ops import packed_attention_cuda, prefix_attention
 from chiaroscuro.ops.packed_attention import prefix_attention_by_rows
+from largest import Largest
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

@@ -378,3 +378,17 @@ def test_blocks_change_nothing(rows: int, width: int, seed: int, some: bool, blo
     torch.testing.assert_close(blocks, tuple(y.detach() for y in whole), atol=1e-12, rtol=1e-12)
     wanted = idct((x if index is None else x[index]) * weight)
     torch.testing.assert_close(whole[0], wanted)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_blocks_are_taken_where_nothing_is_learned(learning: bool) -> None:
+    """Else the property above would compare one way with itself."""
+    x, weight = noise(10 * torch.get_num_threads(), 70).requires_grad_(learning), noise(70, seed=1)
+    with (
+        mock.patch.multiple(spectral, BLOCK=2 * 70, ENTROPY_BLOCK=2 * 70),
+        mock.patch.object(spectral, "_entropy", wraps=spectral._entropy) as entropy,
+        mock.patch.object(spectral, "idct", wraps=spectral.idct) as whole,
+    ):
+        spectral_filter(x, weight)
+        entropy_of_spectrum(x)
+    assert (whole.call_count, entropy.call_count) == ((1, 1) if learning else (0, 5))

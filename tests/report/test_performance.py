@@ -85,6 +85,10 @@ def test_what_is_measured_is_not_measured_again(
     assert sorted(map(str, again["cells"])) == sorted(map(str, found["cells"]))
 
 
+def closing(found: dict[str, Any]) -> str:
+    return f"\nOf {len(found['cells'])} cells.\n"
+
+
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = performance._measure
 
@@ -95,8 +99,27 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(performance, "_measure", stop)
     with pytest.raises(KeyboardInterrupt):
+        run_benchmark(PLAN, tmp_path / "speed.json", tmp_path / "page.md", Console(quiet=True), closing)
+    cells = json.loads((tmp_path / "speed.json").read_text())["cells"]
+    assert {c["length"] for c in cells} == {16}
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert all(f"**{c['ratio']:.2f}×** [{c['predicted']:.2f}]" in page for c in cells)
+    assert page.endswith(f"\nOf {len(cells)} cells.\n")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interruption_before_anything_was_measured_leaves_an_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.md").write_text("old")
+
+    def stop(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(performance, "_measure", stop)
+    with pytest.raises(KeyboardInterrupt):
         run_benchmark(PLAN, tmp_path / "speed.json", tmp_path / "page.md", Console(quiet=True))
-    assert {c["length"] for c in json.loads((tmp_path / "speed.json").read_text())["cells"]} == {16}
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.md", "old")]
 
 
 def test_results_of_another_plan_are_neither_mixed_in_nor_lost(measured: tuple[dict[str, Any], Path]) -> None:
@@ -145,6 +168,19 @@ def test_the_models_are_of_one_size() -> None:
         sizes[candidate.kind] = plan.build(candidate, ids).num_parameters()
     assert sizes["dense"] == sizes["sparse"] < sizes["baseline"]
     assert sizes["llama"] == pytest.approx(sizes["baseline"], rel=0.01)
+
+
+@pytest.mark.parametrize(("shares", "one"), [((0.5, 0.25), 0.25), ((0.5, 0.1), 0.5)])
+def test_what_takes_long_is_measured_at_one_share(shares: tuple[float, ...], one: float) -> None:
+    found = replace(PLAN, shares=shares).candidates_at_one_share()
+    assert [(c.kind, c.context) for c in found] == [
+        ("baseline", None),
+        ("llama", None),
+        ("dense", "all"),
+        ("sparse", "routed"),
+        ("sparse", "all"),
+    ]
+    assert {c.share for c in found if c.kind == "sparse"} == {one}
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
     model.eval()
     cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    following = ids[:, :DECODED].flip(1)
+    following = ids[:, torch.arange(DECODED) % ids.shape[1]].flip(1)
 
     @torch.no_grad()
     def run() -> None:

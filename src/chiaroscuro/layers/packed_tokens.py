@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+AttentionContext = Literal["all", "routed"]
+"""What routed tokens look at: all tokens, or each other."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,28 @@ class PackedTokens:
             return torch.where(self.chosen[..., None], packed.view_as(x).to(x.dtype), x)
         return x.flatten(0, 1).index_copy(0, self.index, packed.to(x.dtype)).view_as(x)
 
+    def keys(
+        self, context: AttentionContext, attention_mask: Bool[Tensor, "batch keys"] | None = None
+    ) -> "PackedTokens":
+        """What they look at: every real token, or in the `"routed"` context themselves.
+
+        Args:
+            context: `"all"` or `"routed"`.
+            attention_mask: true for real tokens, perhaps over cached ones before these too; all are real unless given.
+
+        """
+        if context == "routed":
+            return self
+        if attention_mask is None:
+            return PackedTokens(torch.ones_like(self.chosen), None)
+        return PackedTokens.of(attention_mask[:, -self.chosen.shape[1] :].bool())
+
     def ordinals(self, keys: "PackedTokens") -> Int[Tensor, " tokens"]:
         """How many of `keys` stand in each token's row up to and with its place."""
         return self.take(keys.chosen.cumsum(1))
+
+
+def check_attention_context(context: str) -> None:
+    """Raise ValueError at an unknown context."""
+    if context not in get_args(AttentionContext):
+        raise ValueError(f"attention_context={context!r}: choose 'all' or 'routed'")

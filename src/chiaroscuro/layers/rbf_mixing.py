@@ -1,14 +1,12 @@
 """Kernel mixing by random Fourier features, the third operator of the paper's v1."""
 
 import math
-from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from chiaroscuro.layers.packed_tokens import PackedTokens
-from chiaroscuro.layers.self_attention import AttentionContext
+from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
 from chiaroscuro.ops import causal_mask, fourier_features, prefix_attention, rbf_mix
 
 
@@ -44,8 +42,7 @@ class RBFMixing(nn.Module):
         attention_context: AttentionContext = "all",
     ) -> None:
         super().__init__()
-        if attention_context not in get_args(AttentionContext):
-            raise ValueError(f"attention_context={attention_context!r}: choose 'all' or 'routed'")
+        check_attention_context(attention_context)
         self.attention_context = attention_context
         self.causal = causal
         self.gamma = gamma
@@ -72,7 +69,7 @@ class RBFMixing(nn.Module):
                 alone.
 
         """
-        weighed = self._weighed(x, attention_mask)
+        weighed = x.new_ones(x.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if routed is not None and self.attention_context == "routed":
             weighed = weighed & routed
         mask = causal_mask(weighed, x.shape[1])
@@ -90,17 +87,12 @@ class RBFMixing(nn.Module):
 
         A is softmax(φ φᵀ) and mixes φ itself: attention of one head whose queries, keys and values are all φ.
         """
-        keyed = tokens
-        if self.attention_context == "all":
-            keyed = PackedTokens.of(self._weighed(x, attention_mask))
+        keyed = tokens.keys(self.attention_context, attention_mask)
         query = self._features(tokens.take(x))[:, None]
         key = query if keyed is tokens else self._features(keyed.take(x))[:, None]
         visible = tokens.ordinals(keyed) if self.causal else keyed.lengths.repeat_interleave(tokens.lengths)
         mixed = prefix_attention(query, key, key, tokens.lengths, keyed.lengths, visible, scale=1.0)
         return self.out_proj(mixed.flatten(1))
-
-    def _weighed(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return x.new_ones(x.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
     def _features(self, x: Tensor) -> Tensor:
         return fourier_features(x, self.frequencies.to(x.dtype))

@@ -1,17 +1,15 @@
 """The full operator: multi-head causal self-attention with rotary positions."""
 
 from collections.abc import Iterable
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
 from chiaroscuro.ops.attention import AttentionImplementation, attend, causal_mask, rotary_table, rotate
 from chiaroscuro.ops.packed_attention import prefix_attention, prefix_attention_by_rows
-
-AttentionContext = Literal["all", "routed"]
 
 
 @runtime_checkable
@@ -61,8 +59,7 @@ class SelfAttention(nn.Module):
         attention_context: AttentionContext = "all",
     ) -> None:
         super().__init__()
-        if attention_context not in get_args(AttentionContext):
-            raise ValueError(f"attention_context={attention_context!r}: choose 'all' or 'routed'")
+        check_attention_context(attention_context)
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} does not divide into {heads} heads of even width")
         self.heads = heads
@@ -143,10 +140,7 @@ class SelfAttention(nn.Module):
             The tokens' outputs, packed. In exact arithmetic they are `forward`'s.
 
         """
-        keyed = tokens
-        if self.attention_context == "all":
-            real = torch.ones_like(tokens.chosen) if attention_mask is None else attention_mask[:, -x.shape[1] :]
-            keyed = PackedTokens.of(real.bool())
+        keyed = tokens.keys(self.attention_context, attention_mask)
         if len(keyed) == 0 and not torch.is_grad_enabled():
             if cache is not None:
                 empty = x.new_empty(0, self.heads, x.shape[-1] // self.heads)

@@ -4,7 +4,7 @@ from chiaroscuro.ops.attention import attend, causal_mask, rotary_table, rotate
 from chiaroscuro.ops.linear_cross_entropy import linear_cross_entropy
 from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
 from chiaroscuro.ops.packed_attention import prefix_attention
-from chiaroscuro.ops.rbf import fourier_features, rbf_mix
+from chiaroscuro.ops.rbf import fourier_features, rbf_mix, rbf_weights
 from chiaroscuro.ops.spectral import (
     dct,
     entropy_of_spectrum,
@@ -30,6 +30,7 @@ __all__ = [
     "null_entropy_quantiles",
     "prefix_attention",
     "rbf_mix",
+    "rbf_weights",
     "rotary_table",
     "rotate",
     "spectral_coefficients",

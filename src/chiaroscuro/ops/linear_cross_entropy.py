@@ -6,9 +6,8 @@ to its share of the loss and to its share of the gradients, and the next chunk o
 the forward, where the logits are; made in the backward they would need the logits a second time.
 
 PyTorch has this from 2.13 on (`torch.nn.functional.linear_cross_entropy` with `LinearCrossEntropyOptions`), but not in
-2.11 and 2.12, and it is no better where it is there. On one CPU thread, 8192 tokens, width 256, 8192 words, float32,
-both take 1.2 to 1.3 s, forward and backward, where the logits in full take 4; beside its inputs this one needs 25 MB,
-PyTorch's 95, the logits in full 750. And PyTorch 2.13's
+2.11 and 2.12, and it is no better where it is there: `benchmarks/choices.py` measures time and memory of both, and of
+the logits in full. And PyTorch 2.13's
 
 - rounds the loss of bfloat16 hidden states to bfloat16, 10.04 to 10.06;
 - computes in float32 under autocast, unless the hidden states come in bfloat16, and then see above;
@@ -28,7 +27,8 @@ IGNORED = -100
 """The target of a token that is to predict nothing, as in `torch.nn.functional.cross_entropy`."""
 
 CHUNK = 512
-"""Tokens of a chunk. Fewer read the head's weights too often, from 1024 on the logits fall out of the CPU's caches."""
+"""Tokens of a chunk. Fewer read the head's weights too often, of many more the logits fall out of the CPU's caches;
+measured by `benchmarks/choices.py`."""
 
 
 @torch.compiler.disable
@@ -82,7 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 f"targets from {int(words.min())} to {int(words.max())}: need 0 to {len(weight) - 1}, the vocabulary, "
                 f"or {IGNORED} where nothing is to be predicted"
             )
-        # One buffer for all chunks: a new one each time costs the CPU 5%, in memory that it has to clear.
+        # One buffer for all chunks: a new one each time would be memory that the CPU has to clear.
         buffer = hidden.new_empty((min(CHUNK, len(tokens)), len(weight)), dtype=wide)
         with torch.autocast(device, enabled=False):
             for chunk, word in zip(tokens.split(CHUNK), words[:, None].split(CHUNK), strict=True):

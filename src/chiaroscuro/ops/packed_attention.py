@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 64
-"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones. Of
-32 to 192, with a quarter of the tokens routed, 64 is the fastest at 1024 tokens and within 5% of it at 8192."""
+"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones.
+`benchmarks/choices.py` measures 32 to 192 at 1024 and 8192 tokens, of which a quarter are routed."""
 
 
 def prefix_attention(
@@ -54,7 +54,7 @@ def prefix_attention(
     if query.device.type == "cpu":
         return _TiledAttention.apply(query, key, value, query_lengths, key_lengths, visible, scale)
     if query.device.type == "cuda":
-        # Triton, which its kernels are made with, need not be there on other machines.
+        # Not at the top: it imports this module, and loads torch.compile's code generator, which a CPU has no use for.
         from chiaroscuro.ops import packed_attention_cuda
 
         return packed_attention_cuda.prefix_attention(

@@ -26,6 +26,13 @@ def rbf_mix(
     Source: the paper, v1, RBF kernel mixing. The published form has no mask and so reads the future.
 
     """
+    return rbf_weights(features, mask).to(features.dtype) @ features
+
+
+def rbf_weights(
+    features: Float[Tensor, "batch time features"], mask: Bool[Tensor, "#batch 1 time time"]
+) -> Float[Tensor, "batch time time"]:
+    """A of `rbf_mix`, in float32 or wider; arguments and errors are the same."""
     time = features.shape[-2]
     if mask.shape[-2:] != (time, time):
         raise ValueError(
@@ -33,5 +40,4 @@ def rbf_mix(
         )
     scores = features @ features.transpose(-1, -2)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=wide)
-    return weights.to(features.dtype) @ features
+    return scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=wide)

@@ -37,7 +37,7 @@ BLOCK = 2**18
 """Numbers a thread that the FFT takes at a time on a CPU: a megabyte of float32, which stays in a core's cache."""
 
 ENTROPY_BLOCK = 2**17
-"""The same for the entropy, which has four such arrays at hand: 3 ms instead of 14 for 8192 tokens of width 256."""
+"""The same for the entropy, which has four such arrays at hand; `benchmarks/choices.py` measures what that spares."""
 
 
 def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -88,7 +88,7 @@ def spectral_entropy(x: Float[Tensor, "*batch width"], spectrum: Spectrum = "ort
     Source: the paper, spectral routing; ε = 1e-8.
 
     """
-    return entropy_of_spectrum(_transform(x, inverse=False, keep_half=False), spectrum)
+    return entropy_of_spectrum(spectral_coefficients(x), spectrum)
 
 
 def entropy_of_spectrum(
@@ -101,10 +101,9 @@ def entropy_of_spectrum(
 
     """
     check_spectrum(spectrum)
-    rows = max(1, ENTROPY_BLOCK * torch.get_num_threads() // max(1, coefficients.shape[-1]))
-    learning = torch.is_grad_enabled() and coefficients.requires_grad
-    few = coefficients.ndim < 2 or coefficients.shape[:-1].numel() <= rows
-    if few or learning or coefficients.device.type != "cpu" or torch.compiler.is_compiling():
+    tokens = coefficients.shape[:-1].numel()
+    rows = _rows_at_a_time(tokens, ENTROPY_BLOCK, coefficients)
+    if rows == tokens:
         return _entropy(coefficients, spectrum)
     parts = [_entropy(part, spectrum) for part in coefficients.flatten(0, -2).split(rows)]
     return torch.cat(parts).view(coefficients.shape[:-1])
@@ -140,9 +139,7 @@ def spectral_mix(x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width
     Source: the paper, DCT spectral mixing.
 
     """
-    coefficients = _transform(x, inverse=False, keep_half=False)
-    check_filter(weight, x)
-    return idct(coefficients * weight).to(x.dtype)
+    return spectral_filter(spectral_coefficients(x), weight).to(x.dtype)
 
 
 def spectral_mix_with_entropy(
@@ -168,9 +165,8 @@ def spectral_mix_with_entropy(
         from chiaroscuro.ops import triton_spectral
 
         return triton_spectral.spectral_mix_with_entropy(x, weight, spectrum)
-    coefficients = _transform(x, inverse=False, keep_half=False)
-    check_filter(weight, x)
-    return idct(coefficients * weight).to(x.dtype), entropy_of_spectrum(coefficients, spectrum)
+    coefficients = spectral_coefficients(x)
+    return spectral_filter(coefficients, weight).to(x.dtype), entropy_of_spectrum(coefficients, spectrum)
 
 
 def spectral_coefficients(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -196,19 +192,12 @@ def spectral_filter(
     """
     check_filter(weight, coefficients)
     width = coefficients.shape[-1]
-    learning = torch.is_grad_enabled() and (coefficients.requires_grad or weight.requires_grad)
-    rows = max(1, BLOCK * torch.get_num_threads() // width)
-    flat = coefficients.flatten(0, -2)
-    wanted = len(flat) if index is None else len(index)
-    if (
-        learning
-        or wanted <= rows
-        or width <= MATRIX_UP_TO
-        or flat.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    wanted = coefficients.shape[:-1].numel() if index is None else len(index)
+    rows = _rows_at_a_time(wanted, BLOCK, coefficients, weight)
+    if rows == wanted or width <= MATRIX_UP_TO:
         return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
     # As `dct_by_fft`, and a block is gathered and filtered where it is: whole copies would cost more than the FFT.
+    flat = coefficients.flatten(0, -2)
     y = flat.new_empty(wanted, width)
     for first in range(0, wanted, rows):
         block = slice(first, min(first + rows, wanted))
@@ -241,6 +230,14 @@ def has_kernel(x: Tensor) -> bool:
         and width & (width - 1) == 0
         and find_spec("triton") is not None
     )
+
+
+def _rows_at_a_time(rows: int, block: int, *inputs: Tensor) -> int:
+    """As many as make `block` numbers a thread; all, where autograd or the compiler looks on, or on an accelerator."""
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if learning or inputs[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return rows
+    return min(rows, max(1, block * torch.get_num_threads() // max(1, inputs[0].shape[-1])))
 
 
 def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
@@ -309,8 +306,9 @@ def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:  # which MKL's FFT refuses
         return y
-    rows = max(1, BLOCK * torch.get_num_threads() // x.shape[-1])
-    if x.device.type != "cpu" or x.ndim == 1:
+    tokens = x.shape[:-1].numel()
+    rows = _rows_at_a_time(tokens, BLOCK, x)
+    if rows == tokens:
         transform(x, y)
     else:
         for part, out in zip(x.flatten(0, -2).split(rows), y.flatten(0, -2).split(rows), strict=True):

@@ -128,7 +128,7 @@ class Plan:
             raise UserError("--device cuda: PyTorch sees no GPU here; leave it out to measure the CPU")
         if self.device not in ("cpu", "cuda") or self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--device {self.device} --dtype {self.dtype}: choose cpu or cuda, float32 or bfloat16")
-        self.config(BASELINE).check()
+        self.config(BASELINE)  # which checks itself
 
     def batch(self, length: int) -> int:
         """B."""
@@ -138,6 +138,11 @@ class Plan:
         """Everything that takes turns, the baseline first."""
         sparse = [Candidate("sparse", share, context) for context in self.contexts for share in self.shares]  # type: ignore[arg-type]
         return [BASELINE, Candidate("llama"), Candidate("dense", self.shares[0], "all"), *sparse]
+
+    def candidates_at_one_share(self) -> list[Candidate]:
+        """Of these, the sparse ones at `SHARE` alone; at the first share where that is none."""
+        share = SHARE if SHARE in self.shares else self.shares[0]
+        return [candidate for candidate in self.candidates() if candidate.kind != "sparse" or candidate.share == share]
 
     def config(self, candidate: Candidate) -> ChiarConfig:
         """The config of one of our own models."""
@@ -201,14 +206,19 @@ class Plan:
         return count_flops(config, length, share=candidate.share, training=training, head=training).total / length
 
 
-def run_benchmark(plan: Plan, results: Path, page: Path, console: Console) -> dict[str, Any]:
+def run_benchmark(
+    plan: Plan, results: Path, page: Path, console: Console, closing: Callable[[dict[str, Any]], str] = lambda _: ""
+) -> dict[str, Any]:
     """Measure what the plan names and `results` lacks; write results after every set of turns, the page at the end.
+
+    An interrupted run has its page too, of what was measured.
 
     Args:
         plan: what to measure.
         results: a JSON file. One of the same plan and machine is continued, another one refused.
         page: a Markdown file; the plot goes beside it, under the same name with .png.
         console: where progress and the summary go.
+        closing: from what is in the JSON file, words for the end of the page.
 
     Returns:
         What is in the JSON file.
@@ -233,25 +243,23 @@ def run_benchmark(plan: Plan, results: Path, page: Path, console: Console) -> di
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(wanted), completed=len(done & set(wanted)))
-        for task, length in wanted:
-            if (task, length) in done:
-                continue
-            progress.update(bar, description=f"{task} at {length}")
-            cells.extend(_measure(plan, task, length))
-            write_text(results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-            progress.advance(bar)
-    write_page(found, page)
-    console.print(f"wrote {results}, {page} and {page.with_suffix('.png')}", highlight=False)
-    return found
-
-
-def write_page(found: dict[str, Any], page: Path, closing: str = "") -> None:
-    """Write the page of what was measured, some closing words at its end, and the plot beside it."""
     picture = page.with_suffix(".png")
-    write_bytes(picture, draw_performance(found["cells"]))
-    write_text(page, render_page(found, picture.name) + closing)
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("", total=len(wanted), completed=len(done & set(wanted)))
+            for task, length in wanted:
+                if (task, length) in done:
+                    continue
+                progress.update(bar, description=f"{task} at {length}")
+                cells.extend(_measure(plan, task, length))
+                write_text(results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+                progress.advance(bar)
+    finally:
+        if cells:
+            write_bytes(picture, draw_performance(cells))
+            write_text(page, render_page(found, picture.name) + closing(found))
+    console.print(f"wrote {results}, {page} and {picture}", highlight=False)
+    return found
 
 
 def _begin(plan: Plan, results: Path) -> dict[str, Any]:
@@ -301,10 +309,7 @@ def _cache_of(model: ChiarForCausalLM, ids: Tensor) -> int:
 
 def _measure_memory(plan: Plan, length: int) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
-    share = SHARE if SHARE in plan.shares else plan.shares[0]
-    for candidate in plan.candidates():
-        if candidate.kind == "sparse" and candidate.share != share:
-            continue
+    for candidate in plan.candidates_at_one_share():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
                 peak = pool.submit(_peak, plan, candidate, length).result()
@@ -320,11 +325,10 @@ def _measure_memory(plan: Plan, length: int) -> list[dict[str, Any]]:
 
 
 def _measure_profile(plan: Plan, length: int) -> list[dict[str, Any]]:
-    """Where the time goes, in full attention and in sparse execution at one share."""
+    """Where the time goes, in full attention, Llama, and sparse execution at one share."""
     ids, cells = plan.ids(length), []
-    share = SHARE if SHARE in plan.shares else plan.shares[0]
-    for candidate in plan.candidates():
-        if candidate.kind == "baseline" or (candidate.kind == "sparse" and candidate.share == share):
+    for candidate in plan.candidates_at_one_share():
+        if candidate.kind != "dense":
             model = plan.build(candidate, ids)
             for step, make in (("train", training_step), ("forward", forward_pass)):
                 seconds = profile_by_kind(make(model, ids))

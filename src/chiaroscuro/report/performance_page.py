@@ -11,12 +11,12 @@ INTRODUCTION = """# What routing saves
 {width}, {heads} heads, {vocabulary} words, {dtype}, no MetaRouter; {tokens} tokens a step, or one longer sequence.
 Random weights and tokens, thresholds calibrated on these tokens. Measured on {machine}.
 
-The candidates take turns in one process, which keeps the memory that tensors give back (`chiaroscuro.allocator`; with
-the C library's defaults all of them are slower). Every cell is the median time and its middle half; how many times
-faster that is than our own full-attention baseline (the same class, attention on every menu, PyTorch's SDPA); and, in
-brackets, what the operation counts predict for it (`chiaroscuro flops`). *routed* and *all* say what a routed token
-attends to; *dense execution* runs every operator on every token, as the published code does. Hugging Face's Llama has
-the same layers, width, heads and vocabulary and as many weights; its loss is its own, over all logits at once.
+The candidates take turns in one process, which keeps the memory that tensors give back (`chiaroscuro.allocator`).
+Every cell is the median time and its middle half; how many times faster that is than our own full-attention baseline
+(the same class, attention on every menu, PyTorch's SDPA); and, in brackets, what the operation counts predict for it
+(`chiaroscuro flops`). *routed* and *all* say what a routed token attends to; *dense execution* runs every operator on
+every token, as the published code does. Hugging Face's Llama has the same layers, width, heads and vocabulary and as
+many weights; its loss is its own, over all logits at once.
 
 ![Time a token over the length of the sequence, one line a model]({picture})
 """
