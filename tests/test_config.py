@@ -104,7 +104,7 @@ def test_another_depth_continues_a_preset_s_pattern(name: str, layers: int) -> N
 
 
 def test_what_hangs_on_a_changed_field_follows() -> None:
-    for router in ("soft", "hard"):
+    for router in ("soft", "hard", "random", "learned"):
         c = ChiarConfig.preset("v1-dct-attention", router=router)
         assert (c.router, c.entropy_thresholds) == (router, None)
     running = ChiarConfig.preset("v2-400m", calibration="running")
@@ -175,7 +175,7 @@ FIELDS = st.fixed_dictionaries(
         "hidden_dropout": st.floats(0, 0.99),
         "attention_share": st.floats(0, 1),
         "norm": st.sampled_from(["pre", "post"]),
-        "router": st.sampled_from(["threshold", "soft", "hard"]),
+        "router": st.sampled_from(["threshold", "random", "permuted", "learned", "soft", "hard"]),
         "meta_router": st.sampled_from(["none", "causal", "sequence", "batch"]),
         "spectrum": st.sampled_from(["orthonormal", "reference"]),
         "embedding_norm": st.booleans(),
@@ -274,6 +274,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**FIXED, "entropy_thresholds": [math.nan, 0.9]}, "entropy_thresholds="),
     ({**FIXED, "entropy_thresholds": 0.9}, r"entropy_thresholds=0\.9"),
     ({**FIXED, "router": "soft"}, "entropy_thresholds=.*router='soft'"),
+    ({**FIXED, "router": "learned"}, "entropy_thresholds=.*router='learned', whose score is no entropy"),
+    ({**FIXED, "router": "random"}, "entropy_thresholds=.*router='random', whose score is no entropy"),
+    ({"router_seed": -1}, "router_seed=-1"),
+    ({"router_seed": 0.5}, r"router_seed=0\.5"),
+    ({"rbf_causal": 1}, "rbf_causal=1: must be true or false"),
     ({"collapse_penalty": -1, "router": "soft"}, "collapse_penalty=-1"),
     ({"collapse_penalty": math.nan, "router": "soft"}, "collapse_penalty=nan"),
     ({"collapse_penalty": 0.01}, r"collapse_penalty=0\.01.*router='threshold'"),

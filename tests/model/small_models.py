@@ -12,7 +12,7 @@ from chiaroscuro.ops import null_entropy_quantiles
 
 VOCABULARY, WIDTH, LENGTH = 53, 32, 48
 PRESETS = sorted(ChiarConfig.presets())
-ROUTERS = ["threshold", "soft", "hard"]
+ROUTERS = ["threshold", "random", "permuted", "learned", "soft", "hard"]
 LEAKY = ("batch", "sequence")
 
 MARGIN = 1e-5
@@ -30,7 +30,10 @@ def shrunk(preset: str, **changes: object) -> ChiarConfig:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if ChiarConfig.preset(preset).entropy_thresholds and changes.get("router", "threshold") == "threshold":
+    if ChiarConfig.preset(preset).entropy_thresholds and changes.get("router", "threshold") in (
+        "threshold",
+        "permuted",
+    ):
         # The published thresholds are of wider vectors, whose entropy is larger.
         small["entropy_thresholds"] = null_entropy_quantiles(WIDTH, [0.33, 0.67]).tolist()
     return ChiarConfig.preset(preset, **{**small, **changes})

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, WIDTH, Switches, build, shrunk, tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.layers import RoutedBlock, SelfAttention, block, spectral_mixing
 from chiaroscuro.model.cache import GrowingLayer
 from chiaroscuro.ops import spectral_filter, spectral_mix_with_entropy
+from largest import Largest
 
 CONTEXTS = ["all", "routed"]
 MENUS = [
@@ -92,7 +92,8 @@ cases = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize(
-    ("router", "training"), [("threshold", True), ("threshold", False), ("hard", True), ("hard", False)]
+    ("router", "training"),
+    [("threshold", True), ("threshold", False), ("hard", True), ("hard", False), ("learned", True), ("learned", False)],
 )
 def test_sparse_equals_dense_with_every_gradient(router: str, training: bool, precision: str) -> None:
     # The issue's bounds; in float64 nothing but the order of additions may differ.
@@ -243,23 +244,10 @@ def test_an_operator_without_tokens_still_has_a_gradient(norm: str, share: float
     assert all((p.grad == 0).all() for p in idle.parameters())
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns, but for those over the vocabulary."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(x, Tensor) and VOCABULARY not in x.shape[-1:]:
-                self.numbers = max(self.numbers, x.numel())
-        return out
-
-
 def largest_in_a_step(time: int, kind: str, **changes: Any) -> int:
     model = build(shrunk("small", max_position_embeddings=time, num_hidden_layers=3, **changes)).train()
     ids, mask = tokens(0, 2, time), padding(kind, 2, time, 4)
-    with Largest() as largest:
+    with Largest(apart=VOCABULARY) as largest:
         model(ids, attention_mask=mask, labels=ids).loss.backward()
     return largest.numbers
 
@@ -283,7 +271,7 @@ def test_dense_execution_has_a_matrix_of_scores() -> None:
 # Causality, and what the routed context sees
 
 
-@pytest.mark.parametrize("router", ["threshold", "hard"])
+@pytest.mark.parametrize("router", ["threshold", "random", "permuted", "learned", "hard"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_later_tokens_change_no_earlier_logits(context: str, router: str) -> None:
     model = build(shrunk("small", attention_context=context, router=router, attention_share=0.5))
@@ -443,13 +431,18 @@ def test_filter_and_entropy_of_one_kernel_are_those_of_two_steps(
 ) -> None:
     """On a CPU, with the plain function in the kernel's place: what the block does with its two results."""
     menus = [["dct"], ["dct", "attention"], ["dct", "rbf", "attention"], ["rbf", "attention"]]
-    model = build(shrunk("small", operators=menus, router=router, norm=norm)).double().train()
-    ids, mask, calls, found = tokens(0, 2, 20), padding("both", 2, 20, 3), [], []
+    model = build(shrunk("small", operators=menus, router=router, norm=norm, spectrum="reference")).double().train()
+    ids, mask, calls, filtered, found = tokens(0, 2, 20), padding("both", 2, 20, 3), [], [], []
 
     def counted(*inputs: Any) -> Any:
         calls.append(inputs[0].shape)
         return spectral_mix_with_entropy(*inputs)
 
+    def filtering(*inputs: Any) -> Any:
+        filtered.append(inputs[0].shape)
+        return spectral_filter(*inputs)
+
+    monkeypatch.setattr(spectral_mixing, "spectral_filter", filtering)
     for kernel in (False, True):
         monkeypatch.setattr(block, "has_kernel", lambda x, kernel=kernel: kernel)
         monkeypatch.setattr(block, "spectral_mix_with_entropy", counted)
@@ -458,5 +451,5 @@ def test_filter_and_entropy_of_one_kernel_are_those_of_two_steps(
         out.loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         found.append((out.loss.detach(), [(r.entropy, r.operator_index) for r in out.routing], gradients))
-        assert len(calls) == (3 if kernel else 0)
+        assert (len(calls), len(filtered)) == ((3, 3) if kernel else (0, 3))  # once a layer, one way or the other
     torch.testing.assert_close(found[1], found[0])

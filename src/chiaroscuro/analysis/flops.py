@@ -8,7 +8,9 @@ the custom.
 """
 
 import copy
+import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,9 @@ from chiaroscuro.ops.spectral import FEW, MATRIX_UP_TO
 
 TARGET = 0.35
 """The lower end of the 35–40% that the paper saves."""
-RANDOM_FEATURES = RBFMixing(2).frequencies.shape[1]
+WEIGHING = ("soft", "hard")
+"""The routers that weigh every operator, by a projection of the token and its entropy."""
+RANDOM_FEATURES: int = inspect.signature(RBFMixing).parameters["features"].default
 
 
 @dataclass(frozen=True)
@@ -70,20 +74,20 @@ def count_flops(
     share = _checked(config, length, share)
     d, once = config.hidden_size, _transform(config.hidden_size)
     product, transform = (3, 2) if training else (1, 1)
-    learned = config.router in ("soft", "hard")
+    weighs = config.router in WEIGHING
     # The straight-through gradient of the hard router needs every operator's output.
     everywhere = config.execution == "dense" or (training and config.router == "hard")
     counted: dict[str, float] = {}
     for menu in config.menus:
         routes = len(menu) > 1
         if routes:
-            if learned:
-                _add(counted, "router", product * 2 * (d + 1) * len(menu) * length)
+            _add(counted, "router", product * _projection(config, menu) * length)
             # The entropy's transform, which the filter takes over. Without a filter a threshold sends no gradient back.
-            _add(counted, "router", (transform if learned or "dct" in menu else 1) * once * length)
+            _add(counted, "router", (transform if weighs or "dct" in menu else 1) * once * length)
+            if config.router == "permuted":
+                _add(counted, "router", once * length)
         for k, name in enumerate(menu):
-            part = 1.0 if not routes else share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
-            n = length * (1.0 if everywhere else part)
+            n = length * (1.0 if everywhere else _part(menu, k, share))
             routed = routes and not everywhere and config.attention_context == "routed"
             keys = n if routed else length
             pairs = n * ((keys + 1) / 2 if causal else keys)
@@ -96,7 +100,8 @@ def count_flops(
                 # Ω is fixed: of its product the backward is one product too.
                 mapped = n if everywhere or routed or not routes else n + keys
                 _add(counted, "rbf", transform * 2 * d * RANDOM_FEATURES * mapped)
-                _add(counted, "rbf", product * 4 * RANDOM_FEATURES * (d * n + 2 * pairs))
+                weighed = pairs if config.rbf_causal else n * keys
+                _add(counted, "rbf", product * 4 * RANDOM_FEATURES * (d * n + 2 * weighed))
             else:
                 raise UserError(
                     f"operator {name!r} has no count of operations: count a model of dct, rbf and attention"
@@ -121,11 +126,9 @@ def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None 
     for menu in config.menus:
         routes, dense = len(menu) > 1, config.execution == "dense"
         if routes:
-            if config.router in ("soft", "hard"):
-                _add(counted, "router", 2 * (d + 1) * len(menu))
-            _add(counted, "router", once)
+            _add(counted, "router", _projection(config, menu) + once * (2 if config.router == "permuted" else 1))
         for k, name in enumerate(menu):
-            part = 1.0 if not routes or dense else share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
+            part = 1.0 if dense else _part(menu, k, share)
             kept = part if routes and config.attention_context == "routed" else 1.0
             if name == "dct":
                 _add(counted, "dct", once * part * (1 if routes else 2))
@@ -264,6 +267,20 @@ def _check_length(length: int) -> None:
 
 def _transform(width: int) -> float:
     return 2 * width**2 if width <= MATRIX_UP_TO else 2.5 * width * math.log2(width)
+
+
+def _projection(config: ChiarConfig, menu: Sequence[str]) -> float:
+    """What the router's own matrix costs a token, where it has one."""
+    if config.router in WEIGHING:
+        return 2 * (config.hidden_size + 1) * len(menu)
+    return 2 * config.hidden_size if config.router == "learned" else 0
+
+
+def _part(menu: Sequence[str], k: int, share: float) -> float:
+    """The part of the tokens that a menu's k-th operator gets: ρ for the last, the others alike."""
+    if len(menu) == 1:
+        return 1.0
+    return share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
 
 
 def _hidden(config: ChiarConfig) -> int:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers import ThresholdRouter
 from chiaroscuro.ops import null_entropy_mean
 
 
@@ -28,7 +29,7 @@ class LayerTrace:
     entropy: tuple[float, ...]
     """(T,) spectral entropy H of each token's vector at the operator's input."""
     thresholds: tuple[float, ...]
-    """The τ between neighbouring operators; empty where no threshold routes."""
+    """The τ on H between neighbouring operators; empty where something else than H routes."""
     share: tuple[float, ...]
     """The fraction of tokens that each operator got, as the model counted it."""
 
@@ -145,8 +146,8 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            output = model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
+        with torch.no_grad():  # the trunk, as no head says anything of the routing
+            output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
     finally:
         model.train(was_training)
 
@@ -155,7 +156,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             operators=tuple(routing.operators),
             operator_index=tuple(routing.operator_index[0].tolist()),
             entropy=tuple(routing.entropy[0].tolist()),
-            thresholds=() if layer.thresholds is None else tuple(layer.thresholds.tolist()),
+            thresholds=tuple(layer.thresholds.tolist()) if isinstance(layer.router, ThresholdRouter) else (),
             share=tuple(routing.share.tolist()),
         )
         for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)

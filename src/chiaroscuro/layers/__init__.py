@@ -2,8 +2,11 @@
 
 from chiaroscuro.layers.block import RoutedBlock, Routing
 from chiaroscuro.layers.feed_forward import FeedForward
+from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.meta_router import MetaRouter
 from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.permuted_router import PermutedRouter
+from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
 from chiaroscuro.layers.registry import find_operator, find_router, register_operator, register_router
 from chiaroscuro.layers.router import HardRouter, ScoreRouter, SoftRouter, ThresholdRouter, pick_thresholds
@@ -14,9 +17,12 @@ from chiaroscuro.layers.thresholds import Thresholds
 __all__ = [
     "FeedForward",
     "HardRouter",
+    "LearnedRouter",
     "MetaRouter",
     "PackedTokens",
+    "PermutedRouter",
     "RBFMixing",
+    "RandomRouter",
     "RoutedBlock",
     "Routing",
     "ScoreRouter",

@@ -9,10 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.layers.feed_forward import FeedForward
-from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens
 from chiaroscuro.layers.registry import accepted, asked_names, find_operator, find_router
 from chiaroscuro.layers.router import ScoreRouter
-from chiaroscuro.layers.self_attention import AttentionContext
 from chiaroscuro.layers.spectral_mixing import SpectralMixing
 from chiaroscuro.ops import entropy_of_spectrum, has_kernel, spectral_coefficients, spectral_mix_with_entropy
 from chiaroscuro.ops.spectral import Spectrum
@@ -30,6 +29,7 @@ class Routing:
         entropy: H of the operator's input, float32; 0 at padding.
         operator_index: which operator each token got (the heaviest one, where a router weighs them); −1 at padding.
         score: what the thresholds were held against, where there are any.
+        scale: what the last operator's output was multiplied by, where the router scales it.
         weights: the operators' weights, where the router gives weights.
 
     """
@@ -38,6 +38,7 @@ class Routing:
     entropy: Float[Tensor, "batch time"]
     operator_index: Int[Tensor, "batch time"]
     score: Float[Tensor, "batch time"] | None = None
+    scale: Float[Tensor, "batch time"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
 
     @property
@@ -76,6 +77,9 @@ class RoutedBlock(nn.Module):
         rope_theta: the base of the rotary angles.
         execution: `"sparse"` or `"dense"`; a router that gives weights is executed densely under both.
         attention_context: what a routed token attends to, `"all"` tokens or the `"routed"` ones.
+        rbf_causal: whether the rbf operator masks the future.
+        layer: the layer's number, for a router that draws by it.
+        router_seed: of what a router draws.
 
     Raises:
         UserError: an unknown operator or router.
@@ -101,6 +105,9 @@ class RoutedBlock(nn.Module):
         rope_theta: float = 10000.0,
         execution: Execution = "sparse",
         attention_context: AttentionContext = "all",
+        rbf_causal: bool = True,
+        layer: int = 0,
+        router_seed: int = 0,
     ) -> None:
         super().__init__()
         if execution not in get_args(Execution):
@@ -119,6 +126,7 @@ class RoutedBlock(nn.Module):
             "dropout": attention_dropout,
             "rope_theta": rope_theta,
             "attention_context": attention_context,
+            "causal": rbf_causal,
         }
         self.operators = nn.ModuleDict()
         for name in self.operator_names:
@@ -140,8 +148,11 @@ class RoutedBlock(nn.Module):
                 "attention_share": attention_share,
                 "thresholds": thresholds,
                 "spectrum": spectrum,
+                "layer": layer,
+                "router_seed": router_seed,
             }
             self.router = cls(**accepted(cls, offered))
+            self._asks_router = asked_names(cls.score) if issubclass(cls, ScoreRouter) else frozenset()
         normed = self.operator_names if norm == "post" else ("input",)
         self.operator_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in normed})
         self.feed_forward_norm = nn.LayerNorm(width)
@@ -171,7 +182,7 @@ class RoutedBlock(nn.Module):
             attention_mask: true for real tokens; with a cache, over the cached ones too.
             output_routing: also say what a layer of one operator did, at the price of its entropy.
             context: what operators may ask for beside these: `position_ids`, `mask`, `rotary`, `cache`,
-                `implementation`.
+                `implementation`; and routers by a score: `position_ids`, `input_ids`.
 
         Returns:
             The tokens after this layer, and the routing: None where there was nothing to route and none was asked for.
@@ -182,7 +193,7 @@ class RoutedBlock(nn.Module):
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         routes = self.router is not None or output_routing
         entropy = self._spectra(source, routes, context)
-        routing = self._route(source, entropy, real) if routes and entropy is not None else None
+        routing = self._route(source, entropy, real, context) if routes and entropy is not None else None
         if self._runs_sparsely(routing, context):
             alone = x.shape[:2] == (1, 1) and attention_mask is None and not torch.is_grad_enabled()
             mix = self._mix_one_token if alone else self._mix_sparsely
@@ -194,12 +205,15 @@ class RoutedBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), routing
 
     def route(
-        self, x: Float[Tensor, "batch time width"], attention_mask: Bool[Tensor, "batch time"] | None = None
+        self,
+        x: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+        **context: Any,
     ) -> Routing:
-        """The routing alone, without running an operator: what a calibration needs."""
+        """The routing alone, without running an operator: what a calibration needs. Arguments as of `forward`."""
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         real = None if attention_mask is None else attention_mask.bool()
-        return self._route(source, self._entropy(spectral_coefficients(source)), real)
+        return self._route(source, self._entropy(spectral_coefficients(source)), real, context)
 
     def _spectra(self, source: Tensor, routes: bool, context: dict[str, Any]) -> Tensor | None:
         """The entropy, where it is wanted, and into the context what the operators ask for of the same transform."""
@@ -221,13 +235,14 @@ class RoutedBlock(nn.Module):
         """Whether thresholds choose: without a gradient, so that the entropy needs no graph either."""
         return self.router is None or isinstance(self.router, ScoreRouter)
 
-    def _route(self, source: Tensor, entropy: Tensor, real: Tensor | None) -> Routing:
+    def _route(self, source: Tensor, entropy: Tensor, real: Tensor | None, context: dict[str, Any]) -> Routing:
         entropy = entropy.float()
-        score = weights = None
+        score = scale = weights = None
         if self.router is None:
             index = torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)
         elif isinstance(self.router, ScoreRouter):
-            score = self.router.score(source, entropy)
+            score = self.router.score(source, entropy, **_asked(self._asks_router, context))
+            scale = self.router.scale(score)
             index = self.router.decide(score)
         else:
             answer = self.router(source, entropy)
@@ -236,7 +251,7 @@ class RoutedBlock(nn.Module):
         if real is not None:
             entropy = entropy.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, -1)
-        return Routing(self.operator_names, entropy.detach(), index, score, weights)
+        return Routing(self.operator_names, entropy.detach(), index, score, scale, weights)
 
     def _runs_sparsely(self, routing: Routing | None, context: dict[str, Any]) -> bool:
         if self.execution == "dense":
@@ -249,11 +264,13 @@ class RoutedBlock(nn.Module):
     def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """The operator sub-layer, each operator on its own tokens."""
         mixed = x
-        for k, (name, operator) in enumerate(self.operators.items()):
+        for k, name in enumerate(self.operator_names):
             tokens = PackedTokens.of(self._tokens_of(k, x, routing, context))
             if len(tokens) == 0 and name not in self._asks_sparsely and not torch.is_grad_enabled():
                 continue
-            output = self.dropout(self._run_on(tokens, name, operator, source, context))
+            output = self._run_on(tokens, name, source, context)
+            scale = self._scale_of(name, routing)
+            output = self.dropout(output if scale is None else output * tokens.take(scale)[:, None].to(output.dtype))
             if self.norm_placement == "post":
                 mixed = tokens.put_in(mixed, self.operator_norms[name](tokens.take(x) + output))
             else:
@@ -263,12 +280,12 @@ class RoutedBlock(nn.Module):
     def _mix_one_token(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """What `_mix_sparsely` does with a token that is decoded alone: there is nothing to pack."""
         chosen = 0 if routing is None else int(routing.operator_index)
-        for k, (name, operator) in enumerate(self.operators.items()):
+        for k, name in enumerate(self.operator_names):
             if k != chosen and "cache" in self._asks_sparsely.get(name, ()):
                 # It may keep keys of all tokens, and counts those that go by.
                 none = PackedTokens.of(torch.zeros_like(x[..., 0], dtype=torch.bool))
-                self._run_on(none, name, operator, source, context)
-        return self._mix_in(self.operator_names[chosen], x, source, context)
+                self._run_on(none, name, source, context)
+        return self._mix_in(self.operator_names[chosen], x, source, routing, context)
 
     def _tokens_of(self, k: int, x: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """Which tokens the k-th operator got; a single operator gets the real ones."""
@@ -277,15 +294,16 @@ class RoutedBlock(nn.Module):
         mask = context["attention_mask"]
         return torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask[:, -x.shape[1] :].bool()
 
-    def _run_on(
-        self, tokens: PackedTokens, name: str, operator: nn.Module, source: Tensor, context: dict[str, Any]
-    ) -> Tensor:
+    def _run_on(self, tokens: PackedTokens, name: str, source: Tensor, context: dict[str, Any]) -> Tensor:
         """An operator's outputs for some tokens, packed."""
+        operator = self.operators[name]
         if name in self._asks_sparsely:
-            asked = {key: value for key, value in context.items() if key in self._asks_sparsely[name]}
-            return cast(Any, operator).sparse_forward(source, tokens, **asked)
-        asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
-        return tokens.take(operator(source, **asked))
+            return cast(Any, operator).sparse_forward(source, tokens, **_asked(self._asks_sparsely[name], context))
+        return tokens.take(operator(source, **_asked(self._asks_for[name], context)))
+
+    def _scale_of(self, name: str, routing: Routing | None) -> Tensor | None:
+        """What an operator's output is multiplied by: the last one's by what the router says, if it says so."""
+        return None if routing is None or name != self.operator_names[-1] else routing.scale
 
     def _mix_densely(self, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """The operator sub-layer, every operator on every token, then each token its own."""
@@ -293,7 +311,7 @@ class RoutedBlock(nn.Module):
         for k, name in enumerate(self.operators):
             if self.router is not None and routing is not None:
                 context["routed"] = routing.operator_index == k
-            outputs.append(self._mix_in(name, x, source, context))
+            outputs.append(self._mix_in(name, x, source, routing, context))
         if routing is None or len(outputs) == 1:
             return outputs[0]
         if routing.weights is not None:
@@ -304,8 +322,14 @@ class RoutedBlock(nn.Module):
             mixed = torch.where((routing.operator_index == k)[..., None], output, mixed)
         return mixed
 
-    def _mix_in(self, name: str, x: Tensor, source: Tensor, context: dict[str, Any]) -> Tensor:
+    def _mix_in(self, name: str, x: Tensor, source: Tensor, routing: Routing | None, context: dict[str, Any]) -> Tensor:
         """One operator on every token, with its residual."""
-        asked = {key: value for key, value in context.items() if key in self._asks_for[name]}
-        mixed = x + self.dropout(self.operators[name](source, **asked))
+        output = self.operators[name](source, **_asked(self._asks_for[name], context))
+        scale = self._scale_of(name, routing)
+        mixed = x + self.dropout(output if scale is None else output * scale[..., None].to(output.dtype))
         return self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed
+
+
+def _asked(names: frozenset[str], context: dict[str, Any]) -> dict[str, Any]:
+    """Of the context, what was asked for by name."""
+    return {name: value for name, value in context.items() if name in names}

@@ -13,13 +13,23 @@ from typing import Any
 from torch import nn
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.learned_router import LearnedRouter
+from chiaroscuro.layers.permuted_router import PermutedRouter
+from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
 from chiaroscuro.layers.router import HardRouter, SoftRouter, ThresholdRouter
 from chiaroscuro.layers.self_attention import SelfAttention
 from chiaroscuro.layers.spectral_mixing import SpectralMixing
 
 OPERATORS: dict[str, type[nn.Module]] = {"dct": SpectralMixing, "rbf": RBFMixing, "attention": SelfAttention}
-ROUTERS: dict[str, type[nn.Module]] = {"threshold": ThresholdRouter, "soft": SoftRouter, "hard": HardRouter}
+ROUTERS: dict[str, type[nn.Module]] = {
+    "threshold": ThresholdRouter,
+    "random": RandomRouter,
+    "permuted": PermutedRouter,
+    "learned": LearnedRouter,
+    "soft": SoftRouter,
+    "hard": HardRouter,
+}
 
 
 def register_operator(name: str, cls: type[nn.Module]) -> None:
@@ -28,11 +38,11 @@ def register_operator(name: str, cls: type[nn.Module]) -> None:
     Args:
         name: what `ChiarConfig.operators` will call it; not one that is taken.
         cls: a `torch.nn.Module`. Its constructor may ask by name for any of `width`, `heads`, `dropout` (of the
-            attention probabilities), `rope_theta` and `attention_context`. Its `forward(x, …)` takes tokens (B, T, d),
-            may ask by name for `coefficients` (the DCT of x) and `attention_mask` (true for real tokens), and, with
-            defaults, as they come only where the caller has them, for `position_ids`, `mask` (causal and padding,
-            (B, 1, T, S)), `rotary`, `cache`, `implementation` and `routed` (the tokens that it was chosen for); it
-            returns (B, T, d). Two class attributes are read: `cost` (a number; a menu lists its operators by rising
+            attention probabilities), `rope_theta`, `attention_context` and `causal` (the config's `rbf_causal`). Its
+            `forward(x, …)` takes tokens (B, T, d), may ask by name for `coefficients` (the DCT of x) and
+            `attention_mask` (true for real tokens), and, with defaults, as they come only where the caller has them,
+            for `position_ids`, `input_ids`, `mask` (causal and padding, (B, 1, T, S)), `rotary`, `cache`,
+            `implementation` and `routed` (the tokens that it was chosen for); it returns (B, T, d). Two class attributes are read: `cost` (a number; a menu lists its operators by rising
             cost: dct 0, rbf 1, attention 2; without it the operator may stand anywhere) and `cacheable` (True where a
             token's output needs nothing of earlier tokens but what `cache` keeps; False, the default, switches
             `use_cache` off).
@@ -54,10 +64,12 @@ def register_router(name: str, cls: type[nn.Module]) -> None:
     Args:
         name: not one that is taken.
         cls: a `torch.nn.Module`. Its constructor may ask by name for any of `width`, `operators` (the menu's names),
-            `attention_share`, `thresholds` (fixed ones, or None) and `spectrum`. Its `forward(x, entropy)` takes the
-            operator's input (B, T, d) and H (B, T), and returns either the operator's index for every token,
-            (B, T) integers, or a weight for every operator, (B, T, K). A subclass of `ScoreRouter` need only say
-            its `score(x, entropy)`, and is calibrated like the built-in one. A class attribute
+            `attention_share`, `thresholds` (fixed ones, or None), `spectrum`, `layer` (its number) and `router_seed`.
+            Its `forward(x, entropy)` takes the operator's input (B, T, d) and H (B, T), and returns either the
+            operator's index for every token, (B, T) integers, or a weight for every operator, (B, T, K). A subclass of
+            `ScoreRouter` need only say its `score(x, entropy)`, and is calibrated like the built-in ones; its score may
+            ask by name for `position_ids` and `input_ids`, its `scale(score)` multiplies the last operator's output,
+            and `null_quantiles` says where an uncalibrated layer stands if that is not H's null. A class attribute
             `one_operator_a_token = False` says that it gives weights in inference too: then execution is dense, the
             default, and sparse execution is refused.
 

@@ -2,8 +2,10 @@
 
 A router sees a token's vector and its spectral entropy and answers with a tensor: either the operator's index for
 every token (B, T), or a weight for every operator (B, T, K). Most routers are a score per token and thresholds on it
-([`ScoreRouter`][]); only the score differs between them.
+([`ScoreRouter`][]); only the score differs between them, and those with a score of their own have a file of their own.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,8 @@ def pick_thresholds(operators: tuple[str, ...], low: float, high: float) -> tupl
 class ScoreRouter(nn.Module):
     """A score per token against K − 1 thresholds: operator k for a token above k of them.
 
-    A subclass says what the score is. The choice has no gradient.
+    A subclass says what the score is, and, where it is not H, how it is distributed before any data were seen. The
+    choice has no gradient. A score that is to learn gets one through `scale`.
 
     Args:
         operators: the menu, in order of cost.
@@ -51,6 +54,9 @@ class ScoreRouter(nn.Module):
         spectrum: the spectrum whose null the uncalibrated thresholds are of.
 
     """
+
+    scores_entropy = True
+    """Whether the score is a spectral entropy, so that fixed entropy thresholds mean something to it."""
 
     def __init__(
         self,
@@ -63,14 +69,27 @@ class ScoreRouter(nn.Module):
         super().__init__()
         # The type is named because a model may be made under a default of bfloat16, which would round the table.
         probabilities = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device="cpu").tolist()
-        null = null_entropy_quantiles(width, probabilities, spectrum)
+        null = self.null_quantiles(width, probabilities, spectrum)
         self.calibration = Thresholds(len(operators), null, attention_share, thresholds)
+
+    def null_quantiles(
+        self, width: int, probabilities: Sequence[float], spectrum: Spectrum
+    ) -> Float[Tensor, " probabilities"]:
+        """Quantiles of the score over white noise, at which an uncalibrated layer stands: here those of H."""
+        return null_entropy_quantiles(width, probabilities, spectrum)
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time"]:
-        """The number that is held against the thresholds."""
+        """The number that is held against the thresholds.
+
+        A subclass may ask by name for more: `position_ids` and `input_ids`, both (B, T).
+        """
         raise NotImplementedError
+
+    def scale(self, score: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"] | None:
+        """What the last operator's output is multiplied by: None for nothing, or a function of the score."""
+        return None
 
     def forward(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]

@@ -1,0 +1,57 @@
+"""How much the rbf operator mixes: the weight that a token gives itself."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import RBFMixing
+from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.ops import causal_mask, fourier_features, rbf_weights
+
+
+@torch.no_grad()
+def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[int, dict[str, float]]:
+    """The diagonal of A = softmax(φ φᵀ) in every layer that has rbf on its menu, at the layer's own input.
+
+    1 is the identity, which mixes nothing; a token that weighs all n tokens that it sees alike gives itself 1/n.
+    Without padding, and over all tokens, whichever of them the router gave to rbf.
+
+    Args:
+        model: a CHIAR-Former with rbf on a menu.
+        batches: `input_ids` (B, T).
+
+    Returns:
+        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`.
+
+    Raises:
+        UserError: no layer has rbf, or there is no batch.
+
+    """
+    layers = {i: block for i, block in enumerate(model.trunk.blocks) if "rbf" in block.operator_names}
+    if not layers:
+        raise UserError(f"no layer has rbf on its menu, menus {model.config.operators}: there is nothing to measure")
+    found: dict[int, list[Tensor]] = {i: [] for i in layers}
+    uniform: list[Tensor] = []
+    for ids in batches:
+        outputs: Any = model.trunk(ids.to(model.device), use_cache=False, output_hidden_states=True)
+        for i, block in layers.items():
+            x = outputs.hidden_states[i]
+            source = block.operator_norms["input"](x) if block.norm_placement == "pre" else x
+            rbf = cast(RBFMixing, block.operators["rbf"])
+            real = torch.ones_like(ids, dtype=torch.bool, device=x.device)
+            mask = causal_mask(real, x.shape[1])
+            mask = mask if rbf.causal else mask | real[:, None, None, :]
+            weights = rbf_weights(fourier_features(source, rbf.frequencies.to(source.dtype)), mask)
+            found[i].append(weights.diagonal(dim1=1, dim2=2).flatten().cpu())
+            if i == min(layers):
+                uniform.append((1 / mask[:, 0].sum(-1)).flatten().cpu())
+    if not uniform:
+        raise UserError("no batch to measure on: give at least one")
+    alike = torch.cat(uniform).mean().item()
+    return {
+        i: {"mean": (own := torch.cat(parts)).mean().item(), "smallest": own.min().item(), "uniform": alike}
+        for i, parts in found.items()
+    }
