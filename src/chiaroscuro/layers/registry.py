@@ -42,10 +42,10 @@ def register_operator(name: str, cls: type[nn.Module]) -> None:
             `forward(x, …)` takes tokens (B, T, d), may ask by name for `coefficients` (the DCT of x) and
             `attention_mask` (true for real tokens), and, with defaults, as they come only where the caller has them,
             for `position_ids`, `input_ids`, `mask` (causal and padding, (B, 1, T, S)), `rotary`, `cache`,
-            `implementation` and `routed` (the tokens that it was chosen for); it returns (B, T, d). Two class attributes are read: `cost` (a number; a menu lists its operators by rising
-            cost: dct 0, rbf 1, attention 2; without it the operator may stand anywhere) and `cacheable` (True where a
-            token's output needs nothing of earlier tokens but what `cache` keeps; False, the default, switches
-            `use_cache` off).
+            `implementation` and `routed` (the tokens that it was chosen for); it returns (B, T, d). Two class
+            attributes are read: `cost` (a number; a menu lists its operators by rising cost: dct 0, rbf 1, attention 2;
+            without it the operator may stand anywhere) and `cacheable` (True where a token's output needs nothing of
+            earlier tokens but what `cache` keeps; False, the default, switches `use_cache` off).
             Sparse execution runs an operator on its own tokens where it has a method `sparse_forward(x, tokens, …)`,
             which takes all tokens and the `PackedTokens` among them, asks for the same context by name, and returns
             theirs, (N, d). An operator without one runs on every token, and those that it was chosen for take its
