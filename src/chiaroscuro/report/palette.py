@@ -6,6 +6,7 @@ lazuli, madder. Each operator has a sign besides its colour, since colours alone
 and nothing in a pipe.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from chiaroscuro.analysis.routing import RoutingTrace
@@ -41,11 +42,16 @@ _OTHERS = (
 
 
 def operator_styles(trace: RoutingTrace) -> dict[str, OperatorStyle]:
-    """Choose a style for every operator in the trace: dct first, attention last, the others as they appear.
+    """Choose a style for every operator in the trace."""
+    return styles_of(name for layer in trace.layers for name in layer.operators)
+
+
+def styles_of(operators: Iterable[str]) -> dict[str, OperatorStyle]:
+    """Choose a style for every operator named: dct first, attention last, the others as they appear.
 
     The first four others differ in everything; beyond them colours repeat, and only names and letters tell.
     """
-    names = dict.fromkeys(name for layer in trace.layers for name in layer.operators)
+    names = dict.fromkeys(operators)
     others = [name for name in names if name not in ("dct", "attention")]
     plain = (
         {"dct": _DCT} | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)} | {"attention": _ATTENTION}

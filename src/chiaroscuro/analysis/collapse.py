@@ -1,0 +1,129 @@
+"""Which operators are left of a menu when training is over.
+
+The paper trains three operators, finds that one of them gets next to no tokens, and builds its model from the other
+two. Whether that happened in a run is told by the records that it left: the share of the tokens that each operator got,
+look by look. Thresholds that follow the data pin these shares, so only soft, hard or fixed thresholds can collapse.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from chiaroscuro.errors import UserError
+
+LAST_PART = 0.1
+"""Of the records, those at the end that a final share is the mean of: a single batch would be noise."""
+
+
+@dataclass(frozen=True)
+class LayerCollapse:
+    """One routed layer over training.
+
+    Attributes:
+        layer: Its number, from 1.
+        operators: Its menu, in order of cost.
+        share: At every look, of each operator.
+        utilisation: U = −Σ_k ḡ_k log ḡ_k / log K at every look, ḡ the shares of K operators: 1 where all get the same,
+            0 where one gets all.
+        final_share: Mean share over the last tenth of the looks.
+        surviving: The menu's operators whose final share is not below the floor.
+    """
+
+    layer: int
+    operators: tuple[str, ...]
+    share: list[list[float]]
+    utilisation: list[float]
+    final_share: list[float]
+    surviving: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CollapseTrace:
+    """A run over training.
+
+    Attributes:
+        steps: Of every look.
+        layers: Those with a choice.
+        operators: All that are on one of their menus.
+        share: At every look, of each of these over all tokens of all routed layers.
+        final_share: Mean over the last tenth of the looks.
+        collapsed: Those that survive on no menu.
+        floor: The share below which an operator counts as collapsed.
+    """
+
+    steps: list[int]
+    layers: list[LayerCollapse]
+    operators: tuple[str, ...]
+    share: list[list[float]]
+    final_share: list[float]
+    collapsed: tuple[str, ...]
+    floor: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as plain data, ready for JSON."""
+        return asdict(self)
+
+
+def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) -> CollapseTrace:
+    """Follow the operators' shares over a run.
+
+    Args:
+        records: The run's, oldest first; those of training that say how it routed count.
+        floor: The least share of an operator that survives.
+
+    Raises:
+        UserError: if no layer of the run had a choice.
+
+    Source: arXiv 2606.08327, "operator collapse"; U is what its regulariser rewards.
+    """
+    looks = [record for record in records if record["kind"] == "train" and record.get("layers")]
+    chosen = [i for i, layer in enumerate(looks[0]["layers"]) if len(layer["operators"]) > 1] if looks else []
+    if not chosen:
+        raise UserError("no layer of this run has a choice of operators, so none can collapse")
+    layers = [_layer([look["layers"][i] for look in looks], floor) for i in chosen]
+    operators = tuple(dict.fromkeys(name for layer in layers for name in layer.operators))
+    share = np.mean(
+        [
+            [
+                [at[layer.operators.index(name)] if name in layer.operators else 0.0 for name in operators]
+                for at in layer.share
+            ]
+            for layer in layers
+        ],
+        axis=0,
+    )
+    alive = {name for layer in layers for name in layer.surviving}
+    return CollapseTrace(
+        steps=[look["step"] for look in looks],
+        layers=layers,
+        operators=operators,
+        share=share.tolist(),
+        final_share=_final(share),
+        collapsed=tuple(name for name in operators if name not in alive),
+        floor=floor,
+    )
+
+
+def utilisation(share: Sequence[float]) -> float:
+    """−Σ_k ḡ_k log ḡ_k / log K, of two shares or more; 0 log 0 = 0."""
+    return sum(-part * math.log(part) for part in share if part > 0) / math.log(len(share))
+
+
+def _layer(looks: Sequence[Mapping[str, Any]], floor: float) -> LayerCollapse:
+    operators, share = tuple(looks[0]["operators"]), [list(look["share"]) for look in looks]
+    final = _final(np.array(share))
+    return LayerCollapse(
+        layer=looks[0]["layer"],
+        operators=operators,
+        share=share,
+        utilisation=[utilisation(at) for at in share],
+        final_share=final,
+        surviving=tuple(name for name, part in zip(operators, final, strict=True) if part >= floor),
+    )
+
+
+def _final(share: np.ndarray) -> list[float]:
+    return share[-max(1, round(LAST_PART * len(share))) :].mean(axis=0).tolist()

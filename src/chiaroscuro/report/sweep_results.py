@@ -1,0 +1,197 @@
+"""What a sweep's runs have to say, one by one and side by side, as plain data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+import chiaroscuro.model
+from chiaroscuro.analysis.flops import count_flops, count_llama_flops
+from chiaroscuro.analysis.statistics import compare, estimate
+from chiaroscuro.config import ChiarConfig
+from chiaroscuro.errors import UserError
+from chiaroscuro.training.records import read_records, routed
+from chiaroscuro.training.sweep import Sweep, SweepRun
+
+_ENDS = ("mean", "low", "high")
+
+
+def collect_figures(run: SweepRun) -> dict[str, Any]:
+    """What a finished run has to say, ready for JSON.
+
+    Returns:
+        The fields of its last validation record; `parameters`; `steps`, `tokens` and `seconds` of training;
+        `train_loss`; `share`, the mean over the routed layers of the last operator's; `flops_per_token` of a forward
+        and of a training step (exact protocol, at the run's T and that share; None where nobody counts the model);
+        and `curve`, all its validations.
+
+    Raises:
+        UserError: if its perplexity is no finite number.
+    """
+    records = read_records(run.folder / "metrics.jsonl")
+    last = {record["kind"]: record for record in records}
+    seen, trained = last["validation"], last["train"]
+    if seen.get(metric_of(seen)) is None:
+        raise UserError(f"its {metric_of(seen)} is no finite number")
+    config = AutoConfig.from_pretrained(run.folder / "model")
+    choices = routed(seen)
+    share = mean(layer["share"][-1] for layer in choices) if choices else None
+    return {
+        **{name: value for name, value in seen.items() if name not in ("kind", "step", "tokens", "seconds")},
+        "parameters": _parameters(config),
+        "steps": trained["step"],
+        "tokens": trained["tokens"],
+        "seconds": trained["seconds"],
+        "train_loss": trained["loss"],
+        "share": share,
+        "flops_per_token": _flops(config, run.recipe.data.sequence_length, share),
+        "curve": [
+            {name: value for name, value in record.items() if name not in ("kind", "layers", "null_entropy")}
+            for record in records
+            if record["kind"] == "validation"
+        ],
+    }
+
+
+def metric_of(figures: Mapping[str, Any]) -> str:
+    """Tell what a run is judged by."""
+    return "accuracy" if "accuracy" in figures else "perplexity"
+
+
+def _parameters(config: PreTrainedConfig) -> int | None:
+    name = (config.architectures or [""])[0]
+    model: Any = getattr(chiaroscuro.model, name, None) or getattr(transformers, name, None)
+    if model is None:
+        return None
+    with torch.device("meta"):
+        return model(config).num_parameters()
+
+
+def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[str, float] | None:
+    """Of one token. A model that gives no logits for every token has no head to speak of."""
+    head = (config.architectures or [""])[0].endswith("ForCausalLM")
+    counted = {}
+    for step, training in (("forward", False), ("training", True)):
+        if isinstance(config, ChiarConfig):
+            try:
+                counted[step] = count_flops(config, length, share=share, training=training, head=head).total / length
+            except UserError:  # an operator of somebody's own
+                return None
+        elif isinstance(config, LlamaConfig):
+            counted[step] = count_llama_flops(config, length, training=training, head=head).total / length
+    return counted or None
+
+
+def describe_sweep(
+    sweep: Sweep, figures: Mapping[SweepRun, dict[str, Any]], failed: Mapping[SweepRun, str]
+) -> dict[str, Any]:
+    """Hold the variants side by side.
+
+    Perplexities are compared by their logarithm, so that the effect is a ratio; accuracies by their difference.
+
+    Args:
+        sweep: What was asked for.
+        figures: What `collect_figures` gave, of the runs that are done.
+        failed: Of those that failed, why.
+
+    Returns:
+        `metric`, `baseline`, `seeds`, `failed` (a line each), and `variants`: of each its name, what it changes, its
+        runs, and what they come to: `estimate`, `effect` against the baseline over the seeds that both have,
+        `seconds_per_step` (median) and `time_ratio`, `flops_ratio`, `parameters`, `layers` (means over the seeds).
+    """
+    metric = next((metric_of(found) for found in figures.values()), "perplexity")
+    runs = {
+        name: [(run, figures.get(run)) for run in sweep.runs if run.variant == name and run not in failed]
+        for name in sweep.changes
+    }
+    done = {name: {run.seed: found for run, found in each if found} for name, each in runs.items()}
+    baseline = done[sweep.file.baseline]
+    variants = []
+    for name, changes in sweep.changes.items():
+        found = done[name]
+        variants.append(
+            {
+                "name": name,
+                "changes": changes,
+                "seeds_done": list(found),
+                "failed": {str(run.seed): line for run, line in failed.items() if run.variant == name},
+                **_summary(found, baseline, metric, is_baseline=name == sweep.file.baseline),
+                "runs": [
+                    {"seed": run.seed, "folder": str(run.folder), **each}
+                    for run, each in runs[name]
+                    if each is not None
+                ],
+            }
+        )
+    return {
+        "recipe": sweep.file.recipe,
+        "metric": metric,
+        "baseline": sweep.file.baseline,
+        "seeds": sweep.file.seeds,
+        "failed": [f"{run.title}: {line}" for run, line in failed.items()],
+        "variants": variants,
+    }
+
+
+def _summary(
+    found: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[str, Any]], metric: str, *, is_baseline: bool
+) -> dict[str, Any]:
+    if not found:
+        return {}
+    first = next(iter(found.values()))
+    summary: dict[str, Any] = {
+        "estimate": asdict(estimate([each[metric] for each in found.values()])),
+        "parameters": first["parameters"],
+        "flops_per_token": first["flops_per_token"],
+        "seconds_per_step": _pace(found),
+    }
+    if "layers" in first:
+        summary["layers"] = _mean_layers([each["layers"] for each in found.values()])
+        summary["null_entropy"] = first["null_entropy"]
+    shares = [each["share"] for each in found.values() if each["share"] is not None]
+    summary |= {"share": mean(shares)} if shares else {}
+    gates = [each["gate"] for each in found.values() if "gate" in each]
+    summary |= {"gate": asdict(estimate(gates))} if gates else {}
+    common = [seed for seed in found if seed in baseline]
+    if not is_baseline and common:
+        ours, theirs = ([each[seed][metric] for seed in common] for each in (found, baseline))
+        summary["effect"] = _effect(ours, theirs, metric)
+    if baseline:
+        counts = [each["flops_per_token"] for each in (first, next(iter(baseline.values())))]
+        summary["time_ratio"] = _pace(found) / _pace(baseline)
+        if all(counts):
+            summary["flops_ratio"] = counts[0]["training"] / counts[1]["training"]
+    return summary
+
+
+def _effect(ours: Sequence[float], theirs: Sequence[float], metric: str) -> dict[str, Any]:
+    if metric == "accuracy":
+        return {"kind": "difference", **asdict(compare(ours, theirs))}
+    log = compare([math.log(value) for value in ours], [math.log(value) for value in theirs])
+    ends = {
+        name: None if end is None else math.exp(end)
+        for name, end in zip(_ENDS, (log.mean, log.low, log.high), strict=True)
+    }
+    return {"kind": "ratio", "count": log.count, **ends, "sd_of_log": log.sd, "p": log.p}
+
+
+def _pace(found: Mapping[int, dict[str, Any]]) -> float:
+    return median(each["seconds"] / each["steps"] for each in found.values())
+
+
+def _mean_layers(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Shares and entropies of every layer, as means over the seeds."""
+    return [
+        {
+            "layer": same[0]["layer"],
+            "operators": same[0]["operators"],
+            **{name: np.mean([layer[name] for layer in same], axis=0).tolist() for name in ("share", "entropy")},
+        }
+        for same in zip(*each, strict=True)
+    ]

@@ -1,0 +1,347 @@
+"""A sweep runs what is missing, once, and a mistake in its file is one line before anything runs.
+
+Most runs here are those of a stand-in for the interpreter, a shell script that leaves what a run leaves, at once, and
+does by the name of its variant what a run may do: fail, be killed, wait for a signal. One test, marked slow, trains.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.report.sweep import run_sweep
+from chiaroscuro.training import read_records
+from chiaroscuro.training.recipe import Recipe
+from chiaroscuro.training.sweep import Sweep, SweepFile, SweepRun, alone_in, carry_out
+
+STAND_IN = """#!/bin/sh
+recipe=$4
+folder=$(dirname "$recipe")
+echo "$5 threads $OMP_NUM_THREADS gpu $CUDA_VISIBLE_DEVICES"
+echo "begin $folder" >> "$ORDER"
+case "$folder" in
+  */fails/*) echo "working"; echo "error: it can't be trained so" >&2; exit 2 ;;
+  */dies/*) kill -KILL $$ ;;
+  */forgets/*) exit 0 ;;
+  */waits/*)
+    trap 'mkdir -p "$folder/checkpoint-7"; exit 2' TERM
+    touch "$folder/waiting"
+    while :; do sleep 0.05; done ;;
+esac
+sleep 0.2
+mkdir -p "$folder/model"
+echo '{"kind": "validation", "step": 12, "perplexity": 5.0}' > "$folder/metrics.jsonl"
+echo "end $folder" >> "$ORDER"
+"""
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str | None] = {}
+        self.at_once = self.most_at_once = 0
+
+    def started(self, run: SweepRun) -> None:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+
+    def ended(self, run: SweepRun, error: str | None) -> None:
+        self.at_once -= 1
+        self.outcomes[run.title] = error
+
+    def looked(self) -> None:
+        pass
+
+
+@pytest.fixture
+def write(content: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a sweep with changes, and its recipe; gives the path."""
+
+    def go(**changes: Any) -> Path:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        asked = {
+            "recipe": "recipe.yaml",
+            "output_dir": str(tmp_path / "sweep"),
+            "seeds": [0, 1],
+            "baseline": "plain",
+            "variants": {"plain": {}, "other": {"trainer.learning_rate": 1e-3}},
+            **changes,
+        }
+        path = tmp_path / "sweep.yaml"
+        given = {name: value for name, value in asked.items() if value is not None}
+        path.write_text(yaml.safe_dump(given, sort_keys=False))
+        return path
+
+    return go
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Puts the stand-in in the interpreter's place; gives what began and ended, in order."""
+    script, order = tmp_path / "python", tmp_path / "order"
+    script.write_text(STAND_IN)
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setenv("ORDER", str(order))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("chiaroscuro.training.sweep._POLL", 0.02)
+    return lambda: order.read_text().splitlines() if order.exists() else []
+
+
+def go_through(sweep: Sweep, jobs: int = 2) -> Recorder:
+    recorder = Recorder()
+    with alone_in(sweep.folder) as lock:
+        carry_out([run for run in sweep.runs if not run.is_done()], jobs=jobs, lock=lock, watcher=recorder)
+    return recorder
+
+
+# The file
+
+
+AXES = st.dictionaries(
+    st.sampled_from(["model.attention_share", "trainer.learning_rate", "trainer.clip", "data.sequence_length"]),
+    st.lists(st.integers(1, 99), min_size=1, max_size=3, unique=True),
+    min_size=1,
+)
+
+
+@given(AXES, st.lists(st.sampled_from("abcdef"), unique=True))
+def test_the_variants_are_those_named_and_every_combination_of_the_grid(
+    grid: dict[str, list[int]], named: list[str]
+) -> None:
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    content = {"recipe": "r", "output_dir": "o", "seeds": [0], "grid": grid, "variants": {name: {} for name in named}}
+    first = ",".join(f"{name.split('.')[1]}={values[0]}" for name, values in grid.items())
+    changes = SweepFile.model_validate({**content, "baseline": first}).changes()
+    assert list(changes)[: len(named)] == named
+    assert len(changes) == len(named) + count
+    assert len({json.dumps(change) for name, change in changes.items() if name not in named}) == count
+    assert changes[first] == {name: values[0] for name, values in grid.items()}
+
+
+def test_every_run_is_its_recipe_with_changes_seed_and_folder(write: Callable[..., Path], tmp_path: Path) -> None:
+    sweep = Sweep.load(write(grid={"model.attention_context": ["all", "routed"]}, seeds=[3, 5]))
+    names = ["plain", "other", "attention_context=all", "attention_context=routed"]
+    assert [(run.variant, run.seed) for run in sweep.runs] == [(name, seed) for seed in (3, 5) for name in names]
+    last = sweep.runs[-1]
+    assert last.folder == tmp_path / "sweep" / "attention_context=routed" / "seed-5"
+    assert last.recipe == Recipe.load(
+        tmp_path / "recipe.yaml",
+        ["model.attention_context=routed", "trainer.seed=5", f"trainer.output_dir={last.folder}"],
+    )
+    assert Recipe.from_dict(last.content) == last.recipe
+    assert sweep.runs[1].recipe.trainer.learning_rate == 1e-3  # and nothing of one variant is left in the next
+    assert sweep.runs[2].recipe.trainer.learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seedz": [0]}, "seedz=[0]: unknown field; did you mean 'seeds'?"),
+        ({"recipe": None}, "recipe is missing from the sweep"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml can't be read: No such file"),
+        ({"seeds": []}, "seeds=[]"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1]: each once"),
+        ({"seeds": [0.5]}, "valid integer"),
+        ({"baseline": "plane"}, "baseline='plane' is no variant; there are plain, other"),
+        ({"variants": {}}, "nothing to run"),
+        ({"grid": {"trainer.clip": []}}, "at least 1 item"),
+        ({"grid": {"trainer.clip": [1, 1]}}, "'clip=1' is there twice"),
+        ({"variants": {"plain": {}, "a/b": {}}}, "variant 'a/b': a name is letters"),
+        ({"variants": {"plain": {}, "..": {}}}, "variant '..'"),
+        ({"variants": {"plain": {"trainer.seed": 1}}}, "variant 'plain': trainer.seed is set by the sweep"),
+        ({"variants": {"plain": {"trainer.stepz": 1}}}, "variant 'plain': trainer.stepz=1: unknown field"),
+        ({"variants": {"plain": {}, "x": {"model.router": "magic"}}}, "variant 'x': model: unknown router 'magic'"),
+        ({"variants": {"plain": {}, "x": {"tokenizer.size": 1}}}, "variant 'x': tokenizer.size=1"),
+        ({"variants": {"plain": {}, "x": {"trainer.": 1}}}, "'trainer.' has not the form section.field"),
+        ({"variants": {"plain": {}, "x": {"trainer.warmup_steps": 12}}}, "variant 'x': trainer.warmup_steps=12"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_runs(
+    write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        run_sweep(write(**changes), Console(quiet=True))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_variant_said_twice_is_a_mistake(write: Callable[..., Path]) -> None:
+    path = write()
+    path.write_text(path.read_text().replace("  other:", "  plain: {}\n  other:"))
+    with pytest.raises(UserError, match="'plain' is said more than once"):
+        Sweep.load(path)
+
+
+# Running
+
+
+def test_runs_go_seed_by_seed_so_many_at_once_with_one_thread_each(
+    write: Callable[..., Path], order: Callable[[], list[str]]
+) -> None:
+    sweep = Sweep.load(write(variants={name: {} for name in ("plain", "b", "c")}))
+    one_by_one = go_through(sweep, jobs=1)
+    assert one_by_one.most_at_once == 1
+    assert order() == [f"{what} {run.folder}" for run in sweep.runs for what in ("begin", "end")]
+    assert set(one_by_one.outcomes.values()) == {None}
+    for run in sweep.runs:
+        assert " threads 1 gpu \n" in (run.folder / "log.txt").read_text()
+        shutil.rmtree(run.folder)
+    assert go_through(sweep, jobs=2).most_at_once == 2
+    assert all(run.is_done() for run in sweep.runs)
+
+
+def test_a_run_that_fails_stops_no_other_and_says_why(
+    write: Callable[..., Path], order: Callable[[], list[str]]
+) -> None:
+    sweep = Sweep.load(write(variants={name: {} for name in ("fails", "plain", "dies", "forgets")}, seeds=[0]))
+    outcomes = go_through(sweep).outcomes
+    assert outcomes["plain seed 0"] is None
+    assert outcomes["fails seed 0"] == "it can't be trained so"
+    assert outcomes["dies seed 0"] == "killed by SIGKILL"
+    assert "without its last validation" in str(outcomes["forgets seed 0"])
+
+
+def test_each_gpu_gets_a_run(
+    write: Callable[..., Path], order: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    sweep = Sweep.load(write(seeds=[0]))
+    go_through(sweep)
+    assert [(run.folder / "log.txt").read_text().split("gpu ")[1] for run in sweep.runs] == ["4\n", "7\n"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_lets_the_runs_stop_and_they_are_resumed(
+    write: Callable[..., Path], order: Callable[[], list[str]], number: signal.Signals
+) -> None:
+    sweep = Sweep.load(write(variants={"plain": {}, "waits": {}}, seeds=[0]))
+    waits = sweep.runs[1].folder
+
+    def interrupt() -> None:
+        while not ((waits / "waiting").exists() and sweep.runs[0].is_done()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    usual = signal.getsignal(number)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        go_through(sweep)
+    assert signal.getsignal(number) == usual
+    assert (waits / "checkpoint-7").is_dir()
+    done = (sweep.runs[0].folder / "metrics.jsonl").stat().st_mtime_ns
+    script = Path(sys.executable)
+    script.write_text(STAND_IN.replace("*/waits/*", "*/never/*"))
+    assert go_through(sweep).outcomes == {"waits seed 0": None}
+    assert "--resume threads" in (waits / "log.txt").read_text()
+    assert (sweep.runs[0].folder / "metrics.jsonl").stat().st_mtime_ns == done
+    assert go_through(sweep).outcomes == {}
+
+
+def test_two_sweeps_never_share_a_folder_even_if_one_was_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    with alone_in(folder) as lock:
+        with (
+            pytest.raises(UserError, match=rf"process {os.getpid()}\) or a run that it started is at work"),
+            alone_in(folder),
+        ):
+            pass
+        left_behind = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    try:
+        with pytest.raises(UserError, match="at work"), alone_in(folder):
+            pass
+    finally:
+        left_behind.kill()
+        left_behind.wait()
+    with alone_in(folder):  # the dead hold nothing
+        pass
+
+
+def test_a_folder_with_another_run_is_refused_by_the_field_that_differs(
+    write: Callable[..., Path], order: Callable[[], list[str]]
+) -> None:
+    sweep = Sweep.load(write())
+    go_through(sweep)
+    sweep.refuse_other_recipes()
+    changed = write(variants={"plain": {}, "other": {"trainer.learning_rate": 5e-4}})
+    with pytest.raises(UserError, match=r"other/seed-0 holds another run: trainer.learning_rate was 0.001 .* 0.0005"):
+        run_sweep(changed, Console(quiet=True))
+    for run in sweep.runs[1::2]:
+        shutil.rmtree(run.folder / "model")  # a run that never got anywhere holds nothing to lose
+    Sweep.load(changed).refuse_other_recipes()
+
+
+def test_a_change_of_the_recipe_meanwhile_changes_no_run(
+    write: Callable[..., Path], order: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    sweep = Sweep.load(write(seeds=[0]))
+    (tmp_path / "recipe.yaml").write_text("gone")
+    go_through(sweep)
+    for run in sweep.runs:
+        assert Recipe.load(run.folder / "recipe.yaml") == run.recipe
+
+
+def test_the_last_look_is_read_from_the_end(write: Callable[..., Path]) -> None:
+    run = Sweep.load(write()).runs[0]
+    assert run.last_look() == (0, 0.0)
+    run.folder.mkdir(parents=True)
+    lines = [
+        json.dumps({"kind": "train", "step": step, "seconds": step / 2, "filler": "x" * 3000}) for step in range(99)
+    ]
+    metrics = run.folder / "metrics.jsonl"
+    metrics.write_text("\n".join(lines) + '\n{"kind": "train", "st')
+    assert run.last_look() == (98, 49.0)
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_resumes_and_marks_what_diverged(write: Callable[..., Path], tmp_path: Path) -> None:
+    variants = {
+        "plain": {},
+        "attention": {"model.operators": [["attention"]] * 3},
+        "absurd": {"trainer.learning_rate": 1e30, "trainer.clip": 1e30},
+    }
+    path = write(variants=variants)
+    found = run_sweep(path, Console(quiet=True), jobs=2)
+    assert [line.split(":")[0] for line in found["failed"]] == ["absurd seed 0", "absurd seed 1"]
+    assert all("training diverged" in line for line in found["failed"])
+    by_name = {variant["name"]: variant for variant in found["variants"]}
+    assert by_name["absurd"]["seeds_done"] == [] and "training diverged" in by_name["absurd"]["failed"]["0"]
+    sweep = tmp_path / "sweep"
+    for name in ("plain", "attention"):
+        for seed, run in enumerate(by_name[name]["runs"]):
+            last = read_records(sweep / name / f"seed-{seed}" / "metrics.jsonl")[-1]
+            assert (run["seed"], run["perplexity"], run["steps"]) == (seed, last["perplexity"], 12)
+            assert run["curve"][-1]["perplexity"] == last["perplexity"]
+    assert "effect" not in by_name["plain"] and by_name["attention"]["effect"]["count"] == 2
+    assert by_name["attention"]["flops_ratio"] > 1 == by_name["plain"]["flops_ratio"]
+    assert json.loads((sweep / "results.json").read_text()) == found
+
+    times = {file: file.stat().st_mtime_ns for file in sweep.rglob("model/*")}
+    shutil.rmtree(sweep / "attention" / "seed-1")
+    (sweep / "absurd").rename(tmp_path / "aside")
+    again = run_sweep(write(variants={name: variants[name] for name in ("plain", "attention")}), Console(quiet=True))
+    assert again["failed"] == []
+    trained = {run["seed"]: run["perplexity"] for run in again["variants"][1]["runs"]}
+    assert trained == {run["seed"]: run["perplexity"] for run in by_name["attention"]["runs"]}
+    for file, written in times.items():
+        if "attention/seed-1" not in str(file):
+            assert file.stat().st_mtime_ns == written
