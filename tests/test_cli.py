@@ -215,7 +215,20 @@ def test_benchmark_measures_what_it_is_asked_for(run: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "evaluate", "generate", "calibrate", "route", "flops", "benchmark", "presets", "info", "quickstart"],
+    [
+        "train",
+        "evaluate",
+        "generate",
+        "calibrate",
+        "route",
+        "flops",
+        "benchmark",
+        "presets",
+        "info",
+        "quickstart",
+        "sweep",
+        "collapse",
+    ],
 )
 def test_every_command_has_a_help_that_teaches(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
@@ -228,6 +241,23 @@ def test_it_runs_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1
+
+
+def test_collapse_follows_the_shares_of_a_run(run: Run, tmp_path: Path) -> None:
+    menus = [["dct"], ["dct", "rbf", "attention"]]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 21):
+            shares = [[1.0], [0.5, 0.5 / step**2, 0.5 - 0.5 / step**2]]
+            layers = [
+                {"layer": n, "operators": menu, "share": share}
+                for n, (menu, share) in enumerate(zip(menus, shares, strict=True), start=1)
+            ]
+            file.write(json.dumps({"kind": "train", "step": step, "layers": layers}) + "\n")
+    code, out, _ = run("collapse", tmp_path, "--png", tmp_path / "collapse.png")
+    assert code == 0 and "collapsed: rbf" in out and "dct · attention" in out
+    assert (tmp_path / "collapse.png").read_bytes().startswith(b"\x89PNG")
+    (layer,) = json.loads(run("collapse", tmp_path, "--floor", "0.001", "--json")[1])["layers"]
+    assert layer["surviving"] == menus[1] and layer["final_share"][0] == 0.5
 
 
 # Mistakes
@@ -277,6 +307,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a config that can't be counted": (["flops", "GARBLED"], "config.json can't be read"),
     "an unknown task": (["benchmark", "--task", "sleep"], "--task sleep: choose among"),
     "a width the heads of a benchmark don't divide": (["benchmark", "--heads", "3"], "num_attention_heads=3"),
+    "a missing sweep": (["sweep", "nowhere.yaml"], "sweep nowhere.yaml can't be read: No such file"),
+    "a recipe in a sweep's place": (["sweep", "GOOD"], "recipe is missing from the sweep"),
+    "no run at a time": (["sweep", "GOOD", "--jobs", "0"], "--jobs"),
+    "a collapse of no run": (["collapse", "EMPTY"], "no run's folder"),
+    "a floor above one": (["collapse", "EMPTY", "--floor", "2"], "--floor"),
     "quickstart elsewhere": (["quickstart"], "top of a clone"),
 }
 

@@ -18,6 +18,7 @@ import yaml
 
 from chiaroscuro.cli import app
 from chiaroscuro.training.recipe import Recipe
+from chiaroscuro.training.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -145,6 +146,13 @@ def test_every_recipe_is_valid() -> None:
     assert ROOT / "recipes/wikitext2-small.yaml" in recipes
     for recipe in recipes:
         Recipe.load(recipe).steps()  # raises where a section, the model or the schedule is impossible
+
+
+def test_every_sweep_is_valid() -> None:
+    sweeps = sorted((ROOT / "recipes/sweeps").glob("*.yaml"))
+    assert sweeps
+    for sweep in sweeps:
+        Sweep.load(sweep)  # raises where the recipe of one of its runs is impossible
 
 
 def test_the_readme_lists_every_command_and_no_other() -> None:

@@ -7,12 +7,18 @@ spectral entropy of its vector. `ChiarConfig` says what is on a layer's menu, `C
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import register_operator, register_router
-from chiaroscuro.model import ChiarCache, ChiarForCausalLM, ChiarModel
+from chiaroscuro.model import (
+    ChiarCache,
+    ChiarForCausalLM,
+    ChiarForMixedTasks,
+    ChiarForSequenceClassification,
+    ChiarModel,
+)
 
 if TYPE_CHECKING:
     from chiaroscuro.training.calibration import calibrate
@@ -23,6 +29,8 @@ __all__ = [
     "ChiarCache",
     "ChiarConfig",
     "ChiarForCausalLM",
+    "ChiarForMixedTasks",
+    "ChiarForSequenceClassification",
     "ChiarModel",
     "UserError",
     "calibrate",
@@ -33,6 +41,7 @@ __all__ = [
 AutoConfig.register(ChiarConfig.model_type, ChiarConfig)
 AutoModel.register(ChiarConfig, ChiarModel)
 AutoModelForCausalLM.register(ChiarConfig, ChiarForCausalLM)
+AutoModelForSequenceClassification.register(ChiarConfig, ChiarForSequenceClassification)
 
 
 def __getattr__(name: str) -> Any:

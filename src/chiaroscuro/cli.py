@@ -7,6 +7,7 @@ holds one JSON object and nothing else.
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -27,10 +28,11 @@ from transformers.utils import logging
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
-from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model import ChiarForCausalLM, ChiarForSequenceClassification, ChiarPreTrainedModel
 
 if TYPE_CHECKING:
     from chiaroscuro.data import Corpus
+    from chiaroscuro.data.tasks import ClassificationTask
 
 app = typer.Typer(
     name="chiaroscuro",
@@ -104,16 +106,21 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of a model on a text.
+    """Measure loss, perplexity and bits per byte of a model on a text; of a classifier, loss and accuracy on its task.
 
     Example: chiaroscuro evaluate runs/small --split test --stride 64
     """
+    from chiaroscuro.analysis.classification import evaluate_rows
     from chiaroscuro.analysis.perplexity import evaluate_blocks
     from chiaroscuro.data import TokenBlocks, tokenize_corpus
+    from chiaroscuro.data.tasks import PadToLongest, tokenize_task
     from chiaroscuro.training import describe_routing
 
     model, tokenizer = _load(checkpoint, share)
     recipe = _recipe_of(checkpoint)
+    classifies = isinstance(model, ChiarForSequenceClassification)
+    if classifies and stride is not None:
+        raise UserError(f"--stride {stride}: this checkpoint is a classifier, which reads the beginning of every text")
     if length is None:
         length = recipe.data.sequence_length if recipe else model.config.max_position_embeddings
     if length > model.config.max_position_embeddings:
@@ -121,28 +128,44 @@ def evaluate(
             f"--length {length} is more than the model's max_position_embeddings="
             f"{model.config.max_position_embeddings}: take a shorter one"
         )
-    corpus = _corpus(data, recipe, split)
-    blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length, stride)
     routes = isinstance(model.config, ChiarConfig)
-    with _bar("evaluating", len(blocks), as_json) as bar:
-        result = evaluate_blocks(
-            model, blocks, batch_size=batch_size, output_routing=routes, progress=lambda n: bar.advance(TaskID(0), n)
-        )
-    figures: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "data": corpus.name,
-        "split": split,
-        "length": length,
-        "stride": stride or length,
-        **result.figures(),
-    }
+    figures: dict[str, Any] = {"checkpoint": checkpoint, "data": "", "split": split, "length": length}
+    result: Any
+    if classifies:
+        task = _task(data, recipe, split)
+        rows = tokenize_task(task, tokenizer, length)[split]
+        with _bar("evaluating", len(rows), as_json) as bar:
+            result = evaluate_rows(
+                model,
+                rows,
+                PadToLongest(tokenizer.pad_token_id),
+                batch_size=batch_size,
+                output_routing=routes,
+                progress=lambda n: bar.advance(TaskID(0), n),
+            )
+        figures |= {"data": task.name, **result.figures()}
+    else:
+        corpus = _corpus(data, recipe, split)
+        blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length, stride)
+        with _bar("evaluating", len(blocks), as_json) as bar:
+            result = evaluate_blocks(
+                model,
+                blocks,
+                batch_size=batch_size,
+                output_routing=routes,
+                progress=lambda n: bar.advance(TaskID(0), n),
+            )
+        figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
     if routes:
         figures |= describe_routing(result.routings, model.config.hidden_size)
     if as_json:
         _print_json(figures)
         return
     console = Console()
-    console.print(_figures_table({k: v for k, v in figures.items() if k not in ("layers", "null_entropy")}))
+    shown = {k: v for k, v in figures.items() if k not in ("layers", "null_entropy")}
+    if classifies:
+        shown["accuracy_interval"] = "{:.4f} to {:.4f}".format(*result.interval)
+    console.print(_figures_table(shown))
     if routes:
         console.print(_routing_table(figures["layers"], figures["null_entropy"]))
 
@@ -165,6 +188,7 @@ def generate(
     from chiaroscuro.analysis.sampling import continue_text
 
     model, tokenizer = _load(checkpoint, share)
+    _refuse_classifier(model, "generate")
     text = _text(prompt)
     result = continue_text(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
@@ -213,6 +237,7 @@ def calibrate(
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
     model, tokenizer = _load(checkpoint)
+    _refuse_classifier(model, "calibrate")
     recipe = _recipe_of(checkpoint)
     corpus = _corpus(data, recipe, split)
     if method == "paper":
@@ -354,6 +379,141 @@ def benchmark(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as recipes/sweeps/NAME.yaml.")],
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once, one thread each. [one per GPU or, without one, per core]", min=1)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train many variants of a recipe with several seeds each, and hold them side by side.
+
+    The file names a recipe, an output_dir, seeds, a baseline, and variants (fields that differ from the recipe) or a
+    grid of values; docs/sweeps.md explains it. What is done is not done again and what was interrupted goes on, so the
+    same command resumes; a run that fails stops no other. After every run results.json, table.md, table.csv and
+    plot.png are written anew: mean, standard deviation, 95% interval, a paired test against the baseline, operations
+    (exact protocol), time of a step.
+
+    Example: chiaroscuro sweep recipes/sweeps/routers.yaml --jobs 2
+    """
+    from chiaroscuro.report.sweep import run_sweep
+    from chiaroscuro.report.sweep_table import print_sweep
+
+    console = Console(stderr=as_json)
+    found = run_sweep(file, console, jobs=jobs)
+    if as_json:
+        _print_json(found)
+    else:
+        print_sweep(found, console)
+    if found["failed"]:
+        raise UserError(f"{len(found['failed'])} failed: {'; '.join(found['failed'])}")
+
+
+@app.command()
+def collapse(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    floor: Annotated[float, typer.Option(help="An operator below this share has collapsed.", min=0, max=1)] = 0.01,
+    png: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what share of the tokens each operator got over training, and which menu survived.
+
+    Example: chiaroscuro collapse runs/three-operators --png collapse.png
+    """
+    from chiaroscuro.analysis.collapse import trace_collapse
+    from chiaroscuro.report.collapse_figure import draw_collapse
+    from chiaroscuro.report.files import write_bytes
+    from chiaroscuro.training.records import read_run
+
+    try:
+        trace = trace_collapse(read_run(folder), floor)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if png is not None:
+        write_bytes(png, draw_collapse(trace))
+    if as_json:
+        _print_json(trace.to_dict())
+        return
+    console = Console()
+    table = Table("layer", "share at the beginning", "share at the end", "utilisation", "surviving menu", box=None)
+    for layer in trace.layers:
+        first, last = (_shares(layer.operators, shares) for shares in (layer.share[0], layer.final_share))
+        used = f"{layer.utilisation[0]:.3f} to {layer.utilisation[-1]:.3f}"
+        table.add_row(str(layer.layer), first, last, used, " · ".join(layer.surviving))
+    console.print(table)
+    overall = _shares(trace.operators, trace.final_share)
+    console.print(f"all routed layers: {overall}; collapsed: {', '.join(trace.collapsed) or 'none'}", highlight=False)
+
+
+@app.command()
+def task(
+    name: Annotated[str, typer.Argument(help="imdb, listops-flat or listops-nested.")],
+    source: Annotated[str | None, typer.Option(help="imdb: a folder with train and test files, or a Hub name.")] = None,
+    length: Annotated[int | None, typer.Option(help="listops-nested: the longest expression, in tokens.")] = None,
+    examples: Annotated[int | None, typer.Option(help="listops: rows of the train split.", min=1)] = None,
+    heldout: Annotated[
+        int | None, typer.Option(help="listops: rows of the validation split, and of the test split.", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="listops: of the expressions.", min=0)] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="What lengths are measured in: words, bpe:N, a folder or a Hub name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a classification task: its splits, how its labels are spread, how long its texts are, and some of them.
+
+    What is loaded or generated here is what `data.task` in a recipe trains on, and is kept for it.
+
+    Example: chiaroscuro task listops-nested --length 256
+    """
+    from chiaroscuro.data.tasks import load_task
+    from chiaroscuro.report.task_terminal import describe_task, print_task
+
+    options: dict[str, Any] = {
+        "source": source,
+        "max_length": length,
+        "train_examples": examples,
+        "heldout_examples": heldout,
+        "seed": seed,
+    }
+    figures = describe_task(load_task(name, **options), tokenizer)
+    if as_json:
+        _print_json(figures)
+    else:
+        print_task(figures, Console())
+
+
+@app.command()
+def gates(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    png: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the MetaRouter's gate went over training, task by task.
+
+    Example: chiaroscuro gates runs/mixed --png gates.png
+    """
+    from chiaroscuro.analysis.gates import gates_as_dict, trace_gates
+    from chiaroscuro.report.files import write_bytes
+    from chiaroscuro.report.gate_figure import draw_gates
+    from chiaroscuro.training.records import read_run
+
+    try:
+        traced = trace_gates(read_run(folder))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if png is not None:
+        write_bytes(png, draw_gates(traced))
+    if as_json:
+        _print_json(gates_as_dict(traced))
+        return
+    table = Table("task", "g at the beginning", "g at the end", "looks", box=None)
+    for task, gate in traced.items():
+        table.add_row(task, f"{gate.gate[0]:.3f}", f"{gate.final:.3f}", str(len(gate.gate)))
+    Console().print(table)
+
+
+@app.command()
 def presets(as_json: AsJson = False) -> None:
     """List the presets: names for `model.preset` in a recipe and for `ChiarConfig.preset`."""
     descriptions = ChiarConfig.presets()
@@ -389,6 +549,51 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         steps = "–" if layer["calibration_steps"] is None else str(layer["calibration_steps"])
         table.add_row(str(layer["layer"]), " · ".join(layer["operators"]), f"{layer['parameters']:,}", stand, steps)
     console.print(table)
+
+
+@app.command("import-reference")
+def import_reference(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="A checkpoint of the author's code.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the model; must not exist.")],
+    heads: Annotated[int | None, typer.Option(help="h, where the file does not tell.")] = None,
+    thresholds: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Of the entropy, where the file does not say by which it routes."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a checkpoint of the author's code (hackie123/CHIAR-former) into a folder for from_pretrained, exactly.
+
+    CHIAR-Formers, baselines, mixed training and classifiers; threshold, soft and hard routing. Code in the file is not
+    run. The file brings no tokenizer: the author's models use GPT-2's.
+
+    Example: chiaroscuro import-reference chiar_dct_attn_400M_best.pt runs/author --thresholds 0.8935 0.8973
+    """
+    from chiaroscuro.convert import import_reference as convert
+    from chiaroscuro.training.checkpoints import written_whole
+
+    if output.exists():
+        raise UserError(f"{output} exists already: name another folder")
+    imported = convert(file, heads=heads, thresholds=thresholds)
+    model = imported.model
+    with written_whole(output) as partial:
+        model.save_pretrained(partial)
+    facts: dict[str, Any] = {
+        "output": str(output),
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        "router": model.config.router if model.config.routed_layers else None,
+        "entropy_thresholds": model.config.entropy_thresholds,
+        "remarks": list(imported.remarks),
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    console = Console()
+    for remark in facts.pop("remarks"):
+        console.print(_escape(remark), soft_wrap=True)
+    console.print(_figures_table({name: value for name, value in facts.items() if value is not None}))
 
 
 @app.command()
@@ -463,10 +668,24 @@ def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":
 
     if data is None and recipe is None:
         raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
+    if data is None and recipe.data.source is None:
+        raise UserError(f"this checkpoint was trained on the task {recipe.data.task}: name a text with --data")
     corpus = load_corpus(recipe.data.source if data is None else data)
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     return corpus
+
+
+def _task(data: str | None, recipe: Any, split: str) -> "ClassificationTask":
+    """The recipe's task, from the source that the user named or else the recipe's; checked to have the split."""
+    from chiaroscuro.data.tasks import TASKS, load_task
+
+    if recipe is None or recipe.data.task not in TASKS:
+        raise UserError("no recipe beside this classifier says what task it was trained on: give a run's folder")
+    task = load_task(recipe.data.task, **recipe.data.task_options() | ({} if data is None else {"source": data}))
+    if split not in task.splits:
+        raise UserError(f"--split {split}: {task.name} has {', '.join(task.splits)}")
+    return task
 
 
 def _config_of(model: str) -> ChiarConfig:
@@ -500,10 +719,15 @@ def _load(checkpoint: str, share: float | None = None) -> tuple[PreTrainedModel,
     return model, tokenizer
 
 
-def _chiar(model: PreTrainedModel, what: str) -> ChiarForCausalLM:
-    if not isinstance(model, ChiarForCausalLM):
+def _chiar(model: PreTrainedModel, what: str) -> ChiarPreTrainedModel:
+    if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(f"{what} needs a CHIAR-Former, and this checkpoint is a {type(model).__name__}")
     return model
+
+
+def _refuse_classifier(model: PreTrainedModel, what: str) -> None:
+    if isinstance(model, ChiarForSequenceClassification):
+        raise UserError(f"{what} needs a language model, and this checkpoint is a classifier of texts")
 
 
 def _parameters_of(preset: str) -> int:
@@ -535,10 +759,14 @@ def _figures_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+def _shares(operators: Iterable[str], shares: Iterable[float]) -> str:
+    return " · ".join(f"{name} {share:.1%}" for name, share in zip(operators, shares, strict=True))
+
+
 def _routing_table(layers: list[dict[str, Any]], null: list[float]) -> Table:
     table = Table("layer", "share per operator", "H 5 / 50 / 95 %", box=None)
     for layer in layers:
-        shares = " · ".join(f"{n} {s:.1%}" for n, s in zip(layer["operators"], layer["share"], strict=True))
+        shares = _shares(layer["operators"], layer["share"])
         table.add_row(str(layer["layer"]), shares, " / ".join(f"{h:.3f}" for h in layer["entropy"]))
     table.add_row("null", "white noise of the same width", " / ".join(f"{h:.3f}" for h in null), style="dim")
     return table

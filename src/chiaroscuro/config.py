@@ -16,9 +16,12 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.meta_router import Pooling
+from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import asked_names
-from chiaroscuro.layers.self_attention import AttentionContext
 from chiaroscuro.ops.spectral import Spectrum
+
+ClassifierPooling = Literal["mean", "last"]
+ClassifierHead = Literal["linear", "mlp"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(NormPlacement),
@@ -27,6 +30,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "calibration": ("running", "fixed"),
     "execution": get_args(Execution),
     "attention_context": get_args(AttentionContext),
+    "classifier_pooling": get_args(ClassifierPooling),
+    "classifier_head": get_args(ClassifierHead),
 }
 _POSITIVE = (
     "hidden_size",
@@ -71,8 +76,11 @@ class ChiarConfig(PreTrainedConfig):
             their small scale, and a comparison with a model that has no such layer is not fair.
         operators: a menu for every layer: lists of `"dct"`, `"rbf"`, `"attention"` or registered names, in order of
             cost. Unless given: dct first, attention last, dct or attention in between.
-        router: which operator gets which token: `"threshold"` (entropy against thresholds), `"soft"`, `"hard"`, or a
+        router: which operator gets which token. By a score against thresholds: `"threshold"` (the spectral entropy),
+            `"permuted"` (that of shuffled features), `"random"` (a hash of layer, position and token), `"learned"`
+            (a projection, which scales the last operator's output too). By weights: `"soft"`, `"hard"`. Or a
             registered name.
+        router_seed: of what `"random"` and `"permuted"` draw.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
         attention_context: what a routed token attends to: `"all"` tokens up to its own (the paper), or only the
             `"routed"` ones among them, itself included: ρ² of the scores and ρ of the keys and values.
@@ -80,6 +88,7 @@ class ChiarConfig(PreTrainedConfig):
             what was not asked for, which computes the same and saves nothing. Unless given: sparse wherever a token
             gets one operator; dense for `router="soft"`. `router="hard"` trains densely under both.
         calibration: `"running"` moves the thresholds towards ρ while training; `"fixed"` leaves them as given.
+        rbf_causal: whether rbf masks later tokens. False is the published form, in which a token **reads the future**.
         entropy_thresholds: (τ_low, τ_high) for `calibration="fixed"`: three operators split at both, dct/rbf at the
             low one, rbf/attention at the high one, any other pair at their mean.
         meta_router: what the gate of the first layer is computed from: `"none"`, `"causal"`, `"sequence"` (**reads the
@@ -87,9 +96,12 @@ class ChiarConfig(PreTrainedConfig):
             `"causal"` where any layer has a choice, `"none"` for the baselines.
         spectrum: `"orthonormal"`, or `"reference"` to route as the author's code does.
         collapse_penalty: λ; the training loss gets −λ Σ_layers (entropy of the mean router weights). For soft and hard.
+        task_labels: of `ChiarForMixedTasks`, how many labels each classification task has, by its name.
         use_cache: whether generation caches. Unless given: where the model can. `meta_router="batch"` or `"sequence"`
             and menus with `"rbf"` can't.
         tie_word_embeddings: the LM head shares the embedding's weights.
+        classifier_pooling: what a classifier of texts scores: the `"mean"` of the real tokens, or the `"last"` of them.
+        classifier_head: what scores it: `"linear"`, or `"mlp"`, the author's: d → d, GELU, dropout, d → labels.
         pad_token_id: of the tokenizer; as `bos_token_id` and `eos_token_id`.
         bos_token_id: see there.
         eos_token_id: see there.
@@ -116,16 +128,21 @@ class ChiarConfig(PreTrainedConfig):
     embedding_norm: bool = True
     operators: list[list[str]] | None = None
     router: str = "threshold"
+    router_seed: int = 0
     attention_share: float = 0.25
     attention_context: AttentionContext = "all"
+    rbf_causal: bool = True
     execution: Execution | None = None
     calibration: str = "running"
     entropy_thresholds: list[float] | None = None
     meta_router: Literal["none"] | Pooling | None = None
     spectrum: Spectrum = "orthonormal"
     collapse_penalty: float = 0.0
+    task_labels: dict[str, int] | None = None
     use_cache: bool | None = None
     tie_word_embeddings: bool = True
+    classifier_pooling: ClassifierPooling = "mean"
+    classifier_head: ClassifierHead = "linear"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -167,7 +184,7 @@ class ChiarConfig(PreTrainedConfig):
         Args:
             name: one of `presets()`.
             changes: fields to set otherwise. What hangs on a changed field follows it: another depth continues the
-                pattern of the menus, a router without thresholds or running calibration drops the fixed ones.
+                pattern of the menus, a router not by entropy or running calibration drops the fixed thresholds.
 
         Raises:
             UserError: an unknown preset or field, or a change that makes the configuration impossible.
@@ -184,7 +201,7 @@ class ChiarConfig(PreTrainedConfig):
                 fields["operators"] = [["attention"]] * layers
             elif menus == default_operators(len(menus)):
                 fields["operators"] = default_operators(layers)
-        if changes.get("calibration") == "running" or not _routes_by_score(changes.get("router", "threshold")):
+        if changes.get("calibration") == "running" or not _routes_by_entropy(changes.get("router", "threshold")):
             fields.pop("entropy_thresholds", None)
             fields.pop("calibration", None)
         if changes.get("calibration") == "fixed" and "entropy_thresholds" not in changes | fields:
@@ -229,12 +246,14 @@ class ChiarConfig(PreTrainedConfig):
         for field in ("hidden_dropout", "attention_dropout"):
             if getattr(self, field) == 1:
                 raise UserError(f"{field}=1 drops everything: must be below 1")
-        for field in ("embedding_norm", "tie_word_embeddings", "use_cache"):
+        for field in ("embedding_norm", "rbf_causal", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
+        if not _is_whole(self.router_seed) or not 0 <= self.router_seed < 2**32:
+            raise UserError(f"router_seed={self.router_seed!r}: must be a whole number from 0 to 2³² − 1")
         if not _is_finite(self.collapse_penalty) or self.collapse_penalty < 0:
             raise UserError(f"collapse_penalty={self.collapse_penalty!r}: must be 0 or a positive number")
         for field in _TOKEN_IDS:
@@ -244,6 +263,11 @@ class ChiarConfig(PreTrainedConfig):
                     raise UserError(
                         f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}"
                     )
+        for task, labels in (self.task_labels or {}).items():
+            if not isinstance(task, str) or not task or "." in task or not _is_whole(labels) or labels < 2:
+                raise UserError(
+                    f"task_labels={self.task_labels!r}: give each task's name, without dots, and 2 labels or more"
+                )
         self._check_menus()
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
@@ -293,6 +317,11 @@ class ChiarConfig(PreTrainedConfig):
                 raise UserError(
                     f"entropy_thresholds={self.entropy_thresholds} with router={self.router!r}, which has none: "
                     "use router='threshold' or drop entropy_thresholds"
+                )
+            if not _routes_by_entropy(self.router):
+                raise UserError(
+                    f"entropy_thresholds={self.entropy_thresholds} with router={self.router!r}, whose score is no "
+                    "entropy: use calibration='running', or router='threshold'"
                 )
             for i in self.routed_layers:
                 if len(self.menus[i]) > 3:
@@ -382,6 +411,11 @@ def _as_thresholds(thresholds: Any) -> list[float]:
 
 def _routes_by_score(router: Any) -> bool:
     return issubclass(_router_class(router), ScoreRouter)
+
+
+def _routes_by_entropy(router: Any) -> bool:
+    cls = _router_class(router)
+    return issubclass(cls, ScoreRouter) and cls.scores_entropy
 
 
 def _one_operator_a_token(router: Any) -> bool:

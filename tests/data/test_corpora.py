@@ -34,7 +34,7 @@ def test_documents_are_pieces_as_they_are(corpus_of, rows) -> None:
 @given(rows=ROWS, other=ROWS)
 def test_the_fingerprint_tells_texts_apart(corpus_of, rows, other) -> None:
     def fingerprint(rows: list[str], separator: str = "newline") -> str:
-        return corpora._hash_rows("rows", corpus_of(["x", *rows]).splits, separator)
+        return corpora.hash_rows("rows", corpus_of(["x", *rows]).splits, separator)
 
     assert (fingerprint(rows) == fingerprint(other)) == (rows == other)
     assert fingerprint(rows) != fingerprint(rows, "eos")

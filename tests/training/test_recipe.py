@@ -136,7 +136,7 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
         "gradient_checkpointing": True,
         "compile": True,
     }
-    assert free.keys() | others.keys() | {"tokens"} == set(type(begun.trainer).model_fields)
+    assert free.keys() | others.keys() | {"tokens", "epochs"} == set(type(begun.trainer).model_fields)
     for name, value in others.items():
         with pytest.raises(UserError, match=rf"trainer\.{name} was .* when this run began and is .* now"):
             Recipe.from_dict(trainer(**{name: value})).refuse_to_resume(begun)
@@ -191,7 +191,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         with_changes(calibration={"method": "running", "thresholds": [0.1, 0.2]}),
         ["thresholds=[0.1, 0.2]", "'fixed'"],
     ),
-    (with_changes(calibration={"method": "paper"}), ["baseline=None"]),
+    (with_changes(calibration={"method": "fixed"}), ["method='fixed'", "thresholds=None"]),
+    (with_changes(calibration={"method": "running", "baseline": "x"}), ["method='running'", "baseline='x'"]),
     (
         with_changes(model={"preset": "small", "calibration": "fixed"}, calibration={"method": "running"}),
         ["model.calibration='fixed'", "calibration.method='running'"],

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from chiaroscuro.config import ChiarConfig
-from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model import ChiarPreTrainedModel
 
 
 def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": [],
     }
-    if not isinstance(model, ChiarForCausalLM) or not isinstance(config, ChiarConfig):
+    if not isinstance(model, ChiarPreTrainedModel) or not isinstance(config, ChiarConfig):
         return facts
     facts |= {
         "norm": config.norm,
@@ -41,7 +41,7 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "cacheable": not config.uncacheable(),
     }
     calibrations = model.thresholds()
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(model.trunk.blocks):
         calibration = calibrations.get(i)
         thresholds = [] if calibration is None else calibration.values.tolist()
         facts["layers"].append(

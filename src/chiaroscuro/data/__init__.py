@@ -1,4 +1,4 @@
-"""From a name to blocks of tokens: corpora, tokenizers, token files and the blocks that a model trains on."""
+"""From a name to what a model trains on: corpora, tokenizers, token files, blocks; `data.tasks` has labelled texts."""
 
 from chiaroscuro.data.blocks import TokenBlocks
 from chiaroscuro.data.cache import default_cache_dir

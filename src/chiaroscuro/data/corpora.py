@@ -124,16 +124,30 @@ def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
     if name == "python-docs":
         splits, separator = _python_docs_splits(), "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
-    elif folder := find_folder(name, WANTED_SOURCES):
-        splits = _folder_splits(name, folder, cache_dir or default_cache_dir())
-        description = f"the files in {folder}, by row"
-    elif match := HUB_NAME.fullmatch(name):
-        splits = _hub_splits(name, match["name"], match["config"])
-        description = f"{name} from the Hugging Face Hub, by row"
     else:
-        raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
+        splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES)
+        description = f"{origin}, by row"
     splits = _checked(name, splits)
-    return Corpus(name, description, splits, separator, _hash_rows(name, splits, separator))
+    return Corpus(name, description, splits, separator, hash_rows(name, splits, separator))
+
+
+def read_splits(name: str, cache_dir: Path, wanted: str) -> tuple[dict[str, datasets.Dataset], str]:
+    """Read the splits of a folder or of a Hub data set, with all their columns, and say where they are from.
+
+    Args:
+        name: a folder, or `owner/name` or `owner/name:config`.
+        cache_dir: where files of a folder are kept as Arrow tables.
+        wanted: what the name should be; it ends the message where it is nothing of the kind.
+
+    Raises:
+        UserError: there is no such source, it can't be read, or a folder has no train split.
+
+    """
+    if folder := find_folder(name, wanted):
+        return _folder_splits(name, folder, cache_dir), f"the files in {folder}"
+    if match := HUB_NAME.fullmatch(name):
+        return _hub_splits(name, match["name"], match["config"]), f"{name} from the Hugging Face Hub"
+    raise UserError(f"no such corpus: {name!r}; {wanted}")
 
 
 def find_folder(name: str, wanted: str) -> Path | None:
@@ -234,6 +248,12 @@ def _checked(name: str, splits: dict[str, datasets.Dataset]) -> dict[str, datase
                 f"the corpus {name!r} has no {split} split, only {', '.join(splits) or 'unknown ones'}; "
                 "training needs train and validation"
             )
+    check_texts(name, splits)
+    return {split: rows.select_columns("text") for split, rows in splits.items()}
+
+
+def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:
+    """Raise a UserError unless every split has a column "text" of strings."""
     for split, rows in splits.items():
         columns = rows.column_names
         if "text" not in columns:
@@ -243,10 +263,9 @@ def _checked(name: str, splits: dict[str, datasets.Dataset]) -> dict[str, datase
         type_ = getattr(rows.features["text"], "dtype", "list")
         if type_ not in ("string", "large_string"):
             raise UserError(f"the column 'text' in the {split} split of {name!r} holds {type_}; it must hold strings")
-    return {split: rows.select_columns("text") for split, rows in splits.items()}
 
 
-def _hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:
+def hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:
     """Return a fingerprint of the content: a text moved to another folder stays the same corpus."""
     digest = hashlib.sha256(separator.encode())
     for split, rows in splits.items():

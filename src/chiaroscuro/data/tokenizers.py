@@ -1,4 +1,4 @@
-"""A tokenizer by name: `bpe:8192` made here, a local folder, or one of the Hugging Face Hub.
+"""A tokenizer by name: `bpe:8192` or `words` made here, a local folder, or one of the Hugging Face Hub.
 
 All come out as the same class, `transformers.PreTrainedTokenizerFast`, so that it is saved beside the model's
 weights and `AutoTokenizer` finds it there.
@@ -23,9 +23,13 @@ from chiaroscuro.errors import UserError
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN_WORD = "<unk>"
 
 # All 256 bytes, the end of text, and one merge: with fewer there is a text that can't be written, or no BPE.
 SMALLEST_VOCABULARY = 256 + 1 + 1
+
+# More than any text has: all its words are taken.
+MANY_WORDS = 2**31
 
 # Counts up when the training below changes, so that an old tokenizer is not taken for a new one.
 FORMAT = 1
@@ -34,7 +38,7 @@ FORMAT = 1
 USERS_PARALLELISM = os.environ.get("TOKENIZERS_PARALLELISM")
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
-WANTED_TOKENIZERS = "a tokenizer is 'bpe:8192' (any size), a folder with tokenizer files, or a Hub name"
+WANTED_TOKENIZERS = "a tokenizer is 'bpe:8192' (any size), 'words', a folder with tokenizer files, or a Hub name"
 
 
 def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = None) -> PreTrainedTokenizerFast:
@@ -45,10 +49,12 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
 
             - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train
               split and kept. It has fewer than N tokens only where the text has too few repetitions to merge;
+            - `words`: every word between white space in the corpus' train split is a token, made once and kept. Other
+              words are `<unk>`, and the white space is lost: for the languages of tasks, such as ListOps;
             - a folder: what `save_pretrained` writes, or GPT-2's `vocab.json` and `merges.txt`;
             - a name on the Hugging Face Hub.
-        corpus: what `bpe:N` is trained on.
-        cache_dir: where `bpe:N` is kept; [`default_cache_dir`][] if not given.
+        corpus: what `bpe:N` and `words` are trained on.
+        cache_dir: where these are kept; [`default_cache_dir`][] if not given.
 
     Returns:
         The tokenizer. Where it has no padding token of its own, that is its end-of-sequence token.
@@ -62,6 +68,8 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     kind, _, size = name.partition(":")
     if kind == "bpe":
         tokenizer = _trained(name, size, corpus, cache_dir or default_cache_dir())
+    elif name == "words":
+        tokenizer = _words(corpus, cache_dir or default_cache_dir())
     elif folder := find_folder(name, WANTED_TOKENIZERS):
         tokenizer = _from_folder(name, folder)
     elif HUB_NAME.fullmatch(name):
@@ -79,18 +87,33 @@ def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTraine
     if not (size.isascii() and size.isdecimal()) or int(size) < SMALLEST_VOCABULARY:
         raise UserError(f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'")
     key = fingerprint(corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__)
-    path = cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json"
+    backend = _kept(cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json", lambda: _train(int(size), corpus))
+    return _wrapped(backend)
+
+
+def _words(corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
+    key = fingerprint(corpus=corpus.fingerprint, format=FORMAT, tokenizers=tokenizers.__version__)
+    backend = _kept(cache_dir / "tokenizers" / f"words-{key}.json", lambda: _train_words(corpus))
+    return _wrapped(backend, unk_token=UNKNOWN_WORD)
+
+
+def _kept(path: Path, train: Callable[[], Tokenizer]) -> Tokenizer:
     backend = _read(path) if path.exists() else None
     if backend is None:
-        backend = _train(int(size), corpus)
+        backend = train()
         with whole_file(path) as temporary:
             temporary.write_text(backend.to_str())
+    return backend
+
+
+def _wrapped(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        **special,
     )
 
 
@@ -114,7 +137,21 @@ def _train(size: int, corpus: Corpus) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,  # its own bar writes empty lines to standard output
     )
-    with all_cores(), patient_bar(f"training bpe:{size}", corpus.splits["train"].data.nbytes) as advance:
+    return _trained_on(corpus, f"bpe:{size}", backend, trainer)
+
+
+def _train_words(corpus: Corpus) -> Tokenizer:
+    """Collect the words of the train split, the most frequent first."""
+    backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN_WORD))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=MANY_WORDS, min_frequency=1, special_tokens=[END_OF_TEXT, UNKNOWN_WORD], show_progress=False
+    )
+    return _trained_on(corpus, "words", backend, trainer)
+
+
+def _trained_on(corpus: Corpus, name: str, backend: Tokenizer, trainer: trainers.Trainer) -> Tokenizer:
+    with all_cores(), patient_bar(f"training {name}", corpus.splits["train"].data.nbytes) as advance:
         backend.train_from_iterator(_counted(corpus.pieces("train"), advance), trainer)
     return backend
 
@@ -145,6 +182,14 @@ def _from_pretrained(name: str, failure: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the network, the Hub and the file formats fail with errors of every family
         raise UserError(f"{failure} ({one_line(error)}); {WANTED_TOKENIZERS}") from error
+
+
+def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer's core that neither pads nor truncates, as using the tokenizer may have made it do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from chiaroscuro.data.cache import default_cache_dir, fingerprint, whole_file
 from chiaroscuro.data.corpora import Corpus
 from chiaroscuro.data.progress import patient_bar
-from chiaroscuro.data.tokenizers import all_cores
+from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ def tokenize_corpus(
             own size; the cache folder can't be written or the disk is full.
 
     """
-    # A copy, because using a tokenizer may leave a padding or truncation in it, and neither must count here.
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
+    backend = bare_backend(tokenizer)
     end = tokenizer.eos_token_id if corpus.separator == "eos" else None
     if corpus.separator == "eos" and end is None:
         raise UserError(

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 
 def find_checkpoint(name: str) -> str:
@@ -33,7 +41,9 @@ def find_checkpoint(name: str) -> str:
 
 
 def load_checkpoint(name: str) -> PreTrainedModel:
-    """A causal language model in evaluation mode: a CHIAR-Former, or any other that it is compared with.
+    """A model in evaluation mode: a CHIAR-Former, or any other that it is compared with.
+
+    It is the classifier of texts that config.json says it is, or else a causal language model.
 
     Args:
         name: as in `find_checkpoint`.
@@ -47,7 +57,13 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
     logging.set_verbosity_error()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind, *_ = AutoConfig.from_pretrained(path).architectures or [""]
+        cls: Any = AutoModelForCausalLM
+        if kind == ChiarForMixedTasks.__name__:  # a language model too, which no Auto class knows with its heads
+            cls = ChiarForMixedTasks
+        elif kind.endswith("ForSequenceClassification"):
+            cls = AutoModelForSequenceClassification
+        loaded: Any = cls.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
     except UserError as error:

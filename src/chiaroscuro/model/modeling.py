@@ -19,7 +19,16 @@ from transformers.utils import can_return_tuple
 
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import MetaRouter, RBFMixing, RoutedBlock, Routing, ScoreRouter, SpectralMixing, Thresholds
+from chiaroscuro.layers import (
+    MetaRouter,
+    PermutedRouter,
+    RBFMixing,
+    RoutedBlock,
+    Routing,
+    ScoreRouter,
+    SpectralMixing,
+    Thresholds,
+)
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
 from chiaroscuro.ops import causal_mask, linear_cross_entropy, rotary_table
@@ -51,7 +60,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, SpectralMixing):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MetaRouter | RBFMixing | Thresholds):
+        elif isinstance(module, MetaRouter | PermutedRouter | RBFMixing | Thresholds):
             module.reset_parameters()
 
     @classmethod
@@ -140,6 +149,9 @@ class ChiarModel(ChiarPreTrainedModel):
                 rope_theta=config.rope_theta,
                 execution=config.execution or "sparse",
                 attention_context=config.attention_context,
+                rbf_causal=config.rbf_causal,
+                layer=i,
+                router_seed=config.router_seed,
             )
             for i, menu in enumerate(config.menus)
         )
@@ -193,7 +205,7 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError("past_key_values with use_cache=False: drop one of them")
         cache = self.check_cache(past_key_values) if use_cache else None
         x = self.embed(input_ids, inputs_embeds)
-        context = self.prepare(x, attention_mask, position_ids, cache)
+        context = self.prepare(x, attention_mask, position_ids, cache, input_ids)
         gate = self.gate(x, context["attention_mask"], cache)
         hidden_states = [x]
         routings: list[Routing | None] = []
@@ -232,9 +244,10 @@ class ChiarModel(ChiarPreTrainedModel):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: ChiarCache | None = None,
+        input_ids: Tensor | None = None,
     ) -> dict[str, Any]:
-        """What all layers share: the padding, the mask, the positions' angles and the attention implementation."""
+        """What all layers share: padding, mask, positions and their angles, the attention implementation, token ids."""
         batch, time, width = x.shape
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if seen + time > self.config.max_position_embeddings:
@@ -242,7 +255,7 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
                 "shorten the sequence, or configure the model for longer ones"
             )
-        if attention_mask is None and isinstance(past_key_values, ChiarCache) and past_key_values.padded:
+        if attention_mask is None and past_key_values is not None and past_key_values.padded:
             raise UserError("this cache was begun with an attention_mask: go on giving one, over cached and new tokens")
         if attention_mask is not None:
             if attention_mask.shape != (batch, seen + time):
@@ -251,10 +264,12 @@ class ChiarModel(ChiarPreTrainedModel):
                     "a row for every sequence, over cached and new tokens"
                 )
             attention_mask = attention_mask.bool()
-            if isinstance(past_key_values, ChiarCache):
-                past_key_values.padded = not attention_mask.all()
-            if self.config.execution == "sparse" and bool(attention_mask.all()):
-                attention_mask = None  # nothing is padded, so nothing need be packed
+            if past_key_values is not None or self.config.execution == "sparse":
+                padded = not attention_mask.all()  # which waits for the device: not asked where nobody needs it
+                if past_key_values is not None:
+                    past_key_values.padded = padded
+                if self.config.execution == "sparse" and not padded:
+                    attention_mask = None  # nothing is padded, so nothing need be packed
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(seen, seen + time, device=x.device)[None]
@@ -272,6 +287,7 @@ class ChiarModel(ChiarPreTrainedModel):
             "mask": mask,
             "rotary": rotary_table(position_ids, head_width, self.config.rope_theta) if rotated else None,
             "implementation": self.config._attn_implementation,
+            "input_ids": input_ids,
         }
 
     def gate(
@@ -319,6 +335,16 @@ class ChiarModel(ChiarPreTrainedModel):
         """Whether this forward's loss has a collapse penalty, and so needs the routing."""
         return self.training and self.config.collapse_penalty > 0
 
+    def collapse_term(self, routings: tuple[Routing | None, ...], attention_mask: Tensor | None) -> Tensor:
+        """λ Σ_layers U of a forward's routing, to be taken from its loss where the model `penalises`."""
+        utilisation = utilisation_entropy(routings, attention_mask)
+        if torch.is_grad_enabled() and not utilisation.requires_grad:
+            raise UserError(
+                f"collapse_penalty={self.config.collapse_penalty} would teach nothing: router={self.config.router!r} "
+                "gives no weights, or gradient checkpointing has use_reentrant=True, which loses their gradient"
+            )
+        return self.config.collapse_penalty * utilisation
+
     def check_cache(self, past_key_values: Any) -> ChiarCache:
         """The cache that was given, or a new one; a UserError where it can't serve this model."""
         if self.gradient_checkpointing and self.training:
@@ -344,6 +370,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
     """The CHIAR-Former as a language model; its head shares the embedding's weights unless the config says not to."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The heads of `ChiarForMixedTasks` have no place here, and their absence is no news.
+    _keys_to_ignore_on_load_unexpected = [r"heads\."]  # noqa: RUF012
     # The loss is divided by `num_items_in_batch` where the Trainer gives it.
     accepts_loss_kwargs = True
 
@@ -428,7 +456,9 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
                     num_items_in_batch=num_items_in_batch,
                 )
             if self.model.penalises():
-                loss = loss - self._collapse_term(outputs.routing, attention_mask, targets, num_items_in_batch)
+                # As much of λ Σ U as this forward is of its step, so that accumulated forwards sum to one.
+                part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
+                loss = loss - part * self.model.collapse_term(outputs.routing, attention_mask)
         return ChiarCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -441,23 +471,6 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
     def _loss_needs_logits(self) -> bool:
         """Whether the head or the loss is another than ours, as an adapter's or the user's own."""
         return type(self.lm_head) is not nn.Linear or self.loss_function is not ForCausalLMLoss
-
-    def _collapse_term(
-        self,
-        routings: tuple[Routing | None, ...],
-        attention_mask: Tensor | None,
-        targets: Tensor,
-        num_items_in_batch: int | Tensor | None,
-    ) -> Tensor:
-        """λ Σ_layers U, as much of it as this forward is of its step, so that accumulated forwards sum to one λ Σ U."""
-        utilisation = utilisation_entropy(routings, attention_mask)
-        if torch.is_grad_enabled() and not utilisation.requires_grad:
-            raise UserError(
-                f"collapse_penalty={self.config.collapse_penalty} would teach nothing: router={self.config.router!r} "
-                "gives no weights, or gradient checkpointing has use_reentrant=True, which loses their gradient"
-            )
-        part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
-        return self.config.collapse_penalty * part * utilisation
 
     def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """What each position is to predict, −100 where nothing: at the end, at padding, and of padding."""

@@ -44,12 +44,35 @@ class ChiarCausalLMOutput(ModelOutput):
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
+        beside: of `ChiarForMixedTasks`, the output of the second forward, where there was one.
 
     """
 
     loss: Float[Tensor, ""] | None = None
     logits: Float[Tensor, "batch kept vocabulary"] | None = None
     past_key_values: ChiarCache | None = None
+    hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
+    routing: tuple[Routing, ...] | None = None
+    meta_gate: Float[Tensor, "#batch #time"] | None = None
+    beside: ModelOutput | None = None
+
+
+@dataclass
+class ChiarSequenceClassifierOutput(ModelOutput):
+    """Output of `ChiarForSequenceClassification`: the loss and the logits, and the rest as in `ChiarModelOutput`.
+
+    Attributes:
+        loss: mean negative log-likelihood of the rows' labels in nats, where they were given; in training with
+            `collapse_penalty` λ > 0, less λ Σ_layers U.
+        logits: scores of the labels.
+        hidden_states: see `ChiarModelOutput`.
+        routing: see `ChiarModelOutput`.
+        meta_gate: see `ChiarModelOutput`.
+
+    """
+
+    loss: Float[Tensor, ""] | None = None
+    logits: Float[Tensor, "batch labels"] | None = None
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None

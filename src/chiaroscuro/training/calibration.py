@@ -61,8 +61,9 @@ def calibrate(
             ids, mask = fields.get("input_ids"), fields.get("attention_mask")
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 raise UserError("calibrate needs input_ids of shape (B, T) in every batch: give a list of such batches")
-            x = base.embed(ids.to(model.device))
-            context = base.prepare(x, None if mask is None else mask.to(model.device))
+            ids = ids.to(model.device)
+            x = base.embed(ids)
+            context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
             states.append((x, context, base.gate(x, context["attention_mask"])))
         if not states:
             raise UserError("calibrate got no batches: give at least one with some tokens")
@@ -73,7 +74,7 @@ def calibrate(
         model.set_attention_share(model.config.attention_share if share is None else share)
         for i in range(len(base.layers)):
             if i in layers:
-                scores = [_real_scores(base.blocks[i].route(x, c["attention_mask"]), c) for x, c, _ in states]
+                scores = [_real_scores(base.blocks[i].route(x, **c), c) for x, c, _ in states]
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
     finally:

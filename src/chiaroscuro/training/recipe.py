@@ -22,7 +22,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from transformers import LlamaConfig
 
 from chiaroscuro.config import ChiarConfig
+from chiaroscuro.data.tasks import check_task
 from chiaroscuro.errors import UserError
+
+LANGUAGE_MODELLING = "language-modelling"
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -61,24 +64,66 @@ def _architecture(section: Any) -> str:
 
 
 class DataSection(Section):
-    """Text to learn from: `python-docs`, a folder or a Hub name; a sequence is so many predictions."""
+    """What to learn, and from what.
 
-    source: str = "python-docs"
+    With `task: language-modelling`, to predict the next token of a text: `source` is `python-docs`, a folder or a Hub
+    name, and a sequence is `sequence_length` predictions. With the name of a task ([`chiaroscuro.data.tasks`][]), to
+    tell the label of a text, of which the first `sequence_length` tokens are read; the other fields are the task's own
+    options, and each task refuses those that it has no use for.
+    """
+
+    task: str = LANGUAGE_MODELLING
+    source: str | None = None
     sequence_length: Count = 256
+    train_examples: Count | None = None
+    heldout_examples: Count | None = None
+    max_length: Count | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_source(cls, content: Any) -> Any:
+        text = isinstance(content, Mapping) and content.get("task", LANGUAGE_MODELLING) == LANGUAGE_MODELLING
+        return {**content, "source": "python-docs"} if text and content.get("source") is None else content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSection":
+        if self.task != LANGUAGE_MODELLING:
+            check_task(self.task, self.task_options(), others=[LANGUAGE_MODELLING])
+        for name, value in self.task_options().items():
+            if self.task == LANGUAGE_MODELLING and name != "source" and value is not None:
+                raise ValueError(f"{name}={value!r}: an option of tasks that are generated, not of {self.task}")
+        return self
+
+    def task_options(self) -> dict[str, Any]:
+        """What `load_task` is to be told, None where nothing is said."""
+        return self.model_dump(exclude={"task", "sequence_length"})
+
+
+class MixtureSection(Section):
+    """Mixed training: with a probability of `ratio`, a step learns from a batch of one of `tasks` beside the text.
+
+    Every task is a data section, by a name of the recipe's; its `sequence_length` is the text's unless it says
+    otherwise. All losses go through the whole model. Source: arXiv 2606.08327, v2.
+    """
+
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
+    tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], DataSection], Field(min_length=1)]
 
 
 class TrainerSection(Section):
     """How long, how fast, in what steps, and how often to look.
 
     One step takes `batch_size` sequences per device, `gradient_accumulation` times. The run is as long as
-    `steps` or `tokens` says, one of them. The learning rate rises linearly for `warmup_steps` and falls by a
-    cosine to `min_learning_rate`.
+    `steps`, `tokens` or `epochs` says, one of them; an epoch is as many whole steps as the data have. The
+    learning rate rises linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`.
     """
 
     output_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Count | None = None
     tokens: Count | None = None
+    epochs: Count | None = None
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
@@ -98,8 +143,11 @@ class TrainerSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainerSection":
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError(f"steps={self.steps} and tokens={self.tokens}: set exactly one of them, the other to null")
+        if [self.steps, self.tokens, self.epochs].count(None) != 2:
+            raise ValueError(
+                f"steps={self.steps}, tokens={self.tokens} and epochs={self.epochs}: set exactly one of them, the "
+                "others to null"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -111,8 +159,10 @@ class CalibrationSection(Section):
     """Where the routing thresholds come from.
 
     `running`: they follow the entropies seen, towards the model's `attention_share`. `fixed`: as given in
-    `thresholds`. `paper`: the 33rd and 67th percentile of H over a trained `baseline`'s embeddings of the
-    first 200 validation rows (SPEC §3, arXiv 2606.08327), and fixed from then on.
+    `thresholds`. `paper`: the 33rd and 67th percentile of H over a trained baseline's embeddings of the
+    first 200 validation rows (SPEC §3, arXiv 2606.08327), and fixed from then on. The baseline is the model in the
+    folder `baseline` or, unless one is named, trained first: the recipe with attention alone in every layer, in
+    `output_dir`/baseline.
     """
 
     method: Literal["running", "fixed", "paper"] = "running"
@@ -123,8 +173,10 @@ class CalibrationSection(Section):
     def _consistent(self) -> "CalibrationSection":
         for field, method in (("thresholds", "fixed"), ("baseline", "paper")):
             value = getattr(self, field)
-            if (value is not None) != (self.method == method):
+            if value is not None and self.method != method:
                 raise ValueError(f"method={self.method!r} with {field}={value!r}: {field} goes with method={method!r}")
+        if self.method == "fixed" and self.thresholds is None:
+            raise ValueError("method='fixed' with thresholds=None: give thresholds: [low, high]")
         return self
 
 
@@ -136,6 +188,7 @@ class Recipe(Section):
         Discriminator(_architecture),
     ]
     data: DataSection = DataSection()
+    mixture: MixtureSection | None = None
     tokenizer: Annotated[str, Field(min_length=1)] = "bpe:8192"
     trainer: TrainerSection
     calibration: CalibrationSection | None = None
@@ -152,7 +205,7 @@ class Recipe(Section):
             UserError: if the file can't be read, is no YAML, or says something unknown, missing or
             impossible.
         """
-        content = _read_yaml(Path(path))
+        content = read_yaml(Path(path), "recipe", "model: and trainer:")
         for override in overrides:
             _override(content, override)
         return cls.from_dict(content)
@@ -167,7 +220,7 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(content)
         except ValidationError as error:
-            raise UserError(_one_line(error, content)) from None
+            raise UserError(one_line(error, content)) from None
         # An impossible model should be said before minutes go into a tokenizer: any vocabulary does for the
         # check.
         recipe.build_config(vocab_size=256, thresholds=(0.0, 1.0) if recipe.uses_baseline else None)
@@ -192,16 +245,45 @@ class Recipe(Section):
             config: ChiarConfig | LlamaConfig = self._llama_config(self.model, vocab_size)
         else:
             config = self._chiar_config(self.model, vocab_size, thresholds)
-        if self.data.sequence_length > config.max_position_embeddings:
-            raise UserError(
-                f"data.sequence_length={self.data.sequence_length} is longer than the model's "
-                f"max_position_embeddings={config.max_position_embeddings}"
-            )
+        read = {"data": self.data}
+        if self.mixture is not None:
+            read |= {f"mixture.tasks.{name}": data for name, data in self.mixture.tasks.items()}
+        for name, data in read.items():
+            if data.sequence_length > config.max_position_embeddings:
+                raise UserError(
+                    f"{name}.sequence_length={data.sequence_length} is longer than the model's "
+                    f"max_position_embeddings={config.max_position_embeddings}"
+                )
         return config
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_long_as_the_text(cls, content: Any) -> Any:
+        """Let the tasks of a mixture be cut where the text is, unless they say otherwise."""
+        try:
+            length, tasks = content["data"]["sequence_length"], content["mixture"]["tasks"]
+            tasks = {name: {"sequence_length": length, **data} for name, data in tasks.items()}
+        except (TypeError, KeyError, AttributeError):  # nothing to fill in, or nothing that the checks will let pass
+            return content
+        return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
+
+    @model_validator(mode="after")
+    def _mixed(self) -> "Recipe":
+        if self.mixture is not None:
+            if self.data.task != LANGUAGE_MODELLING:
+                raise ValueError(f"mixture with data.task={self.data.task!r}: tasks are mixed into language modelling")
+            if isinstance(self.model, LlamaSection):
+                raise ValueError("mixture with model.architecture: llama, which has no heads for tasks; remove one")
+        return self
 
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
         if self.calibration is not None:
             raise UserError("calibration sets routing thresholds, which model.architecture: llama lacks; remove it")
+        if self.data.task != LANGUAGE_MODELLING:
+            raise UserError(
+                f"data.task={self.data.task!r} with model.architecture: llama, which is here a language model alone; "
+                "for full attention give a CHIAR-Former model.operators=[[attention], …]"
+            )
         if section.hidden_size % (2 * section.num_attention_heads):
             raise UserError(
                 f"model.hidden_size={section.hidden_size} must be an even multiple of "
@@ -241,14 +323,26 @@ class Recipe(Section):
         assert measured_or_given is not None  # the section's own check, or the caller's measurement
         return {"calibration": "fixed", "entropy_thresholds": list(measured_or_given)}
 
-    def steps(self, world_size: int = 1) -> int:
+    def steps(self, world_size: int = 1, rows: int | None = None) -> int:
         """Optimizer steps of the run on `world_size` processes; `tokens` is rounded up to whole steps.
 
+        Args:
+            world_size: The processes.
+            rows: Sequences of the train split, for a run that is so many epochs long.
+
         Raises:
-            UserError: if the warm-up would not end before the run.
+            UserError: if the warm-up would not end before the run, or it is so many epochs of nobody knows what.
         """
-        wanted = self.trainer.tokens or 0
-        steps = self.trainer.steps or math.ceil(wanted / self.tokens_per_step(world_size))
+        if self.trainer.epochs is not None:
+            if rows is None:
+                raise UserError(
+                    f"trainer.epochs={self.trainer.epochs} is so many steps as the data have, which are not known yet: "
+                    "set trainer.steps or trainer.tokens instead"
+                )
+            steps = self.trainer.epochs * (rows // self.sequences_per_step(world_size))
+        else:
+            wanted = self.trainer.tokens or 0
+            steps = self.trainer.steps or math.ceil(wanted / self.tokens_per_step(world_size))
         if self.trainer.warmup_steps >= steps:
             raise UserError(
                 f"trainer.warmup_steps={self.trainer.warmup_steps} is not shorter than the {steps} steps of "
@@ -256,12 +350,24 @@ class Recipe(Section):
             )
         return steps
 
+    def baseline(self) -> "Recipe":
+        """The recipe that trains the baseline of `calibration.method: paper`."""
+        layers = self.build_config(vocab_size=256, thresholds=(0.0, 1.0)).num_hidden_layers
+        content = self.model_dump(mode="json", exclude_none=True, exclude={"calibration"})
+        content["model"] |= {
+            "operators": [["attention"]] * (layers or 0),
+            "meta_router": "none",
+            "calibration": "running",
+        }
+        content["trainer"]["output_dir"] = str(Path(self.trainer.output_dir) / "baseline")
+        return Recipe.from_dict(content)
+
     def sequences_per_step(self, world_size: int = 1) -> int:
         """Sequences that one optimizer step learns from, over all processes."""
         return self.trainer.batch_size * self.trainer.gradient_accumulation * world_size
 
     def tokens_per_step(self, world_size: int = 1) -> int:
-        """Predictions that one optimizer step learns from, over all processes."""
+        """Tokens that one optimizer step reads, over all processes: the padding of shorter texts is among them."""
         return self.sequences_per_step(world_size) * self.data.sequence_length
 
     def to_yaml(self) -> str:
@@ -315,30 +421,49 @@ def _parse(text: str, what: str) -> Any:
         raise UserError(f"{what} is no valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str, needs: str) -> dict[str, Any]:
+    """Read a YAML file that holds sections.
+
+    Args:
+        path: The file.
+        what: What it is, for messages: "recipe".
+        needs: The sections that it can't do without, likewise.
+
+    Raises:
+        UserError: if it can't be read, is no YAML, says a key twice, or has no sections.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"recipe {path} can't be read: {reason}") from None
-    content = _parse(text, f"recipe {path}")
+        raise UserError(f"{what} {path} can't be read: {reason}") from None
+    content = _parse(text, f"{what} {path}")
     if not isinstance(content, dict):
-        raise UserError(f"recipe {path} has no sections; it needs at least model: and trainer:")
+        raise UserError(f"{what} {path} has no sections; it needs at least {needs}")
     return content
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     """Put `section.field=value` into `content`."""
     name, equals, value = override.partition("=")
-    *sections, field = name.split(".")
-    if not equals or not all([*sections, field]):
+    if not equals or not all(name.split(".")):
         raise UserError(f"override {override!r} has not the form section.field=value")
+    set_field(content, name, _parse(value, f"override {override!r}"))
+
+
+def set_field(content: dict[str, Any], name: str, value: Any) -> None:
+    """Put a value into nested sections, by its dotted name.
+
+    Raises:
+        UserError: if a section on the way there holds a value instead of fields.
+    """
+    *sections, field = name.split(".")
     inner = content
     for section in sections:
         inner = inner.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {section!r} holds {inner!r} and has no fields")
-    inner[field] = _parse(value, f"override {override!r}")
+            raise UserError(f"{name}={value!r}: {section!r} holds {inner!r} and has no fields")
+    inner[field] = value
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -355,26 +480,43 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "": Recipe,
     "model": LlamaSection,  # a chiar section passes unknown fields on to ChiarConfig, which names its own
     "data": DataSection,
+    "mixture": MixtureSection,
+    "mixture.tasks.*": DataSection,
     "trainer": TrainerSection,
     "calibration": CalibrationSection,
 }
 
 
-def _one_line(error: ValidationError, content: Mapping[str, Any]) -> str:
-    """Put the first of pydantic's findings as `section.field=value: what is wrong`."""
+def one_line(
+    error: ValidationError,
+    content: Mapping[str, Any],
+    *,
+    sections: Mapping[str, type[BaseModel]] = _SECTIONS,
+    what: str = "recipe",
+) -> str:
+    """Put the first of pydantic's findings as `section.field=value: what is wrong`.
+
+    Args:
+        error: What pydantic found.
+        content: What it was given.
+        sections: The model of every section that has fields, by its dotted name; the whole file under "", and under
+            `*` what may have any name.
+        what: What the file is.
+    """
     first = error.errors(include_url=False)[0]
     # The tag of a union member stands in pydantic's path, but not in the user's file.
     path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ("chiar", "llama"))]
     name, given = ".".join(path), first["input"]
     if not isinstance(content, Mapping):
-        return "a recipe is a mapping of sections: model, data, tokenizer, trainer, calibration"
+        return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"
     if first["type"] == "extra_forbidden":
-        known = list(_SECTIONS[path[0] if len(path) > 1 else ""].model_fields)
+        place = ".".join(path[:-1])
+        known = list(sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
         return f"{name}={given!r}: unknown field; {hint}"
     if first["type"] == "missing":
-        return f"{name} is missing from the recipe; set it"
+        return f"{name} is missing from the {what}; set it"
     if first["type"] == "value_error":
         return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     if isinstance(given, Mapping) or first["type"] == "model_type":

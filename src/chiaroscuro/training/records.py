@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.ops import null_entropy_quantiles
 
@@ -47,16 +48,38 @@ def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width
         "layers": layers,
         "null_entropy": null_entropy_quantiles(width, PROBABILITIES).tolist(),
     }
-    gates = [gate for _, gate in looks if gate is not None]
-    if gates:
-        record["gate"] = torch.cat([gate.detach().float().flatten() for gate in gates]).mean().item()
-    return record
+    return record | mean_gate(looks)
+
+
+def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:
+    """The mean of g over some batches, under `gate`; nothing without a MetaRouter."""
+    gates = [gate.detach().float().flatten() for _, gate in looks if gate is not None]
+    return {"gate": torch.cat(gates).mean().item()} if gates else {}
+
+
+def describe_tasks(seen: Sequence[tuple[str, Tensor, Tensor | None]]) -> dict[str, dict[str, float]]:
+    """What was learned beside the text: by task the batches, their mean loss and the mean gate.
+
+    Args:
+        seen: task, loss and gate of each second forward; the gate None without a MetaRouter.
+    """
+    tasks: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+    for task, loss, gate in seen:
+        tasks.setdefault(task, []).append((loss, gate))
+    return {
+        task: {
+            "batches": len(each),
+            "loss": sum(loss.item() for loss, _ in each) / len(each),
+            **mean_gate(each),
+        }
+        for task, each in tasks.items()
+    }
 
 
 @torch.no_grad()
 def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
     """What a model routes where on some batches of input ids, as `describe_routing` puts it."""
-    outputs = [model(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
+    outputs = [model.trunk(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
     return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
 
 
@@ -84,7 +107,11 @@ def terminal_line(record: dict[str, Any], steps: int) -> str:
     words = [f"step {record['step']:>{len(str(steps))}}/{steps}"]
     if record["kind"] == "validation":
         words.append("validation")
-    words += [f"loss {record['loss']:.4f}", f"ppl {record['perplexity']:.2f}"]
+    words.append(f"loss {record['loss']:.4f}")
+    if "perplexity" in record:
+        words.append(f"ppl {record['perplexity']:.2f}")
+    if "accuracy" in record:
+        words.append(f"accuracy {record['accuracy']:.2%}")
     if "bits_per_byte" in record:
         words.append(f"bits/byte {record['bits_per_byte']:.4f}")
     if "learning_rate" in record:
@@ -142,6 +169,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             break
+    return records
+
+
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """Read the records of a run's folder.
+
+    Raises:
+        UserError: if it holds none.
+    """
+    records = read_records(folder / "metrics.jsonl")
+    if not records:
+        raise UserError("no run's folder: it has no metrics.jsonl with records in it")
     return records
 
 

@@ -13,42 +13,26 @@ is refused.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from torch.utils.data import Subset
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from torch.utils.data import Dataset, Subset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from chiaroscuro.data import (
-    Corpus,
-    TokenBlocks,
-    default_cache_dir,
-    load_corpus,
-    load_tokenizer,
-    tokenize_corpus,
-)
+from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
-from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.training.calibration import paper_thresholds
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
+from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
@@ -70,13 +54,15 @@ class TrainResult:
         model: The trained model, for `from_pretrained`.
         parameters: Its number of parameters.
         steps: Optimizer steps taken, over all parts of an interrupted run.
-        tokens: Predictions learned from, likewise.
+        tokens: What was read in them, batch by sequence length: the padding of shorter texts is among it.
         seconds: Time spent on them, without validation and saving.
         tokens_per_second: tokens / seconds.
-        train_loss: Nats per token, mean over the steps between the last two looks.
-        validation_loss: Nats per predicted token over the validation blocks.
-        perplexity: exp(validation_loss).
-        bits_per_byte: The same in bits per UTF-8 byte of text.
+        train_loss: Nats per prediction (a token, or the label of a text), mean over the steps between the last two
+            looks.
+        validation_loss: Nats per prediction over the validation split.
+        perplexity: exp(validation_loss); None for a task with labels.
+        bits_per_byte: The same in bits per UTF-8 byte of text; None likewise.
+        accuracy: Share of the validation rows whose label was told; None for language modelling.
     """
 
     folder: Path
@@ -88,12 +74,14 @@ class TrainResult:
     tokens_per_second: float
     train_loss: float
     validation_loss: float
-    perplexity: float
-    bits_per_byte: float
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the result with paths as text, ready for JSON."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """Give the result with paths as text and without what does not apply, ready for JSON."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> TrainResult:
@@ -120,29 +108,27 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     world, folder = processes.num_processes, Path(recipe.trainer.output_dir)
-    steps = recipe.steps(world)
+    if recipe.trainer.epochs is None:
+        recipe.steps(world)  # too long a warm-up should be said before minutes go into the data
     _refuse_data_parallel(processes)
     checkpoint = _find_checkpoint(recipe, folder, resume, say)
+    baseline = _baseline_of(recipe, console)
 
     with processes.main_process_first():  # the others find its caches
-        corpus = load_corpus(recipe.data.source)
-        tokenizer = load_tokenizer(recipe.tokenizer, corpus, default_cache_dir())
-        splits = tokenize_corpus(corpus, tokenizer, default_cache_dir())
-    length = recipe.data.sequence_length
-    blocks = {name: TokenBlocks(splits[name], length) for name in ("train", "validation")}
-    # The file of tokens is named by the text and the tokenizer that they are of.
-    facts = {"tokens": splits["train"].path.stem, "processes": world}
+        objective = load_objective(recipe, default_cache_dir())
+    steps = recipe.steps(world, len(cast(Sized, objective.train)))
+    facts = {"tokens": objective.identity, "processes": world}
     if checkpoint is not None:
         _refuse_other_facts(checkpoint, facts)
 
-    model = _build_model(recipe, tokenizer, corpus)
+    model = _build_model(recipe, objective, baseline)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
     if processes.is_main_process:
         _open_folder(recipe, folder, resume)
     say(
-        f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {corpus.name} "
-        f"({splits['train'].count:,} tokens), {steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
+        f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {objective.summary}, "
+        f"{steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
     )
     run = Run(
         folder=folder,
@@ -158,14 +144,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     ):
         trainer = RunTrainer(
             run=run,
+            objective=objective,
             model=model,
             args=_arguments(recipe, steps, model.config.use_cache),
-            data_collator=default_data_collator,
-            train_dataset=_whole_steps(blocks["train"], recipe.sequences_per_step(world)),
-            eval_dataset=blocks["validation"],
-            processing_class=tokenizer,
+            train_dataset=_whole_steps(objective.train, recipe.sequences_per_step(world)),
+            processing_class=objective.tokenizer,
             callbacks=[
-                *([MoveThresholds()] if isinstance(model, ChiarForCausalLM) else []),
+                *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
                 *([reporter] if processes.is_main_process else []),
                 stop,
             ],
@@ -202,8 +187,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         tokens_per_second=last["train"]["tokens"] / last["train"]["seconds"],
         train_loss=last["train"]["loss"],
         validation_loss=last["validation"]["loss"],
-        perplexity=last["validation"]["perplexity"],
-        bits_per_byte=last["validation"]["bits_per_byte"],
+        **{name: last["validation"].get(name) for name in ("perplexity", "bits_per_byte", "accuracy")},
     )
 
 
@@ -283,28 +267,44 @@ def _refuse_data_parallel(processes: PartialState) -> None:
         )
 
 
-def _whole_steps(blocks: TokenBlocks, sequences: int) -> Subset[dict[str, torch.Tensor]]:
-    """As many blocks as make whole steps, so that every step learns from the same number of tokens."""
-    if len(blocks) < sequences:
+def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
+    """As many rows as make whole steps, so that every step learns from the same number of them."""
+    count = len(cast(Sized, rows))
+    if count < sequences:
         raise UserError(
-            f"one step takes {sequences} sequences and the train split has {len(blocks)}; "
-            "lower trainer.batch_size, trainer.gradient_accumulation or data.sequence_length"
+            f"one step takes {sequences} sequences and the train split has {count}; "
+            "lower trainer.batch_size or trainer.gradient_accumulation, or give more or shorter sequences"
         )
-    return Subset(blocks, range(len(blocks) - len(blocks) % sequences))
+    return Subset(rows, range(count - count % sequences))
 
 
-def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> PreTrainedModel:
-    thresholds = None
-    if recipe.calibration is not None and recipe.calibration.baseline is not None:
-        baseline = _load_baseline(recipe.calibration.baseline, len(tokenizer))
-        rows = corpus.splits["validation"]["text"]
-        encoded = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in rows)
+def _baseline_of(recipe: Recipe, console: Console) -> str | None:
+    """The folder of the model whose embeddings the thresholds are of; trained first where the recipe names none."""
+    if not recipe.uses_baseline or recipe.calibration is None:
+        return None
+    if recipe.calibration.baseline is not None:
+        return recipe.calibration.baseline
+    its = recipe.baseline()
+    folder = Path(its.trainer.output_dir)
+    # Interrupted, it goes on by itself: the user resumes the whole, of which this is a part.
+    if (folder / _RECIPE).is_file():
+        its.refuse_to_resume(Recipe.load(folder / _RECIPE))
+    if not (folder / "model" / "config.json").is_file():
+        train(its, resume=bool(checkpoints(folder)), console=console)
+    return str(folder / "model")
+
+
+def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | None) -> PreTrainedModel:
+    thresholds, tokenizer = None, objective.tokenizer
+    if baseline_folder is not None:
+        baseline = _load_baseline(baseline_folder, len(tokenizer))
+        encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in objective.validation_texts)
         thresholds = paper_thresholds(baseline, encoded)
     config = recipe.build_config(len(tokenizer), thresholds)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     set_seed(recipe.trainer.seed)
-    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
+    return objective.build_model(config)
 
 
 def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:

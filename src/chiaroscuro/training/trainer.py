@@ -4,7 +4,7 @@
    optimizer moves, so no weight of a saved checkpoint was touched by it.
 2. **A checkpoint appears whole or not at all** (see [`checkpoints`][chiaroscuro.training.checkpoints]).
 3. **Routing is looked at only in the steps that will be shown.**
-4. **Validation** is the one that `chiaroscuro evaluate` has too: exact over tokens, and as bits per byte.
+4. **Validation** is the one that `chiaroscuro evaluate` has too, as the [`Objective`][] says.
 5. **A checkpoint that doesn't fit the model** is an error; the Trainer would warn, and train on from
    random weights.
 """
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import checkpoints, prune, seal, written_whole
-from chiaroscuro.training.records import describe_routing, perplexity
+from chiaroscuro.training.objectives import Objective
+from chiaroscuro.training.records import describe_routing, describe_tasks
 
 
 class TrainingDiverged(UserError):
@@ -59,7 +59,7 @@ class Run:
     Attributes:
         folder: The run's folder.
         keep_checkpoints: How many checkpoints stay.
-        tokens_per_step: Predictions per optimizer step, over all processes.
+        tokens_per_step: What one optimizer step reads, over all processes; padding counts.
         facts: Written beside every checkpoint, and compared on resume.
         clock: Counts the seconds.
     """
@@ -75,13 +75,16 @@ class RunTrainer(Trainer):
     """See the module's docstring."""
 
     model: Any
-    eval_dataset: Any
+    objective: Objective
 
-    def __init__(self, *, run: Run, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, run: Run, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(data_collator=objective.collate, eval_dataset=objective.validation, **kwargs)
         self.run = run
+        self.objective = objective
         self._routes = hasattr(self.model, "step_calibration")  # one of ours, that can say how it routed
         self._seen: list[Any] = []  # outputs of the step in hand, if it will be shown
+        self._beside: list[tuple[str, Tensor, Tensor | None]] = []  # task, loss and gate of every second forward
+        self._step_beside = 0  # the last step that was asked for one: with accumulation a step has several forwards
         self._last_look = (0, run.clock.seconds)
         self._saving_to: Path | None = None
 
@@ -160,9 +163,18 @@ class RunTrainer(Trainer):
         step = self.state.global_step + 1
         shown = step == 1 or step % self.args.logging_steps == 0 or step == self.state.max_steps
         look = self._routes and shown
-        # The model's use_cache is for those who generate with it later; training would fill one for nothing.
-        inputs = {**inputs, "use_cache": False, **({"output_routing": True} if look else {})}
+        inputs = {**inputs, **self.objective.inputs, **({"output_routing": True} if look else {})}
+        drawn = self.objective.beside(step, self.args.process_index) if step != self._step_beside else None
+        self._step_beside = step
+        if drawn is not None:
+            name, second = drawn
+            inputs["beside"] = {**self._prepare_inputs(second), "output_routing": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if drawn is not None:
+            # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
+            # was; this one is a mean of its own.
+            loss = loss - (self.args.world_size - 1) * outputs.beside.loss
+            self._beside.append((name, outputs.beside.loss.detach(), outputs.beside.meta_gate))
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
         return (loss, outputs) if return_outputs else loss
@@ -181,16 +193,18 @@ class RunTrainer(Trainer):
         last_step, last_seconds = self._last_look
         self._last_look = (step, seconds)
         speed = (step - last_step) * self.run.tokens_per_step / max(seconds - last_seconds, 1e-9)
-        record = {
+        added = sum(loss.item() for _, loss, _ in self._beside) / max(1, step - last_step)
+        record: dict[str, Any] = {
             **self._place("train"),
             "tokens_per_second": speed,
-            "loss": logs["loss"],
-            "perplexity": perplexity(logs["loss"]),
+            **self.objective.figures_of(logs["loss"] - added),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
         }
+        if self._beside:
+            record["tasks"] = describe_tasks(self._beside)
         self._publish(record, self._seen)
-        self._seen = []
+        self._seen, self._beside = [], []
 
     def _place(self, kind: str) -> dict[str, Any]:
         step = self.state.global_step
@@ -211,18 +225,14 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Predict the validation blocks; every process goes through all of them and sees the same."""
+        """Measure on the validation rows; every process goes through all of them and sees the same."""
         self._refuse_broken_weights()
         # A loader draws a seed even if it shuffles nothing; a look must not move the dropout after it.
         with self.run.clock.paused(), torch.random.fork_rng(devices=[]):
-            seen = evaluate_blocks(
-                self.model,
-                self.eval_dataset,
-                batch_size=self.args.per_device_eval_batch_size,
-                output_routing=self._routes,
+            figures, looks = self.objective.evaluate(
+                self.model, batch_size=self.args.per_device_eval_batch_size, output_routing=self._routes
             )
-        figures = {"loss": seen.loss, "perplexity": seen.perplexity, "bits_per_byte": seen.bits_per_byte}
-        self._publish({**self._place("validation"), **figures}, seen.routings)
+        self._publish({**self._place("validation"), **figures}, looks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 

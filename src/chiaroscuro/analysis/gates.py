@@ -1,0 +1,63 @@
+"""Where the MetaRouter's gate goes over training, task by task.
+
+The paper's settles near 0.22 in mixed training, and is to tell text from symbols. A run that learned several tasks has
+g of each in its records; one that learned a single task has that one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chiaroscuro.errors import UserError
+
+LAST_PART = 0.1
+"""Of a task's looks, those at the end that its final g is the mean of."""
+
+
+@dataclass(frozen=True)
+class TaskGate:
+    """One task.
+
+    Attributes:
+        steps: Of every look at it.
+        gate: Mean g of the batches since the look before.
+        final: Mean over the last tenth of the looks.
+    """
+
+    steps: list[int]
+    gate: list[float]
+    final: float
+
+
+def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
+    """Follow g over a run, by task: the text first, under the name `text`, then those of the mixture.
+
+    Args:
+        records: The run's, oldest first; those of training count.
+
+    Raises:
+        UserError: if the model has no MetaRouter.
+
+    Source: arXiv 2606.08327, v2, MetaRouter and mixed training.
+    """
+    looks: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if record["kind"] == "train":
+            seen = {"text": record, **record.get("tasks", {})}
+            for task, figures in seen.items():
+                if "gate" in figures:
+                    looks.setdefault(task, []).append((record["step"], figures["gate"]))
+    if not looks:
+        raise UserError("this run's model has no MetaRouter, so there is no gate to follow")
+    return {task: _task_gate(each) for task, each in looks.items()}
+
+
+def _task_gate(looks: Sequence[tuple[int, float]]) -> TaskGate:
+    steps, gate = (list(each) for each in zip(*looks, strict=True))
+    last = gate[-max(1, round(LAST_PART * len(gate))) :]
+    return TaskGate(steps, gate, sum(last) / len(last))
+
+
+def gates_as_dict(gates: Mapping[str, TaskGate]) -> dict[str, Any]:
+    """Give them as plain data, ready for JSON."""
+    return {task: asdict(gate) for task, gate in gates.items()}

@@ -1,0 +1,88 @@
+"""IMDB: film reviews, negative or positive (Maas et al. 2011).
+
+The set has 25,000 reviews to train on and 25,000 to test with, as many of either kind, and no validation split. Ours
+is a tenth of the training reviews, 1,250 of each kind: those whose text has the smallest hash. So they are the same in
+whatever order or from whatever place the reviews come, and a review that is there twice stays on one side.
+"""
+
+import hashlib
+from pathlib import Path
+
+import datasets
+
+from chiaroscuro.data.cache import fingerprint
+from chiaroscuro.data.corpora import check_texts, hash_rows, read_splits
+from chiaroscuro.data.tasks.task import ClassificationTask
+from chiaroscuro.errors import UserError
+
+LABELS = ("negative", "positive")
+UNLABELLED = -1
+HELD_OUT = 10
+"""One in so many training reviews is held out for validation."""
+
+WANTED = "the task imdb is read from a folder with train.parquet and test.parquet, or from a Hub name"
+
+
+def load_imdb(*, cache_dir: Path, source: str = "stanfordnlp/imdb") -> ClassificationTask:
+    """IMDB's reviews.
+
+    Args:
+        cache_dir: where files of a folder are kept as Arrow tables.
+        source: a folder with `train.parquet` and `test.parquet` (or `.jsonl`), the columns "text" and "label" (0
+            negative, 1 positive; rows of label −1, which have none, are left out), or the Hub's name of such a set.
+
+    Raises:
+        UserError: the source can't be read, or has no such splits, columns or labels.
+
+    """
+    found, origin = read_splits(source, cache_dir, WANTED)
+    for split in ("train", "test"):
+        if split not in found:
+            raise UserError(f"{source!r} has no {split} split, only {', '.join(found) or 'unknown ones'}; {WANTED}")
+    check_texts(source, found)
+    labelled = {split: _labelled(source, split, rows) for split, rows in found.items()}
+    texts = hash_rows(source, labelled, "eos")
+    labels = hashlib.sha256(bytes(label for rows in labelled.values() for label in rows["label"][:])).hexdigest()
+    validation = "its own validation split"
+    if "validation" not in labelled:
+        labelled["train"], labelled["validation"] = _hold_out(labelled["train"])
+        validation = "a tenth of train, by the hash of the text, for validation"
+    return ClassificationTask(
+        "imdb",
+        f"film reviews, negative or positive: {origin}, {validation}",
+        LABELS,
+        {split: labelled[split] for split in ("train", "validation", "test")},
+        fingerprint(texts=texts, labels=labels, held_out=HELD_OUT),
+        tokenizer="bpe:4096",
+    )
+
+
+def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows that have a label, and of their columns these two."""
+    if "label" not in rows.column_names:
+        raise UserError(
+            f"the {split} split of {source!r} has no column 'label', only {', '.join(rows.column_names)}; rename one"
+        )
+    labels = rows["label"][:]
+    for label in set(labels):
+        if label not in (UNLABELLED, *range(len(LABELS))):
+            raise UserError(
+                f"the {split} split of {source!r} has the label {label!r}: labels are 0, 1, and −1 for none"
+            )
+    kept = [i for i, label in enumerate(labels) if label != UNLABELLED]
+    for label, name in enumerate(LABELS):
+        if label not in labels:
+            raise UserError(f"the {split} split of {source!r} has no {name} row (label {label})")
+    return rows.select_columns(["text", "label"]).select(kept)
+
+
+def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Train and validation rows: of either label one in `HELD_OUT`, at least one, by the hash of the text."""
+    labels = rows["label"][:]
+    digests = [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]]
+    held: set[int] = set()
+    for label in range(len(LABELS)):
+        own = sorted((i for i, other in enumerate(labels) if other == label), key=lambda i: digests[i])
+        held.update(own[: max(1, len(own) // HELD_OUT)])
+    kept = [i for i in range(len(rows)) if i not in held]
+    return rows.select(kept), rows.select(sorted(held))

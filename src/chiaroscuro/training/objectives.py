@@ -1,0 +1,281 @@
+"""What a model is trained for: to predict the next token, the label of a text, or now the one and now the other.
+
+All that differs between these stands here, and the trainer knows none of it: which rows there are, how they become a
+batch, which model learns from them, and what is measured on the validation rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+
+from chiaroscuro.analysis.classification import evaluate_rows
+from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.config import ChiarConfig
+from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
+from chiaroscuro.data.tasks import ClassificationTask, LabelledRows, PadToLongest, load_task, tokenize_task
+from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
+from chiaroscuro.training.mixture import Mixture
+from chiaroscuro.training.recipe import LANGUAGE_MODELLING, Recipe
+from chiaroscuro.training.records import mean_gate, perplexity
+
+Look = tuple[Any, Any]
+"""`outputs.routing` and `outputs.meta_gate` of a batch."""
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """What there is to learn, and from what.
+
+    Attributes:
+        tokenizer: of the texts.
+        train: the rows to learn from.
+        validation: the rows to measure on.
+        identity: changes with the texts, their labels and the tokenizer: what a resumed run must find again.
+        summary: the data in a few words, for the terminal.
+        validation_texts: what the validation rows are of, as text.
+
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: Dataset[Any]
+    validation: Any
+    identity: str
+    summary: str
+    validation_texts: Iterable[str]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the forward is given beside a batch."""
+        return {}
+
+    @property
+    @abstractmethod
+    def collate(self) -> Callable[[Any], dict[str, Any]]:
+        """Makes a batch of rows."""
+
+    @abstractmethod
+    def build_model(self, config: Any) -> PreTrainedModel:
+        """An untrained model for it."""
+
+    @abstractmethod
+    def figures_of(self, loss: float) -> dict[str, float]:
+        """What a record of a training step says of its loss."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """The figures of the validation rows, and what was routed where."""
+
+    def beside(self, step: int, rank: int) -> tuple[str, dict[str, Any]] | None:
+        """What a step learns from beside its rows: a task, and the arguments of a second forward; here nothing."""
+        return None
+
+
+@dataclass(frozen=True)
+class LanguageModelling(Objective):
+    """To predict every token of a text from those before it."""
+
+    validation: TokenBlocks
+
+    @classmethod
+    def load(
+        cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
+    ) -> "LanguageModelling":
+        """The recipe's text, in blocks, by its tokenizer or the one that is given."""
+        assert recipe.data.source is not None  # the recipe's own check
+        corpus = load_corpus(recipe.data.source, cache_dir)
+        tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
+        splits = tokenize_corpus(corpus, tokenizer, cache_dir)
+        length = recipe.data.sequence_length
+        return cls(
+            tokenizer=tokenizer,
+            train=TokenBlocks(splits["train"], length),
+            validation=TokenBlocks(splits["validation"], length),
+            identity=splits["train"].path.stem,  # named by the text and the tokenizer
+            summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
+            validation_texts=corpus.splits["validation"]["text"],
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """No cache: the model's use_cache is for those who generate with it; training would fill one for nothing."""
+        return {"use_cache": False}
+
+    @property
+    def collate(self) -> Callable[[Any], dict[str, Any]]:
+        """All blocks are of one length."""
+        return default_data_collator
+
+    def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
+        """A causal language model, ours or the one that ours is compared with."""
+        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
+
+    def figures_of(self, loss: float) -> dict[str, float]:
+        """Loss and perplexity."""
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    def evaluate(
+        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """Exact over tokens, and as bits per byte."""
+        seen = evaluate_blocks(model, self.validation, batch_size=batch_size, output_routing=output_routing)
+        return {"loss": seen.loss, "perplexity": seen.perplexity, "bits_per_byte": seen.bits_per_byte}, seen.routings
+
+
+@dataclass(frozen=True)
+class Classification(Objective):
+    """To tell the label of a text.
+
+    Attributes:
+        task: the texts and their labels.
+        head: which head is to tell them, where a model has several.
+
+    """
+
+    validation: LabelledRows
+    task: ClassificationTask
+    head: str | None = None
+
+    @classmethod
+    def load(
+        cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
+    ) -> "Classification":
+        """The recipe's task, cut at its sequence length, by its tokenizer or the one that is given."""
+        task = load_task(recipe.data.task, cache_dir, **recipe.data.task_options())
+        tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
+        rows = tokenize_task(task, tokenizer, recipe.data.sequence_length, cache_dir)
+        train = rows["train"]
+        return cls(
+            tokenizer=tokenizer,
+            train=train,
+            validation=rows["validation"],
+            identity=train.identity,
+            summary=f"{task.name} ({len(train):,} texts, {train.share_cut:.0%} of them cut at {train.length} tokens)",
+            validation_texts=task.splits["validation"]["text"],
+            task=task,
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The head, where there is a choice."""
+        return {} if self.head is None else {"task": self.head}
+
+    @property
+    def collate(self) -> Callable[[Any], dict[str, Any]]:
+        """Padded to the longest of the batch."""
+        return PadToLongest(self.tokenizer.pad_token_id)
+
+    def build_model(self, config: ChiarConfig) -> PreTrainedModel:
+        """A classifier that knows its labels' names."""
+        config.id2label = dict(enumerate(self.task.labels))
+        config.label2id = {name: label for label, name in config.id2label.items()}
+        return ChiarForSequenceClassification(config)
+
+    def figures_of(self, loss: float) -> dict[str, float]:
+        """The loss alone: of so few rows an accuracy says little."""
+        return {"loss": loss}
+
+    def evaluate(
+        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """Loss and accuracy over the rows."""
+        seen = evaluate_rows(
+            model,
+            self.validation,
+            self.collate,
+            batch_size=batch_size,
+            output_routing=output_routing,
+            inputs=self.inputs,
+        )
+        return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
+
+
+@dataclass(frozen=True)
+class MixedTraining(LanguageModelling):
+    """To model a text, and now and then one of several tasks beside it, all with one tokenizer and through one trunk.
+
+    Attributes:
+        tasks: what there is beside the text, by the recipe's names.
+        mixture: which step learns from which.
+
+    """
+
+    tasks: Mapping[str, Objective]
+    mixture: Mixture
+
+    @classmethod
+    def load(cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> "MixedTraining":
+        """The recipe's text, and the tasks of its mixture."""
+        assert recipe.mixture is not None  # the caller's choice
+        text = LanguageModelling.load(recipe, cache_dir, tokenizer)
+        tasks = {}
+        for name, data in recipe.mixture.tasks.items():
+            alone = recipe.model_copy(update={"data": data, "mixture": None})
+            task = load_objective(alone, cache_dir, text.tokenizer)
+            tasks[name] = replace(task, head=name) if isinstance(task, Classification) else task
+        sizes = {name: len(cast(Sized, task.train)) for name, task in tasks.items()}
+        return cls(
+            **{field.name: getattr(text, field.name) for field in fields(LanguageModelling)}
+            | {
+                "identity": "+".join([text.identity, *(task.identity for task in tasks.values())]),
+                "summary": f"{text.summary}, and with a probability of {recipe.mixture.ratio:g} "
+                + ", ".join(f"{name}: {task.summary}" for name, task in tasks.items()),
+                "tasks": tasks,
+                "mixture": Mixture(sizes, recipe.mixture.ratio, recipe.trainer.batch_size, recipe.trainer.seed),
+            }
+        )
+
+    def build_model(self, config: ChiarConfig) -> PreTrainedModel:  # type: ignore[override]
+        """A language model with a head for every task that has labels."""
+        labelled = {name: task for name, task in self.tasks.items() if isinstance(task, Classification)}
+        config.task_labels = {name: len(task.task.labels) for name, task in labelled.items()}
+        return ChiarForMixedTasks(config)
+
+    def beside(self, step: int, rank: int) -> tuple[str, dict[str, Any]] | None:
+        """A batch of one of the tasks, in the steps that have one."""
+        drawn = self.mixture.at(step, rank)
+        if drawn is None:
+            return None
+        name, rows = drawn
+        task = self.tasks[name]
+        return name, {**task.collate([task.train[row] for row in rows]), **task.inputs}
+
+    def evaluate(
+        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """The text's figures, and under `tasks` those of every other, with its gate."""
+        figures, looks = super().evaluate(model, batch_size=batch_size, output_routing=output_routing)
+        others = {}
+        for name, task in self.tasks.items():
+            own, seen = task.evaluate(model, batch_size=batch_size, output_routing=output_routing)
+            others[name] = own | mean_gate(seen)
+        return figures | {"tasks": others}, looks
+
+
+def load_objective(recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Objective:
+    """What the recipe says is to be learnt, its data loaded, tokenised and kept in the cache.
+
+    Args:
+        recipe: what to learn.
+        cache_dir: where what took time is kept.
+        tokenizer: instead of the recipe's.
+
+    Raises:
+        UserError: the data or the tokenizer can't be had.
+    """
+    kind: type[LanguageModelling | Classification] = Classification
+    if recipe.data.task == LANGUAGE_MODELLING:
+        kind = LanguageModelling if recipe.mixture is None else MixedTraining
+    return kind.load(recipe, cache_dir, tokenizer)
