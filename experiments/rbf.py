@@ -1,0 +1,80 @@
+"""The published rbf operator without its mask and with it: how near A is to the identity, and whether it leaks.
+
+    chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m experiments.rbf
+
+Measures the models that the sweep trained, on the validation split of WikiText-2: the weight that a token gives itself
+in every layer, before training and after; the weight that it gives to later tokens where there is no mask; and the
+perplexity of each model with its own mask and with the other one. A model that learned to read the future is lost
+without it. Figures go to experiments/results/rbf/identity.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from chiaroscuro import ChiarForCausalLM
+from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.rbf import self_weights
+from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.layers import RBFMixing
+from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.training import Recipe
+
+RUNS = Path("runs/sweeps/rbf")
+RESULTS = Path("experiments/results/rbf/identity.json")
+BLOCKS = 128
+
+
+def main() -> None:
+    """Measure every run of the sweep, and write the figures."""
+    console = Console()
+    folders = sorted(path.parent for path in RUNS.glob("*/seed-*/model"))
+    if not folders:
+        raise SystemExit(f"{RUNS} holds no trained model: run chiaroscuro sweep recipes/sweeps/rbf.yaml first")
+    figures = [measure(folder) for folder in folders]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for f in figures:
+        console.print(
+            f"{f['variant']} seed {f['seed']}: perplexity {f['perplexity']:.2f}, with the other mask "
+            f"{f['perplexity_with_the_other_mask']:.2f}; weight on itself {f['trained']}"
+        )
+
+
+@torch.no_grad()
+def measure(folder: Path) -> dict[str, Any]:
+    """One trained model."""
+    recipe = Recipe.load(folder / "recipe.yaml")
+    model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
+    assert isinstance(model, ChiarForCausalLM)
+    tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
+    blocks = TokenBlocks(tokens, recipe.data.sequence_length)
+    batches = [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
+    torch.manual_seed(recipe.trainer.seed)
+    untrained = ChiarForCausalLM(model.config).eval()
+    own = evaluate_blocks(model, blocks).perplexity
+    trained, causal = self_weights(model, batches), model.config.rbf_causal
+    set_mask(model, not causal)
+    return {
+        "variant": folder.parent.name,
+        "seed": recipe.trainer.seed,
+        "causal": causal,
+        "perplexity": own,
+        "perplexity_with_the_other_mask": evaluate_blocks(model, blocks).perplexity,
+        "untrained": self_weights(untrained, batches),
+        "trained": trained,
+    }
+
+
+def set_mask(model: ChiarForCausalLM, causal: bool) -> None:
+    """Put the mask on, or take it off."""
+    for module in model.modules():
+        if isinstance(module, RBFMixing):
+            module.causal = causal
+
+
+if __name__ == "__main__":
+    main()
