@@ -6,6 +6,7 @@ An hour on two cores that do nothing else. What is measured already in benchmark
 again: remove the file to begin anew. `chiaroscuro benchmark` does the same at other sizes.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.report.performance import Plan, run_benchmark
 
 RESULTS = Path("benchmarks/results/speed.json")
+PAIR = Path("benchmarks/results/llama.json")
 PAGE = Path("docs/performance.md")
 SPEEDS = {"routed": {256: 1.2, 1024: 1.4, 4096: 2.0, 8192: 2.6}, "all": {4096: 1.5, 8192: 1.8}}
 """How many times faster than full attention a context is to be, at which length."""
@@ -84,7 +86,21 @@ def closing(found: dict[str, Any]) -> str:
     done = {cell["length"] for cell in cells if cell["task"] == "train"}
     missing = [f"{length:,}" for length in found["plan"]["lengths"] if length not in done]
     rest = ["", f"Not measured here: T = {', '.join(missing)}; `make bench` goes on with it."] if missing else []
-    return "\n".join([*head, *rows, *rest, ""])
+    return "\n".join([*head, *rows, *rest, *alone(), ""])
+
+
+def alone() -> list[str]:
+    """What the longer measurement of the baseline and Llama alone found, where it was made."""
+    if not PAIR.is_file():
+        return []
+    steps = json.loads(PAIR.read_text(encoding="utf-8"))["training_step"]
+    ratios = ", ".join(f"{step['ours_over_llama']:.2f} at T = {int(length):,}" for length, step in steps.items())
+    turns = min(step["ours"]["turns"] for step in steps.values())
+    return [
+        "",
+        "Among nine candidates each has three turns. Full attention and Llama alone, training steps in turn for "
+        f"{turns} turns or more (`python -m benchmarks.llama`): its time over Llama's is {ratios}.",
+    ]
 
 
 def _row(text: str, length: int, goal: str, found: float, reached: bool) -> str:
