@@ -59,7 +59,7 @@ configs = st.builds(
     attention_context=st.sampled_from(["all", "routed"]),
     execution=st.sampled_from(["sparse", "dense"]),
     meta_router=st.sampled_from(["none", "causal"]),
-    router=st.sampled_from(["threshold", "hard"]),
+    router=st.sampled_from(["threshold", "permuted", "learned", "hard"]),
 )
 
 
@@ -72,7 +72,7 @@ def counted_by_pytorch(model: torch.nn.Module, ids: torch.Tensor, training: bool
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("router", ["threshold", "hard", "soft"])
+@pytest.mark.parametrize("router", ["threshold", "random", "permuted", "learned", "hard", "soft"])
 @pytest.mark.parametrize("meta_router", ["none", "causal"])
 @pytest.mark.parametrize("menus", [[menu] for menu in MENUS] + [MENUS])
 def test_dense_and_not_causal_it_is_pytorch_s_count(
@@ -257,3 +257,17 @@ def test_the_command_refuses_a_context_that_the_router_has_not(
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "router='soft'" in capsys.readouterr().err
+
+
+def test_a_classifier_has_no_head_of_words() -> None:
+    classifier = config(architectures=["ChiarForSequenceClassification"])
+    without = count_flops(config(), 64, head=False).by_operator
+    assert count_flops(classifier, 64).by_operator == without
+    assert attention_part(classifier, 64)["of_a_layer"] == attention_part(classifier, 64)["of_the_model"]
+
+
+def test_rbf_without_a_mask_weighs_every_pair() -> None:
+    masked, open_ = (config(operators=[["rbf"]], rbf_causal=causal) for causal in (True, False))
+    added = {n: count_flops(open_, n).total - count_flops(masked, n).total for n in (64, 128)}
+    # 8 R operations a pair, of which a mask leaves n (n + 1) / 2.
+    assert added == {n: 8 * 64 * n * (n - 1) / 2 for n in added}

@@ -65,7 +65,8 @@ def count_flops(
         training: forward and backward, not the forward alone.
         causal: whether a token attends to those before it alone, T (T + 1) / 2 pairs, as the kernels have it. False
             counts T² pairs, as kernels that compute and mask do.
-        head: with the product that makes the logits.
+        head: with the product that makes the logits. The config of a classifier, which makes them for no token, has
+            none to count.
 
     Raises:
         UserError: a length below 1, a share outside 0 to 1, or an operator that is not counted here.
@@ -109,7 +110,7 @@ def count_flops(
         _add(counted, "feed-forward", product * 4 * d * _hidden(config) * length)
     if config.meta_router != "none":
         _add(counted, "meta-router", product * 2 * d * (length if config.meta_router == "causal" else 1))
-    if head:
+    if head and not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
         _add(counted, "head", product * 2 * d * config.vocab_size * length)
     return FlopCount(counted)
 
@@ -226,7 +227,7 @@ def attention_part(config: ChiarConfig, length: int) -> dict[str, float]:
     """What part of full attention's layer, and of its whole model, is attention: more than that nobody can save."""
     counted = count_flops(full_attention(config), length)
     attention = sum(number for name, number in counted.by_operator.items() if name.startswith("attention"))
-    layers = counted.total - counted.by_operator["head"]
+    layers = counted.total - counted.by_operator.get("head", 0.0)
     return {"of_a_layer": attention / layers, "of_the_model": attention / counted.total}
 
 

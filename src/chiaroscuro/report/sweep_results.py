@@ -74,17 +74,16 @@ def _parameters(config: PreTrainedConfig) -> int | None:
 
 
 def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[str, float] | None:
-    """Of one token. A model that gives no logits for every token has no head to speak of."""
-    head = (config.architectures or [""])[0].endswith("ForCausalLM")
+    """Of one token."""
     counted = {}
     for step, training in (("forward", False), ("training", True)):
         if isinstance(config, ChiarConfig):
             try:
-                counted[step] = count_flops(config, length, share=share, training=training, head=head).total / length
+                counted[step] = count_flops(config, length, share=share, training=training).total / length
             except UserError:  # an operator of somebody's own
                 return None
         elif isinstance(config, LlamaConfig):
-            counted[step] = count_llama_flops(config, length, training=training, head=head).total / length
+            counted[step] = count_llama_flops(config, length, training=training).total / length
     return counted or None
 
 
