@@ -28,7 +28,12 @@ from transformers.utils import logging
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
-from chiaroscuro.model import ChiarForCausalLM, ChiarForSequenceClassification, ChiarPreTrainedModel
+from chiaroscuro.model import (
+    ChiarForCausalLM,
+    ChiarForMixedTasks,
+    ChiarForSequenceClassification,
+    ChiarPreTrainedModel,
+)
 
 if TYPE_CHECKING:
     from chiaroscuro.data import Corpus
@@ -102,6 +107,9 @@ def evaluate(
             "T/stride times the work. Unless given: the paper's blocks, which overlap by one."
         ),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Of a mixed run, one of its recipe's tasks instead of the text.")
+    ] = None,
     share: Share = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 8,
     as_json: AsJson = False,
@@ -117,8 +125,9 @@ def evaluate(
     from chiaroscuro.training import describe_routing
 
     model, tokenizer = _load(checkpoint, share)
-    recipe = _recipe_of(checkpoint)
-    classifies = isinstance(model, ChiarForSequenceClassification)
+    recipe = _recipe_of(checkpoint) if task is None else _recipe_of_task(checkpoint, task)
+    head = task if isinstance(model, ChiarForMixedTasks) and task is not None and task in model.heads else None
+    classifies = isinstance(model, ChiarForSequenceClassification) or head is not None
     if classifies and stride is not None:
         raise UserError(f"--stride {stride}: this checkpoint is a classifier, which reads the beginning of every text")
     if length is None:
@@ -132,8 +141,8 @@ def evaluate(
     figures: dict[str, Any] = {"checkpoint": checkpoint, "data": "", "split": split, "length": length}
     result: Any
     if classifies:
-        task = _task(data, recipe, split)
-        rows = tokenize_task(task, tokenizer, length)[split]
+        texts = _task(data, recipe, split)
+        rows = tokenize_task(texts, tokenizer, length)[split]
         with _bar("evaluating", len(rows), as_json) as bar:
             result = evaluate_rows(
                 model,
@@ -142,8 +151,9 @@ def evaluate(
                 batch_size=batch_size,
                 output_routing=routes,
                 progress=lambda n: bar.advance(TaskID(0), n),
+                inputs=None if head is None else {"task": head},
             )
-        figures |= {"data": task.name, **result.figures()}
+        figures |= {"data": texts.name, **result.figures()}
     else:
         corpus = _corpus(data, recipe, split)
         blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length, stride)
@@ -394,7 +404,7 @@ def sweep(
     plot.png are written anew: mean, standard deviation, 95% interval, a paired test against the baseline, operations
     (exact protocol), time of a step.
 
-    Example: chiaroscuro sweep recipes/sweeps/routers.yaml --jobs 2
+    Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml --jobs 2
     """
     from chiaroscuro.report.sweep import run_sweep
     from chiaroscuro.report.sweep_table import print_sweep
@@ -660,6 +670,16 @@ def _recipe_of(checkpoint: str) -> Any:
 
     beside = Path(find_checkpoint(checkpoint)).parent / "recipe.yaml"
     return Recipe.load(beside) if beside.is_file() else None
+
+
+def _recipe_of_task(checkpoint: str, task: str) -> Any:
+    """The recipe that a mixed checkpoint was trained by, with one of its tasks in the text's place."""
+    recipe = _recipe_of(checkpoint)
+    tasks = {} if recipe is None or recipe.mixture is None else recipe.mixture.tasks
+    if task not in tasks:
+        known = f"it has {', '.join(tasks)}" if tasks else "no recipe beside it mixes tasks"
+        raise UserError(f"--task {task}: {checkpoint} has no such task; {known}")
+    return recipe.model_copy(update={"data": tasks[task], "mixture": None})
 
 
 def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":

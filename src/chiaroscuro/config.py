@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from chiaroscuro.errors import UserError
@@ -263,10 +264,15 @@ class ChiarConfig(PreTrainedConfig):
                     raise UserError(
                         f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}"
                     )
+        if self.task_labels is not None and not isinstance(self.task_labels, dict):
+            raise UserError(f"task_labels={self.task_labels!r}: give each task's number of labels, by its name")
         for task, labels in (self.task_labels or {}).items():
-            if not isinstance(task, str) or not task or "." in task or not _is_whole(labels) or labels < 2:
+            # The heads stand in a ModuleDict, whose own attributes and dotted paths are no keys.
+            named = isinstance(task, str) and task and "." not in task and not hasattr(nn.ModuleDict, task)
+            if not named or task == "training" or not _is_whole(labels) or labels < 2:
                 raise UserError(
-                    f"task_labels={self.task_labels!r}: give each task's name, without dots, and 2 labels or more"
+                    f"task_labels={self.task_labels!r}: give each task a name without dots that is no attribute of "
+                    "ModuleDict, and 2 labels or more"
                 )
         self._check_menus()
         self._check_router()

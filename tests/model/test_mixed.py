@@ -97,11 +97,18 @@ def test_saved_and_loaded_whole_and_as_a_language_model(tmp_path: Path) -> None:
     assert torch.equal(language.eval()(ids).logits, model(ids).logits)
 
 
+def test_heads_that_have_no_place_are_said(tmp_path: Path) -> None:
+    mixed().save_pretrained(tmp_path)
+    _, info = ChiarForMixedTasks.from_pretrained(tmp_path, task_labels={"sums": 10}, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"heads.sentiment.weight", "heads.sentiment.bias"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"task": "chess"}, "task='chess': this model has heads for sentiment, sums"),
         ({"beside": {"task": "sums", "input_ids": tokens(0)}}, "give labels to both"),
+        ({"task": "sums", "beside": {"input_ids": tokens(0)}}, "goes beside language modelling alone"),
         ({"task": "sums", "labels": torch.tensor([0, 10])}, r"labels \[0, 10\] for a head of 10 labels"),
     ],
 )
@@ -110,8 +117,8 @@ def test_what_it_refuses(arguments: dict[str, object], message: str) -> None:
         mixed()(tokens(0), **arguments)
 
 
-@pytest.mark.parametrize("task_labels", [{"a.b": 2}, {"a": 1}, {"": 2}, {"a": True}])
-def test_task_labels_that_are_none(task_labels: dict[str, int]) -> None:
+@pytest.mark.parametrize("task_labels", [{"a.b": 2}, {"a": 1}, {"": 2}, {"a": True}, {"keys": 2}, 3, ["a"]])
+def test_task_labels_that_are_none(task_labels: object) -> None:
     with pytest.raises(UserError, match="task_labels="):
         ChiarConfig(vocab_size=VOCABULARY, task_labels=task_labels)
 

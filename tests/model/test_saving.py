@@ -154,3 +154,27 @@ def test_a_share_given_to_from_pretrained_turns_the_dial(tmp_path: Path) -> None
     model.set_attention_share(0.9)
     assert loaded.config.attention_share == 0.9
     assert torch.equal(loaded.model.layers[1].thresholds, model.model.layers[1].thresholds)
+
+
+@pytest.mark.parametrize("router", ["random", "permuted", "learned"])
+def test_thresholds_of_one_score_mean_nothing_to_another(tmp_path: Path, router: str) -> None:
+    model = build(shrunk("small"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router=router)
+    new = ChiarForCausalLM(shrunk("small", router=router))
+    for i, thresholds in loaded.thresholds().items():
+        assert not thresholds.calibrated
+        assert torch.equal(thresholds.values, new.thresholds()[i].values)
+    assert all(
+        t.calibrated for t in ChiarForCausalLM.from_pretrained(tmp_path, router="threshold").thresholds().values()
+    )
+
+
+def test_another_seed_of_the_router_is_another_permutation(tmp_path: Path) -> None:
+    build(shrunk("small", router="permuted")).save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router_seed=5)
+    new = ChiarForCausalLM(shrunk("small", router="permuted", router_seed=5))
+    assert torch.equal(loaded.model.layers[1].router.permutation, new.model.layers[1].router.permutation)
+    same = ChiarForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(same.model.layers[1].router.permutation, new.model.layers[1].router.permutation)

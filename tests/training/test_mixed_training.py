@@ -1,5 +1,6 @@
 """Several tasks through one model: which step learns from what, what is recorded, and that a resumed run ends alike."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from chiaroscuro import ChiarForCausalLM, ChiarForMixedTasks
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks
 from chiaroscuro.analysis.gates import trace_gates
 from chiaroscuro.cli import main
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.checkpoint import load_checkpoint
 from chiaroscuro.training import read_records
 from chiaroscuro.training.mixture import Mixture
+from chiaroscuro.training.records import mean_gate
 from chiaroscuro.training.trainer import RunTrainer
 
 Go = Callable[..., Any]
@@ -132,6 +134,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
         ({"ratio": 1.5}, r"mixture\.ratio=1\.5: "),
         ({"tasks": {}}, r"mixture\.tasks"),
         ({"tasks": {"a.b": SUMS}}, r"mixture\.tasks\.a\.b"),
+        ({"tasks": {"text": SUMS}}, "the name 'text' is taken"),
+        ({"tasks": {"keys": SUMS}}, "the name 'keys' is taken"),
         ({"tasks": {"sums": {"task": "listops-flut"}}}, "did you mean 'listops-flat'"),
         ({"tasks": {"sums": {**SUMS, "sequence_lenght": 5}}}, "did you mean 'sequence_length'"),
         (
@@ -171,6 +175,39 @@ def test_what_has_no_mixture(run: Go, mixture: dict[str, Any], changes: dict[str
 
 
 # The gate
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_part_in_the_mean_gate(side: str) -> None:
+    torch.manual_seed(0)
+    model = ChiarForMixedTasks(
+        ChiarConfig(vocab_size=31, hidden_size=16, num_hidden_layers=3, task_labels={"sums": 3})
+    ).eval()
+    torch.nn.init.normal_(model.model.meta_router.weight, std=2.0)
+    rows = [[3, 4, 5, 6, 7, 8], [9, 10]]
+    padded = [row if len(row) == 6 else ([0] * 4 + row if side == "left" else row + [0] * 4) for row in rows]
+    mask = torch.tensor([[int(token > 0) for token in row] for row in padded])
+    together = model(torch.tensor(padded), attention_mask=mask, task="sums", output_routing=True)
+    alone = [model(torch.tensor([row]), task="sums", output_routing=True).meta_gate.flatten() for row in rows]
+    found = mean_gate([(together.routing, together.meta_gate)])["gate"]
+    assert found == pytest.approx(torch.cat(alone).mean().item(), abs=1e-5)
+    assert found != pytest.approx(together.meta_gate.mean().item(), abs=1e-3)
+
+
+def test_evaluate_measures_a_task_of_a_mixed_run(
+    run: Go, mixture: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, printed = run(mixture=mixture)
+    last = [r for r in read_records(result.folder / "metrics.jsonl") if r["kind"] == "validation"][-1]["tasks"]
+    assert f"sums: accuracy {last['sums']['accuracy']:.2%}" in printed
+    for task, figure in (("sums", "accuracy"), ("other_text", "perplexity")):
+        monkeypatch.setattr("sys.argv", ["chiaroscuro", "evaluate", str(result.folder), "--task", task, "--json"])
+        main()
+        assert json.loads(capsys.readouterr().out)[figure] == pytest.approx(last[task][figure])
+    monkeypatch.setattr("sys.argv", ["chiaroscuro", "evaluate", str(result.folder), "--task", "chess"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "it has sums, other_text" in capsys.readouterr().err
 
 
 def test_gates_are_followed_by_task() -> None:

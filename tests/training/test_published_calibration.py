@@ -1,5 +1,6 @@
 """Baseline, percentiles, thresholds and model as one recipe; and runs that are so many epochs long."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def test_interrupted_in_the_baseline_it_goes_on_there(run: Go, monkeypatch: pyte
         return step(self, *args)
 
     monkeypatch.setattr(RunTrainer, "training_step", break_off)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(TrainingInterrupted, match="in the baseline; the same command goes on") as stopped:
         run(calibration=PUBLISHED, trainer__output_dir=folder)
-    assert broken == ["baseline"]
+    assert broken == ["baseline"] and "--resume" not in str(stopped.value)
     result, printed = run(calibration=PUBLISHED, trainer__output_dir=folder)
     assert "resuming after step 4 of 12" in printed
     one, other = (ChiarForCausalLM.from_pretrained(each.model).config.entropy_thresholds for each in (whole, result))
@@ -62,6 +63,31 @@ def test_a_finished_baseline_of_another_recipe_is_not_taken(run: Go) -> None:
             file.rename(result.folder.parent / file.name)
     with pytest.raises(UserError, match=r"trainer\.learning_rate was 0\.002 when this run began"):
         run(calibration=PUBLISHED, trainer__learning_rate=1e-3)
+
+
+def test_a_finished_baseline_of_another_text_is_not_taken(run: Go, content: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    shutil.copytree(content["data"]["source"], folder)
+    data = content["data"] | {"source": str(folder)}
+    result, _ = run(calibration=PUBLISHED, data=data)
+    shutil.rmtree(result.folder / "model")
+    for checkpoint in result.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with (folder / "train.txt").open("a", encoding="utf-8") as file:
+        file.write("and then it was light again on the wall\n")
+    with pytest.raises(UserError, match="the text or its tokenizer changed since this run began"):
+        run(calibration=PUBLISHED, data=data)
+
+
+def test_the_percentiles_are_of_the_spectrum_that_routes(run: Go, content: dict[str, Any], corpus: Path) -> None:
+    result, _ = run(calibration=PUBLISHED, model__spectrum="reference")
+    baseline = ChiarForCausalLM.from_pretrained(result.folder / "baseline" / "model")
+    text = load_corpus(str(corpus))
+    tokenizer = load_tokenizer(content["tokenizer"], text)
+    rows = [tokenizer(row)["input_ids"] for row in text.splits["validation"]["text"]]
+    found = ChiarForCausalLM.from_pretrained(result.model).config.entropy_thresholds
+    assert found == pytest.approx(list(paper_thresholds(baseline, rows, spectrum="reference")))
+    assert found != pytest.approx(list(paper_thresholds(baseline, rows)), abs=1e-4)
 
 
 @pytest.mark.parametrize("path", ["17m.yaml", "400m.yaml"])
@@ -92,6 +118,11 @@ def test_an_epoch_is_as_many_whole_steps_as_the_data_have(run: Go, content: dict
 def test_a_warm_up_longer_than_the_epochs(run: Go) -> None:
     with pytest.raises(UserError, match=r"warmup_steps=5000 is not shorter than the \d+ steps"):
         run(trainer__steps=None, trainer__epochs=2, trainer__warmup_steps=5000)
+
+
+def test_epochs_of_fewer_rows_than_a_step(run: Go) -> None:
+    with pytest.raises(UserError, match="one step takes 5000 sequences and the train split has"):
+        run(trainer__steps=None, trainer__epochs=2, trainer__batch_size=5000)
 
 
 def test_epochs_are_no_number_of_steps_before_the_data_are_known(content: dict[str, Any]) -> None:

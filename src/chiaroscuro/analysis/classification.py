@@ -10,10 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from chiaroscuro.analysis.statistics import CONFIDENCE
 from chiaroscuro.data.tasks import LabelledRows
 from chiaroscuro.errors import UserError
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from chiaroscuro.analysis.collapse import LAST_PART
 from chiaroscuro.errors import UserError
 
-LAST_PART = 0.1
-"""Of a task's looks, those at the end that its final g is the mean of."""
+TEXT = "text"
+"""What the text is called beside the tasks of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
     looks: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if record["kind"] == "train":
-            seen = {"text": record, **record.get("tasks", {})}
+            seen = {TEXT: record, **record.get("tasks", {})}
             for task, figures in seen.items():
                 if "gate" in figures:
                     looks.setdefault(task, []).append((record["step"], figures["gate"]))

@@ -4,8 +4,9 @@ Runs with the same seed share their data's order, and much of their luck with it
 seed: the differences spread less than the values, and a difference is seen with fewer runs.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -69,3 +70,18 @@ def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
         return Comparison(**asdict(found))
     t = abs(found.mean) / (found.sd / found.count**0.5)
     return Comparison(**asdict(found), p=float(2 * stats.t.sf(t, found.count - 1)))
+
+
+def compare_ratios(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
+    """The ratio to a baseline, pair by pair: `compare` of the logarithms, whose mean and ends are given as ratios.
+
+    Args:
+        values: One of every pair, positive; perplexities, say.
+        baseline: The other, in the same order.
+
+    Returns:
+        The geometric mean of the ratios and its interval; `sd` stays that of the logarithms.
+    """
+    log = compare(np.log(values).tolist(), np.log(baseline).tolist())
+    low, high = (None if end is None else math.exp(end) for end in (log.low, log.high))
+    return replace(log, mean=math.exp(log.mean), low=low, high=high)

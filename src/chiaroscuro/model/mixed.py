@@ -28,6 +28,9 @@ class ChiarForMixedTasks(ChiarForCausalLM):
 
     """
 
+    # A language model leaves the heads out without a word; here they have a place.
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012
+
     def __init__(self, config: ChiarConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers reads it off a class's name
@@ -67,11 +70,14 @@ class ChiarForMixedTasks(ChiarForCausalLM):
             The output of the one or the other. With `beside`, the loss is the sum, and `beside` the second's output.
 
         Raises:
-            UserError: the model has no such task, or there are no labels for a sum of losses.
+            UserError: the model has no such task, a second forward goes beside one, or there are no labels for a sum
+                of losses.
 
         """
         others |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if task is not None:
+            if beside is not None:
+                raise UserError(f"beside with task={task!r}: a second forward goes beside language modelling alone")
             others.pop("use_cache", None)  # there is nothing to continue
             return classify(self.model, self.head_of(task), labels, **others)
         output = super().forward(labels=labels, return_dict=True, **others)

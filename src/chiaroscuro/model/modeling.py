@@ -37,6 +37,10 @@ GATED_LAYER = 0
 """The layer that the MetaRouter gates: the first, which the paper counts as layer 1."""
 
 
+_SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""What `from_pretrained` takes to say where a config is."""
+
+
 class ChiarPreTrainedModel(PreTrainedModel):
     """What the models share: initialisation, saving and loading, and the dial of attention."""
 
@@ -65,9 +69,23 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any Hugging Face model; `attention_share=ρ` turns the dial too, and not the config alone."""
+        """Load as any Hugging Face model; `attention_share=ρ` turns the dial too, and not the config alone.
+
+        With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
+        thresholds of one score mean nothing to another.
+        """
+        source = {name: kwargs[name] for name in _SOURCE if name in kwargs}
+        saved = (
+            cls.config_class.from_pretrained(args[0], **source)
+            if args and {"router", "router_seed"} & {*kwargs}
+            else None
+        )
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in ("router", "router_seed")):
+            for module in model.modules():
+                if isinstance(module, PermutedRouter) or (isinstance(module, Thresholds) and module.running):
+                    module.reset_parameters()
         # Where the thresholds follow the share they are the table's look-up of it, so this moves none but asked.
         for thresholds in model.thresholds().values():
             if thresholds.running:

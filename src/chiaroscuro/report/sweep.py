@@ -45,6 +45,7 @@ def run_sweep(path: str | Path, console: Console, *, jobs: int | None = None) ->
         sweep.refuse_other_recipes()
         jobs = jobs or default_jobs()
         with _Board(sweep, jobs, console) as board:
+            board.write()  # what can't be written should fail now, and not when the first run is over
             try:
                 carry_out(board.waiting(), jobs=jobs, lock=lock, watcher=board)
             except KeyboardInterrupt:
@@ -108,7 +109,10 @@ class _Board:
             self.failed[run] = error
         outcome = _metric_line(self.figures[run]) if run in self.figures else f"failed: {self.failed[run]}"
         self.say(f"{run.title}: {outcome}  [{self._count()}]")
-        self.write()
+        try:
+            self.write()
+        except UserError as error:  # the others go on; the last writing raises
+            self.say(f"the tables can't be written now: {error}")
 
     def looked(self) -> None:
         parts = 0.0

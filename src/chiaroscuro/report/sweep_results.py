@@ -1,6 +1,5 @@
 """What a sweep's runs have to say, one by one and side by side, as plain data."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean, median
@@ -13,13 +12,11 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 import chiaroscuro.model
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
-from chiaroscuro.analysis.statistics import compare, estimate
+from chiaroscuro.analysis.statistics import compare, compare_ratios, estimate
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.records import read_records, routed
 from chiaroscuro.training.sweep import Sweep, SweepRun
-
-_ENDS = ("mean", "low", "high")
 
 
 def collect_figures(run: SweepRun) -> dict[str, Any]:
@@ -172,12 +169,8 @@ def _summary(
 def _effect(ours: Sequence[float], theirs: Sequence[float], metric: str) -> dict[str, Any]:
     if metric == "accuracy":
         return {"kind": "difference", **asdict(compare(ours, theirs))}
-    log = compare([math.log(value) for value in ours], [math.log(value) for value in theirs])
-    ends = {
-        name: None if end is None else math.exp(end)
-        for name, end in zip(_ENDS, (log.mean, log.low, log.high), strict=True)
-    }
-    return {"kind": "ratio", "count": log.count, **ends, "sd_of_log": log.sd, "p": log.p}
+    found = asdict(compare_ratios(ours, theirs))
+    return {"kind": "ratio", "sd_of_log": found.pop("sd"), **found}
 
 
 def _pace(found: Mapping[int, dict[str, Any]]) -> float:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.ops import spectral_entropy
+from chiaroscuro.ops.spectral import Spectrum
 
 PAPER_ROWS = 200
 PAPER_LENGTH = 256
@@ -88,6 +89,7 @@ def paper_thresholds(
     rows: Iterable[Sequence[int]],
     percentiles: tuple[float, float] = PAPER_PERCENTILES,
     max_length: int = PAPER_LENGTH,
+    spectrum: Spectrum = "orthonormal",
 ) -> tuple[float, float]:
     """The paper's thresholds: percentiles of H over the embedding rows of a trained baseline.
 
@@ -99,6 +101,7 @@ def paper_thresholds(
         rows: token ids of the validation rows; the first 200 are taken, each cut at max_length tokens.
         percentiles: those that become τ_low and τ_high.
         max_length: where a row is cut.
+        spectrum: of the H that will be held against them.
 
     Returns:
         (τ_low, τ_high).
@@ -115,7 +118,7 @@ def paper_thresholds(
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
     if not 0 <= min(tokens) <= max(tokens) < len(embeddings):
         raise UserError(f"a token outside the vocabulary, vocab_size={len(embeddings)}: use the model's own tokenizer")
-    entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)]).double()
+    entropy = spectral_entropy(embeddings[torch.tensor(tokens, device=embeddings.device)], spectrum).double()
     low, high = torch.quantile(entropy, torch.tensor(percentiles, dtype=torch.float64, device=entropy.device) / 100)
     return float(low), float(high)
 

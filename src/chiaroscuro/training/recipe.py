@@ -1,7 +1,8 @@
 """A training run, said in one page of YAML.
 
-A recipe has five sections: `model`, `data`, `tokenizer`, `trainer` and, if the thresholds should come from
-somewhere else than the model's own configuration says, `calibration`. Whatever it leaves out has a default;
+A recipe has these sections: `model`, `data`, `tokenizer`, `trainer`; if it learns other tasks beside a text,
+`mixture`; and if the thresholds should come from somewhere else than the model's own configuration says,
+`calibration`. Whatever it leaves out has a default;
 whatever it says that nobody knows is an error that names the field. `section.field=value` on the command line
 changes one field.
 
@@ -19,8 +20,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from torch import nn
 from transformers import LlamaConfig
 
+from chiaroscuro.analysis.gates import TEXT
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.data.tasks import check_task
 from chiaroscuro.errors import UserError
@@ -109,6 +112,13 @@ class MixtureSection(Section):
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], DataSection], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MixtureSection":
+        for name in self.tasks:
+            if name == TEXT or name == "training" or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"the name {name!r} is taken: call the task something else")
+        return self
 
 
 class TrainerSection(Section):
@@ -301,6 +311,8 @@ class Recipe(Section):
                 f"model.vocab_size={changes['vocab_size']}: the tokenizer sets it; choose another tokenizer"
             )
         changes |= self._calibration_fields(changes, thresholds)
+        # Another seed is another draw of everything, or an interval over seeds would be of one draw of the router's.
+        changes.setdefault("router_seed", self.trainer.seed % 2**32)
         try:
             if section.preset is None:
                 return ChiarConfig(vocab_size=vocab_size, **changes)

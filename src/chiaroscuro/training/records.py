@@ -1,6 +1,7 @@
 """What a run says about itself: a record per look, for the terminal, TensorBoard and `metrics.jsonl` alike.
 
-A record is a flat dict but for `layers`, a list with one entry per layer (numbered from 1, as in the paper).
+A record is a flat dict but for `layers`, a list with one entry per layer (numbered from 1, as in the paper), and in
+mixed training `tasks`, the figures of each task beside the text.
 Entropies are quantiles at [`PROBABILITIES`][], and the record of a model that routes carries those of white
 noise beside them (SPEC §2): an entropy means nothing without them.
 """
@@ -52,26 +53,26 @@ def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width
 
 
 def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:
-    """The mean of g over some batches, under `gate`; nothing without a MetaRouter."""
-    gates = [gate.detach().float().flatten() for _, gate in looks if gate is not None]
+    """The mean of g over some batches, under `gate`; nothing without a MetaRouter. Padding has a g that counts not."""
+    gates = []
+    for routing, gate in looks:
+        if gate is not None:
+            real = routing[0].operator_index >= 0
+            gates.append((gate[real] if gate.shape == real.shape else gate).detach().float().flatten())
     return {"gate": torch.cat(gates).mean().item()} if gates else {}
 
 
-def describe_tasks(seen: Sequence[tuple[str, Tensor, Tensor | None]]) -> dict[str, dict[str, float]]:
-    """What was learned beside the text: by task the batches, their mean loss and the mean gate.
+def describe_tasks(seen: Sequence[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What was learned beside the text: by task the number of batches, and the means of their figures.
 
     Args:
-        seen: task, loss and gate of each second forward; the gate None without a MetaRouter.
+        seen: task and figures (`loss`, and `gate` with a MetaRouter) of each second forward.
     """
-    tasks: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
-    for task, loss, gate in seen:
-        tasks.setdefault(task, []).append((loss, gate))
+    tasks: dict[str, list[dict[str, float]]] = {}
+    for task, figures in seen:
+        tasks.setdefault(task, []).append(figures)
     return {
-        task: {
-            "batches": len(each),
-            "loss": sum(loss.item() for loss, _ in each) / len(each),
-            **mean_gate(each),
-        }
+        task: {"batches": len(each), **{name: sum(f[name] for f in each) / len(each) for name in each[0]}}
         for task, each in tasks.items()
     }
 
@@ -123,6 +124,10 @@ def terminal_line(record: dict[str, Any], steps: int) -> str:
         words.append(f"H {_three(middle.tolist())} (null {_three(record['null_entropy'])})")
     if "gate" in record:
         words.append(f"g {record['gate']:.3f}")
+    for task, figures in record.get("tasks", {}).items():
+        shown = [f"accuracy {figures['accuracy']:.2%}"] if "accuracy" in figures else [f"loss {figures['loss']:.4f}"]
+        shown += [f"g {figures['gate']:.3f}"] if "gate" in figures else []
+        words.append(f"{task}: {' '.join(shown)}")
     return "  ".join(words)
 
 
@@ -138,6 +143,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         for name, value in record.items()
         if isinstance(value, (int, float)) and name not in ("step", "tokens", "seconds")
     }
+    for task, figures in record.get("tasks", {}).items():
+        flat |= {f"{kind}_{task}/{name}": value for name, value in figures.items()}
     for layer in record.get("layers", []):
         place = f"{kind}_layer_{layer['layer']:02d}"
         flat |= {f"{place}/share_{name}": x for name, x in zip(layer["operators"], layer["share"], strict=True)}

@@ -112,12 +112,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         recipe.steps(world)  # too long a warm-up should be said before minutes go into the data
     _refuse_data_parallel(processes)
     checkpoint = _find_checkpoint(recipe, folder, resume, say)
-    baseline = _baseline_of(recipe, console)
 
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
-    steps = recipe.steps(world, len(cast(Sized, objective.train)))
+    rows = _whole_steps(objective.train, recipe.sequences_per_step(world))
+    steps = recipe.steps(world, len(rows))
     facts = {"tokens": objective.identity, "processes": world}
+    baseline = _baseline_of(recipe, facts, console)
     if checkpoint is not None:
         _refuse_other_facts(checkpoint, facts)
 
@@ -147,7 +148,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             objective=objective,
             model=model,
             args=_arguments(recipe, steps, model.config.use_cache),
-            train_dataset=_whole_steps(objective.train, recipe.sequences_per_step(world)),
+            train_dataset=rows,
             processing_class=objective.tokenizer,
             callbacks=[
                 *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
@@ -278,7 +279,7 @@ def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
     return Subset(rows, range(count - count % sequences))
 
 
-def _baseline_of(recipe: Recipe, console: Console) -> str | None:
+def _baseline_of(recipe: Recipe, facts: dict[str, Any], console: Console) -> str | None:
     """The folder of the model whose embeddings the thresholds are of; trained first where the recipe names none."""
     if not recipe.uses_baseline or recipe.calibration is None:
         return None
@@ -290,7 +291,13 @@ def _baseline_of(recipe: Recipe, console: Console) -> str | None:
     if (folder / _RECIPE).is_file():
         its.refuse_to_resume(Recipe.load(folder / _RECIPE))
     if not (folder / "model" / "config.json").is_file():
-        train(its, resume=bool(checkpoints(folder)), console=console)
+        try:
+            train(its, resume=bool(checkpoints(folder)), console=console)
+        except TrainingInterrupted as stop:
+            where = str(stop).partition(";")[0]
+            raise TrainingInterrupted(f"{where}, in the baseline; the same command goes on from there") from None
+    elif (done := newest_complete(folder, lambda line: None)) is not None:
+        _refuse_other_facts(done, facts)
     return str(folder / "model")
 
 
@@ -299,7 +306,8 @@ def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | No
     if baseline_folder is not None:
         baseline = _load_baseline(baseline_folder, len(tokenizer))
         encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in objective.validation_texts)
-        thresholds = paper_thresholds(baseline, encoded)
+        spectrum = recipe.build_config(len(tokenizer), (0.0, 1.0)).spectrum
+        thresholds = paper_thresholds(baseline, encoded, spectrum=spectrum)
     config = recipe.build_config(len(tokenizer), thresholds)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -349,6 +357,7 @@ def _arguments(recipe: Recipe, steps: int, use_cache: bool) -> TrainingArguments
             save_steps=trainer.save_every,
             use_cache=use_cache,  # the Trainer writes it into the model's configuration, by default as False
             remove_unused_columns=False,
+            ddp_find_unused_parameters=True if recipe.mixture else None,  # a step has one head at most
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             report_to="none",

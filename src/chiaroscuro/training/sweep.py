@@ -44,7 +44,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import checkpoints
-from chiaroscuro.training.recipe import Recipe, Section, one_line, read_yaml, set_field
+from chiaroscuro.training.recipe import LANGUAGE_MODELLING, Recipe, Section, one_line, read_yaml, set_field
 from chiaroscuro.training.records import read_records
 
 Seed = Annotated[int, Field(ge=0)]
@@ -202,6 +202,8 @@ class Sweep:
         recipe = read_yaml(path.parent / file.recipe, "recipe", "model: and trainer:")
         changes = file.changes()
         runs = [_run(file, recipe, name, fields, seed) for seed in file.seeds for name, fields in changes.items()]
+        if len({run.recipe.data.task == LANGUAGE_MODELLING for run in runs}) > 1:
+            raise UserError(f"{path}: some variants model a text and others tell labels, which no figure compares")
         return cls(file, changes, runs)
 
     def refuse_other_recipes(self) -> None:

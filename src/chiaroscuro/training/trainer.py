@@ -25,7 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import checkpoints, prune, seal, written_whole
 from chiaroscuro.training.objectives import Objective
-from chiaroscuro.training.records import describe_routing, describe_tasks
+from chiaroscuro.training.records import describe_routing, describe_tasks, mean_gate
 
 
 class TrainingDiverged(UserError):
@@ -83,7 +83,7 @@ class RunTrainer(Trainer):
         self.objective = objective
         self._routes = hasattr(self.model, "step_calibration")  # one of ours, that can say how it routed
         self._seen: list[Any] = []  # outputs of the step in hand, if it will be shown
-        self._beside: list[tuple[str, Tensor, Tensor | None]] = []  # task, loss and gate of every second forward
+        self._beside: list[tuple[str, dict[str, float]]] = []  # task, loss and gate of every second forward
         self._step_beside = 0  # the last step that was asked for one: with accumulation a step has several forwards
         self._last_look = (0, run.clock.seconds)
         self._saving_to: Path | None = None
@@ -174,7 +174,8 @@ class RunTrainer(Trainer):
             # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
             # was; this one is a mean of its own.
             loss = loss - (self.args.world_size - 1) * outputs.beside.loss
-            self._beside.append((name, outputs.beside.loss.detach(), outputs.beside.meta_gate))
+            look_beside = (outputs.beside.routing, outputs.beside.meta_gate)
+            self._beside.append((name, {"loss": outputs.beside.loss.item(), **mean_gate([look_beside])}))
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
         return (loss, outputs) if return_outputs else loss
@@ -193,7 +194,8 @@ class RunTrainer(Trainer):
         last_step, last_seconds = self._last_look
         self._last_look = (step, seconds)
         speed = (step - last_step) * self.run.tokens_per_step / max(seconds - last_seconds, 1e-9)
-        added = sum(loss.item() for _, loss, _ in self._beside) / max(1, step - last_step)
+        # With several processes the Trainer's loss is the mean of all, and this the main one's own.
+        added = sum(figures["loss"] for _, figures in self._beside) / max(1, step - last_step)
         record: dict[str, Any] = {
             **self._place("train"),
             "tokens_per_second": speed,

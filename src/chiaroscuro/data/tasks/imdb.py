@@ -83,6 +83,7 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
     held: set[int] = set()
     for label in range(len(LABELS)):
         own = sorted((i for i, other in enumerate(labels) if other == label), key=lambda i: digests[i])
-        held.update(own[: max(1, len(own) // HELD_OUT)])
+        last = digests[own[max(1, len(own) // HELD_OUT) - 1]]
+        held.update(i for i in own if digests[i] <= last)  # all that have this text, not the first of them alone
     kept = [i for i in range(len(rows)) if i not in held]
     return rows.select(kept), rows.select(sorted(held))
