@@ -70,12 +70,15 @@ def main() -> None:
 def closing(found: dict[str, Any]) -> str:
     """The table of goals, and what of the plan is still to be measured."""
     cells = found["cells"]
-    rows = [goal.row(cells) for goal in goals()]
+    rows, why = [goal.row(cells) for goal in goals()], list[str]()
     for cell in cells:
         if cell["task"] == "router":
             share, what = cell["share_of_layer"], "training step" if cell["training"] else "forward"
             text = f"router and transform, {cell['context']}, {what}: part of a layer at d = {cell['length']}"
             rows.append(_row(text, 1024, "≤ 0.1", share, share <= 0.1))
+            if share > 0.1:
+                each = ", ".join(f"{name} {1e3 * t['median']:.2g} ms" for name, t in cell["parts"].items())
+                why += ["", f"What goes into *{text}*: {each}, of the layer's {1e3 * cell['layer']['median']:.3g} ms."]
     head = [
         "",
         "## What was to be reached",
@@ -86,7 +89,7 @@ def closing(found: dict[str, Any]) -> str:
     done = {cell["length"] for cell in cells if cell["task"] == "train"}
     missing = [f"{length:,}" for length in found["plan"]["lengths"] if length not in done]
     rest = ["", f"Not measured here: T = {', '.join(missing)}; `make bench` goes on with it."] if missing else []
-    return "\n".join([*head, *rows, *rest, *alone(), ""])
+    return "\n".join([*head, *rows, *why, *rest, *alone(), ""])
 
 
 def alone() -> list[str]:

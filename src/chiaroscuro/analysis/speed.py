@@ -11,8 +11,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -123,7 +124,7 @@ def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Wo
     """A routed pre-norm block on x as a whole, and of it what routing by entropy and the spectral operator cost.
 
     That is the transform and the entropy of every token, the choice, and the filter and the way back for the tokens
-    that take it; with their gradients, in training.
+    that take it; with their gradients, in training. Without gradients these three stand alone too.
     """
     block.train(training)
     inputs = x.detach().requires_grad_(training)
@@ -139,16 +140,37 @@ def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Wo
         with torch.set_grad_enabled(training):
             finish(block(inputs)[0])
 
+    router, mixing, first = (
+        cast(Any, block.router),
+        cast(Any, block.operators["dct"]),
+        block.operator_names.index("dct"),
+    )
+
+    def transform() -> Tensor:
+        return spectral_coefficients(source)
+
+    def score(coefficients: Tensor) -> Tensor:
+        return entropy_of_spectrum(coefficients.detach(), block.spectrum)
+
+    def mix(coefficients: Tensor, entropy: Tensor) -> Tensor:
+        tokens = PackedTokens.of(router(source, entropy) == first)
+        return mixing.sparse_forward(source, tokens, coefficients)
+
     def part() -> None:
         with torch.set_grad_enabled(training):
-            coefficients = spectral_coefficients(source)
-            entropy = entropy_of_spectrum(coefficients.detach(), block.spectrum)
-            assert block.router is not None
-            tokens = PackedTokens.of(block.router(source, entropy) == block.operator_names.index("dct"))
-            mixing: Any = block.operators["dct"]
-            finish(mixing.sparse_forward(source, tokens, coefficients))
+            coefficients = transform()
+            finish(mix(coefficients, score(coefficients)))
 
-    return {"layer": whole, "router and transform": part}
+    works: dict[str, Work] = {"layer": whole, "router and transform": part}
+    if not training:
+        coefficients = transform()
+        alone: dict[str, Callable[[], Any]] = {
+            "transform": transform,
+            "entropy": partial(score, coefficients),
+            "choice, filter and way back": partial(mix, coefficients, score(coefficients)),
+        }
+        works |= {name: torch.no_grad()(work) for name, work in alone.items()}
+    return works
 
 
 KINDS = {

@@ -357,7 +357,7 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
         block.router.calibration.set_from(score.flatten(), share)
         for training in (True, False):
             timings = take_turns(spectral_part(block, x, training), plan.seconds / 4)
-            whole, part = timings["layer"], timings["router and transform"]
+            whole, part = timings.pop("layer"), timings.pop("router and transform")
             cells.append(
                 {
                     "task": "router",
@@ -367,6 +367,7 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
                     "layer": asdict(whole),
                     "part": asdict(part),
                     "share_of_layer": part.median / whole.median,
+                    "parts": {name: asdict(timing) for name, timing in timings.items()},
                 }
             )
     return cells
