@@ -276,7 +276,7 @@ def entropy_claim(text: Sweep) -> Claim:
     if layers:
         low, high = min(e[1] for e in layers), max(e[1] for e in layers)
         ours = f"medians of the routed layers {low:.3f} to {high:.3f}; the null's is {null[1]:.3f}, 5 to 95% "
-        ours += f"{null[0]:.3f} to {null[2]:.3f}"
+        ours += f"{null[0]:.3f} to {null[2]:.3f} ({_seeds(len(text.runs('H')))})"
     return Claim(
         "H of a trained model differs from that of white noise",
         "0.817 to 0.903 at d = 256, where 20,000 draws of noise span 0.826 to 0.904",
@@ -497,8 +497,12 @@ def _points(found: Estimate) -> str:
 
 def _interval(found: Estimate, show: Callable[[float], str]) -> str:
     if found.low is None or found.high is None:
-        return f" ({found.count} seed)"
-    return f" ({show(found.low)} to {show(found.high)}, {found.count} seeds)"
+        return f" ({_seeds(found.count)})"
+    return f" ({show(found.low)} to {show(found.high)}, {_seeds(found.count)})"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":
