@@ -195,11 +195,16 @@ def test_memory_and_router_in_processes_and_tables(tmp_path: Path) -> None:
         "routed, ρ = 0.25",
     ]
     assert all(c["bytes"] > 0 and c["ratio"] == c["bytes"] / memory[0]["bytes"] for c in memory)
-    shares = [c["share_of_layer"] for c in cells if c["task"] == "router"]
+    routers = [c for c in cells if c["task"] == "router"]
+    # Where a layer runs forward alone, what the router takes is told in its three parts.
+    assert [len(c["parts"]) for c in routers] == [0 if c["training"] else 3 for c in routers]
+    shares = [c["share_of_layer"] for c in routers]
     assert len(shares) == 4 and all(0 < share < 1 for share in shares)
     profiles = [c for c in cells if c["task"] == "profile"]
     assert [(c["step"], c["candidate"]) for c in profiles] == [
-        (step, name) for name in ("full attention", "routed, ρ = 0.25") for step in ("train", "forward")
+        (step, name)
+        for name in ("full attention", "Hugging Face Llama", "routed, ρ = 0.25")
+        for step in ("train", "forward")
     ]
     assert all(c["seconds"]["matrix products"] > 0 for c in profiles)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
