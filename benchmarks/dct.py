@@ -1,11 +1,12 @@
-"""The DCT pair against one through a transform of length 2d, and the matrix product against the FFT.
+"""The DCT pair against one through a transform of length 2d, and our three ways to compute it against each other.
 
 Measured in one process, the candidates taking turns so that what else the machine does hits all alike:
 
 1. `idct(dct(x))` at (8, 256, 1024) float32 against the same through a transform of length 2d, which is what one
    writes with `torch.fft` at hand: mirror, rfft, twiddle, and back. That one is written with care too, its tables
    at hand. Ours is to be at least twice as fast.
-2. The pair by matrix and by FFT for d = 32 … 512 on 2048 tokens: where they cross is `MATRIX_UP_TO`.
+2. The pair by matrix, by PyTorch's FFT and by scipy (with as many threads as PyTorch) for d = 32 … 512 on 2048 tokens:
+   where the matrix and the others cross is `MATRIX_UP_TO`.
 
 Run `python -m benchmarks.dct`; it prints two tables and writes benchmarks/results/dct.json. Before a clock runs,
 every candidate is held to scipy in float64.
@@ -15,6 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import scipy.fft
@@ -75,12 +77,12 @@ def check(pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], x
     torch.testing.assert_close(inverse(forward(x)), x, rtol=0, atol=1e-4)
 
 
-def by_matrix(x: Tensor) -> Tensor:
-    return spectral.dct_by_matrix(spectral.dct_by_matrix(x), inverse=True)
+WAYS = {"matrix": spectral.dct_by_matrix, "fft": spectral.dct_by_fft, "scipy": spectral.dct_by_scipy}
 
 
-def by_fft(x: Tensor) -> Tensor:
-    return spectral.dct_by_fft(spectral.dct_by_fft(x), inverse=True)
+def pair(way: Callable[..., Tensor], x: Tensor, threads: int) -> Tensor:
+    with scipy.fft.set_workers(threads):
+        return way(way(x), inverse=True)
 
 
 def compare_pairs() -> dict[int, dict[str, Timing]]:
@@ -100,11 +102,11 @@ def find_crossing() -> dict[int, dict[int, dict[str, Timing]]]:
     results: dict[int, dict[int, dict[str, Timing]]] = {threads: {} for threads in THREADS}
     for width in LENGTHS:
         x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(width))
-        check((spectral.dct_by_fft, lambda y: spectral.dct_by_fft(y, inverse=True)), x)
-        check((spectral.dct_by_matrix, lambda y: spectral.dct_by_matrix(y, inverse=True)), x)
+        for way in WAYS.values():
+            check((way, partial(way, inverse=True)), x)
         for threads in THREADS:
             torch.set_num_threads(threads)
-            candidates = {"matrix": lambda x=x: by_matrix(x), "fft": lambda x=x: by_fft(x)}
+            candidates = {name: partial(pair, way, x, threads) for name, way in WAYS.items()}
             results[threads][width] = take_turns(candidates, SECONDS / 3, rehearse=True)
     return results
 
@@ -120,11 +122,11 @@ def show(
         table.add_row(str(threads), shown(timings["ours"]), shown(timings["length 2d"]), f"{ratio:.2f}")
     console.print(table)
     table = Table(title=f"the pair on {TOKENS} tokens: ms (MATRIX_UP_TO is {spectral.MATRIX_UP_TO})")
-    for column in ("d", *(f"{kind}, threads: {n}" for n in THREADS for kind in ("matrix", "fft"))):
+    for column in ("d", *(f"{kind}, threads: {n}" for n in THREADS for kind in WAYS)):
         table.add_column(column, justify="right")
     for width in LENGTHS:
         cells = [crossing[threads][width] for threads in THREADS]
-        table.add_row(str(width), *(shown(cell[kind]) for cell in cells for kind in ("matrix", "fft")))
+        table.add_row(str(width), *(shown(cell[kind]) for cell in cells for kind in WAYS))
     console.print(table)
 
 

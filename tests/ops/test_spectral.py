@@ -1,4 +1,4 @@
-"""The DCT pair and the spectral entropy against scipy in float64, on both ways of computing them."""
+"""The DCT pair and the spectral entropy against scipy in float64, on all ways of computing them."""
 
 import math
 import subprocess
@@ -27,7 +27,7 @@ from chiaroscuro.ops import (
 )
 
 LENGTHS = [*range(1, 68), 256, 1000, 1024]
-PATHS = {"matrix": 10**9, "fft": 0}
+PATHS = {"matrix": spectral.dct_by_matrix, "fft": spectral.dct_by_fft, "scipy": spectral.dct_by_scipy}
 
 
 def scipy_dct(x: np.ndarray) -> np.ndarray:
@@ -52,8 +52,9 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test that asks for it runs twice: all lengths by the matrix, all lengths by the FFT."""
-    monkeypatch.setattr(spectral, "MATRIX_UP_TO", PATHS[request.param])
+    """Each test that asks for it runs three times: all lengths by the matrix, by PyTorch's FFT, by scipy."""
+    monkeypatch.setattr(spectral, "_way", lambda x: PATHS[request.param])
+    monkeypatch.setattr(spectral, "FEW", 0)
     return request.param
 
 
@@ -87,19 +88,18 @@ shapes = st.lists(st.integers(0, 3), max_size=3)
     leading=shapes,
     width=st.integers(1, 140),
     layout=st.sampled_from(sorted(layouts())),
-    matrix_up_to=st.sampled_from(sorted(PATHS.values())),
+    path=st.sampled_from(sorted(PATHS)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**32),
 )
 def test_any_shape_layout_and_type(
-    leading: list[int], width: int, layout: str, matrix_up_to: int, dtype: torch.dtype, seed: int
+    leading: list[int], width: int, layout: str, path: str, dtype: torch.dtype, seed: int
 ) -> None:
     x = noise(*leading, width, seed=seed, dtype=dtype)
     if x.ndim > 1:
         x = layouts()[layout](x)
     before = x.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectral, "MATRIX_UP_TO", matrix_up_to)
+    with mock.patch.multiple(spectral, _way=lambda x: PATHS[path], FEW=0):
         results = [dct(x), idct(x), spectral_entropy(x), spectral_coefficients(x)]
     assert torch.equal(x, before), "the input was written to"
     exact = x.double().numpy()
@@ -180,6 +180,21 @@ def test_double_and_single_tables_are_kept_apart(path: str) -> None:
     assert single.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("width", "threads", "device", "expected"),
+    [
+        (64, 1, "cpu", "matrix"),
+        (64, 2, "meta", "matrix"),
+        (65, 1, "cpu", "scipy"),
+        (65, 2, "cpu", "fft"),
+        (65, 1, "meta", "fft"),
+    ],
+)
+def test_which_way_is_taken(width: int, threads: int, device: str, expected: str) -> None:
+    with mock.patch.object(torch, "get_num_threads", return_value=threads):
+        assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
+
+
 # The tables
 
 
@@ -204,7 +219,7 @@ def test_no_trigonometry_at_the_second_call(path: str) -> None:
 
 @pytest.mark.parametrize("width", [61, 71])  # widths of no other test, so that the tables are made here
 def test_tables_made_under_inference_mode_serve_in_training(width: int, path: str) -> None:
-    x = noise(2, width + (path == "fft"))
+    x = noise(2, width + list(PATHS).index(path))
     with torch.inference_mode():
         first = dct(x)
     x.requires_grad_()
@@ -215,7 +230,7 @@ def test_tables_made_under_inference_mode_serve_in_training(width: int, path: st
 
 
 def test_a_table_made_under_a_default_device_is_real(path: str) -> None:
-    x = noise(2, 73 + (path == "fft"))
+    x = noise(2, 73 + list(PATHS).index(path))
     with torch.device("meta"):
         y = dct(x)
     np.testing.assert_allclose(y.numpy(), scipy_dct(x.numpy()), rtol=0, atol=1e-12)
@@ -225,7 +240,7 @@ def test_a_table_made_under_a_default_device_is_real(path: str) -> None:
 
 
 def test_vmap_and_functional_gradients(path: str) -> None:
-    x = noise(3, 4, 43 + (path == "fft"))
+    x = noise(3, 4, 43 + list(PATHS).index(path))
     assert torch.equal(torch.func.vmap(dct)(x), dct(x))
     torch.testing.assert_close(torch.func.vmap(idct, in_dims=1, out_dims=1)(x), idct(x))
     gradient = torch.func.vmap(torch.func.grad(lambda row: dct(row).pow(3).sum()))(x.flatten(0, 1))
@@ -366,13 +381,14 @@ def test_an_unknown_spectrum() -> None:
     seed=st.integers(0, 2**31),
     some=st.booleans(),
     block=st.sampled_from([1, 200, 2**18]),
+    path=st.sampled_from(sorted(PATHS)),
 )
-def test_blocks_change_nothing(rows: int, width: int, seed: int, some: bool, block: int) -> None:
+def test_blocks_change_nothing(rows: int, width: int, seed: int, some: bool, block: int, path: str) -> None:
     """Without a gradient the filter and the entropy go through the rows in blocks; with one, all at once."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, width), (width,)))
     index = torch.randperm(rows, generator=generator)[: rows // 2] if some else None
-    with mock.patch.multiple(spectral, BLOCK=block, ENTROPY_BLOCK=block, FEW=0):
+    with mock.patch.multiple(spectral, BLOCK=block, ENTROPY_BLOCK=block, FEW=0, _way=lambda x: PATHS[path]):
         blocks = spectral_filter(x, weight, index), entropy_of_spectrum(x)
     whole = spectral_filter(x.requires_grad_(), weight, index), entropy_of_spectrum(x)
     torch.testing.assert_close(blocks, tuple(y.detach() for y in whole), atol=1e-12, rtol=1e-12)
@@ -385,7 +401,7 @@ def test_blocks_are_taken_where_nothing_is_learned(learning: bool) -> None:
     """Else the property above would compare one way with itself."""
     x, weight = noise(10 * torch.get_num_threads(), 70).requires_grad_(learning), noise(70, seed=1)
     with (
-        mock.patch.multiple(spectral, BLOCK=2 * 70, ENTROPY_BLOCK=2 * 70),
+        mock.patch.multiple(spectral, BLOCK=2 * 70, ENTROPY_BLOCK=2 * 70, _way=lambda x: spectral.dct_by_fft),
         mock.patch.object(spectral, "_entropy", wraps=spectral._entropy) as entropy,
         mock.patch.object(spectral, "idct", wraps=spectral.idct) as whole,
     ):

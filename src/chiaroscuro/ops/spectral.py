@@ -4,17 +4,19 @@ A token's vector x ∈ R^d is read as a signal of length d. Its DCT-II says how 
 frequencies, the entropy of that spread is the routing signal H, and a learned filter on it is the cheap operator.
 None of these looks at another token, so all of them are causal for free.
 
-Two ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
-at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d. The tables are computed once a
-length, in float64, and kept.
+Three ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
+at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d, and where there is but one thread, by
+scipy. The tables are computed once a length, in float64, and kept.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+import scipy.fft
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -194,7 +196,7 @@ def spectral_filter(
     width = coefficients.shape[-1]
     wanted = coefficients.shape[:-1].numel() if index is None else len(index)
     rows = _rows_at_a_time(wanted, BLOCK, coefficients, weight)
-    if rows == wanted or width <= MATRIX_UP_TO:
+    if rows == wanted or _way(coefficients) is not dct_by_fft:
         return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
     # As `dct_by_fft`, and a block is gathered and filtered where it is: whole copies would cost more than the FFT.
     flat = coefficients.flatten(0, -2)
@@ -263,7 +265,7 @@ def _is_half(x: Tensor) -> bool:
 # its graph, to be run at every call, and break the graph at complex numbers.
 @torch.library.custom_op("chiaroscuro::orthonormal_dct", mutates_args=())
 def _orthonormal_dct(x: Tensor, inverse: bool) -> Tensor:
-    return dct_by_matrix(x, inverse) if x.shape[-1] <= MATRIX_UP_TO else dct_by_fft(x, inverse)
+    return _way(x)(x, inverse)
 
 
 @_orthonormal_dct.register_fake
@@ -274,6 +276,13 @@ def _(x: Tensor, inverse: bool) -> Tensor:
 @_orthonormal_dct.register_vmap
 def _(info: Any, in_dims: tuple[int, None], x: Tensor, inverse: bool) -> tuple[Tensor, int]:
     return _orthonormal_dct(x.movedim(in_dims[0], 0), inverse), 0
+
+
+def _way(x: Tensor) -> Callable[[Tensor, bool], Tensor]:
+    """The fastest of the three. Scipy's threads would have to wait for PyTorch's, so it is for one thread."""
+    if x.shape[-1] <= MATRIX_UP_TO:
+        return dct_by_matrix
+    return dct_by_scipy if x.device.type == "cpu" and torch.get_num_threads() == 1 else dct_by_fft
 
 
 class _OrthonormalDCT(torch.autograd.Function):
@@ -298,6 +307,15 @@ def dct_by_matrix(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Fl
     """The transform as one matrix product, y = x Cᵀ (inverse: y = x C): the plain form that the fast one is held to."""
     matrix = _dct_matrix(x.shape[-1], x.dtype, x.device)
     return x @ matrix if inverse else x @ matrix.T
+
+
+def dct_by_scipy(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
+    """Compute the transform by scipy, on a CPU: one pass over memory, several tokens in one vector register."""
+    y = x.detach().clone(memory_format=torch.contiguous_format)
+    if y.numel() == 0:  # which scipy refuses
+        return y
+    # In place, for memory of numpy's own would be new at every call, which takes longer than the transform.
+    return torch.from_numpy(scipy.fft.dct(y.numpy(), 3 if inverse else 2, norm="ortho", overwrite_x=True))
 
 
 def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
