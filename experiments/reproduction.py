@@ -477,7 +477,8 @@ def tables() -> list[str]:
         wanted = len(found["seeds"]) * len(found["variants"])
         lines.append(
             f"- [{folder.name}](../{folder.as_posix()}/table.md): {done} of {wanted} runs; "
-            f"[plot](../{folder.as_posix()}/plot.png), [CSV](../{folder.as_posix()}/table.csv)"
+            f"[plot](../{folder.as_posix()}/plot.png), [curves](../{folder.as_posix()}/curves.png), "
+            f"[CSV](../{folder.as_posix()}/table.csv)"
         )
     return lines or [MISSING]
 

@@ -401,7 +401,7 @@ def sweep(
     The file names a recipe, an output_dir, seeds, a baseline, and variants (fields that differ from the recipe) or a
     grid of values; docs/sweeps.md explains it. What is done is not done again and what was interrupted goes on, so the
     same command resumes; a run that fails stops no other. After every run results.json, table.md, table.csv and
-    plot.png are written anew: mean, standard deviation, 95% interval, a paired test against the baseline, operations
+    two plots are written anew: mean, standard deviation, 95% interval, a paired test against the baseline, operations
     (exact protocol), time of a step.
 
     Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml --jobs 2

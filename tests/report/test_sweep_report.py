@@ -20,6 +20,7 @@ from transformers import AutoConfig, LlamaConfig
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
 from chiaroscuro.errors import UserError
+from chiaroscuro.report.sweep_figure import draw_curves, draw_sweep
 from chiaroscuro.report.sweep_results import collect_figures, describe_sweep
 from chiaroscuro.report.sweep_table import print_sweep, render_csv, render_markdown, write_results
 from chiaroscuro.training import Recipe
@@ -42,7 +43,8 @@ def made_up(values: dict[str, list[float | None]], metric: str = "perplexity", *
                 failed[run] = "it | broke"
             else:
                 figures[run] = {metric: value, "seconds": 10.0 + seed, "steps": 100, "share": None, "parameters": 7}
-                figures[run] |= {"flops_per_token": None, "curve": [], **more}
+                curve = [{"step": 50, metric: 1.3 * value}, {"step": 100, metric: value}]
+                figures[run] |= {"flops_per_token": None, "curve": curve, **more}
     return describe_sweep(Sweep(file, changes, list(runs.values())), figures, failed)
 
 
@@ -121,10 +123,25 @@ def test_the_files_agree_and_the_plot_is_not_blank(tmp_path: Path, metric: str, 
     values = {"base": [0.5, 0.52, 0.49], "other": [0.6, 0.63, 0.58], "broken": [None]}
     found = made_up({"base": values["base"], "far": [scale * 0.6, scale * 0.7], "broken": [None]}, metric=metric)
     write_results(found, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json", "table.csv", "table.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png",
+        "plot.png",
+        "results.json",
+        "table.csv",
+        "table.md",
+    ]
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert (tmp_path / "table.md").read_text() == render_markdown(found)
-    assert len(np.unique(imread(tmp_path / "plot.png").reshape(-1, 4), axis=0)) > 20
+    for name in ("plot.png", "curves.png"):
+        assert len(np.unique(imread(tmp_path / name).reshape(-1, 4), axis=0)) > 20
+
+
+@pytest.mark.parametrize("variant", ["base", "other"])
+def test_the_curves_show_every_validation_and_the_plot_the_last(variant: str) -> None:
+    found = made_up({"base": [10.0, 12.0], "other": [11.0, 15.0]})
+    curves, plot = draw_curves(found), draw_sweep(found)
+    named(found)[variant]["runs"][1]["curve"][0]["perplexity"] *= 1.2
+    assert draw_curves(found) != curves and draw_sweep(found) == plot
 
 
 def test_the_terminal_shows_the_same_rows() -> None:

@@ -1,16 +1,19 @@
-"""A sweep as a plot: a row a variant, a point a seed, the mean with its interval, and the baseline as a line.
+"""A sweep as two plots: where its runs ended, and how they came there.
 
-Points of the same seed share a shade, so that the eye can pair them, as the test does.
+Where they ended: a row a variant, a point a seed, the mean with its interval, and the baseline as a line. How they came
+there: a panel a variant, a curve a seed over the validations, and the baseline's beside them. What is of the same seed
+has the same shade, so that the eye can pair it, as the test does.
 """
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 from chiaroscuro.report.palette import blend
 
@@ -18,6 +21,7 @@ _INK, _GRID, _BASELINE = "#241d14", "#d9d2c5", "#2b4c9b"
 _FIRST, _LAST = "#7a4700", "#e0b15c"
 # Where one variant is so many times another, a linear axis would press the good ones into one place.
 _LOGARITHMIC = 3.0
+_COLUMNS = 4
 
 
 def draw_sweep(found: Mapping[str, Any]) -> bytes:
@@ -41,20 +45,80 @@ def draw_sweep(found: Mapping[str, Any]) -> bytes:
     if "estimate" in baseline:
         axes.axvline(baseline["estimate"]["mean"], color=_BASELINE, linewidth=1.2, linestyle="--", zorder=1)
     _dress(axes, found)
+    return _as_png(figure)
+
+
+def draw_curves(found: Mapping[str, Any]) -> bytes:
+    """Draw the metric over the training of every run that is done, validation by validation.
+
+    Args:
+        found: what `describe_sweep` gives; variants without a finished run have an empty panel.
+
+    Returns:
+        A PNG.
+
+    """
+    variants, metric = found["variants"], found["metric"]
+    columns = min(_COLUMNS, len(variants))
+    rows = math.ceil(len(variants) / columns)
+    figure = Figure(figsize=(2.4 * columns + 0.8, 1.9 * rows + 0.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    baseline = next(variant for variant in variants if variant["name"] == found["baseline"])
+    for axes, variant in zip(panels, variants, strict=False):
+        for run in baseline["runs"]:
+            _draw_curve(axes, run, metric, color=_BASELINE, linewidth=0.8, linestyle="--")
+        if variant is not baseline:
+            for run in variant["runs"]:
+                _draw_curve(axes, run, metric, color=_shade(run, found), linewidth=1.4, marker="o", markersize=2.5)
+        axes.set_title(variant["name"], loc="left", color=_INK, fontsize=8)
+        _dress_curves(axes, metric)
+    for axes in panels[len(variants) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"step; dashed: {found['baseline']}", color=_INK, fontsize=9)
+    figure.supylabel(metric, color=_INK, fontsize=9)
+    return _as_png(figure)
+
+
+def _as_png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
 
 
+def _shade(run: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    return blend(_FIRST, _LAST, found["seeds"].index(run["seed"]) / max(1, len(found["seeds"]) - 1))
+
+
+def _draw_curve(axes: Axes, run: Mapping[str, Any], metric: str, **style: Any) -> None:
+    looks = run["curve"]
+    axes.plot([look["step"] for look in looks], [look[metric] for look in looks], **style)
+
+
+def _dress_curves(axes: Axes, metric: str) -> None:
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.tick_params(which="both", length=0, labelsize=8, colors=_INK)
+    axes.spines[:].set_visible(False)
+
+
 def _draw_variant(axes: Axes, row: int, variant: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    value, seeds = variant["estimate"], found["seeds"]
+    value = variant["estimate"]
     colour = _BASELINE if variant["name"] == found["baseline"] else _INK
     if value["low"] is not None:
         axes.plot([value["low"], value["high"]], [row, row], color=colour, linewidth=1.6, zorder=2)
     axes.plot([value["mean"]], [row], marker="|", markersize=13, markeredgewidth=2.2, color=colour, zorder=3)
     for run in variant["runs"]:
-        shade = blend(_FIRST, _LAST, seeds.index(run["seed"]) / max(1, len(seeds) - 1))
-        axes.plot([run[found["metric"]]], [row], marker="o", markersize=4.5, color=shade, linestyle="", zorder=4)
+        end = run[found["metric"]]
+        axes.plot([end], [row], marker="o", markersize=4.5, color=_shade(run, found), linestyle="", zorder=4)
 
 
 def _dress(axes: Axes, found: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chiaroscuro.report.files import write_bytes, write_text
-from chiaroscuro.report.sweep_figure import draw_sweep
+from chiaroscuro.report.sweep_figure import draw_curves, draw_sweep
 from chiaroscuro.training.records import routed
 
 _ENDS = ("mean", "low", "high")
@@ -19,11 +19,12 @@ _ON_TERMINAL = (0, 1, 2, 4, 5, 6)
 
 
 def write_results(found: dict[str, Any], folder: Path) -> None:
-    """Write results.json, table.md, table.csv and plot.png into a folder, each whole."""
+    """Write results.json, table.md, table.csv, plot.png and curves.png into a folder, each whole."""
     write_text(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(folder / "table.md", render_markdown(found))
     write_text(folder / "table.csv", render_csv(found))
     write_bytes(folder / "plot.png", draw_sweep(found))
+    write_bytes(folder / "curves.png", draw_curves(found))
 
 
 def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
