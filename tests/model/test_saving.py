@@ -156,12 +156,14 @@ def test_a_share_given_to_from_pretrained_turns_the_dial(tmp_path: Path) -> None
     assert torch.equal(loaded.model.layers[1].thresholds, model.model.layers[1].thresholds)
 
 
+@pytest.mark.parametrize("as_config", [False, True])
 @pytest.mark.parametrize("router", ["random", "permuted", "learned"])
-def test_thresholds_of_one_score_mean_nothing_to_another(tmp_path: Path, router: str) -> None:
+def test_thresholds_of_one_score_mean_nothing_to_another(tmp_path: Path, router: str, as_config: bool) -> None:
     model = build(shrunk("small"))
     calibrate(model, [tokens(0)])
     model.save_pretrained(tmp_path)
-    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router=router)
+    change = {"config": ChiarConfig.from_pretrained(tmp_path, router=router)} if as_config else {"router": router}
+    loaded = ChiarForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path, **change)
     new = ChiarForCausalLM(shrunk("small", router=router))
     for i, thresholds in loaded.thresholds().items():
         assert not thresholds.calibrated
@@ -169,6 +171,16 @@ def test_thresholds_of_one_score_mean_nothing_to_another(tmp_path: Path, router:
     assert all(
         t.calibrated for t in ChiarForCausalLM.from_pretrained(tmp_path, router="threshold").thresholds().values()
     )
+
+
+def test_weights_alone_load_with_the_config_that_is_given(tmp_path: Path) -> None:
+    model = build(shrunk("small"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    config = ChiarConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, config=config)
+    assert all(thresholds.calibrated for thresholds in loaded.thresholds().values())
 
 
 def test_another_seed_of_the_router_is_another_permutation(tmp_path: Path) -> None:

@@ -101,8 +101,22 @@ def test_the_recorded_loss_is_the_text_s_alone(run: Go, mixture: dict[str, Any])
     still = {"trainer__learning_rate": 1e-12, "trainer__min_learning_rate": 0.0, "model__hidden_dropout": 0.0}
     still |= {"model__attention_dropout": 0.0, "trainer__log_every": 12}
     alone, _ = run(**still)
-    result, _ = run(mixture=mixture | {"ratio": 1.0}, trainer__output_dir=f"{alone.folder}-mixed", **still)
+    all_steps = mixture | {"ratio": 1.0}
+    result, _ = run(mixture=all_steps, trainer__output_dir=f"{alone.folder}-mixed", **still)
     assert result.train_loss == pytest.approx(alone.train_loss, rel=0.02)
+    # A penalty on both forwards is no part of it either, nor of the tasks'.
+    soft = still | {"model__router": "soft"}
+    plain, _ = run(mixture=all_steps, trainer__output_dir=f"{alone.folder}-soft", **soft)
+    penalised, _ = run(
+        mixture=all_steps, model__collapse_penalty=5.0, trainer__output_dir=f"{alone.folder}-penalised", **soft
+    )
+    one, other = (
+        [r for r in read_records(each.folder / "metrics.jsonl") if r["kind"] == "train"][-1]
+        for each in (plain, penalised)
+    )
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for name, task in one["tasks"].items():
+        assert other["tasks"][name]["loss"] == pytest.approx(task["loss"], rel=1e-4)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(

@@ -413,12 +413,28 @@ def test_thresholds_from_a_baseline(run: Go, tmp_path: Path) -> None:
     assert model.config.calibration == "fixed"
     assert 0.5 < low < high < 1
     assert model.model.layers[1].thresholds.tolist() == pytest.approx([(low + high) / 2])
-    for wrong, message in ((str(tmp_path), "is no folder with a trained model"),):
-        with pytest.raises(UserError, match=message):
-            run(
-                calibration={"method": "paper", "baseline": wrong},
-                trainer__output_dir=str(tmp_path / "other"),
-            )
+    # A run's folder is as good as the model in it.
+    other, _ = run(
+        calibration={"method": "paper", "baseline": str(baseline.folder)}, trainer__output_dir=str(tmp_path / "again")
+    )
+    assert AutoModelForCausalLM.from_pretrained(other.model).config.entropy_thresholds == [low, high]
+    cut = tmp_path / "cut"
+    shutil.copytree(baseline.model, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    for wrong, message in ((str(tmp_path / "nothing"), "no such checkpoint"), (str(cut), "missing or damaged")):
+        with pytest.raises(UserError, match=f"calibration.baseline: .*{message}"):
+            run(calibration={"method": "paper", "baseline": wrong}, trainer__output_dir=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_penalty_is_no_part_of_the_recorded_loss(run: Go, accumulation: int) -> None:
+    # At a learning rate of next to nothing the model stays as it is, and so does the loss of the same batches.
+    still = {"trainer__learning_rate": 1e-12, "trainer__min_learning_rate": 0.0, "model__hidden_dropout": 0.0}
+    still |= {"model__attention_dropout": 0.0, "model__router": "soft", "trainer__log_every": 5}
+    still |= {"trainer__gradient_accumulation": accumulation, "trainer__batch_size": 4 // accumulation}
+    without, _ = run(**still)
+    penalised, _ = run(model__collapse_penalty=5.0, trainer__output_dir=f"{without.folder}-penalised", **still)
+    assert penalised.train_loss == pytest.approx(without.train_loss, rel=1e-4)
 
 
 @pytest.mark.usefixtures("unchecked")  # accelerate rebuilds the output from a dict, which the checked class refuses

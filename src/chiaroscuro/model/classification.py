@@ -98,7 +98,7 @@ def classify(
     )
     logits = head(pool_tokens(outputs.last_hidden_state, attention_mask, trunk.config.classifier_pooling))
     count = logits.shape[-1]
-    loss = None
+    loss = term = None
     if labels is not None:
         try:
             loss = F.cross_entropy(logits, labels)
@@ -107,13 +107,15 @@ def classify(
                 f"labels {sorted(set(labels.tolist()))} for a head of {count} labels: give labels from 0 to {count - 1}"
             ) from None
         if trunk.penalises():
-            loss = loss - trunk.collapse_term(outputs.routing, attention_mask)
+            term = trunk.collapse_term(outputs.routing, attention_mask)
+            loss = loss - term
     return ChiarSequenceClassifierOutput(
         loss=loss,
         logits=logits,
         hidden_states=outputs.hidden_states,
         routing=outputs.routing if output_routing else None,
         meta_gate=outputs.meta_gate,
+        collapse_term=None if term is None else term.detach(),
     )
 
 

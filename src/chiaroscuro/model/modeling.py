@@ -74,12 +74,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another.
         """
-        source = {name: kwargs[name] for name in _SOURCE if name in kwargs}
-        saved = (
-            cls.config_class.from_pretrained(args[0], **source)
-            if args and {"router", "router_seed"} & {*kwargs}
-            else None
-        )
+        saved = cls._saved_config(*args, **kwargs) if {"config", "router", "router_seed"} & {*kwargs} else None
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in ("router", "router_seed")):
@@ -91,6 +86,16 @@ class ChiarPreTrainedModel(PreTrainedModel):
             if thresholds.running:
                 thresholds.set_share(model.config.attention_share)
         return loaded
+
+    @classmethod
+    def _saved_config(cls, name: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        """The config that lies beside the weights; None where they are alone, and a given one is all there is."""
+        name = kwargs.get("pretrained_model_name_or_path") if name is None else name
+        source = {option: kwargs[option] for option in _SOURCE if option in kwargs}
+        try:
+            return cls.config_class.from_pretrained(name, **source)
+        except OSError:
+            return None
 
     @property
     def trunk(self) -> "ChiarModel":
@@ -458,7 +463,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         predicts = labels is not None or shift_labels is not None
         wanted = not self.training if output_logits is None else output_logits
         logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
-        loss = None
+        loss = term = None
         if predicts:
             targets = self._targets(labels, shift_labels, attention_mask)[:, kept].contiguous()
             if logits is None:
@@ -476,7 +481,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             if self.model.penalises():
                 # As much of λ Σ U as this forward is of its step, so that accumulated forwards sum to one.
                 part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
-                loss = loss - part * self.model.collapse_term(outputs.routing, attention_mask)
+                term = part * self.model.collapse_term(outputs.routing, attention_mask)
+                loss = loss - term
         return ChiarCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -484,6 +490,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             routing=outputs.routing if output_routing else None,
             meta_gate=outputs.meta_gate,
+            collapse_term=None if term is None else term.detach(),
         )
 
     def _loss_needs_logits(self) -> bool:

@@ -44,6 +44,7 @@ class ChiarCausalLMOutput(ModelOutput):
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
+        collapse_term: what the penalty took off the loss, where there is one.
         beside: of `ChiarForMixedTasks`, the output of the second forward, where there was one.
 
     """
@@ -54,6 +55,7 @@ class ChiarCausalLMOutput(ModelOutput):
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None
+    collapse_term: Float[Tensor, ""] | None = None
     beside: ModelOutput | None = None
 
 
@@ -68,6 +70,7 @@ class ChiarSequenceClassifierOutput(ModelOutput):
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
+        collapse_term: what the penalty took off the loss, where there is one.
 
     """
 
@@ -76,3 +79,4 @@ class ChiarSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None
+    collapse_term: Float[Tensor, ""] | None = None

@@ -23,12 +23,13 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import Dataset, Subset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.checkpoint import load_checkpoint
 from chiaroscuro.training.calibration import paper_thresholds
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
@@ -316,9 +317,10 @@ def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | No
 
 
 def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"calibration.baseline={path} is no folder with a trained model; train the baseline first")
-    baseline = AutoModelForCausalLM.from_pretrained(path)
+    try:
+        baseline = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"calibration.baseline: {error}") from None
     if baseline.config.vocab_size != vocab_size:
         raise UserError(
             f"calibration.baseline={path}: {baseline.config.vocab_size} tokens, the tokenizer {vocab_size}; "

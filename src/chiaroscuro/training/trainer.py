@@ -84,6 +84,7 @@ class RunTrainer(Trainer):
         self._routes = hasattr(self.model, "step_calibration")  # one of ours, that can say how it routed
         self._seen: list[Any] = []  # outputs of the step in hand, if it will be shown
         self._beside: list[tuple[str, dict[str, float]]] = []  # task, loss and gate of every second forward
+        self._collapse_term = 0.0  # what the penalty took off the losses since they were last shown
         self._step_beside = 0  # the last step that was asked for one: with accumulation a step has several forwards
         self._last_look = (0, run.clock.seconds)
         self._saving_to: Path | None = None
@@ -170,15 +171,22 @@ class RunTrainer(Trainer):
             name, second = drawn
             inputs["beside"] = {**self._prepare_inputs(second), "output_routing": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._collapse_term += self._part_of_step() * _collapse_term(outputs)
         if drawn is not None:
             # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
             # was; this one is a mean of its own.
             loss = loss - (self.args.world_size - 1) * outputs.beside.loss
             look_beside = (outputs.beside.routing, outputs.beside.meta_gate)
-            self._beside.append((name, {"loss": outputs.beside.loss.item(), **mean_gate([look_beside])}))
+            second_loss, second_term = outputs.beside.loss.item(), _collapse_term(outputs.beside)
+            self._collapse_term += second_term
+            self._beside.append((name, {"loss": second_loss + second_term, **mean_gate([look_beside])}))
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
         return (loss, outputs) if return_outputs else loss
+
+    def _part_of_step(self) -> float:
+        """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""
+        return self.args.world_size if self.model_accepts_loss_kwargs else 1 / self.args.gradient_accumulation_steps
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The last step ends an interval, be it a short one.
@@ -194,8 +202,10 @@ class RunTrainer(Trainer):
         last_step, last_seconds = self._last_look
         self._last_look = (step, seconds)
         speed = (step - last_step) * self.run.tokens_per_step / max(seconds - last_seconds, 1e-9)
-        # With several processes the Trainer's loss is the mean of all, and this the main one's own.
-        added = sum(figures["loss"] for _, figures in self._beside) / max(1, step - last_step)
+        # A penalty is no nats of a prediction. With several processes the Trainer's loss is the mean of all, and these
+        # are the main one's own.
+        added = sum(figures["loss"] for _, figures in self._beside) - self._collapse_term
+        added /= max(1, step - last_step)
         record: dict[str, Any] = {
             **self._place("train"),
             "tokens_per_second": speed,
@@ -206,7 +216,7 @@ class RunTrainer(Trainer):
         if self._beside:
             record["tasks"] = describe_tasks(self._beside)
         self._publish(record, self._seen)
-        self._seen, self._beside = [], []
+        self._seen, self._beside, self._collapse_term = [], [], 0.0
 
     def _place(self, kind: str) -> dict[str, Any]:
         step = self.state.global_step
@@ -261,3 +271,8 @@ class RunTrainer(Trainer):
                 f"unknown {sorted(load_result.unexpected_keys)}; was it written by another version?"
             )
         self.model.tie_weights()
+
+
+def _collapse_term(outputs: Any) -> float:
+    term = outputs.get("collapse_term")
+    return 0.0 if term is None else term.item()
