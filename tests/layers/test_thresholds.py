@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chiaroscuro.layers import RoutedBlock, Thresholds
-from chiaroscuro.layers.thresholds import MOMENTUM, QUANTILES, quantile_table, shares_to_thresholds
+from chiaroscuro.layers.thresholds import FORGOTTEN, MOMENTUM, QUANTILES, quantile_table, shares_to_thresholds
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -219,3 +220,57 @@ def test_state_dict_and_deepcopy() -> None:
     twin = copy.deepcopy(thresholds)
     twin.step()
     assert thresholds.noted and not twin.noted
+
+
+# Where nobody steps
+
+
+def test_thresholds_that_never_follow_are_spoken_of_once() -> None:
+    thresholds = Thresholds(2, quantile_table(torch.rand(50)), 0.25)
+    with pytest.warns(UserWarning, match="step_calibration") as warned:
+        for _ in range(2 * FORGOTTEN):
+            thresholds.note(torch.rand(1, 3), None)
+    assert len(warned) == 1
+
+
+def test_those_who_step_hear_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    thresholds = Thresholds(2, quantile_table(torch.rand(50)), 0.25)
+    for forward in range(2 * FORGOTTEN):
+        thresholds.note(torch.rand(1, 3), None)
+        if forward % (FORGOTTEN - 1) == 0:
+            thresholds.step()
+    assert not recwarn.list
+
+
+# A block alone
+
+
+@given(share=st.floats(0, 1), seed=st.integers(0, 2**31), router=st.sampled_from(["threshold", "permuted", "learned"]))
+def test_a_block_alone_is_calibrated_on_its_real_tokens(share: float, seed: int, router: str) -> None:
+    torch.manual_seed(seed)
+    block = RoutedBlock(16, heads=2, router=router).eval()
+    x = 3 + torch.randn(4, 100, 16).cumsum(-1)
+    real = torch.rand(4, 100) < 0.7
+    block.calibrate(x, real, share=share)
+    _, routing = block(x, real)
+    assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=2 / int(real.sum()))
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "mask", "message"),
+    [
+        ({"operators": ["attention"]}, 0.5, None, "no thresholds to set"),
+        ({"router": "soft"}, 0.5, None, "no thresholds to set"),
+        ({"thresholds": (0.8,)}, 0.5, None, "fixed ones"),
+        ({}, 0.5, torch.zeros(2, 5, dtype=torch.bool), "no real token"),
+        ({}, 1.5, None, "from 0 to 1"),
+    ],
+)
+def test_a_block_that_cannot_be_calibrated_stays_as_it_is(
+    options: dict[str, Any], share: float, mask: Tensor | None, message: str
+) -> None:
+    block = RoutedBlock(16, heads=2, **options)
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match=message):
+        block.calibrate(torch.randn(2, 5, 16), mask, share=share)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())

@@ -70,7 +70,8 @@ class RoutedBlock(nn.Module):
         norm: `"pre"` or `"post"`.
         router: the router's name.
         attention_share: ρ, the share of tokens for the menu's last operator, for routers by a score.
-        thresholds: fixed thresholds, for routers by a score; else they are calibrated towards ρ.
+        thresholds: fixed thresholds, for routers by a score; else they stand where white noise has ρ until `calibrate`
+            sets them from data. (A block in a `ChiarModel` follows the model's own calibration.)
         spectrum: of the entropy.
         dropout: on the sub-layers' outputs and inside the feed-forward.
         attention_dropout: on the attention probabilities.
@@ -214,6 +215,37 @@ class RoutedBlock(nn.Module):
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         real = None if attention_mask is None else attention_mask.bool()
         return self._route(source, self._entropy(spectral_coefficients(source)), real, context)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        x: Float[Tensor, "batch time width"],
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+        share: float | None = None,
+        **context: Any,
+    ) -> None:
+        """Set the thresholds from data: of these real tokens, the share ρ goes to the menu's last operator.
+
+        Args:
+            x: tokens such as the block will see; what it was trained on, or is about to be.
+            attention_mask: True for real tokens.
+            share: ρ from 0 to 1; the one that the block has, unless given.
+            context: as of `forward`.
+
+        Raises:
+            ValueError: the block does not route by a score, its thresholds are fixed, there is no real token, or the
+                share is impossible.
+
+        """
+        if not isinstance(self.router, ScoreRouter) or not self.router.calibration.running:
+            raise ValueError(f"menu {self.operator_names}: no thresholds to set, for it has no score or fixed ones")
+        score = self.route(x, attention_mask, **context).score
+        assert score is not None
+        real = score.flatten() if attention_mask is None else score[attention_mask.bool()]
+        if not len(real):
+            raise ValueError("no real token to calibrate from: give tokens, or an attention_mask that leaves some")
+        thresholds = self.router.calibration
+        thresholds.set_from(real, thresholds.share if share is None else share)
 
     def _spectra(self, source: Tensor, routes: bool, context: dict[str, Any]) -> Tensor | None:
         """The entropy, where it is wanted, and into the context what the operators ask for of the same transform."""

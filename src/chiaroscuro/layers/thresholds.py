@@ -5,6 +5,7 @@ beside them lies a table of the score's quantiles, so that another share is one 
 thresholds and notes scores; they move when `step` is called, once an optimizer step.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ QUANTILES = 1001
 MOMENTUM = 0.1
 """Weight of the newest step in the running table: it forgets by half in 6.6 steps. At 2,000 tokens a step its noise
 is that of about 40,000 tokens: at ρ = 0.25 it moves the share by 0.002 (more where a text's tokens are alike)."""
+
+FORGOTTEN = 256
+"""Training forwards without a `step` after which there is a warning: more than anyone accumulates in one."""
 
 
 def shares_to_thresholds(
@@ -92,7 +96,7 @@ class Thresholds(nn.Module):
         self.register_buffer("steps", torch.empty((), dtype=torch.float32, device="cpu"))
         self.reset_parameters()
         self._noted: Tensor | None = None
-        self._noted_count = 0
+        self._noted_count = self._notes = 0
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -123,9 +127,11 @@ class Thresholds(nn.Module):
     @torch.no_grad()
     def set_from(self, scores: Float[Tensor, " tokens"], share: float) -> None:
         """Replace the table by that of these scores, and set the thresholds from it."""
-        self.quantiles.copy_(quantile_table(scores))
+        table = quantile_table(scores)
+        self.values.copy_(shares_to_thresholds(table, share, self.operators))  # or an error, and nothing is changed
+        self.quantiles.copy_(table)
         self.steps.add_(1)
-        self.set_share(share)
+        self.share = share
 
     @torch.no_grad()
     def note(self, scores: Float[Tensor, "batch time"], real: Bool[Tensor, "batch time"] | None) -> None:
@@ -135,6 +141,14 @@ class Thresholds(nn.Module):
             table = quantile_table(scores) * len(scores)
             self._noted = table if self._noted is None else self._noted + table
             self._noted_count += len(scores)
+        self._notes += 1
+        if self._notes == FORGOTTEN:
+            warnings.warn(
+                f"{FORGOTTEN} training forwards, and the thresholds have not followed the data: call "
+                "model.step_calibration() after optimizer.step(), or give the Trainer the callback "
+                "chiaroscuro.training.MoveThresholds()",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -148,7 +162,7 @@ class Thresholds(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(noted)
             torch.distributed.all_reduce(count)
-        self._noted, self._noted_count = None, 0
+        self._noted, self._noted_count, self._notes = None, 0, 0
         if count > 0:
             self.steps.add_(1)
             momentum = max(MOMENTUM, 1 / float(self.steps))

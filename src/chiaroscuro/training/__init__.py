@@ -1,5 +1,6 @@
 """Training: a recipe, `transformers.Trainer`, and a folder with everything that a run leaves."""
 
+from chiaroscuro.training.callbacks import MoveThresholds
 from chiaroscuro.training.checkpoints import save_whole
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import describe_routing, measure_routing, read_records
@@ -7,6 +8,7 @@ from chiaroscuro.training.run import TrainingInterrupted, TrainResult, train
 from chiaroscuro.training.trainer import TrainingDiverged
 
 __all__ = [
+    "MoveThresholds",
     "Recipe",
     "TrainResult",
     "TrainingDiverged",

@@ -47,10 +47,12 @@ def calibrate(
         The thresholds by layer number.
 
     Raises:
-        UserError: no batch, no real token, no layer that routes by a score, or an impossible share. The model is then
-            as it was.
+        UserError: another model, no batch, no real token, no layer that routes by a score, or an impossible share. The
+            model is then as it was.
 
     """
+    if not isinstance(model, ChiarPreTrainedModel):
+        raise UserError(f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x)")
     base = model.trunk
     layers = model.thresholds()
     was_training = model.training
