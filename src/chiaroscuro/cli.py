@@ -391,6 +391,10 @@ def benchmark(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as recipes/sweeps/NAME.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.field=value …", help="Fields of the recipe that all runs have in common."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at once, one thread each. [one per GPU or, without one, per core]", min=1)
     ] = None,
@@ -404,13 +408,13 @@ def sweep(
     two plots are written anew: mean, standard deviation, 95% interval, a paired test against the baseline, operations
     (exact protocol), time of a step.
 
-    Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml --jobs 2
+    Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml data.source=Salesforce/wikitext:wikitext-2-v1 --jobs 2
     """
     from chiaroscuro.report.sweep import run_sweep
     from chiaroscuro.report.sweep_table import print_sweep
 
     console = Console(stderr=as_json)
-    found = run_sweep(file, console, jobs=jobs)
+    found = run_sweep(file, console, overrides=overrides or [], jobs=jobs)
     if as_json:
         _print_json(found)
     else:

@@ -149,6 +149,29 @@ def test_every_run_is_its_recipe_with_changes_seed_and_folder(write: Callable[..
     assert sweep.runs[2].recipe.trainer.learning_rate == 2e-3
 
 
+def test_fields_on_the_command_are_the_common_recipe_s(write: Callable[..., Path]) -> None:
+    path = write(variants={"plain": {}, "other": {"trainer.learning_rate": 1e-3}})
+    sweep = Sweep.load(path, ["trainer.learning_rate=5e-4", "data.source=python-docs"])
+    assert [run.recipe.trainer.learning_rate for run in sweep.runs[:2]] == [5e-4, 1e-3]
+    assert {run.recipe.data.source for run in sweep.runs} == {"python-docs"}
+    with pytest.raises(UserError, match="trainer.stepz=3: unknown field"):
+        Sweep.load(path, ["trainer.stepz=3"])
+
+
+def test_lists_and_what_no_folder_may_be_called_have_names_in_the_grid(write: Callable[..., Path]) -> None:
+    menus = [[["dct"], ["attention"], ["attention"]], [["dct"], ["dct", "attention"], ["attention"]]]
+    sweep = Sweep.load(
+        write(
+            grid={"model.operators": menus, "tokenizer": ["bpe:300", "bpe:400"]},
+            variants={},
+            baseline=("operators=((dct),(attention),(attention)),tokenizer=bpe-300"),
+        )
+    )
+    assert [run.variant for run in sweep.runs][3] == "operators=((dct),(dct,attention),(attention)),tokenizer=bpe-400"
+    assert sweep.runs[3].recipe.tokenizer == "bpe:400"
+    assert sweep.runs[3].recipe.build_config(300).operators == menus[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,6 +184,7 @@ def test_every_run_is_its_recipe_with_changes_seed_and_folder(write: Callable[..
         ({"baseline": "plane"}, "baseline='plane' is no variant; there are plain, other"),
         ({"variants": {}}, "nothing to run"),
         ({"grid": {"trainer.clip": []}}, "at least 1 item"),
+        ({"variants": {"plain": {}, "x": {"data.source": "./nowhere"}}}, "variant 'x': no such folder: './nowhere'"),
         ({"grid": {"trainer.clip": [1, 1]}}, "'clip=1' is there twice"),
         ({"variants": {"plain": {}, "a/b": {}}}, "variant 'a/b': a name is letters"),
         ({"variants": {"plain": {}, "..": {}}}, "variant '..'"),

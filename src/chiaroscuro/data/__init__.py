@@ -2,7 +2,7 @@
 
 from chiaroscuro.data.blocks import TokenBlocks
 from chiaroscuro.data.cache import default_cache_dir
-from chiaroscuro.data.corpora import Corpus, load_corpus
+from chiaroscuro.data.corpora import Corpus, check_source, load_corpus
 from chiaroscuro.data.tokenizers import load_tokenizer
 from chiaroscuro.data.tokens import TokenFile, tokenize_corpus
 
@@ -10,6 +10,7 @@ __all__ = [
     "Corpus",
     "TokenBlocks",
     "TokenFile",
+    "check_source",
     "default_cache_dir",
     "load_corpus",
     "load_tokenizer",

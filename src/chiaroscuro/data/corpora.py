@@ -131,6 +131,12 @@ def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
     return Corpus(name, description, splits, separator, hash_rows(name, splits, separator))
 
 
+def check_source(name: str | None) -> None:
+    """Raise a UserError if a source can only be a folder, and there is none of that name; nothing is loaded."""
+    if name is not None:
+        find_folder(name, WANTED_SOURCES)
+
+
 def read_splits(name: str, cache_dir: Path, wanted: str) -> tuple[dict[str, datasets.Dataset], str]:
     """Read the splits of a folder or of a Hub data set, with all their columns, and say where they are from.
 

@@ -4,7 +4,7 @@ The table is written anew after every run, from what the runs' folders hold: a s
 evening, and a sweep that is done gives its table again without running anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import mean
@@ -23,23 +23,27 @@ class SweepInterrupted(UserError):
     """Ctrl-C, or a SIGTERM. The message says how to go on."""
 
 
-def run_sweep(path: str | Path, console: Console, *, jobs: int | None = None) -> dict[str, Any]:
+def run_sweep(
+    path: str | Path, console: Console, *, overrides: Sequence[str] = (), jobs: int | None = None
+) -> dict[str, Any]:
     """Train what a sweep lacks, and write its tables and plot.
 
     Args:
         path: The sweep's YAML file (see `chiaroscuro.training.sweep`).
         console: Where progress goes.
+        overrides: `"section.field=value"`, for the recipe that all runs have in common.
         jobs: Runs at once; unless given, one per GPU or, where there is none, per core.
 
     Returns:
         What is in results.json: see `describe_sweep`.
 
     Raises:
-        UserError: before anything runs, if a recipe is impossible, a folder holds another run, or another sweep is at
-            work there. A run that fails is no error here: it is in the table, and in the results under "failed".
+        UserError: before anything runs, if a recipe is impossible, its data are missing, a folder holds another run, or
+            another sweep is at work there. A run that fails is no error here: it is in the table, and in the results under "failed".
         SweepInterrupted: on Ctrl-C, when the runs at work have saved and stopped.
     """
-    sweep = Sweep.load(path)
+    sweep = Sweep.load(path, overrides)
+    sweep.refuse_missing_sources()
     sweep.results.mkdir(parents=True, exist_ok=True)
     with alone_in(sweep.folder) as lock:
         sweep.refuse_other_recipes()

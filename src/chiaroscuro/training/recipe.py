@@ -217,7 +217,7 @@ class Recipe(Section):
         """
         content = read_yaml(Path(path), "recipe", "model: and trainer:")
         for override in overrides:
-            _override(content, override)
+            override_field(content, override)
         return cls.from_dict(content)
 
     @classmethod
@@ -455,8 +455,12 @@ def read_yaml(path: Path, what: str, needs: str) -> dict[str, Any]:
     return content
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    """Put `section.field=value` into `content`."""
+def override_field(content: dict[str, Any], override: str) -> None:
+    """Put `section.field=value` into `content`, the value read as YAML.
+
+    Raises:
+        UserError: if it has another form, or the value is no YAML.
+    """
     name, equals, value = override.partition("=")
     if not equals or not all(name.split(".")):
         raise UserError(f"override {override!r} has not the form section.field=value")

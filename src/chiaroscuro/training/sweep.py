@@ -1,12 +1,12 @@
 """Many runs from one page of YAML: named changes of a recipe, each with the same seeds.
 
-    recipe: ../wikitext2-study.yaml        # what all runs have in common; seen from the sweep's file
+    recipe: ../study.yaml                  # what all runs have in common; seen from the sweep's file
     output_dir: runs/sweeps/routers        # a run lives in output_dir/<variant>/seed-<n>
     results: experiments/results/routers   # where tables and plot go; unless given, output_dir
     seeds: [0, 1, 2]
     baseline: full-attention               # the variant that every other is held against
     variants:                              # by name: the fields that differ from the recipe
-      full-attention: {model.operators: [[attention], [attention], [attention]]}
+      full-attention: {model.operators: [[attention], [attention], [attention], [attention], [attention]]}
     grid:                                  # every combination of these is a variant too, named by its values
       model.attention_context: [all, routed]
       trainer.learning_rate: [1e-3, 2e-3]
@@ -42,15 +42,26 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from chiaroscuro.data import check_source
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import checkpoints
-from chiaroscuro.training.recipe import LANGUAGE_MODELLING, Recipe, Section, one_line, read_yaml, set_field
+from chiaroscuro.training.recipe import (
+    LANGUAGE_MODELLING,
+    Recipe,
+    Section,
+    one_line,
+    override_field,
+    read_yaml,
+    set_field,
+)
 from chiaroscuro.training.records import read_records
 
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Value = str | int | float | bool | list[Any] | None
 _LOG = "log.txt"
 # A name becomes a folder, and a cell of a table.
 _NAME = re.compile(r"\w[\w .,=+()-]*")
+_NO_NAME = re.compile(r"[^\w .,=+()-]")
 _OURS = ("trainer.seed", "trainer.output_dir")
 # Libraries that would each start a thread per core, in every one of as many runs as there are cores.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -66,7 +77,7 @@ class SweepFile(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baseline: str
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    grid: dict[str, Annotated[list[str | int | float | bool | None], Field(min_length=1)]] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepFile":
@@ -106,7 +117,10 @@ class SweepFile(Section):
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as a part of a name: lists in brackets, and a hyphen for what a name can't hold (`bpe:4096`, a path)."""
+    if isinstance(value, list):
+        return f"({','.join(map(_shown, value))})"
+    return _NO_NAME.sub("-", value) if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +201,12 @@ class Sweep:
         return Path(self.file.results or self.file.output_dir)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Sweep":
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
         """Read a sweep's file, and make and check the recipe of every run.
+
+        Args:
+            path: The YAML file.
+            overrides: `"section.field=value"`, for the recipe that all runs have in common.
 
         Raises:
             UserError: if file or recipe can't be read, or say something unknown, missing or impossible.
@@ -200,11 +218,28 @@ class Sweep:
         except ValidationError as error:
             raise UserError(f"{path}: {one_line(error, content, sections={'': SweepFile}, what='sweep')}") from None
         recipe = read_yaml(path.parent / file.recipe, "recipe", "model: and trainer:")
+        for override in overrides:
+            override_field(recipe, override)
         changes = file.changes()
         runs = [_run(file, recipe, name, fields, seed) for seed in file.seeds for name, fields in changes.items()]
         if len({run.recipe.data.task == LANGUAGE_MODELLING for run in runs}) > 1:
             raise UserError(f"{path}: some variants model a text and others tell labels, which no figure compares")
         return cls(file, changes, runs)
+
+    def refuse_missing_sources(self) -> None:
+        """Raise if a run that is to be trained names a folder of data that isn't there.
+
+        Raises:
+            UserError: naming the variant and the folder.
+        """
+        for run in self.runs:
+            if not run.is_done():
+                mixture = run.recipe.mixture
+                for data in [run.recipe.data, *(mixture.tasks.values() if mixture else [])]:
+                    try:
+                        check_source(data.source)
+                    except UserError as error:
+                        raise UserError(f"variant {run.variant!r}: {error}") from None
 
     def refuse_other_recipes(self) -> None:
         """Raise if a folder holds a run, finished or to be resumed, that another recipe began.
