@@ -40,7 +40,7 @@ def main() -> None:
     for f in figures:
         console.print(
             f"{f['variant']} seed {f['seed']}: perplexity {f['perplexity']:.2f}, with the other mask "
-            f"{f['perplexity_with_the_other_mask']:.2f}; weight on itself {f['trained']}"
+            f"{f['perplexity_with_the_other_mask']:.2f}; weight on itself and on later tokens {f['trained']}"
         )
 
 

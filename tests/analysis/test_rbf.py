@@ -43,6 +43,8 @@ def test_it_is_what_the_operator_computes(seed: int, norm: str, causal: bool) ->
     if causal:
         scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
     own = scores.softmax(-1).diagonal(dim1=1, dim2=2)
+    later = [scores.softmax(-1)[:, t, t + 1 :].sum(-1).mean().item() for t in range(9)]
+    assert found[1]["later"] == pytest.approx(sum(later) / 9, abs=1e-5) and (found[1]["later"] == 0) == causal
     assert found[1]["mean"] == pytest.approx(own.mean().item(), abs=1e-5)
     assert found[1]["smallest"] == pytest.approx(own.min().item(), abs=1e-5)
     assert sorted(found) == [1, 2]

@@ -154,7 +154,7 @@ def test_fields_on_the_command_are_the_common_recipe_s(write: Callable[..., Path
     sweep = Sweep.load(path, ["trainer.learning_rate=5e-4", "data.source=python-docs"])
     assert [run.recipe.trainer.learning_rate for run in sweep.runs[:2]] == [5e-4, 1e-3]
     assert {run.recipe.data.source for run in sweep.runs} == {"python-docs"}
-    with pytest.raises(UserError, match="trainer.stepz=3: unknown field"):
+    with pytest.raises(UserError, match=r"trainer\.stepz=3: unknown field"):
         Sweep.load(path, ["trainer.stepz=3"])
 
 

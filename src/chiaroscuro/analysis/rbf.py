@@ -1,4 +1,4 @@
-"""How much the rbf operator mixes: the weight that a token gives itself."""
+"""How much the rbf operator mixes, and how much of that is the future: the weights that tokens give each other."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -24,7 +24,8 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
         batches: `input_ids` (B, T).
 
     Returns:
-        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`.
+        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`; and
+        `later`, the weight that a token gives to all later ones together, mean over the tokens: 0 with a mask.
 
     Raises:
         UserError: no layer has rbf, or there is no batch.
@@ -34,6 +35,7 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
     if not layers:
         raise UserError(f"no layer has rbf on its menu, menus {model.config.operators}: there is nothing to measure")
     found: dict[int, list[Tensor]] = {i: [] for i in layers}
+    later: dict[int, list[Tensor]] = {i: [] for i in layers}
     uniform: list[Tensor] = []
     for ids in batches:
         outputs: Any = model.trunk(ids.to(model.device), use_cache=False, output_hidden_states=True)
@@ -46,12 +48,18 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
             mask = mask if rbf.causal else mask | real[:, None, None, :]
             weights = rbf_weights(fourier_features(source, rbf.frequencies.to(source.dtype)), mask)
             found[i].append(weights.diagonal(dim1=1, dim2=2).flatten().cpu())
+            later[i].append(weights.triu(1).sum(-1).flatten().cpu())
             if i == min(layers):
                 uniform.append((1 / mask[:, 0].sum(-1)).flatten().cpu())
     if not uniform:
         raise UserError("no batch to measure on: give at least one")
     alike = torch.cat(uniform).mean().item()
     return {
-        i: {"mean": (own := torch.cat(parts)).mean().item(), "smallest": own.min().item(), "uniform": alike}
+        i: {
+            "mean": (own := torch.cat(parts)).mean().item(),
+            "smallest": own.min().item(),
+            "uniform": alike,
+            "later": torch.cat(later[i]).mean().item(),
+        }
         for i, parts in found.items()
     }

@@ -39,7 +39,8 @@ def run_sweep(
 
     Raises:
         UserError: before anything runs, if a recipe is impossible, its data are missing, a folder holds another run, or
-            another sweep is at work there. A run that fails is no error here: it is in the table, and in the results under "failed".
+            another sweep is at work there. A run that fails is no error here: it is in the table, and in the results
+            under "failed".
         SweepInterrupted: on Ctrl-C, when the runs at work have saved and stopped.
     """
     sweep = Sweep.load(path, overrides)
