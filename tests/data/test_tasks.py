@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from corpus_samples import shared
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -197,6 +197,44 @@ def test_a_validation_split_of_its_own(films: Path, tmp_path: Path) -> None:
     reviews(films, validation=[*some("new", 2, 1), *some("old", 3, 0)])
     task = load_task("imdb", tmp_path, source=str(films))
     assert task.label_counts("validation") == [3, 2] and task.label_counts("train") == [40, 40]
+
+
+def test_labels_that_came_as_floats(films: Path, tmp_path: Path) -> None:
+    whole = load_task("imdb", tmp_path, source=str(films))
+    as_floats = {
+        split: [(row["text"], float(row["label"])) for row in datasets.Dataset.from_parquet(str(films / name))]
+        for split, name in (("train", "train.parquet"), ("test", "test.parquet"))
+    }
+    floats = load_task("imdb", tmp_path, source=str(reviews(tmp_path / "floats", **as_floats)))
+    assert floats.fingerprint == whole.fingerprint
+    for split, rows in whole.splits.items():
+        assert floats.splits[split]["label"][:] == rows["label"][:]
+        assert all(type(label) is int for label in floats.splits[split]["label"])
+    for wrong in (0.5, 2.0, math.nan):
+        folder = reviews(tmp_path / f"wrong {wrong}", train=[("a", 0.0), ("b", 1.0), ("c", wrong)], test=[("d", 0.0)])
+        with pytest.raises(UserError, match=rf"has the label {wrong}: labels are 0, 1, and −1 for none"):
+            load_task("imdb", tmp_path, source=str(folder))
+
+
+@settings(max_examples=15)
+@given(rows=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1)), min_size=1, max_size=12))
+@example(rows=[("b", 0), *[("a", 0)] * 20, ("a", 1), ("b", 1)])  # b has the smaller hash, and a is in the first tenth
+@example(rows=[("a", 0), ("a", 0), ("a", 1), ("b", 1)])
+def test_both_sides_have_texts_of_both_labels_or_it_is_said(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("few")
+    source = str(reviews(folder / "source", train=rows, test=[("x", 0), ("y", 1)]))
+    distinct = [len({text for text, other in rows if other == label}) for label in (0, 1)]
+    if min(distinct) > 1:
+        task = load_task("imdb", folder, source=source)
+        assert min(task.label_counts("train") + task.label_counts("validation")) > 0
+    else:
+        few = ("negative", "positive")[distinct.index(min(distinct))]
+        wanted = f"has no {few} row" if 0 in distinct else f"has one {few} text"
+        with pytest.raises(UserError, match=wanted) as caught:
+            load_task("imdb", folder, source=source)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

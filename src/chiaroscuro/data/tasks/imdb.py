@@ -29,10 +29,11 @@ def load_imdb(*, cache_dir: Path, source: str = "stanfordnlp/imdb") -> Classific
     Args:
         cache_dir: where files of a folder are kept as Arrow tables.
         source: a folder with `train.parquet` and `test.parquet` (or `.jsonl`), the columns "text" and "label" (0
-            negative, 1 positive; rows of label −1, which have none, are left out), or the Hub's name of such a set.
+            negative, 1 positive, as floats too; rows of label −1, which have none, are left out), or the Hub's name of
+            such a set.
 
     Raises:
-        UserError: the source can't be read, or has no such splits, columns or labels.
+        UserError: the source can't be read, has no such splits, columns or labels, or too few texts to hold some out.
 
     """
     found, origin = read_splits(source, cache_dir, WANTED)
@@ -45,7 +46,7 @@ def load_imdb(*, cache_dir: Path, source: str = "stanfordnlp/imdb") -> Classific
     labels = hashlib.sha256(bytes(label for rows in labelled.values() for label in rows["label"][:])).hexdigest()
     validation = "its own validation split"
     if "validation" not in labelled:
-        labelled["train"], labelled["validation"] = _hold_out(labelled["train"])
+        labelled["train"], labelled["validation"] = _hold_out(source, labelled["train"])
         validation = "a tenth of train, by the hash of the text, for validation"
     return ClassificationTask(
         "imdb",
@@ -73,17 +74,24 @@ def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Datas
     for label, name in enumerate(LABELS):
         if label not in labels:
             raise UserError(f"the {split} split of {source!r} has no {name} row (label {label})")
-    return rows.select_columns(["text", "label"]).select(kept)
+    whole = [int(label) for label in labels]  # floats they are where the column once held a NaN
+    return rows.select_columns("text").add_column("label", whole).select(kept)
 
 
-def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train and validation rows: of either label one in `HELD_OUT`, at least one, by the hash of the text."""
+def _hold_out(source: str, rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Train and validation rows: of either label one in `HELD_OUT`, at least one text and not all, by their hashes."""
     labels = rows["label"][:]
     digests = [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]]
     held: set[int] = set()
-    for label in range(len(LABELS)):
+    for label, name in enumerate(LABELS):
         own = sorted((i for i, other in enumerate(labels) if other == label), key=lambda i: digests[i])
-        last = digests[own[max(1, len(own) // HELD_OUT) - 1]]
+        *others, _ = sorted({digests[i] for i in own})
+        if not others:
+            raise UserError(
+                f"the train split of {source!r} has one {name} text (label {label}) alone: need two that differ, one "
+                "for validation, or a validation split of its own"
+            )
+        last = min(digests[own[max(1, len(own) // HELD_OUT) - 1]], others[-1])
         held.update(i for i in own if digests[i] <= last)  # all that have this text, not the first of them alone
     kept = [i for i in range(len(rows)) if i not in held]
     return rows.select(kept), rows.select(sorted(held))
