@@ -20,7 +20,8 @@ def rope_buffers(prefix: str, head_width: int, length: int, theta: float) -> dic
     }
 
 
-def author_state(model: ChiarForCausalLM | ChiarForSequenceClassification) -> dict[str, Tensor]:
+def author_state(model: ChiarForCausalLM | ChiarForSequenceClassification, *, bare: bool = False) -> dict[str, Tensor]:
+    """The state dict; `bare` is a classifier without `backbone.` and without the language model's head."""
     config, trunk = model.config, model.model
     baseline = all(menu == ["attention"] for menu in config.menus)
     state = {"token_emb.weight": trunk.embed_tokens.weight.detach()}
@@ -50,7 +51,7 @@ def author_state(model: ChiarForCausalLM | ChiarForSequenceClassification) -> di
             state |= under(f"layers.{i}.router.gate_proj", block.router.proj)
     state |= under("norm", trunk.norm)
     if isinstance(model, ChiarForSequenceClassification):
-        if not baseline:
+        if not bare:
             state["lm_head.weight"] = state["token_emb.weight"]
             state = {f"backbone.{name}": value for name, value in state.items()}
         return state | under("classifier", model.score)

@@ -126,11 +126,16 @@ def test_any_shape_comes_back(
 
 
 @pytest.mark.parametrize("router", ["threshold", "soft"])
-@pytest.mark.parametrize("menus", [PAPER, BASELINE], ids=["chiar", "baseline"])
-def test_classifiers(tmp_path: Path, menus: list[list[str]], router: str) -> None:
+@pytest.mark.parametrize(
+    ("menus", "bare"),
+    [(PAPER, False), (BASELINE, False), (BASELINE, True)],
+    ids=["chiar", "baseline", "baseline without backbone"],
+)
+def test_classifiers(tmp_path: Path, menus: list[list[str]], router: str, bare: bool) -> None:
     source = author_model(menus, router, labels=10)
     by_threshold = menus == PAPER and router == "threshold"
-    imported = import_reference(saved(tmp_path, author_state(source)), thresholds=THRESHOLDS if by_threshold else None)
+    path = saved(tmp_path, author_state(source, bare=bare))
+    imported = import_reference(path, thresholds=THRESHOLDS if by_threshold else None)
     assert_same(imported.model, source)
     assert isinstance(imported.model, ChiarForSequenceClassification)
     if menus == PAPER and router == "soft":
@@ -154,9 +159,9 @@ def test_a_classifier_s_logits_by_the_author_s_formula(tmp_path: Path) -> None:
 
 def test_mixed_training_leaves_its_heads_and_says_which(tmp_path: Path) -> None:
     source = author_model()
-    heads = {"_cls_head_imdb.weight": torch.ones(2, 16), "_cls_head_listops.bias": torch.ones(10)}
+    heads = {"_cls_head_imdb.weight": torch.ones(2, 16), "_cls_head_listops.0.bias": torch.ones(10)}
     path = saved(tmp_path, author_state(source) | heads)
-    with pytest.warns(UserWarning, match=r"left out: _cls_head_imdb\.weight, _cls_head_listops\.bias"):
+    with pytest.warns(UserWarning, match=r"left out: _cls_head_imdb\.weight, _cls_head_listops\.0\.bias"):
         ours = load_reference_checkpoint(path, thresholds=THRESHOLDS)
     assert_same(ours, source)
 
@@ -182,13 +187,33 @@ def test_heads_where_no_buffer_tells(tmp_path: Path) -> None:
     source = author_model(BASELINE, num_attention_heads=4, max_position_embeddings=256)
     state = {name: value for name, value in author_state(source).items() if ".rope." not in name}
     assert_same(load_reference_checkpoint(saved(tmp_path, state), heads=4), source)
+    for heads in (None, 4):
+        assert_same(load_reference_checkpoint(saved(tmp_path, state, {"n_heads": 4}), heads=heads), source)
+    assert_refused(r"cfg has n_heads=4, not 2: drop --heads", saved(tmp_path, state, {"n_heads": 4}), heads=2)
     with pytest.raises(UserError, match="--heads"):
         load_reference_checkpoint(saved(tmp_path, state))
     with pytest.raises(UserError, match="hidden_size=16 is not divisible by num_attention_heads=3"):
         load_reference_checkpoint(saved(tmp_path, state), heads=3)
 
 
+@settings(max_examples=20)
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    pairs=st.integers(2, 32),
+    theta=st.sampled_from([500.0, 10000.0]),
+)
+def test_half_precision(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, pairs: int, theta: float) -> None:
+    source = author_model(BASELINE, hidden_size=4 * pairs, rope_theta=theta).to(dtype).float()
+    state = {name: value.to(dtype) for name, value in author_state(source).items()}
+    assert_same(load_reference_checkpoint(saved(tmp_path_factory.mktemp("half"), state)), source)
+
+
 # What is refused
+
+
+def with_value(state: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
+    state[name].flatten()[1] = value
+    return state
 
 
 def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -234,6 +259,18 @@ FLAWED: list[tuple[str, Callable[[], dict[str, Tensor]], dict[str, Any], str]] =
     ),
     ("no layers", lambda: {"token_emb.weight": torch.ones(3, 2)}, {}, "layer 0 has"),
     ("another head", lambda: theirs() | {"lm_head.weight": torch.ones(23, 16)}, {}, "lm_head.weight is not token_emb"),
+    (
+        "NaN",
+        lambda: with_value(theirs(), "token_emb.weight", torch.nan),
+        {},
+        r"holds NaN or infinite values, .*: token_emb\.weight, lm_head\.weight$",
+    ),
+    (
+        "infinite angles",
+        lambda: with_value(theirs(), "layers.1.attn.rope.inv_freq", torch.inf),
+        {},
+        r"infinite values, .*: layers\.1\.attn\.rope\.inv_freq$",
+    ),
     ("other heads", theirs, {"heads": 4}, "are 2 heads, not 4"),
     (
         "angles that don't divide",
@@ -279,6 +316,14 @@ def test_a_mode_that_the_weights_belie(tmp_path: Path) -> None:
     soft = saved(tmp_path, theirs(router="soft"), {"routing_mode": "threshold"})
     assert_refused("unknown: layers.1.router.gate_proj", soft, thresholds=THRESHOLDS)
     assert_refused("routing_mode='sofd'", saved(tmp_path, theirs(router="soft"), {"routing_mode": "sofd"}))
+
+
+def test_a_cfg_that_the_tensors_belie(tmp_path: Path) -> None:
+    for cfg, complaint in [
+        ({"vocab_size": 24}, r"cfg has vocab_size=24, but token_emb\.weight has 23 rows"),
+        ({"n_heads": 4}, r"4 entries, which at d=16 are 2 heads, not 4 as n_heads in cfg says"),
+    ]:
+        assert_refused(complaint, saved(tmp_path, theirs(), cfg), thresholds=THRESHOLDS)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ Such a file is `{"model": state dict, "cfg": what was set on the configuration's
 - CHIAR-Former or baseline. `cfg` holds the vocabulary's size and the routing mode, and little more.
 - Mixed training: a CHIAR-Former without `cfg`, and a `_cls_head_<task>` or two. Those were trained on the embeddings,
   past every layer, so they are no heads of this model: they are left out, which is said.
-- Classifiers, without `cfg`: a CHIAR-Former under `backbone.` or a baseline, and `classifier`, two linear maps with a
-  GELU in between on the mean over all positions. The author pads with a real token and counts it as any other. So ours
-  gives the author's logits where it gets no attention_mask; where it gets one, padding is left out, as it should be.
+- Classifiers, without `cfg`: a CHIAR-Former or a baseline, under `backbone.` or (a baseline) without it, and
+  `classifier`, two linear maps with a GELU in between on the mean over all positions. The author pads with a real token
+  and counts it as any other. So ours gives the author's logits where it gets no attention_mask; where it gets one,
+  padding is left out, as it should be.
 
 Shapes and names say what the model is: width, layers, menus, feed-forward, heads, angles, length. Thresholds are no
 weights; `cfg` or the caller knows them. Then three conventions differ. Queries, keys and values are one matrix there.
@@ -60,7 +61,7 @@ _COSINES = re.compile(r"\.rope\.cos_cache$")
 _LABELS = re.compile(r"^classifier\.3\.weight$")
 _FEED_FORWARD = re.compile(r"\bffns?\.(?:\d+\.)?0\.weight$")
 _LEARNED_ROUTER = re.compile(r"layers\.\d+\.router\.gate_proj\.")
-_MIXED_HEAD = re.compile(r"_cls_head_\w+\.(?:weight|bias)$")
+_MIXED_HEAD = re.compile(r"_cls_head_\w+\.(?:\w+\.)*(?:weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_reference_checkpoint(
 
     Args:
         path: the author's `.pt` file.
-        heads: h, where the file lacks the buffers that tell it.
+        heads: h, where neither the buffers of the file nor its `cfg` tell it.
         thresholds: (τ_low, τ_high) of the entropy, for a checkpoint that routes by them and does not say where they
             stood; they take the place of those that it says.
 
@@ -95,8 +96,9 @@ def load_reference_checkpoint(
         `ChiarForCausalLM` for the others. Its MetaRouter pools over the batch, as published.
 
     Raises:
-        UserError: no such file, one that can't be read, keys that are missing or unknown, wrong shapes, or heads and
-            thresholds that are needed, impossible or not asked for.
+        UserError: no such file, one that can't be read, keys that are missing or unknown, wrong shapes, values that are
+            not finite, a `cfg` that contradicts the tensors, or heads and thresholds that are needed, impossible or not
+            asked for.
 
     """
     imported = import_reference(path, heads=heads, thresholds=thresholds)
@@ -116,6 +118,8 @@ def import_reference(
         if left_out := [name for name in weights if _MIXED_HEAD.match(name)]:
             remarks.append(f"left out: {', '.join(left_out)} (heads on the embeddings, past every layer)")
         weights = {name: value for name, value in weights.items() if name not in left_out}
+        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+            raise UserError(f"holds NaN or infinite values, take an earlier checkpoint: {_listed(broken)}")
         if "routing_mode" not in settings and any(_LEARNED_ROUTER.search(name) for name in weights):
             settings["routing_mode"] = "soft"
             remarks.append(
@@ -156,13 +160,15 @@ def _build(
     if embedding is None or embedding.dim() != 2:
         raise UserError(f"no checkpoint of the author's code: missing: {prefix}token_emb.weight, a matrix")
     vocabulary, width = embedding.shape
+    if (said := settings.get("vocab_size")) not in (None, vocabulary):
+        raise UserError(f"cfg has vocab_size={said!r}, but {prefix}token_emb.weight has {vocabulary} rows")
     menus = _menus(weights)
     angles = [value for name, value in weights.items() if name.endswith(".rope.inv_freq") and value.numel()]
     dropout = settings.get("dropout", _THEIR_DROPOUT)
     fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "num_attention_heads": _heads(width, menus, angles, heads),
+        "num_attention_heads": _heads(width, menus, angles, settings.get("n_heads"), heads),
         "intermediate_size": _rows(weights, _FEED_FORWARD),
         "max_position_embeddings": _rows(weights, _COSINES) or settings.get("max_seq_len", _THEIR_LENGTH),
         "rope_theta": _rope_theta(angles),
@@ -203,35 +209,51 @@ def _menus(weights: dict[str, Tensor]) -> list[list[str]]:
     return [[ours for theirs, ours in _OPERATORS.items() if (layer, theirs) in found] for layer in layers]
 
 
-def _heads(width: int, menus: list[list[str]], angles: list[Tensor], given: int | None) -> int:
-    """The number of heads, d / 2n of n angles each; as given, where no angles are there."""
+def _heads(width: int, menus: list[list[str]], angles: list[Tensor], said: int | None, given: int | None) -> int:
+    """The number of heads, d / 2n of n angles each; as `cfg` says or the caller gives, where no angles are there."""
     if not angles:
-        if given is None and any("attention" in menu for menu in menus):
-            raise UserError("no rope.inv_freq, whose length tells the number of heads: give it with --heads")
-        return 1 if given is None else given
+        if None not in (said, given) and said != given:
+            raise UserError(f"cfg has n_heads={said!r}, not {given}: drop --heads")
+        told = given if said is None else said
+        if told is None and any("attention" in menu for menu in menus):
+            raise UserError(
+                "neither rope.inv_freq, whose length tells the number of heads, nor n_heads in cfg: give --heads"
+            )
+        return 1 if told is None else told
     count = angles[0].numel()
     if width % (2 * count):
         raise UserError(f"rope.inv_freq has {count} entries, but heads of width {2 * count} don't make up d={width}")
     found = width // (2 * count)
-    if given not in (None, found):
-        raise UserError(f"rope.inv_freq has {count} entries, which at d={width} are {found} heads, not {given}")
+    for other, source in ((said, " as n_heads in cfg says"), (given, "")):
+        if other not in (None, found):
+            raise UserError(
+                f"rope.inv_freq has {count} entries, which at d={width} are {found} heads, not {other!r}{source}"
+            )
     return found
 
 
 def _rope_theta(angles: list[Tensor]) -> float:
-    """θ of the angles θ^(−k/n), k = 0 … n − 1, which every layer has to share."""
+    """θ of the angles θ^(−k/n), k = 0 … n − 1, which every layer has to share.
+
+    The angles are rounded, in half precision to two digits or three: θ is the roundest number that gives them.
+    """
     if not angles:
         return _THEIR_THETA
     count = angles[0].numel()
-    theta = _THEIR_THETA
+    thetas = [_THEIR_THETA]
     if count > 1:
         last = angles[0].double().flatten()[-1]
-        theta = float(f"{float(last ** (-count / (count - 1))):.6g}")  # a float32 tells no more digits of it
-    expected = theta ** (-torch.arange(count, dtype=torch.float64) / count)
-    for found in angles:
-        if found.shape != (count,) or not torch.allclose(found.double(), expected, rtol=1e-5, atol=0):
-            raise UserError("rope.inv_freq is not θ^(−k/n) of one θ in all layers, and can't be imported exactly")
-    return theta
+        estimate = float(last ** (-count / (count - 1)))
+        thetas = [float(f"{estimate:.{digits}g}") for digits in range(1, 7)]  # a float32 tells no more of them
+    rounding = max([1e-5, *(torch.finfo(found.dtype).eps for found in angles if found.is_floating_point())])
+    for theta in thetas:
+        expected = theta ** (-torch.arange(count, dtype=torch.float64) / count)
+        if all(
+            found.shape == (count,) and torch.allclose(found.double(), expected, rtol=rounding, atol=0)
+            for found in angles
+        ):
+            return theta
+    raise UserError("rope.inv_freq is not θ^(−k/n) of one θ in all layers, and can't be imported exactly")
 
 
 def _routing(
@@ -260,12 +282,12 @@ def _fill(model: ChiarForCausalLM | ChiarForSequenceClassification, weights: dic
     """Copy every weight to its place; all or nothing."""
     prefix = _prefix(weights)
     embedding, head = f"{prefix}token_emb.weight", f"{prefix}lm_head.weight"
-    baseline = any(name.startswith("attns.") for name in weights)
+    baseline = any(name.startswith(f"{prefix}attns.") for name in weights)
     # Of theirs to ours: three for queries, keys and values, in the order in which a layer has them; else one.
     places: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         places.setdefault(_their_name(name, prefix, baseline), []).append(parameter)
-    if prefix or not _is_classifier(weights):
+    if head in weights or not _is_classifier(weights):  # a classifier may have kept it, and has no use for it
         places[head] = places[embedding]
     shapes = {name: (sum(map(len, parts)), *parts[0].shape[1:]) for name, parts in places.items()}
     flaws = {
