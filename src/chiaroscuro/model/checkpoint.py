@@ -1,6 +1,7 @@
 """Loading a checkpoint as a user names it, with every way that it can be wrong said in one line."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.mixed import ChiarForMixedTasks
+
+VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+"""The files that make a tokenizer; what else it may have says how to use them."""
 
 
 def find_checkpoint(name: str) -> str:
@@ -69,7 +73,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     except UserError as error:
         raise UserError(f"{path}/config.json: {error}") from None
     except (SafetensorError, OSError, json.JSONDecodeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_first_line(error)}") from None
+        raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     model, info = loaded
@@ -90,10 +94,16 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     """
     path = find_checkpoint(name)
+    folder = Path(path)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        raise UserError(
+            f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the one that the model was "
+            "trained with (the author's models: GPT-2's) into it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} has no tokenizer that can be read: {_first_line(error)}") from None
+        raise UserError(f"{path} has no tokenizer that can be read: {_one_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{path} has a {type(tokenizer).__name__}: need one of the tokenizers library (a tokenizer.json)"
@@ -101,5 +111,6 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def _one_line(error: Exception) -> str:
+    # All of it and not the first line, which may end in a colon.
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' …') or 'no message'}"
