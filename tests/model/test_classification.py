@@ -215,6 +215,29 @@ def test_a_mistake_is_one_line(act: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        (torch.tensor([[0], [1]]), r"shape \(2, 1\) and dtype torch.int64"),
+        (torch.tensor([0.0, 1.0]), r"shape \(2,\) and dtype torch.float32"),
+        (torch.zeros(2, LABELS), r"shape \(2, 5\) and dtype torch.float32"),
+        (torch.tensor(1), r"shape \(\) and dtype torch.int64"),
+        (torch.tensor([0, 1, 2]), r"shape \(3,\) and dtype torch.int64"),
+    ],
+)
+def test_labels_that_are_not_one_whole_number_a_row(labels: Tensor, what: str) -> None:
+    wanted = rf"labels of {what}: need one whole number a row, shape \(2,\) and dtype torch\.int64"
+    with pytest.raises(UserError, match=wanted) as caught:
+        classifier()(tokens(0), labels=labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_in_fewer_bits() -> None:
+    model, labels = classifier(), torch.tensor([0, 4])
+    assert torch.equal(model(tokens(0), labels=labels.int()).loss, model(tokens(0), labels=labels).loss)
+
+
 def test_another_pooling_is_another_model(tmp_path: Path) -> None:
     mean, last = classifier(), classifier(classifier_pooling="last")
     last.load_state_dict(mean.state_dict())

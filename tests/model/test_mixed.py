@@ -1,6 +1,7 @@
 """One trunk, a language model's head and one a task: each is what the model for it alone computes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, shrunk, tokens
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from chiaroscuro import (
     ChiarConfig,
@@ -83,6 +85,57 @@ def test_the_losses_are_added_and_both_teach_the_whole_trunk() -> None:
         "layers.3.feed_forward.0.bias",
     ):
         assert parameters[f"model.{name}"].grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("penalty", [{}, {"router": "soft", "collapse_penalty": 0.5}], ids=["plain", "penalised"])
+def test_a_task_s_accumulated_losses_are_one(penalty: dict[str, object]) -> None:
+    model = mixed(meta_router="none", **penalty).train()
+    (ids, mask), labels = masked(4, rows=4), torch.tensor([0, 9, 4, 7])
+    whole = model(ids, attention_mask=mask, task="sums", labels=labels).loss
+    counted = model(ids, attention_mask=mask, task="sums", labels=labels, num_items_in_batch=torch.tensor(4)).loss
+    torch.testing.assert_close(counted, whole)
+    # Rows alike have the same router weights, so that the penalty of parts is the whole's.
+    ids, labels = ids[:1].expand(4, -1), labels.new_tensor([3, 3, 3, 5])
+    whole = model(ids, task="sums", labels=labels).loss
+    parts = [
+        model(ids[rows], task="sums", labels=labels[rows], num_items_in_batch=4).loss
+        for rows in (slice(0, 3), slice(3, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_transformers_trainer_accumulates_a_task(tmp_path: Path) -> None:
+    rows = [{"ids": tokens(i, 1)[0], "label": i} for i in range(6)]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = torch.tensor([row["label"] for row in rows])
+        ids = torch.stack([row["ids"] for row in rows])
+        return {"task": "sums", "input_ids": ids, "labels": labels, "shift_labels": labels}
+
+    weights = []
+    for size in (6, 2, 1):
+        model = mixed(meta_router="none", calibration="fixed", entropy_thresholds=[0.7, 0.8])
+        before = model.heads["sums"].weight.detach().clone()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=6 // size,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model, arguments, data_collator=collate, train_dataset=rows).train()
+        assert (model.heads["sums"].weight - before).abs().max() > 1e-4
+        weights.append(dict(model.named_parameters()))
+    for other in weights[1:]:
+        for name, parameter in weights[0].items():
+            torch.testing.assert_close(other[name], parameter, msg=name)
 
 
 def test_saved_and_loaded_whole_and_as_a_language_model(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
             return_dict: see there.
 
         Raises:
-            UserError: a row has no real token, or a label is none of the model's.
+            UserError: a row has no real token, or labels are not one whole number a row, each one of the model's.
 
         """
         return classify(
@@ -90,9 +90,13 @@ def classify(
     *,
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     output_routing: bool = False,
+    num_items_in_batch: int | Tensor | None = None,
     **inputs: Any,
 ) -> ChiarSequenceClassifierOutput:
-    """What `ChiarForSequenceClassification.forward` does, with a head that is given; arguments and errors are its."""
+    """What `ChiarForSequenceClassification.forward` does, with a head that is given; arguments and errors are its.
+
+    With `num_items_in_batch` the loss is the sum over the rows divided by that, not by the number of this forward's.
+    """
     outputs = trunk(
         attention_mask=attention_mask, output_routing=output_routing, use_cache=False, return_dict=True, **inputs
     )
@@ -100,14 +104,24 @@ def classify(
     count = logits.shape[-1]
     loss = term = None
     if labels is not None:
+        if labels.shape != logits.shape[:1] or labels.is_floating_point():
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: need one whole number a row, shape "
+                f"({len(logits)},) and dtype torch.int64"
+            )
+        labels = labels.long()
         try:
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, reduction="mean" if num_items_in_batch is None else "sum")
         except IndexError:
             raise UserError(
                 f"labels {sorted(set(labels.tolist()))} for a head of {count} labels: give labels from 0 to {count - 1}"
             ) from None
+        part: float | Tensor = 1.0
+        if num_items_in_batch is not None:
+            # As much of λ Σ U as this forward is of its step, so that accumulated forwards sum to one.
+            loss, part = loss / num_items_in_batch, (labels != -100).sum() / num_items_in_batch
         if trunk.penalises():
-            term = trunk.collapse_term(outputs.routing, attention_mask)
+            term = part * trunk.collapse_term(outputs.routing, attention_mask)
             loss = loss - term
     return ChiarSequenceClassifierOutput(
         loss=loss,

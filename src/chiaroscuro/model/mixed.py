@@ -64,7 +64,10 @@ class ChiarForMixedTasks(ChiarForCausalLM):
             beside: beside language modelling, the arguments of a second forward, whose loss is added. So a step of
                 mixed training is one call, and what wraps a model to spread it over processes sees all that it uses.
             return_dict: False for a plain tuple.
-            others: see `ChiarForCausalLM.forward`, or for a task `ChiarForSequenceClassification.forward`.
+            others: see `ChiarForCausalLM.forward`, or for a task `ChiarForSequenceClassification.forward`. A task takes
+                `num_items_in_batch` too: the losses of its rows are summed and divided by that. As transformers'
+                Trainer leaves out the first of `labels` when it counts them, which only suits a text, give it those of
+                a task as `shift_labels` too: these it counts as they are.
 
         Returns:
             The output of the one or the other. With `beside`, the loss is the sum, and `beside` the second's output.
@@ -79,6 +82,7 @@ class ChiarForMixedTasks(ChiarForCausalLM):
             if beside is not None:
                 raise UserError(f"beside with task={task!r}: a second forward goes beside language modelling alone")
             others.pop("use_cache", None)  # there is nothing to continue
+            others.pop("shift_labels", None)  # the same labels, for the Trainer to count
             return classify(self.model, self.head_of(task), labels, **others)
         output = super().forward(labels=labels, return_dict=True, **others)
         if beside is not None:
