@@ -1,5 +1,7 @@
 """What a recipe reads it gives back, and what nobody knows is an error of one line that names it."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from chiaroscuro import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.training import Recipe
+from chiaroscuro.training.recipe import CalibrationSection, DataSection, MixtureSection, TrainerSection
 
 SMALL: dict[str, Any] = {"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}}
 LLAMA = {
@@ -21,6 +25,7 @@ LLAMA = {
     "intermediate_size": 128,
 }
 RECIPES = Path(__file__).parents[2] / "recipes"
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
 def with_changes(**sections: Any) -> dict[str, Any]:
@@ -247,3 +252,35 @@ def test_the_two_small_recipes_differ_in_the_model_alone() -> None:
     assert theirs.pop("model")["preset"] == "small-baseline"
     assert ours["trainer"].pop("output_dir") != theirs["trainer"].pop("output_dir")
     assert ours == theirs
+
+
+# The page
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("data", DataSection),
+        ("trainer", TrainerSection),
+        ("calibration", CalibrationSection),
+        ("mixture", MixtureSection),
+    ],
+)
+def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseModel]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    table = page.partition(f"**`{name}`**")[2].partition("\n**`")[0].partition("\n## ")[0]
+    said = {}
+    for fields, default in re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE):
+        said |= {field.strip("`"): default.strip("`") for field in fields.split(", ")}
+    wanted = {}
+    for field, info in section.model_fields.items():
+        value = None if info.is_required() else info.default
+        shown = list(value) if isinstance(value, tuple) else value
+        wanted[field] = "–" if shown is None else shown if isinstance(shown, str) else json.dumps(shown)
+    assert said == wanted
+
+
+def test_the_page_s_recipe_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert Recipe.load(tmp_path / "recipe.yaml").trainer.tokens == 5_000_000
