@@ -140,7 +140,7 @@ def page() -> str:
 
 
 def claims(text: Sweep, rbf: Sweep) -> list[Claim]:
-    """The paper's claims, SPEC §8 and §9."""
+    """The paper's claims, and what they imply."""
     study = "chiaroscuro sweep recipes/sweeps/wikitext2.yaml"
     bare = text.ratio("H, no embedding norm", "full attention, no embedding norm")
     fair = text.ratio("H", "full attention")
@@ -446,7 +446,7 @@ def leak_claim(rbf: Sweep) -> Claim:
 
 
 def questions(text: Sweep) -> list[str]:
-    """What SPEC §9 asks, each with the pairs of variants that answer it."""
+    """What a reader asks next, each with the pairs of variants that answer it."""
     asked: list[tuple[str, list[tuple[str, str]]]] = [
         (
             "How much of the paper's gain is a weak baseline?",

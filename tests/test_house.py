@@ -166,16 +166,17 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     assert {"test"} <= named <= targets
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    """Top to bottom in one session, as a reader would; a traceback has the README's line numbers."""
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_python_of_the_pages_runs(tmp_path: Path, page: str) -> None:
+    """Top to bottom in one session, as a reader would; a traceback has the page's line numbers."""
     inside, blocks, script = False, 0, []
-    for line in text_of("README.md").splitlines():
+    for line in text_of(page).splitlines():
         if line.startswith("```"):
             inside = line == "```python"
             blocks += inside
             line = ""
         script.append(line if inside else "")
     assert blocks > 0
-    (tmp_path / "readme.py").write_text("\n".join(script), encoding="utf-8")
-    result = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "page.py").write_text("\n".join(script), encoding="utf-8")
+    result = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

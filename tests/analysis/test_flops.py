@@ -153,7 +153,7 @@ def test_the_published_formula_by_hand() -> None:
     shape = config(operators=[["dct"], ["dct", "rbf"], ["dct", "attention"], ["dct", "attention"], ["attention"]])
     layer = 100 * (3 * 32**2 + 100 * 32 + 100 * 32 + 32**2)
     assert count_published_flops(shape, 100, share=0.5).total == 2 * layer
-    # SPEC's figure of the author's four layers, 0 + ½ + ½ + 1.
+    # The published figure of the author's four layers, 0 + ½ + ½ + 1.
     four = compare_protocols(config(operators=default_operators(4)), 256, 0.5)["paper"]
     assert four["forward"]["saving"] == four["training"]["saving"] == pytest.approx(0.5)
     assert four["training"]["flops"] == 3 * four["forward"]["flops"]

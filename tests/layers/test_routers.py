@@ -57,7 +57,7 @@ def test_the_index_counts_the_thresholds_below(operators: int, seed: int) -> Non
 
 
 def test_at_the_threshold_the_cheap_operator_takes_it() -> None:
-    """SPEC §3: dct if H ≤ τ, attention if H > τ."""
+    """dct if H ≤ τ, attention if H > τ."""
     router = ThresholdRouter(MENUS[2], 6, thresholds=(0.5,))
     entropy = torch.tensor([[0.5, torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))]])
     assert router(draw(0, 1, 2, 6), entropy).tolist() == [[0, 1]]

@@ -1,4 +1,4 @@
-"""The null against another simulation, Gaussian vectors through the real entropy, and SPEC §2's figures."""
+"""The null against another simulation, Gaussian vectors through the real entropy, and the published figures."""
 
 import math
 from functools import cache
@@ -23,7 +23,7 @@ def simulated(width: int, spectrum: str = "orthonormal") -> Tensor:
 
 def test_the_published_null_is_reproduced() -> None:
     at_256 = simulated(256)
-    # The extremes of 20,000 draws scatter themselves: SPEC's [0.826, 0.904] is one sample.
+    # The extremes of 20,000 draws scatter themselves: the published [0.826, 0.904] is one sample.
     assert float(at_256.min()) == pytest.approx(0.826, abs=0.006)
     assert float(at_256.max()) == pytest.approx(0.904, abs=0.003)
     at_1024 = simulated(1024)

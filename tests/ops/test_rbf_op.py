@@ -1,4 +1,4 @@
-"""RBF mixing against a loop over tokens, and what SPEC §1 says of it at the published scale."""
+"""RBF mixing against a loop over tokens, and what is known of it at the published scale."""
 
 import math
 from itertools import product
@@ -58,7 +58,7 @@ def test_the_mask_hides_the_future() -> None:
 
 
 def test_at_the_published_scale_it_mixes_almost_nothing() -> None:
-    """SPEC §1: at layer-normed input, d = 256, R = 64, a token's weight on itself averages 1.000."""
+    """At layer-normed input, d = 256, R = 64, a token's weight on itself averages 1.000."""
     x = F.layer_norm(draw(0, 4, 256, 256), (256,))
     features = fourier_features(x, math.sqrt(2) * draw(1, 256, 64))
     diagonal = (features @ features.mT).softmax(-1).diagonal(dim1=-2, dim2=-1)

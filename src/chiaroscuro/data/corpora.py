@@ -62,7 +62,7 @@ class Corpus:
         description: where the text is from, in one line.
         splits: "train", "validation" and perhaps "test"; the column "text" has a row each.
         separator: what stands between rows. "newline": the rows are lines and joined by newlines, as the
-            paper does with WikiText (SPEC §6). "eos": the rows are documents that have nothing to do with
+            paper does with WikiText. "eos": the rows are documents that have nothing to do with
             each other, and the tokenizer's end-of-sequence token follows each.
         fingerprint: changes with any row of any split, and with the separator.
 

@@ -111,7 +111,7 @@ def paper_thresholds(
     Raises:
         UserError: the rows hold no token, or one that the model does not know.
 
-    Source: the paper, calibration; SPEC of the published code: 200 rows, 256 tokens, 33rd and 67th percentile.
+    Source: the paper, calibration; the published code: 200 rows, 256 tokens, 33rd and 67th percentile.
 
     """
     tokens = [token for row in islice(rows, PAPER_ROWS) for token in row[:max_length]]

@@ -170,7 +170,7 @@ class CalibrationSection(Section):
 
     `running`: they follow the entropies seen, towards the model's `attention_share`. `fixed`: as given in
     `thresholds`. `paper`: the 33rd and 67th percentile of H over a trained baseline's embeddings of the
-    first 200 validation rows (SPEC §3, arXiv 2606.08327), and fixed from then on. The baseline is the model in the
+    first 200 validation rows (arXiv 2606.08327), and fixed from then on. The baseline is the model in the
     folder `baseline` or, unless one is named, trained first: the recipe with attention alone in every layer, in
     `output_dir`/baseline.
     """

@@ -3,7 +3,7 @@
 A record is a flat dict but for `layers`, a list with one entry per layer (numbered from 1, as in the paper), and in
 mixed training `tasks`, the figures of each task beside the text.
 Entropies are quantiles at [`PROBABILITIES`][], and the record of a model that routes carries those of white
-noise beside them (SPEC §2): an entropy means nothing without them.
+noise beside them: an entropy means nothing without them.
 """
 
 import json

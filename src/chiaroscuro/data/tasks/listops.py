@@ -5,7 +5,7 @@
 The label of an expression is its value, so there are ten. Two kinds are generated here, from a seed, and no expression
 stands in two splits or twice in one:
 
-- *flat*, the paper's (SPEC §7): one list of 4 to 8 digits under MAX, MIN, MEAN or MEDIAN. No bracket in a bracket:
+- *flat*, the paper's: one list of 4 to 8 digits under MAX, MIN, MEAN or MEDIAN. No bracket in a bracket:
   it asks for counting, not for structure.
 - *nested*, Long Range Arena's (arXiv 2011.04006): MAX, MIN, MED and SUM_MOD (the sum modulo 10) of 2 to 10 arguments,
   each a digit or, one in four, again an expression, to a depth of 10. There an expression has 500 to 2,000 tokens;
