@@ -58,9 +58,9 @@ def test_interrupted_in_the_baseline_it_goes_on_there(run: Go, monkeypatch: pyte
 
 def test_a_finished_baseline_of_another_recipe_is_not_taken(run: Go) -> None:
     result, _ = run(calibration=PUBLISHED)
-    for file in result.folder.iterdir():
-        if file.name.startswith("checkpoint"):
-            file.rename(result.folder.parent / file.name)
+    shutil.rmtree(result.folder / "model")
+    for checkpoint in result.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match=r"trainer\.learning_rate was 0\.002 when this run began"):
         run(calibration=PUBLISHED, trainer__learning_rate=1e-3)
 

@@ -332,6 +332,18 @@ def test_a_folder_with_a_run_is_not_run_over(run: Go, tmp_path: Path) -> None:
         run(trainer__output_dir=str(tmp_path / "file"))
 
 
+def test_a_finished_model_without_checkpoints_is_not_run_over(run: Go) -> None:
+    result, _ = run()
+    for checkpoint in result.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    with pytest.raises(UserError, match="holds a finished model; name another folder, or remove it"):
+        run()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        run(resume=True)
+    assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == before
+
+
 def test_another_text_is_not_resumed_on(
     run: Go, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,8 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
                 f"trainer.output_dir={folder} holds a run with checkpoints; pass --resume to go on with it, "
                 "or name another folder"
             )
+        if (folder / "model").exists():
+            raise UserError(f"trainer.output_dir={folder} holds a finished model; name another folder, or remove it")
         return None
     if not (folder / _RECIPE).is_file():
         raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
