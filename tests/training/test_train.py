@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
@@ -342,6 +343,27 @@ def test_a_finished_model_without_checkpoints_is_not_run_over(run: Go) -> None:
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         run(resume=True)
     assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == before
+
+
+def test_a_recipe_of_the_user_s_own_is_not_replaced(run: Go, content: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("# what I thought\n" + yaml.safe_dump(content))
+    with pytest.raises(UserError, match="that no run wrote and this one would replace; name another"):
+        run()
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert (folder / "recipe.yaml").read_text().startswith("# what I thought")
+
+
+def test_a_run_that_died_before_its_first_record_starts_again(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="died"):
+        patched.setattr(RunTrainer, "train", raise_died)
+        run()
+    run()
+
+
+def raise_died(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("died")
 
 
 def test_another_text_is_not_resumed_on(

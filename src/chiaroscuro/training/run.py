@@ -208,6 +208,11 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
             )
         if (folder / "model").exists():
             raise UserError(f"trainer.output_dir={folder} holds a finished model; name another folder, or remove it")
+        if (folder / _RECIPE).is_file() and not _was_begun(folder):
+            raise UserError(
+                f"trainer.output_dir={folder} holds a recipe.yaml that no run wrote and this one would replace; "
+                "name another trainer.output_dir"
+            )
         return None
     if not (folder / _RECIPE).is_file():
         raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
@@ -218,12 +223,23 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
     return found
 
 
+def _was_begun(folder: Path) -> bool:
+    """Whether a run, or a sweep on its behalf, wrote the recipe there: its records, or the sweep's log, came first."""
+    if (folder / _METRICS).is_file():
+        return True
+    try:
+        with (folder / "log.txt").open("rb") as log:
+            return log.readline().startswith(b"$ chiaroscuro train ")
+    except OSError:
+        return False
+
+
 def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed run was writing
         if not resume:
-            (folder / _METRICS).unlink(missing_ok=True)
+            (folder / _METRICS).write_bytes(b"")
         beside = folder / f"{_RECIPE}.partial"
         beside.write_text(recipe.to_yaml(), encoding="utf-8")
         os.replace(beside, folder / _RECIPE)
