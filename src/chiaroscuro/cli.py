@@ -187,7 +187,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add at most.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 for all.", min=0)] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
     share: Share = None,
     as_json: AsJson = False,
 ) -> None:

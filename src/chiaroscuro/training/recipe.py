@@ -130,7 +130,7 @@ class TrainerSection(Section):
     """
 
     output_dir: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy takes
     steps: Count | None = None
     tokens: Count | None = None
     epochs: Count | None = None
@@ -312,7 +312,7 @@ class Recipe(Section):
             )
         changes |= self._calibration_fields(changes, thresholds)
         # Another seed is another draw of everything, or an interval over seeds would be of one draw of the router's.
-        changes.setdefault("router_seed", self.trainer.seed % 2**32)
+        changes.setdefault("router_seed", self.trainer.seed)
         try:
             if section.preset is None:
                 return ChiarConfig(vocab_size=vocab_size, **changes)
