@@ -4,6 +4,7 @@ The oracle of a mistake is the same for all: exit code 2, standard output empty,
 with "error: " and says what is wrong. Nothing is left half-written.
 """
 
+import io
 import json
 import shutil
 import subprocess
@@ -317,6 +318,17 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a floor above one": (["collapse", "EMPTY", "--floor", "2"], "--floor"),
     "quickstart elsewhere": (["quickstart"], "top of a clone"),
 }
+
+
+@pytest.mark.parametrize("command", ["generate", "route"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them Python takes hangs on the locale
+def test_standard_input_that_is_no_text(
+    command: str, errors: str, run: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"light \xff"), "utf-8", errors))
+    code, out, err = run(command, run_folder, "-")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and err.endswith(" 6; give it as UTF-8\n")
 
 
 @pytest.fixture(scope="module")

@@ -656,7 +656,10 @@ def _fail(message: str) -> None:
 
 
 def _text(argument: str) -> str:
-    return sys.stdin.read() if argument == "-" else argument
+    try:
+        return sys.stdin.read() if argument == "-" else argument
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 at byte {error.start}; give it as UTF-8") from None
 
 
 def _escape(text: str) -> str:

@@ -124,10 +124,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     """
     if not text:
         raise UserError("the text is empty: there is no token to route; give at least one character")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text is not valid Unicode at character {error.start}; give it as UTF-8") from None
+    refuse_broken_text(text)
     ids, pieces = _tokenize(tokenizer, text)
     if not ids:
         raise UserError(f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it")
@@ -172,6 +169,19 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         null_mean=null_entropy_mean(width),
         width=width,
     )
+
+
+def refuse_broken_text(text: str) -> None:
+    """Refuse what no tokenizer takes: halves of surrogate pairs, as Python makes them of bytes that are no UTF-8.
+
+    Raises:
+        UserError: naming the first such character.
+
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid Unicode at character {error.start}; give it as UTF-8") from None
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], tuple[str, ...]]:

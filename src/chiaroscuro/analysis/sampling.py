@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.errors import UserError
 
 
@@ -56,9 +57,10 @@ def continue_text(
         seed: of the draws.
 
     Raises:
-        UserError: the prompt is empty, or leaves no room in the model's longest sequence.
+        UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence.
 
     """
+    refuse_broken_text(prompt)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     longest = model.config.max_position_embeddings
     if ids.shape[1] == 0:
