@@ -6,8 +6,9 @@ A model is a list of layers and a layer is a menu of operators, so one class is 
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import get_annotations
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -150,7 +151,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields, and check."""
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs, library=_LIBRARY_FIELDS)
         super().__post_init__(**kwargs)
         if self.operators is None:
             layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
@@ -385,10 +386,18 @@ class ChiarConfig(PreTrainedConfig):
         if not (_is_whole(value) if whole else _is_finite(value)) or value <= 0:
             raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        fields = set(type(self).__dataclass_fields__)
-        for name, value in kwargs.items():
-            if name not in _LIBRARY_FIELDS:
+    @staticmethod
+    def refuse_unknown(changes: Mapping[str, Any], library: Collection[str] = ()) -> None:
+        """Raise a UserError for the first name that is no field of ours.
+
+        Args:
+            changes: values by name.
+            library: what transformers may pass beside them.
+
+        """
+        fields = get_annotations(ChiarConfig)
+        for name, value in changes.items():
+            if name not in fields and name not in library:
                 close = get_close_matches(name, fields, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "see help(ChiarConfig) for the fields"
                 raise UserError(f"unknown field {name}={value!r}: {hint}")

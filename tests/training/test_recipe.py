@@ -185,6 +185,17 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         with_changes(model={"preset": "small", "atention_share": 0.1}),
         ["model", "atention_share", "attention_share"],
     ),
+    *(
+        (with_changes(model={"preset": "small", name: value}), [f"model: unknown field {name}={value!r}"])
+        for name, value in {
+            "num_labels": "abc",
+            "dtype": "foo",
+            "id2label": "x",
+            "architectures": "x",
+            "attn_implementation": "sdpa",
+            "model_type": "chiar",
+        }.items()
+    ),
     (with_changes(model={"preset": "small", "attention_share": 2}), ["model", "attention_share=2"]),
     (with_changes(model={"preset": "small", "vocab_size": 10}), ["model.vocab_size=10", "tokenizer"]),
     (with_changes(model={"architecture": "mamba"}), ["model.architecture='mamba'", "chiar"]),
