@@ -87,6 +87,8 @@ def test_presets_lists_every_preset_with_its_size(run: Run) -> None:
 def test_info_says_what_a_checkpoint_is(run: Run, run_folder: Path) -> None:
     code, out, _ = run("info", run_folder)
     assert code == 0 and "dct · attention" in out
+    source = json.loads(run("info", run_folder, "--json")[1])["recipe"]["data"]["source"]
+    assert f"tasklanguage-modellingdata{source}tokenizerbpe:300steps100seed0" in "".join(out.split())
     facts = json.loads(run("info", run_folder, "--json")[1])
     model = ChiarForCausalLM.from_pretrained(run_folder / "model")
     assert facts["parameters"] == model.num_parameters()
@@ -144,6 +146,9 @@ def test_calibrate_sets_the_share_and_leaves_the_checkpoint_alone(run: Run, run_
     calibrated = ChiarForCausalLM.from_pretrained(tmp_path / "cal")
     assert calibrated.config.attention_share == 0.4
     assert calibrated.thresholds()[1].calibrated
+    # The copy knows its text and the length of a sequence, and leaves the folder around it alone.
+    assert json.loads(run("evaluate", tmp_path / "cal", "--json")[1])["length"] == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["cal"]
 
 
 def test_calibrate_as_published_prints_two_thresholds(run: Run, run_folder: Path) -> None:

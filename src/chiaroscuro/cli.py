@@ -99,7 +99,13 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Source = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
-    length: Annotated[int | None, typer.Option(help="T, tokens that the model reads at once.")] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="T, tokens that the model reads at once. Unless given: the recipe's data.sequence_length or, without "
+            "a recipe, the model's max_position_embeddings."
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -265,7 +271,7 @@ def calibrate(
     taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
     batches = [batch["input_ids"] for batch in DataLoader(taken, batch_size=8)]
     set_thresholds(model, batches, share)
-    save_whole(output, model, tokenizer)
+    save_whole(output, model, tokenizer, recipe)
     measured = measure_routing(model, batches)
     if as_json:
         _print_json({"output": str(output), "attention_share": model.config.attention_share, **measured})
@@ -556,7 +562,7 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     console = Console()
     layers = facts.pop("layers")
     facts.pop("recipe", None)
-    console.print(_figures_table(facts))
+    console.print(_figures_table(facts | ({} if recipe is None else _training_of(recipe))))
     table = Table("layer", "menu", "parameters", "thresholds", "calibrated on steps", box=None)
     for layer in layers:
         stand = ", ".join(f"{t:.4f}" if t is not None else "∞" for t in layer["thresholds"]) or "–"
@@ -671,12 +677,30 @@ def _print_json(figures: dict[str, Any]) -> None:
 
 
 def _recipe_of(checkpoint: str) -> Any:
-    """The recipe that a checkpoint was trained by, if it lies in a run's folder; else None."""
+    """The recipe that a checkpoint was trained by, if it lies in a run's folder or is a copy of one; else None."""
     from chiaroscuro.model.checkpoint import find_checkpoint
     from chiaroscuro.training import Recipe
 
-    beside = Path(find_checkpoint(checkpoint)).parent / "recipe.yaml"
-    return Recipe.load(beside) if beside.is_file() else None
+    folder = Path(find_checkpoint(checkpoint))
+    # A copy that calibrate makes has it inside, as what lies around the copy's folder is not ours.
+    places = [place / "recipe.yaml" for place in (folder, folder.parent)]
+    found = next((place for place in places if place.is_file()), None)
+    return None if found is None else Recipe.load(found)
+
+
+def _training_of(recipe: Any) -> dict[str, Any]:
+    """What a model was trained on, how long and by which seed: lines of `info`."""
+    lines = {
+        "task": recipe.data.task,
+        "mixed with": None if recipe.mixture is None else ", ".join(recipe.mixture.tasks),
+        "data": recipe.data.source,
+        "tokenizer": recipe.tokenizer,
+        "steps": recipe.trainer.steps,
+        "training tokens": recipe.trainer.tokens,
+        "epochs": recipe.trainer.epochs,
+        "seed": recipe.trainer.seed,
+    }
+    return {name: value for name, value in lines.items() if value is not None}
 
 
 def _recipe_of_task(checkpoint: str, task: str) -> Any:

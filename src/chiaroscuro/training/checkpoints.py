@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.training.recipe import Recipe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -112,8 +113,16 @@ def _rename_over(partial: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_whole(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None
+) -> None:
     """Save a model and its tokenizer for `from_pretrained`, whole or not at all.
+
+    Args:
+        folder: Where; what is there is replaced.
+        model: The model.
+        tokenizer: Its tokenizer.
+        recipe: What it was trained by, to lie beside the weights as recipe.yaml.
 
     Raises:
         UserError: if the file system refuses.
@@ -121,6 +130,8 @@ def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if recipe is not None:
+            (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
