@@ -243,6 +243,12 @@ def test_every_command_has_a_help_that_teaches(run: Run, command: str) -> None:
         assert "Example" in out
 
 
+@pytest.mark.parametrize(("command", "defaults"), [("benchmark", ["(both)", "(all six)"]), ("sweep", ["(one per GPU"])])
+def test_help_shows_the_defaults(command: str, defaults: list[str], run: Run) -> None:
+    shown = " ".join(run(command, "--help")[1].replace("│", " ").split())
+    assert all(default in shown for default in defaults), shown
+
+
 def test_it_runs_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2

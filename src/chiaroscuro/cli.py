@@ -352,11 +352,13 @@ def benchmark(
     output: Annotated[Path, typer.Option(help="Folder for speed.json, performance.md and performance.png.")] = Path(
         "runs/benchmark"
     ),
-    length: Annotated[list[int] | None, typer.Option(help="T; several times for several. [256 … 16384]")] = None,
-    share: Annotated[list[float] | None, typer.Option(help="ρ; likewise. [0.5, 0.25, 0.125]")] = None,
-    context: Annotated[list[str] | None, typer.Option(help="all or routed; likewise. [both]")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="T; several times for several (256, 1024, 4096, 8192, 16384).")
+    ] = None,
+    share: Annotated[list[float] | None, typer.Option(help="ρ; likewise (0.5, 0.25, 0.125).")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="all or routed; likewise (both).")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="train, forward, decode, memory, router or profile; likewise. [all six]")
+        list[str] | None, typer.Option(help="train, forward, decode, memory, router or profile; likewise (all six).")
     ] = None,
     layers: Annotated[int, typer.Option(help="Of every model.", min=3)] = 12,
     width: Annotated[int, typer.Option(help="d.", min=2)] = 256,
@@ -402,7 +404,7 @@ def sweep(
         typer.Argument(metavar="section.field=value …", help="Fields of the recipe that all runs have in common."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Runs at once, one thread each. [one per GPU or, without one, per core]", min=1)
+        int | None, typer.Option(help="Runs at once, one thread each (one per GPU or, without one, per core).", min=1)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
