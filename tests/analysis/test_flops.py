@@ -31,6 +31,7 @@ from chiaroscuro.analysis.flops import (
 )
 from chiaroscuro.cli import main
 from chiaroscuro.config import default_operators
+from chiaroscuro.report.flops_terminal import describe_flops, explain
 
 MENUS = [
     ["dct"],
@@ -247,6 +248,13 @@ def test_the_command_takes_another_vocabulary(
     assert list(printed["protocols"]) == ["exact", "no-head", "paper"]
     assert all(list(steps) == ["forward", "training"] for steps in printed["protocols"].values())
     assert f"{printed['protocols']['exact']['training']['saving']:.1%}" in text
+
+
+def test_the_paper_s_claim_is_held_against_the_model_it_is_of() -> None:
+    for name in ChiarConfig.presets():
+        figures = describe_flops(ChiarConfig.preset(name, use_cache=False), 256)
+        assert ("The paper claims to save 35–40% of all operations (v2)." in explain(figures)) == ("v2" in name)
+        assert "The paper saves" not in explain(figures)
 
 
 def test_the_command_refuses_a_context_that_the_router_has_not(

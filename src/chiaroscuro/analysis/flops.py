@@ -22,7 +22,7 @@ from chiaroscuro.layers import RBFMixing
 from chiaroscuro.ops.spectral import FEW, MATRIX_UP_TO
 
 TARGET = 0.35
-"""The lower end of the 35–40% that the paper saves."""
+"""The lower end of the 35–40% that the paper claims to save (v2)."""
 WEIGHING = ("soft", "hard")
 """The routers that weigh every operator, by a projection of the token and its entropy."""
 RANDOM_FEATURES: int = inspect.signature(RBFMixing).parameters["features"].default

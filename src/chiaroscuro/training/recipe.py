@@ -314,7 +314,7 @@ class Recipe(Section):
         # Another seed is another draw of everything, or an interval over seeds would be of one draw of the router's.
         changes.setdefault("router_seed", self.trainer.seed)
         try:
-            # transformers' fields for every model (num_labels, dtype, …) are the tokenizer's, the task's, the trainer's.
+            # What transformers has for every model (num_labels, dtype, …), task and trainer set here, not the user.
             ChiarConfig.refuse_unknown(changes)
             if section.preset is None:
                 return ChiarConfig(vocab_size=vocab_size, **changes)
