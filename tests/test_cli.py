@@ -18,6 +18,7 @@ import torch
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.cli import main
 from chiaroscuro.data import load_corpus, load_tokenizer
+from chiaroscuro.training.calibration import paper_thresholds
 
 SENTENCES = [
     "the light falls on the table",
@@ -157,6 +158,20 @@ def test_calibrate_as_published_prints_two_thresholds(run: Run, run_folder: Path
     assert code == 0 and 0 < low < high < 1
     code, out, _ = run("calibrate", run_folder, "--method", "paper")
     assert out.startswith("calibration: {method: fixed, thresholds: [")
+
+
+def test_published_thresholds_are_of_the_model_s_own_spectrum(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    usual = json.loads(run("calibrate", run_folder, "--method", "paper", "--json")[1])
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = tmp_path / "run/model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"spectrum": "reference"}))
+    found = json.loads(run("calibrate", tmp_path / "run", "--method", "paper", "--json")[1])["entropy_thresholds"]
+    model = ChiarForCausalLM.from_pretrained(run_folder / "model")
+    corpus = load_corpus(json.loads(run("info", run_folder, "--json")[1])["recipe"]["data"]["source"])
+    tokenizer = load_tokenizer(str(run_folder / "model"), corpus)
+    rows = [tokenizer(row)["input_ids"] for row in corpus.splits["validation"]["text"]]
+    assert found == pytest.approx(paper_thresholds(model, rows, spectrum="reference"))
+    assert found != pytest.approx(usual["entropy_thresholds"], abs=1e-4)
 
 
 def test_route_shows_every_token_and_writes_the_pictures(run: Run, run_folder: Path, tmp_path: Path) -> None:
@@ -304,8 +319,31 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "an empty text": (["route", "RUN", ""], "the text is empty"),
     "a text too long": (["route", "RUN", "light " * 200], "max_position_embeddings"),
     "a page where no folder is": (["route", "RUN", "light", "--html", "nowhere/page.html"], "nowhere"),
+    "a page and a picture where no folder is": (
+        ["route", "RUN", "light", "--html", "page.html", "--png", "bad/x.png"],
+        "the folder bad does not exist",
+    ),
+    "a picture that is none": (["route", "RUN", "light", "--png", "x.jpg"], "--png x.jpg: the figure is a PNG file"),
+    "a collapse's picture that is none": (["collapse", "EMPTY", "--png", "x"], "--png x: the figure is a PNG file"),
     "an unknown calibration": (["calibrate", "RUN", "--method", "magic"], "choose data or paper"),
-    "calibration without a place": (["calibrate", "RUN"], "--output"),
+    "calibration without a place": (["calibrate", "RUN"], "--output is missing"),
+    "calibration where nothing can be": (
+        ["calibrate", "RUN", "--output", f"{__file__}/cal"],
+        "could not be saved (Not a directory); choose another place",
+    ),
+    "no name of a checkpoint": (["evaluate", ""], "the name is empty"),
+    "no name of a recipe": (["train", ""], "the name is empty"),
+    "no name of a preset": (["flops", ""], "the name is empty"),
+    "a run in a file": (["train", "GOOD", f"trainer.output_dir={__file__}/run"], "is a file; name a folder"),
+    "a benchmark in a file": (["benchmark", "--output", "GOOD"], "is a file; name a folder"),
+    "quickstart in a file": (["quickstart", "--output", "GOOD"], "is a file; name a folder"),
+    **{
+        f"published calibration with {option}": (
+            ["calibrate", "RUN", "--method", "paper", option, value],
+            f"{option} {value} goes with --method data",
+        )
+        for option, value in {"--share": "0.0", "--tokens": "65536", "--split": "train", "--output": "x"}.items()
+    },
     "calibration over a model": (["calibrate", "RUN", "--output", "EMPTY"], "exists already"),
     "an override without a value": (["train", "GOOD", "model.preset"], "section.field=value"),
     "an unknown field": (["train", "GOOD", "trainer.stepz=3"], "did you mean 'steps'"),

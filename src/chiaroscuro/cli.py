@@ -47,9 +47,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _refuse_empty(name: str) -> str:
+    if not name:
+        raise UserError("the name is empty: give that of a file, a folder or a model")
+    return name
+
+
 Checkpoint = Annotated[
     str,
-    typer.Argument(help="A model's folder, a run's folder (its model/ is meant), or a Hub name owner/name."),
+    typer.Argument(
+        help="A model's folder, a run's folder (its model/ is meant), or a Hub name owner/name.",
+        callback=_refuse_empty,
+    ),
 ]
 Source = Annotated[
     str | None,
@@ -59,6 +69,23 @@ Source = Annotated[
         "owner/name:config. Unless given: what the run's recipe says.",
     ),
 ]
+
+
+def _refuse_place(file: Path | None) -> Path | None:
+    from chiaroscuro.report.files import refuse_place
+
+    if file is not None:
+        refuse_place(file)
+    return file
+
+
+def _refuse_other_than_png(file: Path | None) -> Path | None:
+    if file is not None and file.suffix.lower() != ".png":
+        raise UserError(f"--png {file}: the figure is a PNG file; give it a name that ends in .png")
+    return _refuse_place(file)
+
+
+Png = Annotated[Path | None, typer.Option(help="Write a figure.", callback=_refuse_other_than_png)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Share = Annotated[
     float | None,
@@ -68,7 +95,7 @@ Share = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=_refuse_empty)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Fields to set otherwise: model.attention_share=0.1 trainer.seed=1 …"),
@@ -224,8 +251,15 @@ def calibrate(
     ] = None,
     share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
     data: Source = None,
-    split: Annotated[str, typer.Option(help="The split to calibrate on.")] = "train",
-    tokens: Annotated[int, typer.Option(help="How many tokens to take, from the split's beginning.", min=1)] = 65536,
+    split: Annotated[str | None, typer.Option(help="The split to calibrate on; train unless given.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens to take, from the split's beginning; 65536 unless given. A sequence is as long as "
+            "the recipe's, or without a recipe 256 tokens at most.",
+            min=1,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -248,17 +282,26 @@ def calibrate(
 
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
-    if (method == "data") != (output is not None):
-        raise UserError("--output goes with --method data: name a folder for the calibrated copy of the model")
+    if method == "data" and output is None:
+        raise UserError("--output is missing: name a folder for the calibrated copy of the model")
+    if method == "paper":
+        given = {"--output": output, "--share": share, "--split": split, "--tokens": tokens}
+        for option, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"{option} {value} goes with --method data: paper takes the percentiles and the rows as published, "
+                    "and prints the thresholds"
+                )
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
     model, tokenizer = _load(checkpoint)
     _refuse_classifier(model, "calibrate")
     recipe = _recipe_of(checkpoint)
-    corpus = _corpus(data, recipe, split)
     if method == "paper":
+        corpus = _corpus(data, recipe, "validation")
         rows = (tokenizer(row, add_special_tokens=False)["input_ids"] for row in corpus.splits["validation"]["text"])
-        low, high = paper_thresholds(model, rows)
+        spectrum = model.config.spectrum if isinstance(model.config, ChiarConfig) else "orthonormal"
+        low, high = paper_thresholds(model, rows, spectrum=spectrum)
         if as_json:
             _print_json({"entropy_thresholds": [low, high]})
         else:
@@ -266,6 +309,8 @@ def calibrate(
         return
     model = _chiar(model, "calibrate")
     assert output is not None  # checked above, for this method
+    split, tokens = split or "train", tokens or 65536
+    corpus = _corpus(data, recipe, split)
     length = recipe.data.sequence_length if recipe else min(256, model.config.max_position_embeddings)
     blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length)
     taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
@@ -285,8 +330,8 @@ def calibrate(
 def route(
     checkpoint: Checkpoint,
     text: Annotated[str, typer.Argument(help="The text to look at; - reads standard input.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page that one can hover.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that one can hover.", callback=_refuse_place)] = None,
+    png: Png = None,
     share: Share = None,
     as_json: AsJson = False,
 ) -> None:
@@ -315,7 +360,10 @@ def route(
 @app.command()
 def flops(
     model: Annotated[
-        str, typer.Argument(metavar="PRESET|CHECKPOINT", help="What to count; of a checkpoint, its shape.")
+        str,
+        typer.Argument(
+            metavar="PRESET|CHECKPOINT", help="What to count; of a checkpoint, its shape.", callback=_refuse_empty
+        ),
     ],
     length: Annotated[int, typer.Option(help="T, tokens of a sequence.", min=1)] = 256,
     share: Annotated[float | None, typer.Option(help="ρ; the model's own attention_share unless given.")] = None,
@@ -378,7 +426,9 @@ def benchmark(
     Example: chiaroscuro benchmark --length 1024 --length 4096 --share 0.25 --task train
     """
     from chiaroscuro.report.performance import Plan, run_benchmark
+    from chiaroscuro.training.checkpoints import refuse_file
 
+    refuse_file(output, f"--output {output}")
     given = {"lengths": length, "shares": share, "contexts": context, "tasks": task}
     plan = Plan(
         layers=layers,
@@ -435,7 +485,7 @@ def sweep(
 def collapse(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     floor: Annotated[float, typer.Option(help="An operator below this share has collapsed.", min=0, max=1)] = 0.01,
-    png: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    png: Png = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what share of the tokens each operator got over training, and which menu survived.
@@ -508,7 +558,7 @@ def task(
 @app.command()
 def gates(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    png: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    png: Png = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the MetaRouter's gate went over training, task by task.
@@ -592,13 +642,13 @@ def import_reference(
     Example: chiaroscuro import-reference chiar_dct_attn_400M_best.pt runs/author --thresholds 0.8935 0.8973
     """
     from chiaroscuro.convert import import_reference as convert
-    from chiaroscuro.training.checkpoints import written_whole
+    from chiaroscuro.training.checkpoints import ELSEWHERE, written_whole
 
     if output.exists():
         raise UserError(f"{output} exists already: name another folder")
     imported = convert(file, heads=heads, thresholds=thresholds)
     model = imported.model
-    with written_whole(output) as partial:
+    with written_whole(output, advice=ELSEWHERE) as partial:
         model.save_pretrained(partial)
     facts: dict[str, Any] = {
         "output": str(output),

@@ -7,6 +7,19 @@ from pathlib import Path
 from chiaroscuro.errors import UserError
 
 
+def refuse_place(path: Path) -> None:
+    """Refuse a file's place where none can be, before the work whose outcome it is for.
+
+    Raises:
+        UserError: the folder is missing, or the path is a folder.
+
+    """
+    if not os.path.isdir(path.parent):
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file, replacing one that is there; an interruption leaves the old file, or none.
 
@@ -15,10 +28,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
     """
     path = Path(path)
-    if not os.path.isdir(path.parent):
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
-    if os.path.isdir(path):
-        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    refuse_place(path)
     # The process id keeps two writers apart; not `tempfile`, whose files only their owner may read.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

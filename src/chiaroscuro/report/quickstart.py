@@ -15,6 +15,7 @@ from chiaroscuro.report.routing_figure import save_png
 from chiaroscuro.report.routing_html import render_html
 from chiaroscuro.report.routing_terminal import print_routing
 from chiaroscuro.training import Recipe, read_records, train
+from chiaroscuro.training.checkpoints import refuse_file
 
 RECIPES = {"small": Path("recipes/small.yaml"), "small-baseline": Path("recipes/small-baseline.yaml")}
 PROMPT = "Return a copy of the string with"
@@ -35,9 +36,10 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
         The figures of both runs and the paths of the pictures.
 
     Raises:
-        UserError: the recipes aren't here, or a run fails.
+        UserError: the folder is a file, the recipes aren't here, or a run fails.
 
     """
+    refuse_file(output, f"--output {output}")
     missing = [str(path) for path in RECIPES.values() if not path.is_file()]
     if missing:
         raise UserError(f"no {missing[0]} here: run quickstart from the top of a clone of the repository")

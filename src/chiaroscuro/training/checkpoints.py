@@ -29,6 +29,9 @@ from chiaroscuro.training.recipe import Recipe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+GO_ON = "what was saved before is intact. Make room, then resume"
+"""What to do when a run can't save; without a run there is nothing to resume."""
+ELSEWHERE = "choose another place"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -47,13 +50,29 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+def refuse_file(folder: Path, said: str) -> None:
+    """Refuse a place for a folder that is a file, or lies in one.
+
+    Args:
+        folder: The place.
+        said: How the user gave it: "--output x".
+
+    Raises:
+        UserError: naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{said}{'' if place == folder else f': {place}'} is a file; name a folder")
+
+
 @contextmanager
-def written_whole(target: Path, *, is_writer: bool = True) -> Iterator[Path]:
+def written_whole(target: Path, *, is_writer: bool = True, advice: str = GO_ON) -> Iterator[Path]:
     """Give a folder to write into, that becomes `target` when the block ends and vanishes when it fails.
 
     Args:
         target: What it will be called; an older folder of that name is replaced only then.
         is_writer: False on all processes but one: they write beside it but move nothing.
+        advice: What to do if the file system refuses.
 
     Raises:
         UserError: if the file system refuses (no space, no permission); `target` is then as it was before.
@@ -73,9 +92,7 @@ def written_whole(target: Path, *, is_writer: bool = True) -> Iterator[Path]:
         reason = _why_not_written(error)
         if reason is None:
             raise
-        raise UserError(
-            f"{target} could not be saved ({reason}); what was saved before is intact. Make room, then resume"
-        ) from error
+        raise UserError(f"{target} could not be saved ({reason}); {advice}") from error
     finally:
         if is_writer and partial.parent.is_dir() and not any(partial.parent.iterdir()):
             partial.parent.rmdir()
@@ -127,7 +144,7 @@ def save_whole(
     Raises:
         UserError: if the file system refuses.
     """
-    with written_whole(folder) as partial:
+    with written_whole(folder, advice=ELSEWHERE) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if recipe is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from torch import nn
 from transformers import LlamaConfig
 
@@ -121,6 +121,12 @@ class MixtureSection(Section):
         return self
 
 
+def _two_numbers(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{value!r} needs two numbers, such as [0.9, 0.95]")
+    return value
+
+
 class TrainerSection(Section):
     """How long, how fast, in what steps, and how often to look.
 
@@ -141,7 +147,7 @@ class TrainerSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     weight_decay: Rate = 0.01
     # YAML has lists where Python has tuples, which strictness would tell apart.
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_two_numbers)] = (0.9, 0.95)
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: Count = 10

@@ -32,7 +32,7 @@ from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.checkpoint import load_checkpoint
 from chiaroscuro.training.calibration import paper_thresholds
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
-from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
+from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete, refuse_file
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records
@@ -198,8 +198,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 
 def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[str], None]) -> Checkpoint | None:
     """Find the checkpoint to go on from; None for a new run. Changes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"trainer.output_dir={folder} is a file; name a folder")
+    refuse_file(folder, f"trainer.output_dir={folder}")
     if not resume:
         if checkpoints(folder):
             raise UserError(
