@@ -3,9 +3,9 @@
     chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m experiments.rbf
 
 Measures the models that the sweep trained, on the validation split of WikiText-2: the weight that a token gives itself
-in every layer, before training and after; the weight that it gives to later tokens where there is no mask; and the
-perplexity of each model with its own mask and with the other one. A model that learned to read the future is lost
-without it. Figures go to experiments/results/rbf/identity.json.
+in every layer, before training and after; itself and its copies; later tokens that are no copies; and the perplexity of
+each model with its own mask and with the other one. A model that learned to read the future is lost without it. Figures
+go to experiments/results/rbf/identity.json.
 """
 
 import json
@@ -40,7 +40,7 @@ def main() -> None:
     for f in figures:
         console.print(
             f"{f['variant']} seed {f['seed']}: perplexity {f['perplexity']:.2f}, with the other mask "
-            f"{f['perplexity_with_the_other_mask']:.2f}; weight on itself and on later tokens {f['trained']}"
+            f"{f['perplexity_with_the_other_mask']:.2f}; weights {f['trained']}"
         )
 
 

@@ -124,6 +124,7 @@ def page() -> str:
         "",
         *questions(text),
         "",
+        *begun(),
         "## Over training",
         "",
         "Drawn by `python -m experiments.courses` from the runs' records; `chiaroscuro collapse RUN --png FILE` and",
@@ -418,13 +419,15 @@ def leak_claim(rbf: Sweep) -> Claim:
     for causal, what in ((True, "with the mask"), (False, "without")):
         layers = [layer for run in measured if run["causal"] == causal for layer in run["trained"].values()]
         if layers:
-            weights, alike = [layer["mean"] for layer in layers], layers[0]["uniform"]
+            own, copies = [layer["mean"] for layer in layers], [layer["copies"] for layer in layers]
             ours.append(
-                f"A's diagonal {what} {min(weights):.4f} to {max(weights):.4f} (weighing all alike {alike:.4f})"
+                f"A's diagonal {what} {min(own):.3f} to {max(own):.3f} (weighing all alike "
+                f"{layers[0]['uniform']:.3f}), with the weight on copies of the same word {min(copies):.4f} to "
+                f"{max(copies):.4f}"
             )
     later = [layer["later"] for run in measured if not run["causal"] for layer in run["trained"].values()]
     if later:
-        ours.append(f"all later tokens together weigh {min(later):.3f} to {max(later):.3f} without it")
+        ours.append(f"other words that come later weigh {min(later):.1g} to {max(later):.1g} without it")
     swapped = [run["perplexity_with_the_other_mask"] / run["perplexity"] for run in measured if not run["causal"]]
     if swapped:
         ours.append(f"the models without a mask, given one: ×{sum(swapped) / len(swapped):.4f}")
@@ -432,8 +435,8 @@ def leak_claim(rbf: Sweep) -> Claim:
         "rbf as published, without a mask, reads the future to its advantage",
         "not discussed",
         "; ".join(ours),
-        "ratio below 1",
-        verdict_below(found),
+        "ratio below 0.999",
+        verdict_below(found, 0.999),
         "chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m experiments.rbf",
         tuple(
             at_scale(f"v1-rbf-{causal}", "model.preset=v1-three-operator", f"model.rbf_causal={causal}")
@@ -495,6 +498,29 @@ def questions(text: Sweep) -> list[str]:
             + " of the tokens to attention (one number a seed)."
         )
     return lines
+
+
+def begun() -> list[str]:
+    """What `experiments.paper` saw of the recipes at the paper's scale."""
+    file = RESULTS / "paper" / "steps.json"
+    if not file.is_file():
+        return []
+    lines = [
+        "## The paper's own recipes, begun",
+        "",
+        "A few steps on a CPU (`python -m experiments.paper`), to show that they train; of results it says nothing.",
+        "",
+        "| recipe | parameters | tokens a step | loss, step by step |",
+        "|---|---|---|---|",
+    ]
+    for run in json.loads(file.read_text(encoding="utf-8")):
+        for kind in ("baseline_loss", "loss"):
+            if kind in run:
+                name = f"{run['recipe']}, its baseline" if kind == "baseline_loss" else run["recipe"]
+                parameters = f"{run['parameters']:,}" if kind == "loss" else ""
+                shown = " ".join(f"{loss:.2f}" for loss in run[kind])
+                lines.append(f"| {name} | {parameters} | {run['tokens_a_step']:,} | {shown} |")
+    return [*lines, ""]
 
 
 def courses() -> list[str]:

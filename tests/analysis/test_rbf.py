@@ -43,8 +43,13 @@ def test_it_is_what_the_operator_computes(seed: int, norm: str, causal: bool) ->
     if causal:
         scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
     own = scores.softmax(-1).diagonal(dim1=1, dim2=2)
-    later = [scores.softmax(-1)[:, t, t + 1 :].sum(-1).mean().item() for t in range(9)]
-    assert found[1]["later"] == pytest.approx(sum(later) / 9, abs=1e-5) and (found[1]["later"] == 0) == causal
+    copies, later = 0.0, 0.0
+    for row, weights in zip(ids.tolist(), scores.softmax(-1).tolist(), strict=True):
+        for t, word in enumerate(row):
+            copies += sum(weight for weight, other in zip(weights[t], row, strict=True) if other == word)
+            later += sum(weight for weight, other in zip(weights[t][t:], row[t:], strict=True) if other != word)
+    assert found[1]["copies"] == pytest.approx(copies / ids.numel(), abs=1e-5)
+    assert found[1]["later"] == pytest.approx(later / ids.numel(), abs=1e-5) and (found[1]["later"] == 0) == causal
     assert found[1]["mean"] == pytest.approx(own.mean().item(), abs=1e-5)
     assert found[1]["smallest"] == pytest.approx(own.min().item(), abs=1e-5)
     assert sorted(found) == [1, 2]

@@ -16,16 +16,18 @@ from chiaroscuro.ops import causal_mask, fourier_features, rbf_weights
 def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[int, dict[str, float]]:
     """The diagonal of A = softmax(φ φᵀ) in every layer that has rbf on its menu, at the layer's own input.
 
-    1 is the identity, which mixes nothing; a token that weighs all n tokens that it sees alike gives itself 1/n.
-    Without padding, and over all tokens, whichever of them the router gave to rbf.
+    1 is the identity, which mixes nothing; a token that weighs all n tokens that it sees alike gives itself 1/n. Where
+    no operator before rbf has mixed tokens, copies of one word are one vector and share the weight, which mixes nothing
+    either. Without padding, and over all tokens, whichever of them the router gave to rbf.
 
     Args:
         model: a CHIAR-Former with rbf on a menu.
         batches: `input_ids` (B, T).
 
     Returns:
-        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`; and
-        `later`, the weight that a token gives to all later ones together, mean over the tokens: 0 with a mask.
+        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`;
+        `copies`, the weight on a token and all its copies together; and `later`, that on all later tokens which are no
+        copies; means over the tokens.
 
     Raises:
         UserError: no layer has rbf, or there is no batch.
@@ -35,6 +37,7 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
     if not layers:
         raise UserError(f"no layer has rbf on its menu, menus {model.config.operators}: there is nothing to measure")
     found: dict[int, list[Tensor]] = {i: [] for i in layers}
+    copies: dict[int, list[Tensor]] = {i: [] for i in layers}
     later: dict[int, list[Tensor]] = {i: [] for i in layers}
     uniform: list[Tensor] = []
     for ids in batches:
@@ -48,7 +51,9 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
             mask = mask if rbf.causal else mask | real[:, None, None, :]
             weights = rbf_weights(fourier_features(source, rbf.frequencies.to(source.dtype)), mask)
             found[i].append(weights.diagonal(dim1=1, dim2=2).flatten().cpu())
-            later[i].append(weights.triu(1).sum(-1).flatten().cpu())
+            same = ids.to(x.device)[:, :, None] == ids.to(x.device)[:, None, :]
+            copies[i].append((weights * same).sum(-1).flatten().cpu())
+            later[i].append((weights * ~same).triu(1).sum(-1).flatten().cpu())
             if i == min(layers):
                 uniform.append((1 / mask[:, 0].sum(-1)).flatten().cpu())
     if not uniform:
@@ -59,6 +64,7 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
             "mean": (own := torch.cat(parts)).mean().item(),
             "smallest": own.min().item(),
             "uniform": alike,
+            "copies": torch.cat(copies[i]).mean().item(),
             "later": torch.cat(later[i]).mean().item(),
         }
         for i, parts in found.items()
