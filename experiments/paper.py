@@ -24,7 +24,12 @@ DATA = Path("../shared/data")
 LINES = {"train": 600, "validation": 20}
 SHORT = ["trainer.epochs=null", "trainer.warmup_steps=1", "trainer.log_every=1", "trainer.save_every=1000"]
 BEGUN = {
-    "recipes/paper/17m.yaml": ["trainer.steps=10", "trainer.batch_size=4", "trainer.gradient_accumulation=1"],
+    "recipes/paper/17m.yaml": [
+        "trainer.steps=48",
+        "trainer.log_every=4",
+        "trainer.batch_size=4",
+        "trainer.gradient_accumulation=1",
+    ],
     "recipes/paper/400m.yaml": [
         "trainer.steps=4",
         "trainer.batch_size=2",
@@ -59,13 +64,14 @@ def a_page(folder: Path) -> Path:
 
 
 def losses(output: Path) -> dict[str, Any]:
-    """Of every step, of the model and, where one was trained first, of its baseline."""
+    """Means over every few steps, of the model and, where one was trained first, of its baseline."""
     found: dict[str, Any] = {}
     for name, folder in (("baseline_loss", output / "baseline"), ("loss", output)):
         if (folder / "metrics.jsonl").is_file():
             steps = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "train"]
             found[name] = [record["loss"] for record in steps]
-            found["tokens_a_step"] = steps[0]["tokens"]
+            found["every"] = steps[0]["step"]
+            found["tokens_a_step"] = steps[0]["tokens"] // steps[0]["step"]
     return found
 
 

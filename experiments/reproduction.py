@@ -510,8 +510,8 @@ def begun() -> list[str]:
         "",
         "A few steps on a CPU (`python -m experiments.paper`), to show that they train; of results it says nothing.",
         "",
-        "| recipe | parameters | tokens a step | loss, step by step |",
-        "|---|---|---|---|",
+        "| recipe | parameters | tokens a step | steps to a figure | loss |",
+        "|---|---|---|---|---|",
     ]
     for run in json.loads(file.read_text(encoding="utf-8")):
         for kind in ("baseline_loss", "loss"):
@@ -519,7 +519,7 @@ def begun() -> list[str]:
                 name = f"{run['recipe']}, its baseline" if kind == "baseline_loss" else run["recipe"]
                 parameters = f"{run['parameters']:,}" if kind == "loss" else ""
                 shown = " ".join(f"{loss:.2f}" for loss in run[kind])
-                lines.append(f"| {name} | {parameters} | {run['tokens_a_step']:,} | {shown} |")
+                lines.append(f"| {name} | {parameters} | {run['tokens_a_step']:,} | {run['every']} | {shown} |")
     return [*lines, ""]
 
 
