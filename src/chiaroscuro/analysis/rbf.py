@@ -40,8 +40,10 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
     copies: dict[int, list[Tensor]] = {i: [] for i in layers}
     later: dict[int, list[Tensor]] = {i: [] for i in layers}
     uniform: list[Tensor] = []
-    for ids in batches:
-        outputs: Any = model.trunk(ids.to(model.device), use_cache=False, output_hidden_states=True)
+    for batch in batches:
+        ids = batch.to(model.device)
+        same = ids[:, :, None] == ids[:, None, :]
+        outputs: Any = model.trunk(ids, use_cache=False, output_hidden_states=True)
         for i, block in layers.items():
             x = outputs.hidden_states[i]
             source = block.operator_norms["input"](x) if block.norm_placement == "pre" else x
@@ -51,7 +53,6 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
             mask = mask if rbf.causal else mask | real[:, None, None, :]
             weights = rbf_weights(fourier_features(source, rbf.frequencies.to(source.dtype)), mask)
             found[i].append(weights.diagonal(dim1=1, dim2=2).flatten().cpu())
-            same = ids.to(x.device)[:, :, None] == ids.to(x.device)[:, None, :]
             copies[i].append((weights * same).sum(-1).flatten().cpu())
             later[i].append((weights * ~same).triu(1).sum(-1).flatten().cpu())
             if i == min(layers):
