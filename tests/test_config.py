@@ -137,6 +137,7 @@ def test_defaults() -> None:
     c = ChiarConfig()
     assert c.operators == [[D], *[[D, A]] * 4, [A]]
     assert c.intermediate_size == 4 * c.hidden_size
+    assert ChiarConfig(feed_forward="swiglu").intermediate_size == 344  # 8/3 of 128, a multiple of 8
     assert (c.router, c.calibration, c.attention_share) == ("threshold", "running", 0.25)
     assert (c.meta_router, c.use_cache, c.collapse_penalty) == ("causal", True, 0)
     assert config(num_hidden_layers=1).operators == [[D, A]]
@@ -174,6 +175,7 @@ FIELDS = st.fixed_dictionaries(
         "rope_theta": st.floats(1, 1e6),
         "hidden_dropout": st.floats(0, 0.99),
         "attention_share": st.floats(0, 1),
+        "feed_forward": st.sampled_from(["gelu", "swiglu"]),
         "norm": st.sampled_from(["pre", "post"]),
         "router": st.sampled_from(["threshold", "random", "permuted", "learned", "soft", "hard"]),
         "meta_router": st.sampled_from(["none", "causal", "sequence", "batch"]),
@@ -234,6 +236,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 2.0}, r"num_hidden_layers=2\.0"),
     ({"num_attention_heads": 0}, "num_attention_heads=0"),
     ({"intermediate_size": -4}, "intermediate_size=-4"),
+    ({"feed_forward": "relu"}, "feed_forward='relu'.*gelu, swiglu"),
+    ({"feed_forward": None}, "feed_forward=None.*gelu, swiglu"),
+    ({"feed_forward": ["swiglu"]}, "feed_forward=.*gelu, swiglu"),
     ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
     ({"rope_theta": 0}, "rope_theta=0"),
     ({"rope_theta": math.nan}, "rope_theta=nan"),

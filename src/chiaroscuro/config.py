@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
+from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import asked_names
@@ -26,6 +27,7 @@ ClassifierPooling = Literal["mean", "last"]
 ClassifierHead = Literal["linear", "mlp"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "feed_forward": get_args(FeedForwardKind),
     "norm": get_args(NormPlacement),
     "meta_router": ("none", *get_args(Pooling)),
     "spectrum": get_args(Spectrum),
@@ -68,7 +70,8 @@ class ChiarConfig(PreTrainedConfig):
         hidden_size: d, the features of a token.
         num_hidden_layers: L; the number of menus where `operators` is given.
         num_attention_heads: h; must divide d into heads of even width.
-        intermediate_size: the feed-forward's width; 4d unless given.
+        feed_forward: `"gelu"` (the paper: two matrices and their biases) or `"swiglu"` (Llama's: three matrices).
+        intermediate_size: the feed-forward's width; unless given 4d, of swiglu 8/3 d, which has as many parameters.
         max_position_embeddings: the longest sequence that the model takes.
         rope_theta: the base of the rotary angles.
         hidden_dropout: on embeddings, sub-layer outputs and inside the feed-forward, in training.
@@ -121,6 +124,7 @@ class ChiarConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_hidden_layers: int | None = None
     num_attention_heads: int = 4
+    feed_forward: FeedForwardKind = "gelu"
     intermediate_size: int | None = None
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
@@ -165,7 +169,8 @@ class ChiarConfig(PreTrainedConfig):
             self.num_hidden_layers = len(self.operators)
         if self.intermediate_size is None:
             self._check_number("hidden_size", self.hidden_size)
-            self.intermediate_size = 4 * self.hidden_size
+            self._check_choice("feed_forward")
+            self.intermediate_size = FEED_FORWARDS[self.feed_forward].default_hidden(self.hidden_size)
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
         if self.meta_router is None:
@@ -251,9 +256,8 @@ class ChiarConfig(PreTrainedConfig):
         for field in ("embedding_norm", "rbf_causal", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
+        for field in _CHOICES:
+            self._check_choice(field)
         if not _is_whole(self.router_seed) or not 0 <= self.router_seed < 2**32:
             raise UserError(f"router_seed={self.router_seed!r}: must be a whole number from 0 to 2³² − 1")
         if not _is_finite(self.collapse_penalty) or self.collapse_penalty < 0:
@@ -385,6 +389,10 @@ class ChiarConfig(PreTrainedConfig):
         whole = field in _INTEGERS
         if not (_is_whole(value) if whole else _is_finite(value)) or value <= 0:
             raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
+
+    def _check_choice(self, field: str) -> None:
+        if getattr(self, field) not in _CHOICES[field]:
+            raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(_CHOICES[field])}")
 
     @staticmethod
     def refuse_unknown(changes: Mapping[str, Any], library: Collection[str] = ()) -> None:

@@ -59,6 +59,7 @@ configs = st.builds(
     operators=st.lists(st.sampled_from(MENUS), min_size=1, max_size=4),
     attention_context=st.sampled_from(["all", "routed"]),
     execution=st.sampled_from(["sparse", "dense"]),
+    feed_forward=st.sampled_from(["gelu", "swiglu"]),
     meta_router=st.sampled_from(["none", "causal"]),
     router=st.sampled_from(["threshold", "permuted", "learned", "hard"]),
 )
@@ -82,6 +83,16 @@ def test_dense_and_not_causal_it_is_pytorch_s_count(
     shape = config(
         operators=menus, execution="dense", router=router, meta_router=meta_router, attn_implementation="eager"
     )
+    torch.manual_seed(0)
+    wanted = counted_by_pytorch(ChiarForCausalLM(shape), torch.randint(100, (1, 48)), training)
+    assert count_flops(shape, 48, training=training, causal=False).total == wanted
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("hidden", [None, 48])
+def test_a_gated_feed_forward_is_pytorch_s_count_too(hidden: int | None, training: bool) -> None:
+    fields = {"execution": "dense", "feed_forward": "swiglu", "intermediate_size": hidden}
+    shape = config(operators=MENUS, attn_implementation="eager", **fields)
     torch.manual_seed(0)
     wanted = counted_by_pytorch(ChiarForCausalLM(shape), torch.randint(100, (1, 48)), training)
     assert count_flops(shape, 48, training=training, causal=False).total == wanted

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from chiaroscuro.layers import FeedForward, RBFMixing, SelfAttention, SpectralMixing
+from chiaroscuro.layers import FeedForward, GatedFeedForward, RBFMixing, SelfAttention, SpectralMixing
+from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.self_attention import KeyValueStore
 from chiaroscuro.ops import causal_mask, dct, fourier_features, idct, rotary_table
 
@@ -192,5 +195,23 @@ def test_feed_forward() -> None:
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     torch.testing.assert_close(layer(x), gelu @ last.weight.T + last.bias)
     assert (first.out_features, last.in_features) == (20, 20)
-    noisy = shake(FeedForward(8, 20, dropout=0.5)).train()
+
+
+def test_gated_feed_forward_is_llama_s() -> None:
+    ours, x = shake(GatedFeedForward(8, 20)), draw(0, 2, 3, 8).requires_grad_()
+    theirs = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=20, num_attention_heads=1)).to(x.dtype)
+    theirs.load_state_dict({f"{name.split('.')[0]}_proj.weight": w for name, w in ours.state_dict().items()})
+    torch.testing.assert_close(ours(x), theirs(x))
+    (gradient,), (wanted,) = (torch.autograd.grad(mlp(x).square().sum(), x) for mlp in (ours, theirs))
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("kind", FEED_FORWARDS)
+def test_both_feed_forwards_have_as_many_parameters_and_drop(kind: FeedForwardKind) -> None:
+    layer = FEED_FORWARDS[kind](128)
+    weights = [p for p in layer.parameters() if p.ndim == 2]
+    assert len(weights) == layer.matrices
+    assert sum(w.numel() for w in weights) == pytest.approx(8 * 128**2, rel=0.01)
+    noisy, x = shake(FEED_FORWARDS[kind](8, 20, dropout=0.5)).train(), draw(0, 2, 3, 8)
     assert not torch.equal(noisy(x), noisy(x))
+    torch.testing.assert_close(noisy.eval()(x), noisy(x))

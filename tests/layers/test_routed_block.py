@@ -201,6 +201,7 @@ def test_norms_and_parameters_by_placement() -> None:
     block = make(("dct",), hidden=24)
     assert block.feed_forward[0].out_features == 24
     assert make(("dct",)).feed_forward[0].out_features == 4 * WIDTH
+    assert make(("dct",), feed_forward="swiglu", hidden=24).feed_forward.up.out_features == 24
 
 
 def test_thresholds_and_shares_reach_the_router() -> None:
@@ -260,6 +261,8 @@ def test_bfloat16_runs_with_a_float32_entropy(router: str, norm: str) -> None:
 
 
 def test_what_a_block_refuses(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="feed_forward='relu': choose 'gelu' or 'swiglu'"):
+        make(("dct",), feed_forward="relu")
     with pytest.raises(ValueError, match="norm='middle': choose 'pre' or 'post'"):
         RoutedBlock(WIDTH, norm="middle")  # type: ignore[arg-type]
     for menu in ((), ("dct", "dct")):

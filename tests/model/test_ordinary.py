@@ -1,14 +1,16 @@
 """With attention alone on every menu the model is an ordinary transformer: Hugging Face's GPT-NeoX, weight for weight.
 
 GPT-NeoX is the library's model of these very parts: LayerNorm before, GELU feed-forward of width 4d, biases, rotary
-positions in the rotate-half convention. It is the oracle; our weights are copied into it.
+positions in the rotate-half convention. It is the oracle; our weights are copied into it. With `feed_forward="swiglu"`
+the oracle is Llama, whose norms are LayerNorms here and whose attention has biases.
 """
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 
@@ -56,7 +58,43 @@ def as_gpt_neox(model: ChiarForCausalLM) -> GPTNeoXForCausalLM:
     return twin
 
 
-def ordinary(seed: int, heads: int, layers: int) -> ChiarForCausalLM:
+def as_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
+    config = model.config
+    twin = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=True,
+            attention_bias=True,
+        )
+    )
+    names = {
+        ".operators.attention.out_proj.": ".self_attn.o_proj.",
+        ".operators.attention.": ".self_attn.",
+        ".operator_norms.input.": ".input_layernorm.",
+        ".feed_forward_norm.": ".post_attention_layernorm.",
+        ".feed_forward.gate.": ".mlp.gate_proj.",
+        ".feed_forward.up.": ".mlp.up_proj.",
+        ".feed_forward.down.": ".mlp.down_proj.",
+    }
+    for layer in twin.model.layers:
+        layer.input_layernorm = nn.LayerNorm(config.hidden_size)
+        layer.post_attention_layernorm = nn.LayerNorm(config.hidden_size)
+    twin.model.norm = nn.LayerNorm(config.hidden_size)
+    theirs = {}
+    for name, weight in model.state_dict().items():
+        for ours, other in names.items():
+            name = name.replace(ours, other)
+        theirs[name] = weight
+    twin.load_state_dict(theirs)
+    return twin
+
+
+def ordinary(seed: int, heads: int, layers: int, feed_forward: str = "gelu") -> ChiarForCausalLM:
     torch.manual_seed(seed)
     model = ChiarForCausalLM(
         ChiarConfig(
@@ -66,6 +104,7 @@ def ordinary(seed: int, heads: int, layers: int) -> ChiarForCausalLM:
             max_position_embeddings=64,
             operators=[["attention"]] * layers,
             embedding_norm=False,
+            feed_forward=feed_forward,
         )
     )
     for parameter in model.parameters():
@@ -77,7 +116,17 @@ def ordinary(seed: int, heads: int, layers: int) -> ChiarForCausalLM:
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(2, 40))
 def test_logits_loss_and_gradients_are_those_of_gpt_neox(seed: int, heads: int, layers: int, time: int) -> None:
     model = ordinary(seed, heads, layers)
-    twin = as_gpt_neox(model)
+    assert_equal(model, as_gpt_neox(model), time)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(2, 40))
+def test_with_swiglu_they_are_those_of_llama(seed: int, heads: int, layers: int, time: int) -> None:
+    model = ordinary(seed, heads, layers, "swiglu")
+    assert_equal(model, as_llama(model), time)
+
+
+def assert_equal(model: ChiarForCausalLM, twin: PreTrainedModel, time: int) -> None:
     tokens = torch.randint(50, (2, time))
     ours, theirs = model(tokens, labels=tokens, output_logits=True), twin(tokens, labels=tokens)
     torch.testing.assert_close(ours.logits, theirs.logits, atol=2e-5, rtol=1e-4)
@@ -85,7 +134,7 @@ def test_logits_loss_and_gradients_are_those_of_gpt_neox(seed: int, heads: int, 
     ours.loss.backward()
     theirs.loss.backward()
     torch.testing.assert_close(
-        model.model.embed_tokens.weight.grad, twin.gpt_neox.embed_in.weight.grad, atol=1e-5, rtol=1e-3
+        model.model.embed_tokens.weight.grad, twin.get_input_embeddings().weight.grad, atol=1e-5, rtol=1e-3
     )
 
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RBFMixing
+from chiaroscuro.layers.feed_forward import FEED_FORWARDS
 from chiaroscuro.ops.spectral import FEW, MATRIX_UP_TO
 
 TARGET = 0.35
@@ -107,7 +108,7 @@ def count_flops(
                 raise UserError(
                     f"operator {name!r} has no count of operations: count a model of dct, rbf and attention"
                 )
-        _add(counted, "feed-forward", product * 4 * d * _hidden(config) * length)
+        _add(counted, "feed-forward", product * _feed_forward(config) * length)
     if config.meta_router != "none":
         _add(counted, "meta-router", product * 2 * d * (length if config.meta_router == "causal" else 1))
     if head and not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
@@ -138,7 +139,7 @@ def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None 
                 _add(counted, "attention scores", 4 * d * part * (kept * length + 1))
             else:
                 raise UserError(f"operator {name!r} keeps no cache, so no token of it is decoded alone")
-        _add(counted, "feed-forward", 4 * d * _hidden(config))
+        _add(counted, "feed-forward", _feed_forward(config))
     if config.meta_router != "none":
         _add(counted, "meta-router", 2 * d)
     _add(counted, "head", 2 * d * config.vocab_size)
@@ -285,7 +286,11 @@ def _part(menu: Sequence[str], k: int, share: float) -> float:
 
 
 def _hidden(config: ChiarConfig) -> int:
-    return config.intermediate_size or 4 * config.hidden_size
+    return config.intermediate_size or FEED_FORWARDS[config.feed_forward].default_hidden(config.hidden_size)
+
+
+def _feed_forward(config: ChiarConfig) -> int:
+    return 2 * FEED_FORWARDS[config.feed_forward].matrices * config.hidden_size * _hidden(config)
 
 
 def _add(counted: dict[str, float], name: str, number: float) -> None:

@@ -1,7 +1,7 @@
 """The operators, the routers, the MetaRouter and the routed block as modules that work alone, tensors in and out."""
 
 from chiaroscuro.layers.block import RoutedBlock, Routing
-from chiaroscuro.layers.feed_forward import FeedForward
+from chiaroscuro.layers.feed_forward import FeedForward, GatedFeedForward
 from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.meta_router import MetaRouter
 from chiaroscuro.layers.packed_tokens import PackedTokens
@@ -16,6 +16,7 @@ from chiaroscuro.layers.thresholds import Thresholds
 
 __all__ = [
     "FeedForward",
+    "GatedFeedForward",
     "HardRouter",
     "LearnedRouter",
     "MetaRouter",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from chiaroscuro.layers.feed_forward import FeedForward
+from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens
 from chiaroscuro.layers.registry import accepted, asked_names, find_operator, find_router
 from chiaroscuro.layers.router import ScoreRouter
@@ -66,7 +66,8 @@ class RoutedBlock(nn.Module):
         width: d, the features of a token.
         operators: the menu, names in order of cost.
         heads: attention heads.
-        hidden: the feed-forward's width, 4d unless given.
+        feed_forward: `"gelu"`, or `"swiglu"`, Llama's.
+        hidden: the feed-forward's width; unless given 4d, of swiglu 8/3 d.
         norm: `"pre"` or `"post"`.
         router: the router's name.
         attention_share: ρ, the share of tokens for the menu's last operator, for routers by a score.
@@ -84,8 +85,8 @@ class RoutedBlock(nn.Module):
 
     Raises:
         UserError: an unknown operator or router.
-        ValueError: an unknown norm placement or execution, a menu that is empty or names an operator twice, or what
-            the operators and the router refuse.
+        ValueError: an unknown norm placement, feed-forward or execution, a menu that is empty or names an operator
+            twice, or what the operators and the router refuse.
 
     """
 
@@ -95,6 +96,7 @@ class RoutedBlock(nn.Module):
         operators: Sequence[str] = ("dct", "attention"),
         *,
         heads: int = 1,
+        feed_forward: FeedForwardKind = "gelu",
         hidden: int | None = None,
         norm: NormPlacement = "pre",
         router: str = "threshold",
@@ -115,6 +117,8 @@ class RoutedBlock(nn.Module):
             raise ValueError(f"execution={execution!r}: choose 'sparse' or 'dense'")
         if norm not in get_args(NormPlacement):
             raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
+        if feed_forward not in FEED_FORWARDS:
+            raise ValueError(f"feed_forward={feed_forward!r}: choose {' or '.join(map(repr, FEED_FORWARDS))}")
         if not operators or len(set(operators)) < len(operators):
             raise ValueError(f"operators={operators!r}: a menu names at least one operator, and none twice")
         self.operator_names = tuple(operators)
@@ -157,7 +161,7 @@ class RoutedBlock(nn.Module):
         normed = self.operator_names if norm == "post" else ("input",)
         self.operator_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in normed})
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, hidden or 4 * width, dropout)
+        self.feed_forward = FEED_FORWARDS[feed_forward](width, hidden, dropout)
         self.dropout = nn.Dropout(dropout)
 
     @property

@@ -161,6 +161,7 @@ class ChiarModel(ChiarPreTrainedModel):
                 config.hidden_size,
                 menu,
                 heads=config.num_attention_heads,
+                feed_forward=config.feed_forward,
                 hidden=config.intermediate_size,
                 norm=config.norm,
                 router=config.router,

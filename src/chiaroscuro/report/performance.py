@@ -35,7 +35,7 @@ from chiaroscuro.analysis.speed import (
 )
 from chiaroscuro.config import ChiarConfig, default_operators
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import RoutedBlock, ScoreRouter
+from chiaroscuro.layers import GatedFeedForward, RoutedBlock, ScoreRouter
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
 from chiaroscuro.report.files import write_bytes, write_text
 from chiaroscuro.report.performance_figure import draw_performance
@@ -166,7 +166,7 @@ class Plan:
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
-            intermediate_size=round(8 * self.width / 3 / 8) * 8,
+            intermediate_size=GatedFeedForward.default_hidden(self.width),
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             max_position_embeddings=2 * max(self.lengths),
