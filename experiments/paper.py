@@ -24,7 +24,12 @@ DATA = Path("../shared/data")
 LINES = {"train": 600, "validation": 20}
 SHORT = ["trainer.epochs=null", "trainer.warmup_steps=1", "trainer.log_every=1", "trainer.save_every=1000"]
 BEGUN = {
-    "recipes/paper/17m.yaml": ["trainer.steps=10", "trainer.batch_size=4", "trainer.gradient_accumulation=1"],
+    "recipes/paper/17m.yaml": [
+        "trainer.steps=48",
+        "trainer.batch_size=4",
+        "trainer.gradient_accumulation=1",
+        "trainer.log_every=4",
+    ],
     "recipes/paper/400m.yaml": [
         "trainer.steps=4",
         "trainer.batch_size=2",
