@@ -6,6 +6,7 @@ thresholds and notes scores; they move when `step` is called, once an optimizer 
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,38 @@ def quantile_table(scores: Float[Tensor, " tokens"]) -> Float[Tensor, " quantile
     return torch.lerp(ordered[lower], ordered[upper], (position - lower).float())
 
 
+def pool_tables(tables: Sequence[Float[Tensor, " quantiles"]], counts: Sequence[float]) -> Float[Tensor, " quantiles"]:
+    """The quantiles of all scores together, Q = F⁻¹ of F(s) = Σ nᵢ Fᵢ(s) / Σ nᵢ, from each part's own.
+
+    The mean of the parts' quantiles would be another thing where the parts differ, as a text and a task do.
+
+    Args:
+        tables: Fᵢ⁻¹ at even levels, rising, linear in between; one or more.
+        counts: nᵢ > 0, how many scores each is of.
+
+    """
+    if len(tables) == 1:
+        return tables[0]
+    exact = [table.double() for table in tables]
+    points = torch.cat(exact).sort().values
+    # Where many scores are alike F jumps: both of its values belong to the point.
+    levels = torch.zeros(2, len(points), dtype=torch.float64, device=points.device)
+    for table, count in zip(exact, counts, strict=True):
+        last = len(table) - 1
+        for side, level in zip((False, True), levels, strict=True):
+            upper = torch.searchsorted(table, points, right=side)
+            low, high = table[(upper - 1).clamp(min=0)], table[upper.clamp(max=last)]
+            inside = (upper - 1 + (points - low) / (high - low)) / last
+            inside = torch.where(upper == 0, 0.0, torch.where(upper > last, 1.0, inside))
+            level += inside * (count / sum(counts))
+    reached, points = levels.T.flatten(), points.repeat_interleave(2)
+    wanted = torch.linspace(0, 1, len(tables[0]), dtype=torch.float64, device=points.device)
+    upper = torch.searchsorted(reached, wanted).clamp(1, len(reached) - 1)
+    below, above = reached[upper - 1], reached[upper]
+    part = ((wanted - below) / (above - below)).nan_to_num(0.0).clamp(0, 1)
+    return torch.lerp(points[upper - 1], points[upper], part).to(tables[0])
+
+
 class Thresholds(nn.Module):
     """Thresholds of one routed layer, calibrated towards a share or fixed.
 
@@ -101,13 +134,18 @@ class Thresholds(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Back to where it started: uncalibrated, or at the fixed thresholds."""
-        quantiles, fixed = self._start
-        self.quantiles.copy_(quantiles)
+        self.quantiles.copy_(self._start[0])
         self.steps.zero_()
-        if fixed is None:
+        if self.running:
             self.set_share(self.share)
         else:
-            self.values.copy_(torch.tensor(fixed, dtype=torch.float32, device="cpu"))
+            self.set_fixed()
+
+    @torch.no_grad()
+    def set_fixed(self) -> None:
+        """Put the thresholds where they were fixed."""
+        assert self._start[1] is not None
+        self.values.copy_(torch.tensor(self._start[1], dtype=torch.float32, device="cpu"))
 
     @property
     def calibrated(self) -> bool:
@@ -138,8 +176,10 @@ class Thresholds(nn.Module):
         """Remember the scores of a forward's real tokens until the next `step`."""
         scores = (scores if real is None else scores[real]).detach().flatten()
         if len(scores):
-            table = quantile_table(scores) * len(scores)
-            self._noted = table if self._noted is None else self._noted + table
+            table = quantile_table(scores)
+            if self._noted is not None:
+                table = pool_tables([self._noted, table], [float(self._noted_count), float(len(scores))])
+            self._noted = table
             self._noted_count += len(scores)
         self._notes += 1
         if self._notes == FORGOTTEN:
@@ -154,19 +194,20 @@ class Thresholds(nn.Module):
     def step(self) -> None:
         """Move the running table, and with it the thresholds, by what was noted since the last call.
 
-        The forwards of one step (accumulated batches, other processes) count by their tokens. The first step replaces
-        the null's table, later ones approach: table ← (1 − m) table + m new, m the larger of 0.1 and 1/steps.
+        The forwards of one step (accumulated batches, a second task's, other processes') are pooled by their tokens.
+        The first step replaces the null's table, later ones approach: table ← (1 − m) table + m new, m the larger of
+        0.1 and 1/steps. That is a mean of quantiles: it takes the steps to be drawn alike.
         """
-        noted = torch.zeros_like(self.quantiles) if self._noted is None else self._noted
-        count = torch.tensor(float(self._noted_count), device=noted.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(noted)
-            torch.distributed.all_reduce(count)
+        tables = [torch.zeros_like(self.quantiles) if self._noted is None else self._noted]
+        counts = [float(self._noted_count)]
         self._noted, self._noted_count, self._notes = None, 0, 0
-        if count > 0:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            tables, counts = _gather(tables[0], counts[0])
+        seen = [(table, count) for table, count in zip(tables, counts, strict=True) if count]
+        if seen:
             self.steps.add_(1)
             momentum = max(MOMENTUM, 1 / float(self.steps))
-            self.quantiles.lerp_(noted / count, momentum)
+            self.quantiles.lerp_(pool_tables(*zip(*seen, strict=True)), momentum)
             self.set_share(self.share)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Thresholds":
@@ -179,3 +220,11 @@ class Thresholds(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def _gather(table: Tensor, count: float) -> tuple[list[Tensor], list[float]]:
+    """Every process's table and count, in the same order for all."""
+    mine = torch.cat([table, table.new_tensor([count])])
+    all_of_them = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(all_of_them, mine)
+    return [theirs[:-1] for theirs in all_of_them], [float(theirs[-1]) for theirs in all_of_them]
