@@ -69,3 +69,9 @@ def test_nothing_to_measure() -> None:
     plain = ChiarForCausalLM(ChiarConfig(vocab_size=31, hidden_size=16, operators=[["dct"], ["attention"]]))
     with pytest.raises(UserError, match=r"no layer has rbf.*\['dct'\]"):
         self_weights(plain, [tokens(0)])
+
+
+def test_of_a_model_in_training_nothing_is_noted() -> None:
+    in_training, ids = model().train(), torch.arange(20).reshape(2, 10)
+    self_weights(in_training, [ids])
+    assert in_training.training and not any(t.noted for t in in_training.thresholds().values())

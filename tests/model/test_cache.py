@@ -350,7 +350,7 @@ def appended(tokens_kept: int, way: str) -> Written:
     rows = 1 if way == "one row" else 2
     key, value = torch.randn(2, rows, 2, 1, 4)
     chosen = torch.tensor([[True], [way == "packed"]])
-    with Written() as written:
+    with torch.no_grad(), Written() as written:
         for _ in range(tokens_kept):
             if way == "rectangle":
                 layer.update(key, value)
@@ -607,3 +607,62 @@ def test_a_cache_begun_with_padding_is_not_gone_on_with_without_a_mask(execution
     cache.reset()
     model(ids[:, :5], attention_mask=torch.ones_like(ids[:, :5]), past_key_values=cache)
     model(ids[:, 5:], past_key_values=cache)
+
+
+# Gradients and inference mode
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_pieces_of_one_cache_can_be_differentiated_together(context: str) -> None:
+    model = build(shrunk("small", attention_context=context))
+    cache, loss, ids = ChiarCache(model.config), torch.zeros(()), tokens(0, 2, TIME)
+    for piece in ids.split(4, dim=1):
+        loss = loss + model(piece, past_key_values=cache).logits.square().sum()
+    loss.backward()
+    assert model.model.embed_tokens.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_cache_begun_in_inference_mode_goes_on_without(context: str) -> None:
+    model = build(shrunk("small", attention_context=context))
+    cache, ids = ChiarCache(model.config), tokens(0, 2, TIME)
+    with torch.inference_mode():
+        model(ids[:, :6], past_key_values=cache)
+    with torch.no_grad():
+        rest = model(ids[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 6:], atol=ATOL, rtol=0)
+
+
+class PlainAttention(nn.Module):
+    """A user's operator that keeps keys and values of all tokens and knows nothing of packed ones."""
+
+    cacheable = True
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = SelfAttention(width, heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotary: Any = None,
+        cache: Any = None,
+    ) -> Tensor:
+        return self.inner(x, attention_mask=attention_mask, mask=mask, rotary=rotary, cache=cache)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_operator_that_keeps_keys_sees_every_token(rows: int) -> None:
+    register_operator("plain-attention", PlainAttention)
+    try:
+        menus = [["dct"], ["dct", "plain-attention"], ["plain-attention"]]
+        model = build(shrunk("small", num_hidden_layers=3, operators=menus, attention_share=0.3))
+        cache, ids = ChiarCache(model.config), tokens(0, rows, TIME)
+        with torch.no_grad():
+            pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
+            whole = model(ids, use_cache=False).logits
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=ATOL, rtol=0)
+    finally:
+        del OPERATORS["plain-attention"]

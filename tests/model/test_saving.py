@@ -190,3 +190,54 @@ def test_another_seed_of_the_router_is_another_permutation(tmp_path: Path) -> No
     assert torch.equal(loaded.model.layers[1].router.permutation, new.model.layers[1].router.permutation)
     same = ChiarForCausalLM.from_pretrained(tmp_path)
     assert not torch.equal(same.model.layers[1].router.permutation, new.model.layers[1].router.permutation)
+
+
+FIXED = {"calibration": "fixed", "entropy_thresholds": [0.5, 0.6]}
+
+
+def test_fixed_thresholds_are_those_of_the_config(tmp_path: Path) -> None:
+    model = build(shrunk("small"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, **FIXED)
+    wanted = ChiarForCausalLM(loaded.config)
+    for again in (loaded, ChiarForCausalLM.from_pretrained(tmp_path, config=loaded.config)):
+        assert again.config.entropy_thresholds == [0.5, 0.6]
+        for i, thresholds in again.thresholds().items():
+            assert not thresholds.running and torch.equal(thresholds.values, wanted.thresholds()[i].values)
+    loaded.save_pretrained(tmp_path)
+    edited(tmp_path, **FIXED | {"entropy_thresholds": [0.2, 0.3]})
+    for thresholds in ChiarForCausalLM.from_pretrained(tmp_path).thresholds().values():
+        assert thresholds.values.tolist() == pytest.approx([0.25])
+
+
+@pytest.mark.parametrize("way", ["set_attention_share", "calibrate", "from_pretrained", "calibration"])
+def test_thresholds_that_are_turned_are_fixed_no_longer(tmp_path: Path, way: str) -> None:
+    model = build(shrunk("small", **FIXED))
+    model.save_pretrained(tmp_path)
+    if way == "set_attention_share":
+        model.set_attention_share(0.5)
+    elif way == "calibrate":
+        calibrate(model, [tokens(0)], 0.5)
+    elif way == "from_pretrained":
+        model = ChiarForCausalLM.from_pretrained(tmp_path, attention_share=0.5)
+    else:
+        changes = {"calibration": "running", "entropy_thresholds": None, "attention_share": 0.5}
+        model = ChiarForCausalLM.from_pretrained(tmp_path, **changes)
+    assert (model.config.calibration, model.config.entropy_thresholds) == ("running", None)
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path)
+    null = ChiarForCausalLM(shrunk("small", attention_share=0.5))
+    for i, thresholds in loaded.thresholds().items():
+        assert thresholds.running and torch.equal(thresholds.values, model.thresholds()[i].values)
+        if way != "calibrate":
+            assert torch.equal(thresholds.values, null.thresholds()[i].values)
+
+
+def test_a_share_of_one_layer_survives(tmp_path: Path) -> None:
+    model = build(shrunk("small"))
+    calibrate(model, [tokens(0)])
+    model.thresholds()[1].set_share(0.9)
+    model.save_pretrained(tmp_path)
+    for i, thresholds in ChiarForCausalLM.from_pretrained(tmp_path).thresholds().items():
+        assert torch.equal(thresholds.values, model.thresholds()[i].values)

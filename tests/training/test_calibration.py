@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate
+from chiaroscuro.layers.thresholds import pool_tables
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.training.calibration import paper_thresholds
+from chiaroscuro.training.records import measure_routing
 
 VOCABULARY, WIDTH, TIME = 61, 32, 24
 THREE = ["dct", "rbf", "attention"]
@@ -289,14 +291,13 @@ def test_forwards_of_one_step_count_by_their_tokens() -> None:
     model = build().train()
     model(**few), model(**many)
     model.step_calibration()
-    weighted = {}
+    alone = []
     for batch in (few, many):
-        alone = build().train()
-        alone(**batch)
-        alone.step_calibration()
-        weighted[len(batch["input_ids"])] = alone.thresholds()[1].quantiles
-    wanted = (2 * weighted[2] + 20 * weighted[20]) / 22
-    torch.testing.assert_close(model.thresholds()[1].quantiles, wanted)
+        fresh = build().train()
+        fresh(**batch)
+        fresh.step_calibration()
+        alone.append(fresh.thresholds()[1].quantiles)
+    torch.testing.assert_close(model.thresholds()[1].quantiles, pool_tables(alone, [2.0, 20.0]))
 
 
 @pytest.mark.parametrize("menus", MENUS)
@@ -399,3 +400,35 @@ def test_no_rows() -> None:
         paper_thresholds(build(), [[], []])
     with pytest.raises(UserError, match=f"vocab_size={VOCABULARY}"):
         paper_thresholds(build(), [[VOCABULARY]])
+
+
+def test_two_unlike_forwards_of_a_step_are_routed_as_one() -> None:
+    """As a text and a task are: of their quantiles' mean the share of all tokens would be another."""
+    model = build("two", attention_share=0.1).train()
+    plain, tilted = torch.randn(2, 30, 8, model.config.hidden_size)
+    tilted = tilted + 3 * torch.randn(30, 8, 1)  # most of its energy in one coefficient: a lower entropy
+    with torch.no_grad():
+        for _ in range(60):
+            model(inputs_embeds=plain)
+            model(inputs_embeds=tilted)
+            model.step_calibration()
+        both = torch.cat([plain, tilted])
+        routing = model.eval()(inputs_embeds=both, output_routing=True).routing[1]
+    assert float(routing.share[-1]) == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+def test_what_a_model_in_training_mode_generates_is_not_noted(execution: str) -> None:
+    model = build("two", execution=execution).train()
+    ids = torch.randint(5, 30, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert made.shape == (2, 9)
+    assert not any(thresholds.noted for thresholds in model.thresholds().values())
+
+
+def test_to_measure_the_routing_of_a_model_in_training_changes_nothing() -> None:
+    model = build("two", hidden_dropout=0.3).train()
+    batch = torch.randint(5, 30, (2, 6))
+    assert measure_routing(model, [batch]) == measure_routing(model, [batch])
+    assert model.training and not any(thresholds.noted for thresholds in model.thresholds().values())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from chiaroscuro.analysis.statistics import CONFIDENCE
 from chiaroscuro.data.tasks import LabelledRows
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,16 @@ def evaluate_rows(
     """
     total, correct, routings = 0.0, 0, []
     asked = dict(inputs or {}) | ({"output_routing": True} if output_routing else {})
-    was_training = model.training
-    model.eval()
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        outputs = model(**batch, **asked)
-        total += outputs.loss.double().item() * len(batch["labels"])
-        correct += int((outputs.logits.argmax(-1) == batch["labels"]).sum())
-        if output_routing:
-            routings.append((outputs.routing, outputs.meta_gate))
-        if progress is not None:
-            progress(len(batch["labels"]))
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            outputs = model(**batch, **asked)
+            total += outputs.loss.double().item() * len(batch["labels"])
+            correct += int((outputs.logits.argmax(-1) == batch["labels"]).sum())
+            if output_routing:
+                routings.append((outputs.routing, outputs.meta_gate))
+            if progress is not None:
+                progress(len(batch["labels"]))
     loss = total / len(rows)
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")

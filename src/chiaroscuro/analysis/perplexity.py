@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from chiaroscuro.data import TokenBlocks
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,18 @@ def evaluate_blocks(
     """
     total, count, routings = 0.0, 0, []
     asked = {"output_routing": True} if output_routing else {}
-    was_training = model.training
-    model.eval()
-    for batch in DataLoader(blocks, batch_size=batch_size):
-        outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked)
-        predicted = int((batch["shift_labels"] != -100).sum())
-        total += outputs.loss.double().item() * predicted
-        count += predicted
-        if output_routing:
-            routings.append((outputs.routing, outputs.meta_gate))
-        if progress is not None:
-            progress(len(batch["input_ids"]))
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in DataLoader(blocks, batch_size=batch_size):
+            outputs = model(
+                **{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked
+            )
+            predicted = int((batch["shift_labels"] != -100).sum())
+            total += outputs.loss.double().item() * predicted
+            count += predicted
+            if output_routing:
+                routings.append((outputs.routing, outputs.meta_gate))
+            if progress is not None:
+                progress(len(batch["input_ids"]))
     loss = total / count
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")

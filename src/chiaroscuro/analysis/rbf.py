@@ -9,6 +9,7 @@ from torch import Tensor
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RBFMixing
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import causal_mask, fourier_features, rbf_weights
 
 
@@ -43,7 +44,8 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
     for batch in batches:
         ids = batch.to(model.device)
         same = ids[:, :, None] == ids[:, None, :]
-        outputs: Any = model.trunk(ids, use_cache=False, output_hidden_states=True)
+        with evaluation_mode(model):
+            outputs: Any = model.trunk(ids, use_cache=False, output_hidden_states=True)
         for i, block in layers.items():
             x = outputs.hidden_states[i]
             source = block.operator_norms["input"](x) if block.norm_placement == "pre" else x

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ThresholdRouter
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_mean
 
 
@@ -140,13 +141,8 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             "use the tokenizer the model was trained with"
         )
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():  # the trunk, as no head says anything of the routing
-            output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():  # the trunk, as no head says anything of the routing
+        output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
 
     layers = tuple(
         LayerTrace(

@@ -302,7 +302,8 @@ class RoutedBlock(nn.Module):
         mixed = x
         for k, name in enumerate(self.operator_names):
             tokens = PackedTokens.of(self._tokens_of(k, x, routing, context))
-            if len(tokens) == 0 and name not in self._asks_sparsely and not torch.is_grad_enabled():
+            needless = name not in self._asks_sparsely and "cache" not in self._asks_for[name]
+            if len(tokens) == 0 and needless and not torch.is_grad_enabled():
                 continue
             output = self._run_on(tokens, name, source, context)
             scale = self._scale_of(name, routing)
@@ -317,7 +318,7 @@ class RoutedBlock(nn.Module):
         """What `_mix_sparsely` does with a token that is decoded alone: there is nothing to pack."""
         chosen = 0 if routing is None else int(routing.operator_index)
         for k, name in enumerate(self.operator_names):
-            if k != chosen and "cache" in self._asks_sparsely.get(name, ()):
+            if k != chosen and "cache" in self._asks_sparsely.get(name, self._asks_for[name]):
                 # It may keep keys of all tokens, and counts those that go by.
                 none = PackedTokens.of(torch.zeros_like(x[..., 0], dtype=torch.bool))
                 self._run_on(none, name, source, context)

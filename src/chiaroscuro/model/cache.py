@@ -79,6 +79,11 @@ class GrowingLayer(CacheLayerMixin):
         self.lengths, self.seen = [end] * batch, self.seen + time
         if kept == 0:  # as they came, so that a forward that begins a cache can be differentiated
             return key_states, value_states
+        if torch.is_grad_enabled():  # not views, into which the next call writes before a backward has read them
+            return (
+                torch.cat([self.keys[:, :, :kept], key_states], dim=2),
+                torch.cat([self.values[:, :, :kept], value_states], dim=2),
+            )
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def extend(
@@ -110,10 +115,11 @@ class GrowingLayer(CacheLayerMixin):
     def rows(
         self,
     ) -> Iterator[tuple[Float[Tensor, "heads kept head_width"], Float[Tensor, "heads kept head_width"]]]:
-        """What each row keeps, as views; there is nothing to view in an `empty` layer."""
+        """What each row keeps; there is nothing to view in an `empty` layer."""
         assert self.keys is not None and self.values is not None
         for k, v, n in zip(self.keys, self.values, self.lengths, strict=True):
-            yield k[:, :n], v[:, :n]
+            # Not views where a backward may read them after the next call has written.
+            yield (k[:, :n].clone(), v[:, :n].clone()) if torch.is_grad_enabled() else (k[:, :n], v[:, :n])
 
     def _check_rows(self, batch: int) -> None:
         if self.lengths and len(self.lengths) != batch:
@@ -123,8 +129,12 @@ class GrowingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         needed, batch = max(lengths, default=0), len(lengths)
-        if self.keys is not None and needed <= self.keys.shape[2]:
-            return
+        if self.keys is not None and self.values is not None and self.places is not None:
+            if self.keys.is_inference() and not torch.is_inference_mode_enabled():  # where they can't be written into
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+                self.places = self.places.clone()
+            if needed <= self.keys.shape[2]:
+                return
         capacity = needed + needed // 4 + 16
         buffers = []
         for old, like in ((self.keys, key_states), (self.values, value_states)):

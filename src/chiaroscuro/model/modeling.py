@@ -72,25 +72,35 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """Load as any Hugging Face model; `attention_share=ρ` turns the dial too, and not the config alone.
 
         With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
-        thresholds of one score mean nothing to another.
+        thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given or saved.
         """
-        saved = cls._saved_config(*args, **kwargs) if {"config", "router", "router_seed"} & {*kwargs} else None
+        asked = {"config", "router", "router_seed", "attention_share", "calibration"} & {*kwargs}
+        saved = cls._saved_config(*args, **kwargs) if asked else None
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in ("router", "router_seed")):
+
+        def changed(*fields: str) -> bool:
+            return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
+
+        if changed("router", "router_seed"):
             for module in model.modules():
-                if isinstance(module, PermutedRouter) or (isinstance(module, Thresholds) and module.running):
+                if isinstance(module, PermutedRouter | Thresholds):
                     module.reset_parameters()
-        # Where the thresholds follow the share they are the table's look-up of it, so this moves none but asked.
         for thresholds in model.thresholds().values():
-            if thresholds.running:
+            if not thresholds.running:
+                thresholds.set_fixed()
+            elif changed("attention_share", "calibration"):
                 thresholds.set_share(model.config.attention_share)
+        if changed("attention_share") and model.config.calibration == "fixed" and model.thresholds():
+            model.set_attention_share(model.config.attention_share)
         return loaded
 
     @classmethod
     def _saved_config(cls, name: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         """The config that lies beside the weights; None where they are alone, and a given one is all there is."""
         name = kwargs.get("pretrained_model_name_or_path") if name is None else name
+        if name is None:
+            return None
         source = {option: kwargs[option] for option in _SOURCE if option in kwargs}
         try:
             return cls.config_class.from_pretrained(name, **source)
@@ -114,6 +124,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """Turn the dial: route this share of the tokens to each menu's last operator, by the table of quantiles seen.
 
         A layer that was never calibrated answers with the quantile of white noise, which is all that is known of it.
+        Thresholds that were fixed are so no longer: the config then says `calibration="running"`.
 
         Args:
             share: ρ from 0 to 1.
@@ -131,8 +142,10 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 "there is no share to set"
             )
         for thresholds in layers.values():
+            thresholds.running = True
             thresholds.set_share(float(share))
         self.config.attention_share = float(share)
+        self.config.calibration, self.config.entropy_thresholds = "running", None
 
     def step_calibration(self) -> None:
         """Move the thresholds of running calibration: call it once after every optimizer step.
@@ -274,6 +287,8 @@ class ChiarModel(ChiarPreTrainedModel):
         """What all layers share: padding, mask, positions and their angles, the attention implementation, token ids."""
         batch, time, width = x.shape
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if time == 0:
+            raise UserError(f"an input of shape {tuple(x.shape[:2])} has no tokens: give at least one a row")
         if seen + time > self.config.max_position_embeddings:
             raise UserError(
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
@@ -347,10 +362,11 @@ class ChiarModel(ChiarPreTrainedModel):
             y, routing = self._gradient_checkpointing_func(partial(layer.__call__, **context), x)
         else:
             y, routing = layer(x, **context)
-        # Noted here and not in the layer, which gradient checkpointing runs a second time.
-        if self.training and isinstance(layer.router, ScoreRouter) and layer.router.calibration.running:
-            real = context["attention_mask"]
-            layer.router.calibration.note(routing.score, real)
+        # Noted here and not in the layer, which gradient checkpointing runs a second time. What is generated is no text
+        # to follow.
+        notes = self.training and past_key_values is None
+        if notes and isinstance(layer.router, ScoreRouter) and layer.router.calibration.running:
+            layer.router.calibration.note(routing.score, context["attention_mask"])
         if gate is not None and index == GATED_LAYER:
             y = gate[..., None] * y + (1 - gate[..., None]) * x
         return y, routing
@@ -414,7 +430,6 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
-        shift_labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         output_routing: bool = False,
@@ -422,6 +437,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_logits: bool | None = None,
+        **kwargs: Any,
     ) -> ChiarCausalLMOutput:
         """Run the model and its head.
 
@@ -436,18 +452,26 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             inputs_embeds: see there.
             labels: the tokens themselves, −100 where not to be predicted: the model shifts them. A prediction at
                 padding or of padding is not counted.
-            shift_labels: labels that are shifted already: what each position is to predict.
             use_cache: see there.
             logits_to_keep: compute only the last so many logits (0: all), or those at these positions.
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
             num_items_in_batch: divide the summed loss by this, over several forwards of one step, not by the number
-                of this forward's predictions.
+                of this forward's predictions. It is the number of all labels, as the Trainer counts them: of it is
+                taken the part that this forward counts, where it has labels at padding.
             output_logits: whether to give logits beside a loss; unless said, in evaluation but not in training. They
                 are given in any case without labels, and where the head or `loss_function` was replaced.
+            kwargs: `shift_labels`, (B, T): labels that are shifted already, what each position is to predict. (No name
+                of the signature, for the Trainer would then ask every batch for it.)
+
+        Raises:
+            TypeError: another keyword.
 
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        if kwargs:
+            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(kwargs))!r}")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -466,7 +490,13 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
         loss = term = None
         if predicts:
-            targets = self._targets(labels, shift_labels, attention_mask)[:, kept].contiguous()
+            targets = given = self._shifted(labels) if shift_labels is None else shift_labels
+            if attention_mask is not None:
+                targets = self._without_padding(given, attention_mask, shifted_here=shift_labels is None)
+            if num_items_in_batch is not None and attention_mask is not None:
+                counted, labelled = targets.ne(-100).sum(), given.ne(-100).sum()
+                num_items_in_batch = num_items_in_batch * torch.where(counted > 0, counted / labelled, 1)
+            targets = targets[:, kept].contiguous()
             if logits is None:
                 loss = linear_cross_entropy(
                     hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), divisor=num_items_in_batch
@@ -498,16 +528,18 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         """Whether the head or the loss is another than ours, as an adapter's or the user's own."""
         return type(self.lm_head) is not nn.Linear or self.loss_function is not ForCausalLMLoss
 
-    def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """What each position is to predict, −100 where nothing: at the end, at padding, and of padding."""
-        if shift_labels is None:
-            assert labels is not None  # the caller has one of the two
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if attention_mask is not None:
-            shift_labels = shift_labels.masked_fill(attention_mask[:, -shift_labels.shape[1] :] == 0, -100)
-        return shift_labels
+    @staticmethod
+    def _shifted(labels: Tensor | None) -> Tensor:
+        assert labels is not None  # the caller has these or the others
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+    @staticmethod
+    def _without_padding(targets: Tensor, attention_mask: Tensor, *, shifted_here: bool) -> Tensor:
+        """What each position is to predict, −100 at padding, and of padding where its place is known."""
+        real = attention_mask[:, -targets.shape[1] :] != 0
+        if shifted_here:
+            real = real & F.pad(real[:, 1:], (0, 1))
+        return targets.masked_fill(~real, -100)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import spectral_entropy
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -55,9 +56,7 @@ def calibrate(
         raise UserError(f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x)")
     base = model.trunk
     layers = model.thresholds()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         states = []
         for batch in batches:
             fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
@@ -80,8 +79,6 @@ def calibrate(
                 scores = [_real_scores(base.blocks[i].route(x, **c), c) for x, c, _ in states]
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
-    finally:
-        model.train(was_training)
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
 
 

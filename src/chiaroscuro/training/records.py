@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_quantiles
 
 PROBABILITIES = (0.05, 0.5, 0.95)
@@ -80,7 +81,8 @@ def describe_tasks(seen: Sequence[tuple[str, dict[str, float]]]) -> dict[str, di
 @torch.no_grad()
 def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
     """What a model routes where on some batches of input ids, as `describe_routing` puts it."""
-    outputs = [model.trunk(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
+    with evaluation_mode(model):
+        outputs = [model.trunk(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
     return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
 
 
