@@ -52,3 +52,9 @@ def test_of_one_value_nothing_is_known_but_itself() -> None:
 def test_equal_values_have_an_interval_of_no_width_and_no_p() -> None:
     found = compare([3.0, 4.0], [1.0, 2.0])
     assert (found.mean, found.sd, found.low, found.high, found.p) == (2.0, 0.0, 2.0, 2.0, None)
+
+
+def test_differences_that_are_equal_up_to_rounding_are_equal() -> None:
+    found = compare([0.3, 0.4, 0.5], [0.1, 0.2, 0.3])
+    assert 0 < found.sd < 1e-15
+    assert found.p is None

@@ -29,8 +29,16 @@ from chiaroscuro.training.sweep import Sweep, SweepFile, SweepRun
 RECIPE = Recipe.from_dict({"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}})
 
 
-def made_up(values: dict[str, list[float | None]], metric: str = "perplexity", **more: Any) -> dict[str, Any]:
-    """What a sweep finds whose runs came out so, seed by seed; None is a run that failed. The first is the baseline."""
+def made_up(
+    values: dict[str, list[float | None]],
+    metric: str = "perplexity",
+    counts: dict[str, tuple[list[float], list[float]]] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a sweep finds whose runs came out so, seed by seed; None is a run that failed. The first is the baseline.
+
+    `counts` are the operations of a forward and of a training step, seed by seed.
+    """
     seeds = list(range(max(map(len, values.values()))))
     changes: dict[str, dict[str, Any]] = {name: {} for name in values}
     file = SweepFile(recipe="r", output_dir="o", seeds=seeds, baseline=next(iter(values)), variants=changes)
@@ -45,6 +53,10 @@ def made_up(values: dict[str, list[float | None]], metric: str = "perplexity", *
                 figures[run] = {metric: value, "seconds": 10.0 + seed, "steps": 100, "share": None, "parameters": 7}
                 curve = [{"step": 50, metric: 1.3 * value}, {"step": 100, metric: value}]
                 figures[run] |= {"flops_per_token": None, "curve": curve, **more}
+                if counts:
+                    figures[run]["flops_per_token"] = {
+                        step: each[seed] for step, each in zip(("forward", "training"), counts[name], strict=True)
+                    }
     return describe_sweep(Sweep(file, changes, list(runs.values())), figures, failed)
 
 
@@ -199,3 +211,18 @@ def test_a_run_without_a_finite_result_is_none(tmp_path: Path) -> None:
     config = ChiarConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
     with pytest.raises(UserError, match="perplexity is no finite number"):
         collect_figures(run_of(tmp_path, config, "ChiarForCausalLM", perplexity=None))
+
+
+def test_a_run_that_diverged_is_none_either(tmp_path: Path) -> None:
+    config = ChiarConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(UserError, match="its loss is 400 nats: it diverged"):
+        collect_figures(run_of(tmp_path, config, "ChiarForCausalLM", loss=400.0, perplexity=math.exp(400)))
+
+
+def test_operations_are_the_mean_of_the_seeds() -> None:
+    """Where no threshold follows ρ each seed has another share."""
+    layers = {"base": ([2.0, 4.0], [30.0, 60.0]), "other": ([1.0, 9.0], [20.0, 70.0])}
+    found = made_up({"base": [10.0, 11.0], "other": [12.0, 13.0]}, counts=layers)
+    other = named(found)["other"]
+    assert other["flops_per_token"] == {"forward": 5.0, "training": 45.0}
+    assert other["flops_ratio"] == 1.0

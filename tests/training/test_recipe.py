@@ -297,3 +297,16 @@ def test_the_page_s_recipe_is_one(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(text)
     assert Recipe.load(tmp_path / "recipe.yaml").trainer.tokens == 5_000_000
+
+
+def test_a_null_over_a_preset_s_value_is_kept() -> None:
+    """v2's MetaRouter pools over the batch; null is for the choice that a model without a preset would make."""
+    model = {"preset": "v2-400m", "calibration": "running", "meta_router": None}
+    recipe = Recipe.from_dict(with_changes(model=model))
+    assert recipe.build_config(300).meta_router == "causal"
+    again = Recipe.from_dict(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe and again.build_config(300).meta_router == "causal"
+    again.refuse_to_resume(recipe)
+    other = Recipe.from_dict(with_changes(model={name: model[name] for name in ("preset", "calibration")}))
+    with pytest.raises(UserError, match=r"model\.meta_router was None .* and is 'not said' now"):
+        other.refuse_to_resume(recipe)

@@ -12,6 +12,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Differences whose spread is below this part of the values differ by rounding alone: they are taken as equal."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
         baseline: The other, in the same order.
     """
     found = estimate(np.subtract(values, baseline).tolist())
-    if not found.sd:
+    if found.sd is None or found.sd <= ROUNDING * max(map(abs, (*values, *baseline))):
         return Comparison(**asdict(found))
     t = abs(found.mean) / (found.sd / found.count**0.5)
     return Comparison(**asdict(found), p=float(2 * stats.t.sf(t, found.count - 1)))

@@ -1,6 +1,6 @@
 """What a sweep's runs have to say, one by one and side by side, as plain data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
@@ -18,6 +18,9 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.training.records import read_records, routed
 from chiaroscuro.training.sweep import Sweep, SweepRun
 
+DIVERGED = 30.0
+"""Nats. A guess among 2³² tokens has 22; far beyond, a mean of perplexities says nothing, and an interval overflows."""
+
 
 def collect_figures(run: SweepRun) -> dict[str, Any]:
     """What a finished run has to say, ready for JSON.
@@ -29,13 +32,15 @@ def collect_figures(run: SweepRun) -> dict[str, Any]:
         and `curve`, all its validations.
 
     Raises:
-        UserError: if its perplexity is no finite number.
+        UserError: if its perplexity is no finite number, or it diverged.
     """
     records = read_records(run.folder / "metrics.jsonl")
     last = {record["kind"]: record for record in records}
     seen, trained = last["validation"], last["train"]
     if seen.get(metric_of(seen)) is None:
         raise UserError(f"its {metric_of(seen)} is no finite number")
+    if seen["loss"] > DIVERGED:
+        raise UserError(f"its loss is {seen['loss']:.4g} nats: it diverged")
     config = AutoConfig.from_pretrained(run.folder / "model")
     choices = routed(seen)
     share = mean(layer["share"][-1] for layer in choices) if choices else None
@@ -144,12 +149,14 @@ def _summary(
     summary: dict[str, Any] = {
         "estimate": asdict(estimate([each[metric] for each in found.values()])),
         "parameters": first["parameters"],
-        "flops_per_token": first["flops_per_token"],
+        "flops_per_token": None,
         "seconds_per_step": _pace(found),
     }
     if "layers" in first:
         summary["layers"] = _mean_layers([each["layers"] for each in found.values()])
         summary["null_entropy"] = first["null_entropy"]
+    if first["flops_per_token"]:
+        summary["flops_per_token"] = _mean_flops(found.values())
     shares = [each["share"] for each in found.values() if each["share"] is not None]
     summary |= {"share": mean(shares)} if shares else {}
     gates = [each["gate"] for each in found.values() if "gate" in each]
@@ -159,10 +166,10 @@ def _summary(
         ours, theirs = ([each[seed][metric] for seed in common] for each in (found, baseline))
         summary["effect"] = _effect(ours, theirs, metric)
     if baseline:
-        counts = [each["flops_per_token"] for each in (first, next(iter(baseline.values())))]
         summary["time_ratio"] = _pace(found) / _pace(baseline)
-        if all(counts):
-            summary["flops_ratio"] = counts[0]["training"] / counts[1]["training"]
+        if summary["flops_per_token"] and next(iter(baseline.values()))["flops_per_token"]:
+            whole = _mean_flops(baseline.values())
+            summary["flops_ratio"] = summary["flops_per_token"]["training"] / whole["training"]
     return summary
 
 
@@ -171,6 +178,11 @@ def _effect(ours: Sequence[float], theirs: Sequence[float], metric: str) -> dict
         return {"kind": "difference", **asdict(compare(ours, theirs))}
     found = asdict(compare_ratios(ours, theirs))
     return {"kind": "ratio", "sd_of_log": found.pop("sd"), **found}
+
+
+def _mean_flops(each: Collection[dict[str, Any]]) -> dict[str, float]:
+    """Over the seeds, whose shares differ where no threshold follows ρ."""
+    return {step: mean(found["flops_per_token"][step] for found in each) for step in ("forward", "training")}
 
 
 def _pace(found: Mapping[int, dict[str, Any]]) -> float:

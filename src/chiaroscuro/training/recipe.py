@@ -373,7 +373,8 @@ class Recipe(Section):
     def baseline(self) -> "Recipe":
         """The recipe that trains the baseline of `calibration.method: paper`."""
         layers = self.build_config(vocab_size=256, thresholds=(0.0, 1.0)).num_hidden_layers
-        content = self.model_dump(mode="json", exclude_none=True, exclude={"calibration"})
+        content = self._content()
+        content.pop("calibration", None)
         content["model"] |= {
             "operators": [["attention"]] * (layers or 0),
             "meta_router": "none",
@@ -392,7 +393,13 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Write the recipe with every default filled in, as YAML that `load` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        return yaml.safe_dump(self._content(), sort_keys=False)
+
+    def _content(self) -> dict[str, Any]:
+        """All fields but those that are empty; the model's too where it says so, as over a preset's that are not."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        content["model"] |= {name: None for name, value in (self.model.model_extra or {}).items() if value is None}
+        return content
 
     # What may change when a run is resumed: how often one looks, what is kept, and where. All else moves the
     # weights.
@@ -408,9 +415,12 @@ class Recipe(Section):
         """
         now, then = _flat(self.model_dump(mode="json")), _flat(begun.model_dump(mode="json"))
         for name in dict.fromkeys([*now, *then]):
-            if name not in self._FREE_ON_RESUME and now.get(name) != then.get(name):
+            # Over a preset null is a value, and not to say a field another.
+            unsaid = "not said" if name.startswith("model.") else None
+            was, is_now = then.get(name, unsaid), now.get(name, unsaid)
+            if name not in self._FREE_ON_RESUME and was != is_now:
                 raise UserError(
-                    f"{name} was {then.get(name)!r} when this run began and is {now.get(name)!r} now; "
+                    f"{name} was {was!r} when this run began and is {is_now!r} now; "
                     "put it back to resume, or start anew in another trainer.output_dir"
                 )
 
