@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from chiaroscuro.model.checkpoint import load_checkpoint
 from chiaroscuro.report.files import write_text
 from chiaroscuro.training import Recipe, read_records, train
 
@@ -49,7 +50,10 @@ def main() -> None:
             common = [f"data.source={text}", f"tokenizer={DATA / 'gpt2'}", f"trainer.output_dir={output}"]
             recipe = Recipe.load(path, [*SHORT, *changes, *common])
             result = train(recipe, console=Console())
-            figures.append({"recipe": path, "changes": changes, "parameters": result.parameters, **losses(output)})
+            sizes = {"parameters": result.parameters}
+            if (output / "baseline").is_dir():
+                sizes["baseline_parameters"] = load_checkpoint(str(output / "baseline")).num_parameters()
+            figures.append({"recipe": path, "changes": changes, **sizes, **losses(output)})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS, json.dumps(figures, indent=1) + "\n")
 
@@ -64,13 +68,13 @@ def a_page(folder: Path) -> Path:
 
 
 def losses(output: Path) -> dict[str, Any]:
-    """Means over every few steps, of the model and, where one was trained first, of its baseline."""
+    """Means since the look before, of the model and, where one was trained first, of its baseline."""
     found: dict[str, Any] = {}
     for name, folder in (("baseline_loss", output / "baseline"), ("loss", output)):
         if (folder / "metrics.jsonl").is_file():
             steps = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "train"]
             found[name] = [record["loss"] for record in steps]
-            found["every"] = steps[0]["step"]
+            found["steps"] = [record["step"] for record in steps]
             found["tokens_a_step"] = steps[0]["tokens"] // steps[0]["step"]
     return found
 

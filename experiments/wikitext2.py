@@ -130,8 +130,8 @@ def page(figures: list[dict[str, Any]]) -> str:
             "## `small` against `small-baseline`",
             "",
             "`recipes/wikitext2-small.yaml`: the same tokens in the same order, steps, learning rate and tokenizer",
-            "(`bpe:8192`), T = 256; the embedding norm is on in both. `small` sends a quarter of the tokens of four",
-            "of its six layers to attention; its first layer has none, its last has all.",
+            "(`bpe:8192`), T = 256; the embedding norm is on in both. `small` sends a quarter of the tokens of four of",
+            "its six layers to attention; its first layer has none (and 3% fewer parameters so), its last has all.",
             "",
             header,
             rule,
@@ -210,7 +210,7 @@ def _routing_rows(f: dict[str, Any]) -> list[str]:
 
 def _percent(ratios: list[float]) -> str:
     excess = [100 * (ratio - 1) for ratio in ratios]
-    spread = f" ± {stdev(excess) / math.sqrt(len(excess)):.1f}" if len(excess) > 1 else " (one seed)"
+    spread = f" ± {stdev(excess) / math.sqrt(len(excess)):.1f} (standard error)" if len(excess) > 1 else " (one seed)"
     return f"{mean(excess):+.1f}%{spread}"
 
 

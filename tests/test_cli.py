@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,50 @@ def test_help_shows_the_defaults(command: str, defaults: list[str], run: Run) ->
     assert all(default in shown for default in defaults), shown
 
 
+def test_it_says_its_version(run: Run) -> None:
+    assert run("--version") == (0, f"{metadata.version('chiaroscuro')}\n", "")
+
+
+def test_evaluate_needs_the_split_that_it_reads_and_no_other(
+    run: Run, run_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        folder = tmp_path / split
+        folder.mkdir()
+        shutil.copy(text_folder / f"{split}.txt", folder)
+        code, out, _ = run("evaluate", run_folder, "--data", folder, "--split", split, "--json")
+        assert code == 0 and json.loads(out)["split"] == split
+    code, _, err = run("evaluate", run_folder, "--data", tmp_path / "test")
+    assert code == 2 and "--split validation: " in err and "has test" in err
+
+
+def test_a_recipe_around_a_model_that_is_no_run_s_is_not_its_recipe(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "model", tmp_path / "mine")
+    (tmp_path / "recipe.yaml").write_text("name: something else\n")
+    assert run("info", tmp_path / "mine")[0] == 0
+
+
+def test_train_leaves_another_s_records_alone(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    records = tmp_path / "out" / "metrics.jsonl"
+    records.parent.mkdir()
+    records.write_text('{"loss": 2.3, "step": 10}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{preset: small}}\ntrainer: {{output_dir: '{records.parent}', steps: 200}}"
+    )
+    code, _, err = run("train", tmp_path / "recipe.yaml")
+    assert code == 2 and "this run would replace it; name another trainer.output_dir" in err and err.count("\n") == 1
+    assert records.read_text() == '{"loss": 2.3, "step": 10}\n' and list(records.parent.iterdir()) == [records]
+
+
+def test_generate_says_why_it_stopped_early(run: Run, run_folder: Path) -> None:
+    code, out, err = run("generate", run_folder, "the light", "--max-new-tokens", 1000, "--json")
+    assert code == 0 and json.loads(out)["full"] is True
+    _, _, err = run("generate", run_folder, "the light", "--max-new-tokens", 1000)
+    assert err == "stopped: the model reads at most 64 tokens, prompt included\n"
+    _, out, err = run("generate", run_folder, "the light", "--max-new-tokens", 5, "--json")
+    assert err == "" and json.loads(out)["full"] is False
+
+
 def test_it_runs_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "chiaroscuro", "info", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2
@@ -310,6 +355,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no text named": (["evaluate", "LONE"], "--data"),
     "a block longer than the model": (["evaluate", "RUN", "--length", "65"], "max_position_embeddings=64"),
     "a stride longer than the block": (["evaluate", "RUN", "--stride", "33"], "stride is 33"),
+    "a device that is none": (["evaluate", "RUN", "--device", "tpu"], "--device tpu: choose cpu or cuda"),
+    "a section that is none": (["train", "GOOD", "model=small"], "model='small': give fields, as in model: {"),
+    "a section with nothing in it": (["train", "GOOD", "data=null"], "data=None: give fields, as in data: {"),
+    "a run of another trainer": (["gates", "FOREIGN"], "metrics.jsonl is no record of a run of chiaroscuro: line 1"),
+    "another's recipe beside a model": (["info", "STRANGE"], "recipe.yaml: "),
     "an impossible share": (["evaluate", "RUN", "--share", "1.5"], "must be a number from 0 to 1"),
     "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
     "a seed below none": (["generate", "RUN", "light", "--seed", "-1"], "Invalid value for '--seed'"),
@@ -386,6 +436,12 @@ def places(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("wrong")
     made = {"RUN": run_folder, "EMPTY": folder / "empty", "GOOD": folder / "good.yaml"}
     made["EMPTY"].mkdir()
+    made["FOREIGN"] = folder / "foreign"
+    made["FOREIGN"].mkdir()
+    (made["FOREIGN"] / "metrics.jsonl").write_text('{"loss": 2.3, "step": 10, "epoch": 0.1}\n')
+    made["STRANGE"] = folder / "strange"
+    shutil.copytree(run_folder / "model", made["STRANGE"])
+    (made["STRANGE"] / "recipe.yaml").write_text("name: something else\n")
     made["GOOD"].write_text(RECIPE.format(""))
     for name in ("CUT", "BARE", "GARBLED", "IMPOSSIBLE", "MISFIT", "MUTE", "LONE"):
         made[name] = folder / name.lower()

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -92,6 +93,10 @@ Share = Annotated[
     typer.Option(help="Turn the dial first: route this share of tokens (0 to 1) to attention."),
 ]
 
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs: cpu or cuda. Unless given: cuda where PyTorch sees a GPU.")
+]
+
 
 @app.command()
 def train(
@@ -144,6 +149,7 @@ def evaluate(
         str | None, typer.Option(help="Of a mixed run, one of its recipe's tasks instead of the text.")
     ] = None,
     share: Share = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 8,
     as_json: AsJson = False,
 ) -> None:
@@ -157,7 +163,7 @@ def evaluate(
     from chiaroscuro.data.tasks import PadToLongest, tokenize_task
     from chiaroscuro.training import describe_routing
 
-    model, tokenizer = _load(checkpoint, share)
+    model, tokenizer = _load(checkpoint, device, share)
     recipe = _recipe_of(checkpoint) if task is None else _recipe_of_task(checkpoint, task)
     head = task if isinstance(model, ChiarForMixedTasks) and task is not None and task in model.heads else None
     classifies = isinstance(model, ChiarForSequenceClassification) or head is not None
@@ -222,6 +228,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 for all.", min=0)] = 50,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
     share: Share = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text.
@@ -230,7 +237,7 @@ def generate(
     """
     from chiaroscuro.analysis.sampling import continue_text
 
-    model, tokenizer = _load(checkpoint, share)
+    model, tokenizer = _load(checkpoint, device, share)
     _refuse_classifier(model, "generate")
     text = _text(prompt)
     result = continue_text(
@@ -240,6 +247,9 @@ def generate(
         _print_json({"prompt": text, "continuation": result.text, **result.figures()})
         return
     Console(highlight=False).print(f"[bold]{_escape(text)}[/bold]{_escape(result.text)}", soft_wrap=True)
+    if result.full:
+        longest = model.config.max_position_embeddings
+        print(f"stopped: the model reads at most {longest} tokens, prompt included", file=sys.stderr)
 
 
 @app.command()
@@ -267,6 +277,7 @@ def calibrate(
             "percentile of the entropy of a trained baseline's embeddings, printed to put into a recipe."
         ),
     ] = "data",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Set a model's thresholds from data, so that each layer routes the share of tokens that you ask for.
@@ -294,7 +305,7 @@ def calibrate(
                 )
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
-    model, tokenizer = _load(checkpoint)
+    model, tokenizer = _load(checkpoint, device)
     _refuse_classifier(model, "calibrate")
     recipe = _recipe_of(checkpoint)
     if method == "paper":
@@ -333,6 +344,7 @@ def route(
     html: Annotated[Path | None, typer.Option(help="Write a page that one can hover.", callback=_refuse_place)] = None,
     png: Png = None,
     share: Share = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which tokens of a text went to which operator, and their spectral entropy.
@@ -345,7 +357,7 @@ def route(
     from chiaroscuro.report.routing_html import render_html
     from chiaroscuro.report.routing_terminal import print_routing
 
-    model, tokenizer = _load(checkpoint, share)
+    model, tokenizer = _load(checkpoint, device, share)
     trace = trace_routing(_chiar(model, "route"), tokenizer, _text(text))
     if html is not None:
         write_text(html, render_html(trace))
@@ -685,6 +697,21 @@ def quickstart(
         _print_json(figures)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("chiaroscuro"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     keep_freed_memory()
@@ -734,10 +761,15 @@ def _recipe_of(checkpoint: str) -> Any:
     from chiaroscuro.training import Recipe
 
     folder = Path(find_checkpoint(checkpoint))
-    # A copy that calibrate makes has it inside, as what lies around the copy's folder is not ours.
-    places = [place / "recipe.yaml" for place in (folder, folder.parent)]
+    # A copy that calibrate makes has it inside; what lies around such a copy is not ours.
+    in_a_run = folder.name == "model" or folder.name.startswith("checkpoint-")
+    places = [place / "recipe.yaml" for place in (folder, *([folder.parent] if in_a_run else []))]
     found = next((place for place in places if place.is_file()), None)
-    return None if found is None else Recipe.load(found)
+    try:
+        return None if found is None else Recipe.load(found)
+    except UserError as error:
+        line = str(error)
+        raise UserError(line if line.startswith(str(found)) else f"{found}: {line}") from None
 
 
 def _training_of(recipe: Any) -> dict[str, Any]:
@@ -773,7 +805,7 @@ def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":
         raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
     if data is None and recipe.data.source is None:
         raise UserError(f"this checkpoint was trained on the task {recipe.data.task}: name a text with --data")
-    corpus = load_corpus(recipe.data.source if data is None else data)
+    corpus = load_corpus(recipe.data.source if data is None else data, needed=())
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     return corpus
@@ -812,13 +844,21 @@ def _config_of(model: str) -> ChiarConfig:
     return config
 
 
-def _load(checkpoint: str, share: float | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A checkpoint's model, its dial turned where a share is given, and its tokenizer."""
+def _load(
+    checkpoint: str, device: str | None, share: float | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A checkpoint's model where it is to run, its dial turned where a share is given, and its tokenizer."""
     from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
 
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out to run on the CPU")
     model, tokenizer = load_checkpoint(checkpoint), load_checkpoint_tokenizer(checkpoint)
     if share is not None:
         _chiar(model, "--share").set_attention_share(share)
+    # Its own annotation of `to` takes no name of a device.
+    cast(Any, model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer
 
 
@@ -855,6 +895,8 @@ def _bar(what: str, total: int, quiet: bool) -> Progress:
 def _figures_table(figures: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for name, value in figures.items():
+        if value is None:
+            value = "–"
         if isinstance(value, bool):
             value = "yes" if value else "no"
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

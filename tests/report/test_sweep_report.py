@@ -50,7 +50,7 @@ def made_up(
             if value is None:
                 failed[run] = "it | broke"
             else:
-                figures[run] = {metric: value, "seconds": 10.0 + seed, "steps": 100, "share": None, "parameters": 7}
+                figures[run] = {metric: value, "seconds": 10.0 + seed, "steps": 100, "share": None, "parameters": 7000}
                 curve = [{"step": 50, metric: 1.3 * value}, {"step": 100, metric: value}]
                 figures[run] |= {"flops_per_token": None, "curve": curve, **more}
                 if counts:
@@ -102,7 +102,7 @@ def test_accuracies_are_compared_by_their_difference() -> None:
 def test_the_table_has_a_row_a_variant_whatever_became_of_it() -> None:
     found = made_up({"base": [10.0, 12.0], "one": [5.0], "broken": [None, None], "waiting": []})
     page = render_markdown(found)
-    assert "| base | 2 | 11.00 ± 1.41 | -1.71 to 23.71 | – | – | – | – | 0.105 s (×1.00) |" in page
+    assert "| base | 2 | 11.00 ± 1.41 | -1.71 to 23.71 | – | – | – | 0.007 M | – | 0.105 s (×1.00) |" in page
     assert "| one | 1 of 2 | 5.00 | – | ×0.500 | – |" in page
     assert "| broken | 0 of 2, 2 failed | – |" in page and "| waiting | 0 of 2 | – |" in page
     assert "- broken seed 0: it | broke" in page

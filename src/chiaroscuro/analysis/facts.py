@@ -34,7 +34,7 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "norm": config.norm,
         "embedding_norm": config.embedding_norm,
         "router": config.router,
-        "attention_share": config.attention_share,
+        "attention_share": None if config.calibration == "fixed" else config.attention_share,
         "calibration": config.calibration,
         "spectrum": config.spectrum,
         "meta_router": config.meta_router,

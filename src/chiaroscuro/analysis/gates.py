@@ -46,7 +46,7 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
         if record["kind"] == "train":
             seen = {TEXT: record, **record.get("tasks", {})}
             for task, figures in seen.items():
-                if "gate" in figures:
+                if figures.get("gate") is not None:
                     looks.setdefault(task, []).append((record["step"], figures["gate"]))
     if not looks:
         raise UserError("this run's model has no MetaRouter, so there is no gate to follow")

@@ -19,12 +19,14 @@ class Continuation:
         text: without the prompt.
         tokens: how many tokens that is.
         seconds: the time it took.
+        full: whether it stopped because the model reads no more, before it had written as many as asked.
 
     """
 
     text: str
     tokens: int
     seconds: float
+    full: bool = False
 
     def figures(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
@@ -32,6 +34,7 @@ class Continuation:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
+            "full": self.full,
         }
 
 
@@ -74,11 +77,12 @@ def continue_text(
     with torch.inference_mode():
         answer = generating.generate(
             ids.to(model.device),
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids, device=model.device),
             max_new_tokens=min(max_new_tokens, longest - ids.shape[1]),
             pad_token_id=tokenizer.pad_token_id,
             **sampled,
         )
     new = answer[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True))
-    return Continuation(text, len(new), time.perf_counter() - start)
+    full = len(new) < max_new_tokens and len(answer[0]) == longest
+    return Continuation(text, len(new), time.perf_counter() - start, full)

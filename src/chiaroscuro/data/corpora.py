@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,9 @@ class Corpus:
             yield "".join(piece)
 
 
-def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
+def load_corpus(
+    source: str | Path, cache_dir: Path | None = None, needed: Sequence[str] = ("train", "validation")
+) -> Corpus:
     """Load a corpus.
 
     Args:
@@ -111,6 +113,7 @@ def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
               Rows stay as the Hub has them: WikiText's end in a newline there, and joining adds another.
         cache_dir: where files of a folder are kept as Arrow tables; [`default_cache_dir`][] if not given. A
             Hub data set goes to the Hugging Face cache, where other programs find it too.
+        needed: the splits without which it is an error: what training needs. Any one will do where none is named.
 
     Returns:
         The corpus, memory-mapped where it came from files.
@@ -125,9 +128,9 @@ def load_corpus(source: str | Path, cache_dir: Path | None = None) -> Corpus:
         splits, separator = _python_docs_splits(), "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
     else:
-        splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES)
+        splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES, needed)
         description = f"{origin}, by row"
-    splits = _checked(name, splits)
+    splits = _checked(name, splits, needed)
     return Corpus(name, description, splits, separator, hash_rows(name, splits, separator))
 
 
@@ -137,20 +140,23 @@ def check_source(name: str | None) -> None:
         find_folder(name, WANTED_SOURCES)
 
 
-def read_splits(name: str, cache_dir: Path, wanted: str) -> tuple[dict[str, datasets.Dataset], str]:
+def read_splits(
+    name: str, cache_dir: Path, wanted: str, needed: Sequence[str] = ("train",)
+) -> tuple[dict[str, datasets.Dataset], str]:
     """Read the splits of a folder or of a Hub data set, with all their columns, and say where they are from.
 
     Args:
         name: a folder, or `owner/name` or `owner/name:config`.
         cache_dir: where files of a folder are kept as Arrow tables.
         wanted: what the name should be; it ends the message where it is nothing of the kind.
+        needed: splits that a folder must have.
 
     Raises:
-        UserError: there is no such source, it can't be read, or a folder has no train split.
+        UserError: there is no such source, it can't be read, or a folder lacks a split that is needed.
 
     """
     if folder := find_folder(name, wanted):
-        return _folder_splits(name, folder, cache_dir), f"the files in {folder}"
+        return _folder_splits(name, folder, cache_dir, needed), f"the files in {folder}"
     if match := HUB_NAME.fullmatch(name):
         return _hub_splits(name, match["name"], match["config"]), f"{name} from the Hugging Face Hub"
     raise UserError(f"no such corpus: {name!r}; {wanted}")
@@ -183,7 +189,7 @@ def _python_docs_splits() -> dict[str, datasets.Dataset]:
     return {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
 
 
-def _folder_splits(name: str, folder: Path, cache_dir: Path) -> dict[str, datasets.Dataset]:
+def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[str]) -> dict[str, datasets.Dataset]:
     try:
         found = sorted(os.listdir(folder))
     except OSError as error:
@@ -199,7 +205,8 @@ def _folder_splits(name: str, folder: Path, cache_dir: Path) -> dict[str, datase
             raise UserError(f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them")
         files = [folder / match.string for match in own]
         splits[split] = _read_files(split, files, own[0]["format"], cache_dir)
-    if "train" not in splits:
+    missing = next((split for split in needed if split not in splits), None if splits else "train")
+    if missing == "train":
         listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
         raise UserError(f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}")
     return splits
@@ -246,9 +253,9 @@ def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datas
     return {split: loaded[split] for split in SPLITS if split in loaded}
 
 
-def _checked(name: str, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Return the splits with the column "text" alone, if they are all that training needs."""
-    for split in ("train", "validation"):
+def _checked(name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str]) -> dict[str, datasets.Dataset]:
+    """Return the splits with the column "text" alone, if they are all that is needed."""
+    for split in needed:
         if split not in splits:
             raise UserError(
                 f"the corpus {name!r} has no {split} split, only {', '.join(splits) or 'unknown ones'}; "

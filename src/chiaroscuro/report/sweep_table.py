@@ -30,7 +30,18 @@ def write_results(found: dict[str, Any], folder: Path) -> None:
 def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table's head, and a row a variant, as text."""
     metric = found["metric"]
-    head = ["variant", "seeds", metric, "95% interval", "against the baseline", "p", "ρ", "FLOPs a token", "step"]
+    head = [
+        "variant",
+        "seeds",
+        metric,
+        "95% interval",
+        "against the baseline",
+        "p",
+        "ρ",
+        "parameters",
+        "FLOPs a token",
+        "step",
+    ]
     rows = []
     for variant in found["variants"]:
         cells = [variant["name"], _seeds(variant, len(found["seeds"]))]
@@ -42,6 +53,7 @@ def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [f"{number(value['mean'], metric)}{spread}", _range(value, lambda x: number(x, metric))]
         cells += [_effect_text(effect), _p(effect)]
         cells += [f"{variant['share']:.3f}" if "share" in variant else "–"]
+        cells += [f"{variant['parameters'] / 1e6:.3f} M" if variant["parameters"] else "–"]
         flops = variant["flops_per_token"]
         cells += [f"{flops['training'] / 1e6:,.2f} M{_times(variant, 'flops_ratio')}" if flops else "–"]
         cells += [f"{variant['seconds_per_step']:.3g} s{_times(variant, 'time_ratio')}"]

@@ -553,6 +553,8 @@ def one_line(
         return f"{name} is missing from the {what}; set it"
     if first["type"] == "value_error":
         return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
-    if isinstance(given, Mapping) or first["type"] == "model_type":
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type") and not isinstance(given, Mapping):
+        return f"{name}={given!r}: give fields, as in {path[-1]}: {{name: value}}"
+    if isinstance(given, Mapping):
         return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return f"{name}={given!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

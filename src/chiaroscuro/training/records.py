@@ -171,13 +171,22 @@ def _finite(value: Any) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a run, oldest first; a last line that a killed run cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """Read the records of a run, oldest first; a last line that a killed run cut short is left out.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            raise UserError(
+                f"{path} is no record of a run of chiaroscuro: line {len(records) + 1} has no kind and step"
+            )
+        records.append(record)
     return records
 
 

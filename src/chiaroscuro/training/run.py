@@ -212,6 +212,10 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
                 f"trainer.output_dir={folder} holds a recipe.yaml that no run wrote and this one would replace; "
                 "name another trainer.output_dir"
             )
+        try:
+            read_records(folder / _METRICS)
+        except UserError as error:
+            raise UserError(f"{error}, and this run would replace it; name another trainer.output_dir") from None
         return None
     if not (folder / _RECIPE).is_file():
         raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
