@@ -5,7 +5,8 @@
 Measures the models that the sweep trained, on the validation split of WikiText-2: the weight that a token gives itself
 in every layer, before training and after; itself and its copies; later tokens that are no copies; and the perplexity of
 each model with its own mask and with the other one. A model that learned to read the future is lost without it. Figures
-go to experiments/results/rbf/identity.json.
+go to experiments/results/rbf/identity.json. In that sweep no operator before rbf mixes tokens; so the same weights in
+the three-operator models of recipes/sweeps/wikitext2.yaml, if they were trained, go to three-operators.json beside it.
 """
 
 import json
@@ -24,6 +25,7 @@ from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokeni
 from chiaroscuro.training import Recipe
 
 RUNS = Path("runs/sweeps/rbf")
+THREE_OPERATORS = Path("runs/sweeps/wikitext2")
 RESULTS = Path("experiments/results/rbf/identity.json")
 BLOCKS = 128
 
@@ -42,17 +44,37 @@ def main() -> None:
             f"{f['variant']} seed {f['seed']}: perplexity {f['perplexity']:.2f}, with the other mask "
             f"{f['perplexity_with_the_other_mask']:.2f}; weights {f['trained']}"
         )
+    chosen = sorted(path.parent for path in THREE_OPERATORS.glob("three operators*/seed-*/model"))
+    if chosen:
+        weights = [measure_weights(folder) for folder in chosen]
+        RESULTS.with_name("three-operators.json").write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_weights(folder: Path) -> dict[str, Any]:
+    """One trained model with three operators to choose from."""
+    model, _, batches = load(folder)
+    return {
+        "variant": folder.parent.name,
+        "seed": Recipe.load(folder / "recipe.yaml").trainer.seed,
+        "trained": self_weights(model, batches),
+    }
+
+
+def load(folder: Path) -> tuple[ChiarForCausalLM, TokenBlocks, list[torch.Tensor]]:
+    """A trained model, its validation split, and the first blocks of that."""
+    recipe = Recipe.load(folder / "recipe.yaml")
+    model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
+    assert isinstance(model, ChiarForCausalLM)
+    tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
+    blocks = TokenBlocks(tokens, recipe.data.sequence_length)
+    return model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
 
 
 @torch.no_grad()
 def measure(folder: Path) -> dict[str, Any]:
     """One trained model."""
     recipe = Recipe.load(folder / "recipe.yaml")
-    model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
-    assert isinstance(model, ChiarForCausalLM)
-    tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
-    blocks = TokenBlocks(tokens, recipe.data.sequence_length)
-    batches = [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
+    model, blocks, batches = load(folder)
     torch.manual_seed(recipe.trainer.seed)
     untrained = ChiarForCausalLM(model.config).eval()
     own = evaluate_blocks(model, blocks).perplexity

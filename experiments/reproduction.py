@@ -128,6 +128,7 @@ def page() -> str:
         "",
         *questions(text),
         "",
+        *chosen_rbf(),
         *learning_rates(text, Sweep("learning-rate")),
         *begun(),
         "## Over training",
@@ -529,6 +530,24 @@ def begun() -> list[str]:
                 cells.append(" ".join(f"{loss:.2f}" for loss in run[kind]))
                 lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def chosen_rbf() -> list[str]:
+    """How much rbf mixes where the router had it to choose, after layers that do mix."""
+    file = RESULTS / "rbf" / "three-operators.json"
+    if not file.is_file():
+        return []
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    layers = [layer for run in measured for layer in run["trained"].values()]
+    copies, alone = min(layer["copies"] for layer in layers), [layer["mean"] for layer in layers]
+    return [
+        "**Does rbf mix where it is one of three?** (`python -m experiments.rbf`)",
+        "",
+        f"In {len(measured)} models of three operators the matrix A gives a token and the copies of its word before it",
+        f"{copies:.4f} of the weight or more, as a mean over a layer's tokens, and the token itself {min(alone):.3f}",
+        f"to {max(alone):.3f}.",
+        "",
+    ]
 
 
 def learning_rates(text: Sweep, faster: Sweep) -> list[str]:
