@@ -167,6 +167,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         ["data.sequence_length=1000000", "max_position_embeddings"],
     ),
     (with_changes(tokenizer=3), ["tokenizer=3", "string"]),
+    (with_changes(tokenizer="words"), ["tokenizer='words'", "take bpe:8192"]),
     (trainer(batch_size=0), ["trainer.batch_size=0", "greater than 0"]),
     (trainer(batch_size=True), ["trainer.batch_size=True", "integer"]),
     (trainer(batch_size="8"), ["trainer.batch_size='8'", "integer"]),

@@ -284,6 +284,15 @@ class Recipe(Section):
         return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
 
     @model_validator(mode="after")
+    def _lossless(self) -> "Recipe":
+        if self.tokenizer == "words" and self.data.task == LANGUAGE_MODELLING:
+            raise ValueError(
+                "tokenizer='words' with a text to model, of which it loses the spaces and the words that it hasn't "
+                "seen, so that no perplexity is one of the text: take bpe:8192"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mixed(self) -> "Recipe":
         if self.mixture is not None:
             if self.data.task != LANGUAGE_MODELLING:
