@@ -556,7 +556,7 @@ def learning_rates(text: Sweep, faster: Sweep) -> list[str]:
         return []
     plain, bare = ("H", "full attention"), ("H, no embedding norm", "full attention, no embedding norm")
     lines = [
-        "**Does the weak baseline hang on the learning rate?** (`chiaroscuro sweep recipes/sweeps/learning-rate.yaml`)"
+        "**Do the first two claims hang on the learning rate?** (`chiaroscuro sweep recipes/sweeps/learning-rate.yaml`)"
     ]
     lines += ["", "The study's rate, 2e-3, is not the best for everyone. At 4e-3, on both sides:", ""]
     lines += [f"- *{one}* against *{other}*: {_ratio(faster.ratio(one, other))}" for one, other in (bare, plain)]
