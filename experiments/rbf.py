@@ -52,29 +52,28 @@ def main() -> None:
 
 def measure_weights(folder: Path) -> dict[str, Any]:
     """One trained model with three operators to choose from."""
-    model, _, batches = load(folder)
+    recipe, model, _, batches = load(folder)
     return {
         "variant": folder.parent.name,
-        "seed": Recipe.load(folder / "recipe.yaml").trainer.seed,
+        "seed": recipe.trainer.seed,
         "trained": self_weights(model, batches),
     }
 
 
-def load(folder: Path) -> tuple[ChiarForCausalLM, TokenBlocks, list[torch.Tensor]]:
-    """A trained model, its validation split, and the first blocks of that."""
+def load(folder: Path) -> tuple[Recipe, ChiarForCausalLM, TokenBlocks, list[torch.Tensor]]:
+    """A run's recipe, its trained model, its validation split, and the first blocks of that."""
     recipe = Recipe.load(folder / "recipe.yaml")
     model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
     assert isinstance(model, ChiarForCausalLM)
     tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
     blocks = TokenBlocks(tokens, recipe.data.sequence_length)
-    return model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
+    return recipe, model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
 
 
 @torch.no_grad()
 def measure(folder: Path) -> dict[str, Any]:
     """One trained model."""
-    recipe = Recipe.load(folder / "recipe.yaml")
-    model, blocks, batches = load(folder)
+    recipe, model, blocks, batches = load(folder)
     torch.manual_seed(recipe.trainer.seed)
     untrained = ChiarForCausalLM(model.config).eval()
     own = evaluate_blocks(model, blocks).perplexity

@@ -173,6 +173,10 @@ def page(figures: list[dict[str, Any]]) -> str:
                 for name, variant, each in ratios
             ),
             "",
+            "The paper's feed-forward against the gated one, `ordinary` against `swiglu`, as the recipes say: "
+            + _each([_perplexity(rows["ordinary", s]) / _perplexity(rows["swiglu", s]) for s in SEEDS])
+            + ".",
+            "",
             "What we compute *is* an ordinary transformer: with our weights copied into it, Hugging Face's",
             "`GPTNeoXForCausalLM` (LayerNorm, GELU, biases) gives the same logits, loss and gradients, and with",
             '`feed_forward="swiglu"` its Llama does, given LayerNorms and biases (`tests/model/test_ordinary.py`).',

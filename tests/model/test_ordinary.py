@@ -15,16 +15,17 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 
 
+def sizes(config: ChiarConfig) -> dict[str, int]:
+    """What every Hugging Face config calls the same."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
+
+
 def as_gpt_neox(model: ChiarForCausalLM) -> GPTNeoXForCausalLM:
     config = model.config
     twin = GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
+            **sizes(config),
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0},
             hidden_act="gelu",
             use_parallel_residual=False,
@@ -62,12 +63,7 @@ def as_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
     config = model.config
     twin = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
+            **sizes(config),
             tie_word_embeddings=True,
             attention_bias=True,
         )

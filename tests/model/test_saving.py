@@ -211,6 +211,18 @@ def test_fixed_thresholds_are_those_of_the_config(tmp_path: Path) -> None:
         assert thresholds.values.tolist() == pytest.approx([0.25])
 
 
+def test_given_thresholds_stand_whatever_share_comes_with_them(tmp_path: Path) -> None:
+    build(shrunk("small", attention_share=0.5)).save_pretrained(tmp_path)
+    wanted = shrunk("small", **FIXED)  # whose share of 0.25 says nothing
+    for loaded in (
+        ChiarForCausalLM.from_pretrained(tmp_path, config=wanted),
+        ChiarForCausalLM.from_pretrained(tmp_path, attention_share=0.1, **FIXED),
+    ):
+        assert (loaded.config.calibration, loaded.config.entropy_thresholds) == ("fixed", [0.5, 0.6])
+        for thresholds in loaded.thresholds().values():
+            assert not thresholds.running and thresholds.values.tolist() == pytest.approx([0.55])
+
+
 @pytest.mark.parametrize("way", ["set_attention_share", "calibrate", "from_pretrained", "calibration"])
 def test_thresholds_that_are_turned_are_fixed_no_longer(tmp_path: Path, way: str) -> None:
     model = build(shrunk("small", **FIXED))

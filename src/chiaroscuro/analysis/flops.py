@@ -285,12 +285,11 @@ def _part(menu: Sequence[str], k: int, share: float) -> float:
     return share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
 
 
-def _hidden(config: ChiarConfig) -> int:
-    return config.intermediate_size or FEED_FORWARDS[config.feed_forward].default_hidden(config.hidden_size)
-
-
 def _feed_forward(config: ChiarConfig) -> int:
-    return 2 * FEED_FORWARDS[config.feed_forward].matrices * config.hidden_size * _hidden(config)
+    """Of one token."""
+    layer = FEED_FORWARDS[config.feed_forward]
+    hidden = config.intermediate_size or layer.default_hidden(config.hidden_size)
+    return 2 * layer.matrices * config.hidden_size * hidden
 
 
 def _add(counted: dict[str, float], name: str, number: float) -> None:

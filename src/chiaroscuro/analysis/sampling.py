@@ -26,7 +26,7 @@ class Continuation:
     text: str
     tokens: int
     seconds: float
-    full: bool = False
+    full: bool
 
     def figures(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""

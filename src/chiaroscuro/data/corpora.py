@@ -205,8 +205,7 @@ def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[st
             raise UserError(f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them")
         files = [folder / match.string for match in own]
         splits[split] = _read_files(split, files, own[0]["format"], cache_dir)
-    missing = next((split for split in needed if split not in splits), None if splits else "train")
-    if missing == "train":
+    if not splits or ("train" in needed and "train" not in splits):
         listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
         raise UserError(f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}")
     return splits

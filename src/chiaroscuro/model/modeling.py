@@ -74,7 +74,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given or saved.
         """
-        asked = {"config", "router", "router_seed", "attention_share", "calibration"} & {*kwargs}
+        asked = {"config", "router", "router_seed", "attention_share", "calibration", "entropy_thresholds"} & {*kwargs}
         saved = cls._saved_config(*args, **kwargs) if asked else None
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -89,9 +89,9 @@ class ChiarPreTrainedModel(PreTrainedModel):
         for thresholds in model.thresholds().values():
             if not thresholds.running:
                 thresholds.set_fixed()
-            elif changed("attention_share", "calibration"):
-                thresholds.set_share(model.config.attention_share)
-        if changed("attention_share") and model.config.calibration == "fixed" and model.thresholds():
+        # Thresholds that are given as fixed stand, whatever share comes with them.
+        given = model.config.calibration == "fixed" and changed("calibration", "entropy_thresholds")
+        if model.thresholds() and not given and changed("attention_share", "calibration"):
             model.set_attention_share(model.config.attention_share)
         return loaded
 

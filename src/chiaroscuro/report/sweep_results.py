@@ -1,6 +1,6 @@
 """What a sweep's runs have to say, one by one and side by side, as plain data."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
@@ -149,14 +149,12 @@ def _summary(
     summary: dict[str, Any] = {
         "estimate": asdict(estimate([each[metric] for each in found.values()])),
         "parameters": first["parameters"],
-        "flops_per_token": None,
+        "flops_per_token": _mean_flops(found.values()),
         "seconds_per_step": _pace(found),
     }
     if "layers" in first:
         summary["layers"] = _mean_layers([each["layers"] for each in found.values()])
         summary["null_entropy"] = first["null_entropy"]
-    if first["flops_per_token"]:
-        summary["flops_per_token"] = _mean_flops(found.values())
     shares = [each["share"] for each in found.values() if each["share"] is not None]
     summary |= {"share": mean(shares)} if shares else {}
     gates = [each["gate"] for each in found.values() if "gate" in each]
@@ -167,9 +165,9 @@ def _summary(
         summary["effect"] = _effect(ours, theirs, metric)
     if baseline:
         summary["time_ratio"] = _pace(found) / _pace(baseline)
-        if summary["flops_per_token"] and next(iter(baseline.values()))["flops_per_token"]:
-            whole = _mean_flops(baseline.values())
-            summary["flops_ratio"] = summary["flops_per_token"]["training"] / whole["training"]
+        ours, whole = summary["flops_per_token"], _mean_flops(baseline.values())
+        if ours and whole:
+            summary["flops_ratio"] = ours["training"] / whole["training"]
     return summary
 
 
@@ -180,9 +178,10 @@ def _effect(ours: Sequence[float], theirs: Sequence[float], metric: str) -> dict
     return {"kind": "ratio", "sd_of_log": found.pop("sd"), **found}
 
 
-def _mean_flops(each: Collection[dict[str, Any]]) -> dict[str, float]:
-    """Over the seeds, whose shares differ where no threshold follows ρ."""
-    return {step: mean(found["flops_per_token"][step] for found in each) for step in ("forward", "training")}
+def _mean_flops(runs: Iterable[dict[str, Any]]) -> dict[str, float] | None:
+    """Over the seeds, whose shares differ where no threshold follows ρ; None where nobody counts the model."""
+    counts = [run["flops_per_token"] for run in runs]
+    return {step: mean(count[step] for count in counts) for step in counts[0]} if all(counts) else None
 
 
 def _pace(found: Mapping[int, dict[str, Any]]) -> float:
