@@ -5,8 +5,8 @@ Measured in one process, the candidates taking turns so that what else the machi
 1. `idct(dct(x))` at (8, 256, 1024) float32 against the same through a transform of length 2d, which is what one
    writes with `torch.fft` at hand: mirror, rfft, twiddle, and back. That one is written with care too, its tables
    at hand. Ours is to be at least twice as fast.
-2. The pair by matrix, by PyTorch's FFT and by scipy (with as many threads as PyTorch) for d = 32 … 512 on 2048 tokens:
-   where the matrix and the others cross is `MATRIX_UP_TO`.
+2. The pair by matrix, by PyTorch's FFT and by scipy for d = 32 … 512 on 2048 tokens: where the matrix and scipy cross
+   is `MATRIX_UP_TO`.
 
 Run `python -m benchmarks.dct`; it prints two tables and writes benchmarks/results/dct.json. Before a clock runs,
 every candidate is held to scipy in float64.
@@ -80,9 +80,8 @@ def check(pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], x
 WAYS = {"matrix": spectral.dct_by_matrix, "fft": spectral.dct_by_fft, "scipy": spectral.dct_by_scipy}
 
 
-def pair(way: Callable[..., Tensor], x: Tensor, threads: int) -> Tensor:
-    with scipy.fft.set_workers(threads):
-        return way(way(x), inverse=True)
+def pair(way: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return way(way(x), inverse=True)
 
 
 def compare_pairs() -> dict[int, dict[str, Timing]]:
@@ -106,7 +105,7 @@ def find_crossing() -> dict[int, dict[int, dict[str, Timing]]]:
             check((way, partial(way, inverse=True)), x)
         for threads in THREADS:
             torch.set_num_threads(threads)
-            candidates = {name: partial(pair, way, x, threads) for name, way in WAYS.items()}
+            candidates = {name: partial(pair, way, x) for name, way in WAYS.items()}
             results[threads][width] = take_turns(candidates, SECONDS / 3, rehearse=True)
     return results
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chiaroscuro.ops import (
     dct,
@@ -181,18 +182,11 @@ def test_double_and_single_tables_are_kept_apart(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "threads", "device", "expected"),
-    [
-        (64, 1, "cpu", "matrix"),
-        (64, 2, "meta", "matrix"),
-        (65, 1, "cpu", "scipy"),
-        (65, 2, "cpu", "fft"),
-        (65, 1, "meta", "fft"),
-    ],
+    ("width", "device", "expected"),
+    [(64, "cpu", "matrix"), (64, "meta", "matrix"), (65, "cpu", "scipy"), (65, "meta", "fft")],
 )
-def test_which_way_is_taken(width: int, threads: int, device: str, expected: str) -> None:
-    with mock.patch.object(torch, "get_num_threads", return_value=threads):
-        assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
+def test_which_way_is_taken(width: int, device: str, expected: str) -> None:
+    assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
 
 
 # The tables
@@ -384,16 +378,17 @@ def test_an_unknown_spectrum() -> None:
     path=st.sampled_from(sorted(PATHS)),
 )
 def test_blocks_change_nothing(rows: int, width: int, seed: int, some: bool, block: int, path: str) -> None:
-    """Without a gradient the filter and the entropy go through the rows in blocks; with one, all at once."""
+    """Scipy's transform goes through the rows in blocks, and without a gradient the filter and the entropy too."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, width), (width,)))
     index = torch.randperm(rows, generator=generator)[: rows // 2] if some else None
-    with mock.patch.multiple(spectral, BLOCK=block, ENTROPY_BLOCK=block, FEW=0, _way=lambda x: PATHS[path]):
-        blocks = spectral_filter(x, weight, index), entropy_of_spectrum(x)
-    whole = spectral_filter(x.requires_grad_(), weight, index), entropy_of_spectrum(x)
+    with mock.patch.multiple(spectral, BLOCK=block, FEW=0, _way=lambda x: PATHS[path]):
+        blocks = dct(x), spectral_filter(x, weight, index), entropy_of_spectrum(x)
+    matrix = torch.from_numpy(scipy_dct(np.eye(width)))
+    x.requires_grad_()
+    whole = x @ matrix, spectral_filter(x, weight, index), entropy_of_spectrum(x)
     torch.testing.assert_close(blocks, tuple(y.detach() for y in whole), atol=1e-12, rtol=1e-12)
-    wanted = idct((x if index is None else x[index]) * weight)
-    torch.testing.assert_close(whole[0], wanted)
+    torch.testing.assert_close(whole[1], ((x if index is None else x[index]) * weight) @ matrix.T)
 
 
 @pytest.mark.parametrize("learning", [False, True])
@@ -401,10 +396,62 @@ def test_blocks_are_taken_where_nothing_is_learned(learning: bool) -> None:
     """Else the property above would compare one way with itself."""
     x, weight = noise(10 * torch.get_num_threads(), 70).requires_grad_(learning), noise(70, seed=1)
     with (
-        mock.patch.multiple(spectral, BLOCK=2 * 70, ENTROPY_BLOCK=2 * 70, _way=lambda x: spectral.dct_by_fft),
+        mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0),
         mock.patch.object(spectral, "_entropy", wraps=spectral._entropy) as entropy,
         mock.patch.object(spectral, "idct", wraps=spectral.idct) as whole,
+        mock.patch.object(spectral.scipy.fft, "dct", wraps=scipy.fft.dct) as transform,
     ):
         spectral_filter(x, weight)
         entropy_of_spectrum(x)
     assert (whole.call_count, entropy.call_count) == ((1, 1) if learning else (0, 5))
+    assert [len(call.args[0]) for call in transform.call_args_list] == [2] * (5 * torch.get_num_threads())
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([3, 0, 3])])
+@pytest.mark.parametrize(
+    ("of_coefficients", "of_weight", "expected"),
+    [
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+    ],
+)
+def test_a_filter_in_blocks_has_the_type_of_the_product(
+    index: Tensor | None, of_coefficients: torch.dtype, of_weight: torch.dtype, expected: torch.dtype
+) -> None:
+    coefficients, weight = noise(4, 70, dtype=of_coefficients), noise(70, seed=1, dtype=of_weight)
+    with mock.patch.multiple(spectral, BLOCK=70, FEW=0):
+        y = spectral_filter(coefficients, weight, index)
+    assert y.dtype == expected
+    chosen = coefficients if index is None else coefficients[index]
+    torch.testing.assert_close(y, idct(chosen * weight))
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_blocks_under_vmap_and_of_fake_tensors(some: bool) -> None:
+    x, weight = noise(3, 50, 70), noise(3, 70, seed=1)
+    index = torch.randint(50, (3, 40), generator=torch.Generator().manual_seed(2)) if some else None
+    with mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0), torch.no_grad():
+        each = [spectral_filter(x[n], weight[n], index[n] if index is not None else None) for n in range(3)]
+        over_all = torch.func.vmap(spectral_filter, in_dims=(0, 0, 0 if some else None))
+        torch.testing.assert_close(over_all(x, weight, index), torch.stack(each))
+        shared = torch.func.vmap(spectral_filter, in_dims=(0, None, None))(x, weight[0], None)
+        torch.testing.assert_close(shared, spectral_filter(x, weight[0]))
+        mode = FakeTensorMode()
+        fake = [None if t is None else mode.from_tensor(t) for t in (x[0], weight[0], index[0] if some else None)]
+        with mode:
+            y = spectral_filter(*fake)
+    assert (y.shape, y.dtype) == (each[0].shape, each[0].dtype)
+
+
+def test_a_transform_that_scipy_does_elsewhere_is_copied() -> None:
+    """That it may be done in place is no promise."""
+    x = noise(5, 70)
+
+    def elsewhere(part: np.ndarray, *arguments: object, overwrite_x: bool, norm: str) -> np.ndarray:
+        return scipy.fft._pocketfft.dct(part.copy(), *arguments, norm=norm)
+
+    with mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0), mock.patch.object(spectral.scipy.fft, "dct", elsewhere):
+        y = dct(x)
+    np.testing.assert_allclose(y.numpy(), scipy_dct(x.numpy()), rtol=0, atol=1e-12)

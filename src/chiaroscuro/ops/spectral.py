@@ -5,8 +5,8 @@ frequencies, the entropy of that spread is the routing signal H, and a learned f
 None of these looks at another token, so all of them are causal for free.
 
 Three ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
-at full speed, longer ones by one real FFT of length d (Makhoul 1980), not 2d, and where there is but one thread, by
-scipy. The tables are computed once a length, in float64, and kept.
+at full speed, longer ones on a CPU by scipy, and elsewhere by one real FFT of length d (Makhoul 1980), not 2d. The
+tables are computed once a length, in float64, and kept.
 """
 
 import math
@@ -16,11 +16,14 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from chiaroscuro.ops.threads import share_out
 
 Spectrum = Literal["orthonormal", "reference"]
 
@@ -29,17 +32,15 @@ EPSILON = 1e-8
 
 MATRIX_UP_TO = 64
 """The longest vector for which the matrix product is used. It does 2d² operations where the FFT does about
-2.5 d log₂ d, but in one pass over memory instead of six; `benchmarks/dct.py` measures where they cross."""
+2.5 d log₂ d, but at the full speed of the arithmetic units; `benchmarks/dct.py` measures where they cross."""
 
 FEW = 2**20
 """Up to so many multiply-adds (16 tokens at d = 256) the matrix product is used too: a token that is decoded alone
-waits for the calls of the FFT's six passes, not for their arithmetic."""
+waits for calls, not for arithmetic."""
 
-BLOCK = 2**18
-"""Numbers a thread that the FFT takes at a time on a CPU: a megabyte of float32, which stays in a core's cache."""
-
-ENTROPY_BLOCK = 2**17
-"""The same for the entropy, which has four such arrays at hand; `benchmarks/choices.py` measures what that spares."""
+BLOCK = 2**17
+"""Numbers that a thread transforms, or takes the entropy of, at a time on a CPU: half a megabyte of float32, which
+stays in a core's cache; `benchmarks/choices.py` measures what that spares."""
 
 
 def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -104,8 +105,8 @@ def entropy_of_spectrum(
     """
     check_spectrum(spectrum)
     tokens = coefficients.shape[:-1].numel()
-    rows = _rows_at_a_time(tokens, ENTROPY_BLOCK, coefficients)
-    if rows == tokens:
+    rows = torch.get_num_threads() * _rows_of_a_block(coefficients)
+    if rows >= tokens or not _in_blocks(coefficients):
         return _entropy(coefficients, spectrum)
     parts = [_entropy(part, spectrum) for part in coefficients.flatten(0, -2).split(rows)]
     return torch.cat(parts).view(coefficients.shape[:-1])
@@ -193,19 +194,12 @@ def spectral_filter(
 
     """
     check_filter(weight, coefficients)
-    width = coefficients.shape[-1]
     wanted = coefficients.shape[:-1].numel() if index is None else len(index)
-    rows = _rows_at_a_time(wanted, BLOCK, coefficients, weight)
-    if rows == wanted or _way(coefficients) is not dct_by_fft:
-        return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
-    # As `dct_by_fft`, and a block is gathered and filtered where it is: whole copies would cost more than the FFT.
-    flat = coefficients.flatten(0, -2)
-    y = flat.new_empty(wanted, width)
-    for first in range(0, wanted, rows):
-        block = slice(first, min(first + rows, wanted))
-        part = flat[block] if index is None else flat.index_select(0, index[block])
-        _idct_by_fft(part * weight, y[block])
-    return y if index is not None else y.view(coefficients.shape)
+    several = wanted > _rows_of_a_block(coefficients) and _in_blocks(coefficients, weight)
+    numpys = weight.dtype == coefficients.dtype and not _is_half(weight)
+    if several and numpys and _way(coefficients) is dct_by_scipy:
+        return _filter_in_blocks(coefficients, weight, index)
+    return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
 
 
 def check_filter(weight: Tensor, x: Tensor) -> None:
@@ -234,12 +228,14 @@ def has_kernel(x: Tensor) -> bool:
     )
 
 
-def _rows_at_a_time(rows: int, block: int, *inputs: Tensor) -> int:
-    """As many as make `block` numbers a thread; all, where autograd or the compiler looks on, or on an accelerator."""
+def _rows_of_a_block(x: Tensor) -> int:
+    return max(1, BLOCK // max(1, x.shape[-1]))
+
+
+def _in_blocks(*inputs: Tensor) -> bool:
+    """Whether a block of rows may be done after the other: on a CPU, and no autograd or compiler looks on."""
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if learning or inputs[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return rows
-    return min(rows, max(1, block * torch.get_num_threads() // max(1, inputs[0].shape[-1])))
+    return inputs[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling()
 
 
 def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
@@ -253,7 +249,12 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         few = x.numel() * x.shape[-1] <= FEW and not torch.compiler.is_compiling()
-        y = dct_by_matrix(wide, inverse) if few else _OrthonormalDCT.apply(wide, inverse)
+        if few:
+            y = dct_by_matrix(wide, inverse)
+        elif torch.is_grad_enabled():
+            y = _OrthonormalDCT.apply(wide, inverse)
+        else:
+            y = _orthonormal_dct(wide, inverse)
     return y.to(x.dtype) if half and keep_half else y
 
 
@@ -263,26 +264,63 @@ def _is_half(x: Tensor) -> bool:
 
 # An operator of its own, which torch.compile calls and doesn't look into: it would put the making of the tables into
 # its graph, to be run at every call, and break the graph at complex numbers.
-@torch.library.custom_op("chiaroscuro::orthonormal_dct", mutates_args=())
-def _orthonormal_dct(x: Tensor, inverse: bool) -> Tensor:
+torch.library.define("chiaroscuro::orthonormal_dct", "(Tensor x, bool inverse) -> Tensor")
+_orthonormal_dct: Callable[[Tensor, bool], Tensor] = torch.ops.chiaroscuro.orthonormal_dct.default
+
+
+@torch.library.impl("chiaroscuro::orthonormal_dct", "default")
+def _(x: Tensor, inverse: bool) -> Tensor:
     return _way(x)(x, inverse)
 
 
-@_orthonormal_dct.register_fake
+@torch.library.register_fake("chiaroscuro::orthonormal_dct")
 def _(x: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_orthonormal_dct.register_vmap
+@torch.library.register_vmap("chiaroscuro::orthonormal_dct")
 def _(info: Any, in_dims: tuple[int, None], x: Tensor, inverse: bool) -> tuple[Tensor, int]:
     return _orthonormal_dct(x.movedim(in_dims[0], 0), inverse), 0
 
 
+# And one of its own is numpy's part of the filter: a tensor under vmap has no memory that numpy could look at.
+torch.library.define("chiaroscuro::filter_in_blocks", "(Tensor coefficients, Tensor weight, Tensor? index) -> Tensor")
+_filter_in_blocks: Callable[..., Tensor] = torch.ops.chiaroscuro.filter_in_blocks.default
+
+
+@torch.library.impl("chiaroscuro::filter_in_blocks", "cpu")
+def _(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+    # A block is gathered and filtered where it will lie: whole copies would cost as much as the transform.
+    rows, gains = _rows(coefficients), weight.numpy(force=True)
+    chosen = None if index is None else index.numpy()
+
+    def fill(block: slice, part: np.ndarray) -> None:
+        np.multiply(rows[block if chosen is None else chosen[block]], gains, out=part)
+
+    y = _room_for_filtered(coefficients, weight, index)
+    _fill_and_transform(y, fill, inverse=True)
+    return y
+
+
+@torch.library.register_fake("chiaroscuro::filter_in_blocks")
+def _room_for_filtered(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+    return coefficients.new_empty(coefficients.shape if index is None else (len(index), coefficients.shape[-1]))
+
+
+@torch.library.register_vmap("chiaroscuro::filter_in_blocks")
+def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor | None) -> tuple[Tensor, int]:
+    def of(sample: int) -> Tensor:
+        each = zip(inputs, in_dims, strict=True)
+        return _filter_in_blocks(*(x if x is None or dim is None else x.select(dim, sample) for x, dim in each))
+
+    return torch.stack([of(sample) for sample in range(info.batch_size)]), 0
+
+
 def _way(x: Tensor) -> Callable[[Tensor, bool], Tensor]:
-    """The fastest of the three. Scipy's threads would have to wait for PyTorch's, so it is for one thread."""
+    """The fastest of the three."""
     if x.shape[-1] <= MATRIX_UP_TO:
         return dct_by_matrix
-    return dct_by_scipy if x.device.type == "cpu" and torch.get_num_threads() == 1 else dct_by_fft
+    return dct_by_scipy if x.device.type == "cpu" else dct_by_fft
 
 
 class _OrthonormalDCT(torch.autograd.Function):
@@ -304,33 +342,44 @@ class _OrthonormalDCT(torch.autograd.Function):
 
 
 def dct_by_matrix(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
-    """The transform as one matrix product, y = x Cᵀ (inverse: y = x C): the plain form that the fast one is held to."""
+    """The transform as one matrix product, y = x Cᵀ (inverse: y = x C): the plain form that the others are held to."""
     matrix = _dct_matrix(x.shape[-1], x.dtype, x.device)
     return x @ matrix if inverse else x @ matrix.T
 
 
 def dct_by_scipy(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
     """Compute the transform by scipy, on a CPU: one pass over memory, several tokens in one vector register."""
-    y = x.detach().clone(memory_format=torch.contiguous_format)
-    if y.numel() == 0:  # which scipy refuses
-        return y
-    # In place, for memory of numpy's own would be new at every call, which takes longer than the transform.
-    return torch.from_numpy(scipy.fft.dct(y.numpy(), 3 if inverse else 2, norm="ortho", overwrite_x=True))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel() > 0:
+        rows = _rows(x)
+        _fill_and_transform(y, lambda block, part: np.copyto(part, rows[block]), inverse)
+    return y
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    return x.numpy(force=True).reshape(-1, x.shape[-1])
+
+
+def _fill_and_transform(y: Tensor, fill: Callable[[slice, np.ndarray], object], inverse: bool) -> None:
+    """Let `fill` write y's rows, block after block, and transform each where it lies, while the cache holds it."""
+    rows = _rows(y)
+
+    def work(block: slice) -> None:
+        part = rows[block]
+        fill(block, part)
+        done = scipy.fft.dct(part, 3 if inverse else 2, norm="ortho", overwrite_x=True)
+        if not np.may_share_memory(done, part):  # scipy may work in place, and doesn't promise it
+            np.copyto(part, done)
+
+    step = _rows_of_a_block(y)
+    share_out(work, (slice(first, first + step) for first in range(0, len(rows), step)))
 
 
 def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
-    """Compute the transform by one real FFT of length d, on a CPU in blocks of rows that its cache holds."""
-    transform = _idct_by_fft if inverse else _dct_by_fft
+    """Compute the transform by one real FFT of length d."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() == 0:  # which MKL's FFT refuses
-        return y
-    tokens = x.shape[:-1].numel()
-    rows = _rows_at_a_time(tokens, BLOCK, x)
-    if rows == tokens:
-        transform(x, y)
-    else:
-        for part, out in zip(x.flatten(0, -2).split(rows), y.flatten(0, -2).split(rows), strict=True):
-            transform(part, out)
+    if x.numel() > 0:  # MKL's FFT refuses none
+        (_idct_by_fft if inverse else _dct_by_fft)(x, y)
     return y
 
 
