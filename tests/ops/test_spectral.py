@@ -182,11 +182,18 @@ def test_double_and_single_tables_are_kept_apart(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "device", "expected"),
-    [(64, "cpu", "matrix"), (64, "meta", "matrix"), (65, "cpu", "scipy"), (65, "meta", "fft")],
+    ("width", "device", "threads", "expected"),
+    [
+        (64, "cpu", True, "matrix"),
+        (64, "meta", True, "matrix"),
+        (65, "cpu", True, "scipy"),
+        (65, "cpu", False, "fft"),
+        (65, "meta", True, "fft"),
+    ],
 )
-def test_which_way_is_taken(width: int, device: str, expected: str) -> None:
-    assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
+def test_which_way_is_taken(width: int, device: str, threads: bool, expected: str) -> None:
+    with mock.patch.object(spectral, "can_share_out", return_value=threads):
+        assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
 
 
 # The tables

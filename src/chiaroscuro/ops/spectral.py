@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from chiaroscuro.ops.threads import share_out
+from chiaroscuro.ops.threads import can_share_out, share_out
 
 Spectrum = Literal["orthonormal", "reference"]
 
@@ -198,7 +198,7 @@ def spectral_filter(
     several = wanted > _rows_of_a_block(coefficients) and _in_blocks(coefficients, weight)
     numpys = weight.dtype == coefficients.dtype and not _is_half(weight)
     if several and numpys and _way(coefficients) is dct_by_scipy:
-        return _filter_in_blocks(coefficients, weight, index)
+        return _filtered_idct(coefficients, weight, index)
     return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
 
 
@@ -284,11 +284,11 @@ def _(info: Any, in_dims: tuple[int, None], x: Tensor, inverse: bool) -> tuple[T
 
 
 # And one of its own is numpy's part of the filter: a tensor under vmap has no memory that numpy could look at.
-torch.library.define("chiaroscuro::filter_in_blocks", "(Tensor coefficients, Tensor weight, Tensor? index) -> Tensor")
-_filter_in_blocks: Callable[..., Tensor] = torch.ops.chiaroscuro.filter_in_blocks.default
+torch.library.define("chiaroscuro::filtered_idct", "(Tensor coefficients, Tensor weight, Tensor? index) -> Tensor")
+_filtered_idct: Callable[..., Tensor] = torch.ops.chiaroscuro.filtered_idct.default
 
 
-@torch.library.impl("chiaroscuro::filter_in_blocks", "cpu")
+@torch.library.impl("chiaroscuro::filtered_idct", "cpu")
 def _(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
     # A block is gathered and filtered where it will lie: whole copies would cost as much as the transform.
     rows, gains = _rows(coefficients), weight.numpy(force=True)
@@ -302,16 +302,16 @@ def _(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
     return y
 
 
-@torch.library.register_fake("chiaroscuro::filter_in_blocks")
+@torch.library.register_fake("chiaroscuro::filtered_idct")
 def _room_for_filtered(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
     return coefficients.new_empty(coefficients.shape if index is None else (len(index), coefficients.shape[-1]))
 
 
-@torch.library.register_vmap("chiaroscuro::filter_in_blocks")
+@torch.library.register_vmap("chiaroscuro::filtered_idct")
 def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor | None) -> tuple[Tensor, int]:
     def of(sample: int) -> Tensor:
         each = zip(inputs, in_dims, strict=True)
-        return _filter_in_blocks(*(x if x is None or dim is None else x.select(dim, sample) for x, dim in each))
+        return _filtered_idct(*(x if x is None or dim is None else x.select(dim, sample) for x, dim in each))
 
     return torch.stack([of(sample) for sample in range(info.batch_size)]), 0
 
@@ -320,7 +320,7 @@ def _way(x: Tensor) -> Callable[[Tensor, bool], Tensor]:
     """The fastest of the three."""
     if x.shape[-1] <= MATRIX_UP_TO:
         return dct_by_matrix
-    return dct_by_scipy if x.device.type == "cpu" else dct_by_fft
+    return dct_by_scipy if x.device.type == "cpu" and can_share_out() else dct_by_fft
 
 
 class _OrthonormalDCT(torch.autograd.Function):

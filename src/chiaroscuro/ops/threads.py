@@ -1,55 +1,75 @@
-"""Work shared out among Python threads: for scipy, whose transforms let go of the interpreter's lock.
+"""Python's work on PyTorch's own threads: for scipy, whose transforms let go of the interpreter's lock.
 
-Threads of scipy's own would each get an equal part, before it is known how fast they are. And they are not equally
-fast: for milliseconds after an operation PyTorch's threads stay on their cores and spin, waiting for the next, and a
-thread that comes meanwhile has half a core. So here each takes another part when it has done one.
+PyTorch's operations run on OpenMP's threads, and these stay on their cores for milliseconds after an operation,
+spinning, so that the next one finds them awake. Threads of another kind, scipy's or Python's, would share the cores
+with them meanwhile, and be done hardly sooner than one alone. So OpenMP's own are called, by the function that GCC
+makes of `#pragma omp parallel` and that LLVM's and Intel's runtimes offer too.
 """
 
-import os
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-def share_out(work: Callable[[slice], None], parts: Iterable[slice]) -> None:
+
+def can_share_out() -> bool:
+    """Whether `share_out` reaches all the threads that PyTorch uses: where these are OpenMP's, or but one."""
+    return torch.get_num_threads() == 1 or _parallel() is not None
+
+
+def share_out(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
     """Do `work` for each part, on as many threads as PyTorch uses, of which the caller's is one.
 
-    The parts are handed out in their order and end in any. The caller doesn't wait for a thread that has yet to begin.
+    A thread that has done a part takes the next, so the parts begin in their order and end in any. Where
+    `can_share_out` says no, the caller's thread does it all.
 
     Raises:
-        Exception: what `work` raises; of the other parts some may then have been done.
+        BaseException: what `work` raised first; of the other parts some may have been done.
 
     """
     remaining = deque(parts)
+    errors: list[BaseException] = []
 
-    def take_part_after_part() -> None:
-        while True:
-            try:
-                part = remaining.popleft()
-            except IndexError:
-                return
-            work(part)
+    def take_part_after_part(_: Any = None) -> None:
+        # An error, Control-C's too, can't cross OpenMP: it ends the work of all and is raised afterwards.
+        try:
+            while True:
+                try:
+                    part = remaining.popleft()
+                except IndexError:
+                    return
+                work(part)
+        except BaseException as error:
+            errors.append(error)
+            remaining.clear()
 
-    helpers = min(torch.get_num_threads(), len(remaining)) - 1
-    asked = [_pool().submit(take_part_after_part) for _ in range(helpers)]
-    try:
+    threads = min(torch.get_num_threads(), len(remaining))
+    parallel = _parallel() if threads > 1 else None
+    if parallel is None:
         take_part_after_part()
-    finally:
-        remaining.clear()  # an error ends the others' work too
-        for helper in asked:
-            if not helper.cancel():
-                helper.result()
+    else:
+        parallel(REGION(take_part_after_part), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    """Threads that sleep between tasks, each started when it is first of use."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="chiaroscuro")
+def _parallel() -> Callable[..., None] | None:
+    """`void GOMP_parallel(void (*region)(void *), void *data, unsigned threads, unsigned flags)`, where it is.
 
-
-# A forked process, such as a worker that loads data, has the pool but none of its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    Source: GNU libgomp, "The libgomp ABI".
+    """
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        # PyTorch loads its libraries for all to see.
+        function: Any = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes, function.restype = [REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return function
