@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_double_and_single_tables_are_kept_apart(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "device", "threads", "expected"),
+    ("width", "device", "shareable", "expected"),
     [
         (64, "cpu", True, "matrix"),
         (64, "meta", True, "matrix"),
@@ -191,8 +192,8 @@ def test_double_and_single_tables_are_kept_apart(path: str) -> None:
         (65, "meta", True, "fft"),
     ],
 )
-def test_which_way_is_taken(width: int, device: str, threads: bool, expected: str) -> None:
-    with mock.patch.object(spectral, "can_share_out", return_value=threads):
+def test_which_way_is_taken(width: int, device: str, shareable: bool, expected: str) -> None:
+    with mock.patch.object(spectral, "can_share_out", return_value=shareable):
         assert spectral._way(torch.ones(2, width, device=device)) is PATHS[expected]
 
 
@@ -276,6 +277,16 @@ for inverse in (False, True):
     for width in (40, 101):
         rows = torch.randn(2, width, 3).mT
         torch.library.opcheck(torch.ops.chiaroscuro.orthonormal_dct.default, (rows, inverse))
+for index in (None, torch.tensor([2, 0])):
+    inputs = torch.randn(3, 101), torch.randn(101), index
+    torch.library.opcheck(torch.ops.chiaroscuro.filtered_idct.default, inputs)
+
+def learn(x):
+    spectral.dct(x).sum().backward()
+
+torch.compile(learn, backend="eager")(torch.randn(20000, 101, requires_grad=True))
+frames = {metrics.co_name for metrics in torch._dynamo.utils.get_compilation_metrics()}
+assert "learn" in frames and not frames & {"_", "dct_by_scipy", "share_out", "dct_by_fft", "work"}, frames
 """
 
 
@@ -403,7 +414,7 @@ def test_blocks_are_taken_where_nothing_is_learned(learning: bool) -> None:
     """Else the property above would compare one way with itself."""
     x, weight = noise(10 * torch.get_num_threads(), 70).requires_grad_(learning), noise(70, seed=1)
     with (
-        mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0),
+        mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0, _way=lambda x: spectral.dct_by_scipy),
         mock.patch.object(spectral, "_entropy", wraps=spectral._entropy) as entropy,
         mock.patch.object(spectral, "idct", wraps=spectral.idct) as whole,
         mock.patch.object(spectral.scipy.fft, "dct", wraps=scipy.fft.dct) as transform,
@@ -418,6 +429,7 @@ def test_blocks_are_taken_where_nothing_is_learned(learning: bool) -> None:
 @pytest.mark.parametrize(
     ("of_coefficients", "of_weight", "expected"),
     [
+        (torch.float32, torch.float32, torch.float32),
         (torch.float32, torch.float64, torch.float64),
         (torch.float64, torch.float32, torch.float64),
         (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -428,11 +440,64 @@ def test_a_filter_in_blocks_has_the_type_of_the_product(
     index: Tensor | None, of_coefficients: torch.dtype, of_weight: torch.dtype, expected: torch.dtype
 ) -> None:
     coefficients, weight = noise(4, 70, dtype=of_coefficients), noise(70, seed=1, dtype=of_weight)
-    with mock.patch.multiple(spectral, BLOCK=70, FEW=0):
+    with mock.patch.multiple(spectral, BLOCK=70, FEW=0, _way=lambda x: spectral.dct_by_scipy):
         y = spectral_filter(coefficients, weight, index)
     assert y.dtype == expected
     chosen = coefficients if index is None else coefficients[index]
     torch.testing.assert_close(y, idct(chosen * weight))
+
+
+@pytest.mark.parametrize("layout", sorted(layouts()))
+def test_blocks_of_any_layout(layout: str) -> None:
+    coefficients, weight = layouts()[layout](noise(50, 70)), noise(2 * 70, seed=1)[::2]
+    index = torch.randint(50, (2 * 40,), generator=torch.Generator().manual_seed(2))[::2]
+    for kind in (torch.int64, torch.int32):
+        with mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0, _way=lambda x: spectral.dct_by_scipy), torch.no_grad():
+            y = spectral_filter(coefficients, weight, index.to(kind))
+        torch.testing.assert_close(y, spectral_filter(coefficients[index].contiguous(), weight.contiguous()))
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_row_that_is_not_there(rows: int) -> None:
+    """In one block and in several."""
+    x, weight = noise(400, 70), torch.ones(70, dtype=torch.float64)
+    with mock.patch.object(spectral, "BLOCK", 100 * 70):
+        for wrong in (-1, 400):
+            index = torch.arange(rows)
+            index[1] = wrong
+            with pytest.raises(IndexError):
+                spectral_filter(x, weight, index)
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_an_index_needs_rows(rows: int) -> None:
+    with pytest.raises(ValueError, match="flatten X first"):
+        spectral_filter(noise(rows, 2, 70), noise(70), torch.zeros(rows, dtype=torch.long))
+
+
+def test_a_filter_on_another_device_is_an_error_in_blocks_too() -> None:
+    with mock.patch.object(spectral, "BLOCK", 70), pytest.raises((RuntimeError, NotImplementedError)):
+        spectral_filter(noise(50, 70), torch.ones(70, dtype=torch.float64, device="meta"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinity_times_nothing_is_no_warning() -> None:
+    x = torch.full((50, 70), math.inf)
+    with mock.patch.object(spectral, "BLOCK", 2 * 70), np.errstate(all="raise"):
+        assert spectral_filter(x, torch.zeros(70)).isnan().all()
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_forward_mode_derivatives(learning: bool, path: str) -> None:
+    """Of all three functions, in blocks too, and where no gradient is wanted."""
+    x, tangent, weight = noise(50, 70), noise(50, 70, seed=1), noise(70, seed=2)
+    with mock.patch.object(spectral, "BLOCK", 2 * 70), torch.set_grad_enabled(learning):
+        for function in (dct, idct, lambda x: spectral_filter(x, weight)):  # each a linear map
+            torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,))[1], function(tangent))
+        change = torch.func.jvp(spectral_entropy, (x,), (tangent,))[1]
+    step = 1e-6 * tangent
+    differences = (spectral_entropy(x + step) - spectral_entropy(x - step)) / 2e-6
+    torch.testing.assert_close(change, differences, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("some", [False, True])
@@ -454,11 +519,11 @@ def test_blocks_under_vmap_and_of_fake_tensors(some: bool) -> None:
 
 def test_a_transform_that_scipy_does_elsewhere_is_copied() -> None:
     """That it may be done in place is no promise."""
-    x = noise(5, 70)
+    x, theirs = noise(5, 70), scipy.fft.dct
 
-    def elsewhere(part: np.ndarray, *arguments: object, overwrite_x: bool, norm: str) -> np.ndarray:
-        return scipy.fft._pocketfft.dct(part.copy(), *arguments, norm=norm)
+    def elsewhere(part: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
+        return theirs(part.copy(), *arguments, **options)
 
-    with mock.patch.multiple(spectral, BLOCK=2 * 70, FEW=0), mock.patch.object(spectral.scipy.fft, "dct", elsewhere):
-        y = dct(x)
+    with mock.patch.object(spectral, "BLOCK", 2 * 70), mock.patch.object(spectral.scipy.fft, "dct", elsewhere):
+        y = spectral.dct_by_scipy(x)
     np.testing.assert_allclose(y.numpy(), scipy_dct(x.numpy()), rtol=0, atol=1e-12)

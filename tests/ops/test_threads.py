@@ -3,6 +3,7 @@
 import ctypes
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -79,6 +80,25 @@ def test_without_openmp_the_caller_does_it_all() -> None:
         threads._parallel.cache_clear()
 
 
+def test_work_that_was_dropped_is_not_taken_for_done() -> None:
+    """So ends a Control-C that ctypes swallows: the region returns and has done nothing."""
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=2),
+        mock.patch.object(threads, "_parallel", return_value=lambda region, data, number, flags: None),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        share_out(lambda part: None, parts(3))
+
+
+@needs_openmp
+def test_several_threads_of_python_share_out_at_once() -> None:
+    x = torch.randn(4000, 70, generator=torch.Generator().manual_seed(0))
+    expected = dct(x)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: dct(x), range(40)):
+            torch.testing.assert_close(y, expected)
+
+
 class Transformed(torch.utils.data.Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return 3
@@ -88,7 +108,7 @@ class Transformed(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def test_a_worker_that_loads_data_can_transform() -> None:
-    """A forked process has no OpenMP threads to wait for; PyTorch gives it one thread."""
+    """A DataLoader gives its workers one thread. (In any other fork with more, PyTorch's own operations hang too.)"""
     expected = Transformed()[2]
     *_, last = DataLoader(Transformed(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
     torch.testing.assert_close(last, expected)

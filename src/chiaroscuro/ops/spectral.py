@@ -5,8 +5,8 @@ frequencies, the entropy of that spread is the routing signal H, and a learned f
 None of these looks at another token, so all of them are causal for free.
 
 Three ways to compute the transform, one result: short vectors by a d × d matrix product, which a CPU or GPU does
-at full speed, longer ones on a CPU by scipy, and elsewhere by one real FFT of length d (Makhoul 1980), not 2d. The
-tables are computed once a length, in float64, and kept.
+at full speed, longer ones on a CPU by scipy, and elsewhere, or where scipy would have but one of a CPU's threads, by
+one real FFT of length d (Makhoul 1980), not 2d. The tables are computed once a length, in float64, and kept.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from chiaroscuro.ops.threads import can_share_out, share_out
 
@@ -190,14 +191,18 @@ def spectral_filter(
         index: of X (N, d), the rows that are wanted, in their order; all, of any shape of X, unless given.
 
     Raises:
-        ValueError: weight is not one vector of X's width.
+        ValueError: weight is not one vector of X's width; an index of an X that is not (N, d).
+        IndexError: a row that X doesn't have.
 
     """
     check_filter(weight, coefficients)
+    if index is not None and coefficients.ndim != 2:
+        raise ValueError(f"an index is of rows (N, d), X has shape {tuple(coefficients.shape)}: flatten X first")
     wanted = coefficients.shape[:-1].numel() if index is None else len(index)
-    several = wanted > _rows_of_a_block(coefficients) and _in_blocks(coefficients, weight)
-    numpys = weight.dtype == coefficients.dtype and not _is_half(weight)
-    if several and numpys and _way(coefficients) is dct_by_scipy:
+    inputs = [coefficients, weight] if index is None else [coefficients, weight, index]
+    several = wanted > _rows_of_a_block(coefficients) and _in_blocks(*inputs)
+    same_full_precision = weight.dtype == coefficients.dtype and not _is_half(weight)
+    if several and same_full_precision and _way(coefficients) is dct_by_scipy:
         return _filtered_idct(coefficients, weight, index)
     return idct((coefficients if index is None else coefficients.index_select(0, index)) * weight)
 
@@ -233,9 +238,15 @@ def _rows_of_a_block(x: Tensor) -> int:
 
 
 def _in_blocks(*inputs: Tensor) -> bool:
-    """Whether a block of rows may be done after the other: on a CPU, and no autograd or compiler looks on."""
+    """Whether the rows may be split into blocks: on a CPU, and neither autograd nor the compiler looks on."""
+    on_cpu = all(x.device.type == "cpu" for x in inputs)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return inputs[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling()
+    return on_cpu and not learning and not torch.compiler.is_compiling() and not any(map(_has_tangent, inputs))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether a forward-mode derivative comes with x: only PyTorch's own operations take it along."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
@@ -249,7 +260,7 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         few = x.numel() * x.shape[-1] <= FEW and not torch.compiler.is_compiling()
-        if few:
+        if few or _has_tangent(wide):
             y = dct_by_matrix(wide, inverse)
         elif torch.is_grad_enabled():
             y = _OrthonormalDCT.apply(wide, inverse)
@@ -269,6 +280,7 @@ _orthonormal_dct: Callable[[Tensor, bool], Tensor] = torch.ops.chiaroscuro.ortho
 
 
 @torch.library.impl("chiaroscuro::orthonormal_dct", "default")
+@torch.compiler.disable
 def _(x: Tensor, inverse: bool) -> Tensor:
     return _way(x)(x, inverse)
 
@@ -283,19 +295,24 @@ def _(info: Any, in_dims: tuple[int, None], x: Tensor, inverse: bool) -> tuple[T
     return _orthonormal_dct(x.movedim(in_dims[0], 0), inverse), 0
 
 
-# And one of its own is numpy's part of the filter: a tensor under vmap has no memory that numpy could look at.
+# The filter needs an operator too: numpy can't read a tensor under vmap.
 torch.library.define("chiaroscuro::filtered_idct", "(Tensor coefficients, Tensor weight, Tensor? index) -> Tensor")
 _filtered_idct: Callable[..., Tensor] = torch.ops.chiaroscuro.filtered_idct.default
 
 
 @torch.library.impl("chiaroscuro::filtered_idct", "cpu")
+@torch.compiler.disable
 def _(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
     # A block is gathered and filtered where it will lie: whole copies would cost as much as the transform.
     rows, gains = _rows(coefficients), weight.numpy(force=True)
     chosen = None if index is None else index.numpy()
+    if chosen is not None and len(chosen) > 0 and not 0 <= chosen.min() <= chosen.max() < len(rows):
+        raise IndexError(f"index runs from {chosen.min()} to {chosen.max()}, X has {len(rows)} rows")
 
     def fill(block: slice, part: np.ndarray) -> None:
-        np.multiply(rows[block if chosen is None else chosen[block]], gains, out=part)
+        source = rows[block] if chosen is None else np.take(rows, chosen[block], axis=0, out=part, mode="clip")
+        with np.errstate(all="ignore"):  # PyTorch says nothing of ∞ · 0 either
+            np.multiply(source, gains, out=part)
 
     y = _room_for_filtered(coefficients, weight, index)
     _fill_and_transform(y, fill, inverse=True)
@@ -304,7 +321,7 @@ def _(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("chiaroscuro::filtered_idct")
 def _room_for_filtered(coefficients: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
-    return coefficients.new_empty(coefficients.shape if index is None else (len(index), coefficients.shape[-1]))
+    return coefficients.new_empty(coefficients.shape if index is None else (index.shape[0], coefficients.shape[-1]))
 
 
 @torch.library.register_vmap("chiaroscuro::filtered_idct")
@@ -317,7 +334,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor | None) -> tup
 
 
 def _way(x: Tensor) -> Callable[[Tensor, bool], Tensor]:
-    """The fastest of the three."""
+    """The fastest of the three; scipy's, longer vectors on a CPU, if it gets all of PyTorch's threads."""
     if x.shape[-1] <= MATRIX_UP_TO:
         return dct_by_matrix
     return dct_by_scipy if x.device.type == "cpu" and can_share_out() else dct_by_fft
@@ -378,7 +395,7 @@ def _fill_and_transform(y: Tensor, fill: Callable[[slice, np.ndarray], object], 
 def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
     """Compute the transform by one real FFT of length d."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() > 0:  # MKL's FFT refuses none
+    if x.numel() > 0:  # MKL's FFT raises an error at an empty tensor
         (_idct_by_fft if inverse else _dct_by_fft)(x, y)
     return y
 

@@ -30,9 +30,12 @@ def share_out(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
 
     Raises:
         BaseException: what `work` raised first; of the other parts some may have been done.
+        KeyboardInterrupt: Control-C came where it could stop the work and not be raised.
 
     """
     remaining = deque(parts)
+    number = len(remaining)
+    done: list[slice] = []
     errors: list[BaseException] = []
 
     def take_part_after_part(_: Any = None) -> None:
@@ -44,11 +47,12 @@ def share_out(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
                 except IndexError:
                     return
                 work(part)
+                done.append(part)
         except BaseException as error:
             errors.append(error)
             remaining.clear()
 
-    threads = min(torch.get_num_threads(), len(remaining))
+    threads = min(torch.get_num_threads(), number)
     parallel = _parallel() if threads > 1 else None
     if parallel is None:
         take_part_after_part()
@@ -56,6 +60,9 @@ def share_out(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
         parallel(REGION(take_part_after_part), None, threads, 0)
     if errors:
         raise errors[0]
+    if len(done) < number:
+        # A signal that comes between OpenMP and the `try` above is dropped by ctypes, and with it a thread's work.
+        raise KeyboardInterrupt
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +74,7 @@ def _parallel() -> Callable[..., None] | None:
     if not torch.backends.openmp.is_available():
         return None
     try:
-        # PyTorch loads its libraries for all to see.
+        # The one that PyTorch uses: `import torch` loads it with RTLD_GLOBAL. Where it doesn't, there is none to find.
         function: Any = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
         return None
