@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""What OpenMP calls once on each thread: `void region(void *data)`."""
 
 
 def can_share_out() -> bool:
@@ -27,6 +28,10 @@ def share_out(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
 
     A thread that has done a part takes the next, so the parts begin in their order and end in any. Where
     `can_share_out` says no, the caller's thread does it all.
+
+    Args:
+        work: of one part. It should let go of the interpreter's lock for most of its time, or the threads only queue.
+        parts: each is done once.
 
     Raises:
         BaseException: what `work` raised first; of the other parts some may have been done.
