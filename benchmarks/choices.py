@@ -27,9 +27,9 @@ from torch import Tensor
 
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, Work, machine, peak_memory, take_turns
+from chiaroscuro.files import write_text
 from chiaroscuro.layers import PackedTokens, RoutedBlock
 from chiaroscuro.ops import dct, entropy_of_spectrum, linear_cross_entropy, packed_attention, prefix_attention, spectral
-from chiaroscuro.report.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
 LOSS: Any = import_module("chiaroscuro.ops.linear_cross_entropy")  # the function took its name in the package

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, machine, take_turns
+from chiaroscuro.files import write_text
 from chiaroscuro.ops import dct, idct, spectral
-from chiaroscuro.report.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "dct.json"
 SHAPE = (8, 256, 1024)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from chiaroscuro.analysis.collapse import trace_collapse
 from chiaroscuro.analysis.gates import trace_gates
-from chiaroscuro.report.files import write_bytes
+from chiaroscuro.files import write_bytes
 from chiaroscuro.report.gate_figure import PUBLISHED
 from chiaroscuro.report.palette import styles_of
 from chiaroscuro.training import read_records

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from chiaroscuro.model.checkpoint import load_checkpoint
-from chiaroscuro.report.files import write_text
+from chiaroscuro.files import write_text
+from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training import Recipe, read_records, train
 
 RESULTS = Path("experiments/results/paper/steps.json")

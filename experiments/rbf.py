@@ -21,7 +21,7 @@ from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.rbf import self_weights
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.layers import RBFMixing
-from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.training import Recipe
 
 RUNS = Path("runs/sweeps/rbf")

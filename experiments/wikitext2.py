@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
-from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.training import Recipe, describe_routing, train
 
 SEEDS = (0, 1)

@@ -19,7 +19,7 @@ import torch
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.cli import main
 from chiaroscuro.data import load_corpus, load_tokenizer
-from chiaroscuro.training.calibration import paper_thresholds
+from chiaroscuro.model.calibration import paper_thresholds
 
 SENTENCES = [
     "the light falls on the table",

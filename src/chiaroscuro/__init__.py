@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import register_operator, register_router
 from chiaroscuro.model import (
@@ -19,9 +18,10 @@ from chiaroscuro.model import (
     ChiarForSequenceClassification,
     ChiarModel,
 )
+from chiaroscuro.model.config import ChiarConfig
 
 if TYPE_CHECKING:
-    from chiaroscuro.training.calibration import calibrate
+    from chiaroscuro.model.calibration import calibrate
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ AutoModelForSequenceClassification.register(ChiarConfig, ChiarForSequenceClassif
 def __getattr__(name: str) -> Any:
     # The training package brings the Trainer and datasets: seconds that a user of the model need not wait for.
     if name == "calibrate":
-        from chiaroscuro.training.calibration import calibrate
+        from chiaroscuro.model.calibration import calibrate
 
         return calibrate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from chiaroscuro.allocator import keep_freed_memory
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import (
     ChiarForCausalLM,
@@ -35,6 +34,7 @@ from chiaroscuro.model import (
     ChiarForSequenceClassification,
     ChiarPreTrainedModel,
 )
+from chiaroscuro.model.config import ChiarConfig
 
 if TYPE_CHECKING:
     from chiaroscuro.data import Corpus
@@ -73,7 +73,7 @@ Source = Annotated[
 
 
 def _refuse_place(file: Path | None) -> Path | None:
-    from chiaroscuro.report.files import refuse_place
+    from chiaroscuro.files import refuse_place
 
     if file is not None:
         refuse_place(file)
@@ -287,9 +287,9 @@ def calibrate(
     from torch.utils.data import DataLoader, Subset
 
     from chiaroscuro.data import TokenBlocks, tokenize_corpus
+    from chiaroscuro.model.calibration import calibrate as set_thresholds
+    from chiaroscuro.model.calibration import paper_thresholds
     from chiaroscuro.training import measure_routing, save_whole
-    from chiaroscuro.training.calibration import calibrate as set_thresholds
-    from chiaroscuro.training.calibration import paper_thresholds
 
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
@@ -352,7 +352,7 @@ def route(
     Example: chiaroscuro route runs/small "Return a list of the words in the string." --html page.html
     """
     from chiaroscuro.analysis.routing import trace_routing
-    from chiaroscuro.report.files import write_text
+    from chiaroscuro.files import write_text
     from chiaroscuro.report.routing_figure import save_png
     from chiaroscuro.report.routing_html import render_html
     from chiaroscuro.report.routing_terminal import print_routing
@@ -505,8 +505,8 @@ def collapse(
     Example: chiaroscuro collapse runs/three-operators --png collapse.png
     """
     from chiaroscuro.analysis.collapse import trace_collapse
+    from chiaroscuro.files import write_bytes
     from chiaroscuro.report.collapse_figure import draw_collapse
-    from chiaroscuro.report.files import write_bytes
     from chiaroscuro.training.records import read_run
 
     try:
@@ -578,7 +578,7 @@ def gates(
     Example: chiaroscuro gates runs/mixed --png gates.png
     """
     from chiaroscuro.analysis.gates import gates_as_dict, trace_gates
-    from chiaroscuro.report.files import write_bytes
+    from chiaroscuro.files import write_bytes
     from chiaroscuro.report.gate_figure import draw_gates
     from chiaroscuro.training.records import read_run
 
@@ -614,7 +614,7 @@ def presets(as_json: AsJson = False) -> None:
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """Say what a checkpoint is: its size, its menus, where its thresholds stand, and how it was trained."""
     from chiaroscuro.analysis.facts import describe_checkpoint
-    from chiaroscuro.model.checkpoint import load_checkpoint
+    from chiaroscuro.model.loading import load_checkpoint
 
     facts = describe_checkpoint(load_checkpoint(checkpoint))
     recipe = _recipe_of(checkpoint)
@@ -757,7 +757,7 @@ def _print_json(figures: dict[str, Any]) -> None:
 
 def _recipe_of(checkpoint: str) -> Any:
     """The recipe that a checkpoint was trained by, if it lies in a run's folder or is a copy of one; else None."""
-    from chiaroscuro.model.checkpoint import find_checkpoint
+    from chiaroscuro.model.loading import find_checkpoint
     from chiaroscuro.training import Recipe
 
     folder = Path(find_checkpoint(checkpoint))
@@ -827,7 +827,7 @@ def _config_of(model: str) -> ChiarConfig:
     """The config of a preset, or of a checkpoint, whose weights are left alone."""
     from transformers import AutoConfig
 
-    from chiaroscuro.model.checkpoint import find_checkpoint
+    from chiaroscuro.model.loading import find_checkpoint
 
     if model in ChiarConfig.presets():
         return ChiarConfig.preset(model)
@@ -848,7 +848,7 @@ def _load(
     checkpoint: str, device: str | None, share: float | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A checkpoint's model where it is to run, its dial turned where a share is given, and its tokenizer."""
-    from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
+    from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: choose cpu or cuda")

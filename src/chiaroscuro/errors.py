@@ -5,6 +5,16 @@ Whatever a user can get wrong (a missing file, an unknown field, a width that th
 exits with code 2; a library user catches it as the `ValueError` that it is.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """A mistake in what the user asked for. The message is one line and says what to do."""
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, if any is close, and then all of them."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=1)
+    return f"{f'did you mean {close[0]!r}? ' if close else ''}known are {', '.join(names)}"

@@ -30,7 +30,7 @@ from chiaroscuro.analysis.flops import (
     shortest_length,
 )
 from chiaroscuro.cli import main
-from chiaroscuro.config import default_operators
+from chiaroscuro.model.config import default_operators
 from chiaroscuro.report.flops_terminal import describe_flops, explain
 
 MENUS = [

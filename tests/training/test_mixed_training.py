@@ -16,7 +16,7 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks
 from chiaroscuro.analysis.gates import trace_gates
 from chiaroscuro.cli import main
 from chiaroscuro.errors import UserError
-from chiaroscuro.model.checkpoint import load_checkpoint
+from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training import read_records
 from chiaroscuro.training.mixture import Mixture
 from chiaroscuro.training.records import mean_gate

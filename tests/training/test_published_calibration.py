@@ -10,8 +10,8 @@ import pytest
 from chiaroscuro import ChiarForCausalLM
 from chiaroscuro.data import load_corpus, load_tokenizer
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.training import Recipe, TrainingInterrupted
-from chiaroscuro.training.calibration import paper_thresholds
 from chiaroscuro.training.trainer import RunTrainer
 
 Go = Callable[..., Any]

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.config import ChiarConfig
 
 
 def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:

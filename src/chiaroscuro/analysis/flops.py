@@ -16,10 +16,10 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RBFMixing
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.ops.spectral import FEW, MATRIX_UP_TO
 
 TARGET = 0.35

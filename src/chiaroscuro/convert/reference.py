@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM, ChiarForSequenceClassification
+from chiaroscuro.model.config import ChiarConfig
 
 BACKBONE = "backbone."
 FILTER_SCALE = 2.0

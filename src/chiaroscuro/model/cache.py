@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.config import ChiarConfig
 
 
 class GrowingLayer(CacheLayerMixin):

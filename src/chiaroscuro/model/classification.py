@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
-from chiaroscuro.config import ChiarConfig, ClassifierPooling
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.config import ChiarConfig, ClassifierPooling
 from chiaroscuro.model.modeling import ChiarModel, ChiarPreTrainedModel
 from chiaroscuro.model.outputs import ChiarSequenceClassifierOutput
 

@@ -7,9 +7,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.classification import classify
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarSequenceClassifierOutput
 

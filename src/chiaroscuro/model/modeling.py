@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import can_return_tuple
 
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
     MetaRouter,
@@ -30,6 +29,7 @@ from chiaroscuro.layers import (
     Thresholds,
 )
 from chiaroscuro.model.cache import ChiarCache
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
 from chiaroscuro.ops import causal_mask, linear_cross_entropy, rotary_table
 

@@ -14,7 +14,7 @@ from chiaroscuro.analysis.flops import (
     largest_share,
     shortest_length,
 )
-from chiaroscuro.config import ChiarConfig
+from chiaroscuro.model.config import ChiarConfig
 
 CLAIMED = "35–40%"
 """Of all operations, what the paper's v2 says that its one model saves."""

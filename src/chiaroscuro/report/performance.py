@@ -33,14 +33,14 @@ from chiaroscuro.analysis.speed import (
     take_turns,
     training_step,
 )
-from chiaroscuro.config import ChiarConfig, default_operators
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.layers import GatedFeedForward, RoutedBlock, ScoreRouter
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
-from chiaroscuro.report.files import write_bytes, write_text
+from chiaroscuro.model.calibration import calibrate
+from chiaroscuro.model.config import ChiarConfig, default_operators
 from chiaroscuro.report.performance_figure import draw_performance
 from chiaroscuro.report.performance_page import render_page
-from chiaroscuro.training.calibration import calibrate
 
 Task = Literal["router", "memory", "profile", "train", "forward", "decode"]
 TASKS: dict[str, Callable[[PreTrainedModel, Tensor], Work]] = {

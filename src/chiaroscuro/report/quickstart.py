@@ -9,8 +9,8 @@ from rich.table import Table
 from chiaroscuro.analysis.routing import trace_routing
 from chiaroscuro.analysis.sampling import continue_text
 from chiaroscuro.errors import UserError
-from chiaroscuro.model.checkpoint import load_checkpoint, load_checkpoint_tokenizer
-from chiaroscuro.report.files import write_text
+from chiaroscuro.files import write_text
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.report.routing_figure import save_png
 from chiaroscuro.report.routing_html import render_html
 from chiaroscuro.report.routing_terminal import print_routing

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from chiaroscuro.analysis.routing import RoutingTrace
-from chiaroscuro.report.files import write_bytes
+from chiaroscuro.files import write_bytes
 from chiaroscuro.report.palette import OperatorStyle, label, operator_styles
 
 _LABELLED_TOKENS = 60

@@ -13,8 +13,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 import chiaroscuro.model
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
 from chiaroscuro.analysis.statistics import compare, compare_ratios, estimate
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.training.records import read_records, routed
 from chiaroscuro.training.sweep import Sweep, SweepRun
 

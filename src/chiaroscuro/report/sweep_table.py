@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chiaroscuro.report.files import write_bytes, write_text
+from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.report.sweep_figure import draw_curves, draw_sweep
 from chiaroscuro.training.records import routed
 

@@ -24,9 +24,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from chiaroscuro.analysis.gates import TEXT
-from chiaroscuro.config import ChiarConfig
 from chiaroscuro.data.tasks import check_task
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.config import ChiarConfig
 
 LANGUAGE_MODELLING = "language-modelling"
 

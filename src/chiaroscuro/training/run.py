@@ -29,8 +29,8 @@ from transformers.utils import logging
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
-from chiaroscuro.model.checkpoint import load_checkpoint
-from chiaroscuro.training.calibration import paper_thresholds
+from chiaroscuro.model.calibration import paper_thresholds
+from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete, refuse_file
 from chiaroscuro.training.objectives import Objective, load_objective

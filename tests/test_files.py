@@ -5,7 +5,7 @@ import os
 import pytest
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.report.files import write_bytes, write_text
+from chiaroscuro.files import write_bytes, write_text
 
 
 def test_a_file_is_written_and_replaced(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from small_models import build, shrunk
 
 from chiaroscuro import UserError
-from chiaroscuro.model.checkpoint import load_checkpoint_tokenizer
+from chiaroscuro.model.loading import load_checkpoint_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate
 from chiaroscuro.layers.thresholds import pool_tables
+from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.ops import null_entropy_quantiles
-from chiaroscuro.training.calibration import paper_thresholds
 from chiaroscuro.training.records import measure_routing
 
 VOCABULARY, WIDTH, TIME = 61, 32, 24
