@@ -27,7 +27,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 # any call that any test makes, and in any value returned, is an error. The library itself checks nothing at run
 # time. The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the
 # config, the recipe and the commands from their annotations, which a checked class breaks.
-CHECKED = ["chiaroscuro.ops", "chiaroscuro.layers", "chiaroscuro.model"]
+UNCHECKED = {"config", "calibration", "loading"}  # built from annotations, or given duck-typed models
+_MODEL = Path(__file__).resolve().parents[1] / "src/chiaroscuro/model"
+CHECKED = [
+    "chiaroscuro.ops",
+    "chiaroscuro.layers",
+    *(f"chiaroscuro.model.{file.stem}" for file in sorted(_MODEL.glob("[a-z]*.py")) if file.stem not in UNCHECKED),
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest  # noqa: E402
