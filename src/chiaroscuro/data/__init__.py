@@ -1,8 +1,8 @@
 """From a name to what a model trains on: corpora, tokenizers, token files, blocks; `data.tasks` has labelled texts."""
 
 from chiaroscuro.data.blocks import TokenBlocks
-from chiaroscuro.data.cache import default_cache_dir
 from chiaroscuro.data.corpora import Corpus, check_source, load_corpus
+from chiaroscuro.data.storage import default_cache_dir
 from chiaroscuro.data.tokenizers import load_tokenizer
 from chiaroscuro.data.tokens import TokenFile, tokenize_corpus
 

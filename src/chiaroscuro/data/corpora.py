@@ -16,8 +16,8 @@ from typing import Literal
 
 import datasets
 
-from chiaroscuro.data.cache import default_cache_dir, one_line, root_cause, writing_to
 from chiaroscuro.data.python_docs import python_documents
+from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
 from chiaroscuro.errors import UserError
 
 SPLITS = ("train", "validation", "test")

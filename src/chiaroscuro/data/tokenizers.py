@@ -15,9 +15,9 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from chiaroscuro.data.cache import default_cache_dir, fingerprint, one_line, whole_file
 from chiaroscuro.data.corpora import Corpus, find_folder
 from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.storage import default_cache_dir, fingerprint, one_line, whole_file
 from chiaroscuro.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from jaxtyping import UInt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from chiaroscuro.data.cache import default_cache_dir, fingerprint, whole_file
 from chiaroscuro.data.corpora import Corpus
 from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.storage import default_cache_dir, fingerprint, whole_file
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.errors import UserError
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from chiaroscuro.data.cache import default_cache_dir
+from chiaroscuro.data.storage import default_cache_dir
 from chiaroscuro.data.tasks.imdb import load_imdb
 from chiaroscuro.data.tasks.listops import load_flat_listops, load_nested_listops
 from chiaroscuro.data.tasks.rows import LabelledRows, PadToLongest, tokenize_task

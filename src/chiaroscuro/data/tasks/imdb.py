@@ -10,8 +10,8 @@ from pathlib import Path
 
 import datasets
 
-from chiaroscuro.data.cache import fingerprint
 from chiaroscuro.data.corpora import check_texts, hash_rows, read_splits
+from chiaroscuro.data.storage import fingerprint
 from chiaroscuro.data.tasks.task import ClassificationTask
 from chiaroscuro.errors import UserError
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import datasets
 
-from chiaroscuro.data.cache import fingerprint
 from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.storage import fingerprint
 from chiaroscuro.data.tasks.tables import kept_table
 from chiaroscuro.data.tasks.task import ClassificationTask
 from chiaroscuro.errors import UserError

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chiaroscuro.data.cache import default_cache_dir, fingerprint
 from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.storage import default_cache_dir, fingerprint
 from chiaroscuro.data.tasks.tables import kept_table
 from chiaroscuro.data.tasks.task import ClassificationTask
 from chiaroscuro.data.tokenizers import all_cores, bare_backend

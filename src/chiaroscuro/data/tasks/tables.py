@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from chiaroscuro.data.cache import one_line, whole_file
+from chiaroscuro.data.storage import one_line, whole_file
 
 logger = logging.getLogger(__name__)
 

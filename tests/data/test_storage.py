@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiaroscuro.data import default_cache_dir
-from chiaroscuro.data.cache import fingerprint, whole_file, writing_to
+from chiaroscuro.data.storage import fingerprint, whole_file, writing_to
 from chiaroscuro.errors import UserError
 
 PARTS = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.one_of(st.none(), st.integers(), st.text()))
