@@ -14,7 +14,7 @@ from pathlib import Path
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import machine, take_turns, training_step
 from chiaroscuro.files import write_text
-from chiaroscuro.report.performance import BASELINE, Candidate, Plan
+from chiaroscuro.studies.benchmark import BASELINE, Candidate, Plan
 
 RESULTS = Path("benchmarks/results/llama.json")
 LENGTHS = (256, 1024)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from chiaroscuro.allocator import keep_freed_memory
-from chiaroscuro.report.performance import Plan, run_benchmark
+from chiaroscuro.studies.benchmark import Plan, run_benchmark
 
 RESULTS = Path("benchmarks/results/speed.json")
 PAIR = Path("benchmarks/results/llama.json")

@@ -17,8 +17,8 @@ import typer
 import yaml
 
 from chiaroscuro.cli import app
+from chiaroscuro.studies.sweep import Sweep
 from chiaroscuro.training.recipe import Recipe
-from chiaroscuro.training.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

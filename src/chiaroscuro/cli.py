@@ -159,9 +159,9 @@ def evaluate(
     """
     from chiaroscuro.analysis.classification import evaluate_rows
     from chiaroscuro.analysis.perplexity import evaluate_blocks
+    from chiaroscuro.analysis.routing_summary import describe_routing
     from chiaroscuro.data import TokenBlocks, tokenize_corpus
     from chiaroscuro.data.tasks import PadToLongest, tokenize_task
-    from chiaroscuro.training import describe_routing
 
     model, tokenizer = _load(checkpoint, device, share)
     recipe = _recipe_of(checkpoint) if task is None else _recipe_of_task(checkpoint, task)
@@ -286,10 +286,11 @@ def calibrate(
     """
     from torch.utils.data import DataLoader, Subset
 
+    from chiaroscuro.analysis.routing_summary import measure_routing
     from chiaroscuro.data import TokenBlocks, tokenize_corpus
     from chiaroscuro.model.calibration import calibrate as set_thresholds
     from chiaroscuro.model.calibration import paper_thresholds
-    from chiaroscuro.training import measure_routing, save_whole
+    from chiaroscuro.training import save_whole
 
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
@@ -390,7 +391,8 @@ def flops(
 
     Example: chiaroscuro flops v2-400m --length 8192 --share 0.25 --context routed
     """
-    from chiaroscuro.report.flops_terminal import describe_flops, print_flops
+    from chiaroscuro.analysis.savings import describe_flops
+    from chiaroscuro.report.flops_terminal import print_flops
 
     config = _config_of(model)
     if context is not None:
@@ -437,7 +439,7 @@ def benchmark(
 
     Example: chiaroscuro benchmark --length 1024 --length 4096 --share 0.25 --task train
     """
-    from chiaroscuro.report.performance import Plan, run_benchmark
+    from chiaroscuro.studies.benchmark import Plan, run_benchmark
     from chiaroscuro.training.checkpoints import refuse_file
 
     refuse_file(output, f"--output {output}")
@@ -480,8 +482,8 @@ def sweep(
 
     Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml data.source=Salesforce/wikitext:wikitext-2-v1 --jobs 2
     """
-    from chiaroscuro.report.sweep import run_sweep
     from chiaroscuro.report.sweep_table import print_sweep
+    from chiaroscuro.studies.run_sweep import run_sweep
 
     console = Console(stderr=as_json)
     found = run_sweep(file, console, overrides=overrides or [], jobs=jobs)
@@ -551,7 +553,8 @@ def task(
     Example: chiaroscuro task listops-nested --length 256
     """
     from chiaroscuro.data.tasks import load_task
-    from chiaroscuro.report.task_terminal import describe_task, print_task
+    from chiaroscuro.report.task_terminal import print_task
+    from chiaroscuro.studies.tasks import describe_task
 
     options: dict[str, Any] = {
         "source": source,
@@ -690,7 +693,7 @@ def quickstart(
     Run it from a clone (it takes recipes/small.yaml and recipes/small-baseline.yaml). Interrupted, it goes on where it
     was; done, it shows the results again.
     """
-    from chiaroscuro.report.quickstart import run_quickstart
+    from chiaroscuro.studies.quickstart import run_quickstart
 
     figures = run_quickstart(output, Console(stderr=as_json))
     if as_json:

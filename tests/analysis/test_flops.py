@@ -29,9 +29,10 @@ from chiaroscuro.analysis.flops import (
     saving,
     shortest_length,
 )
+from chiaroscuro.analysis.savings import describe_flops
 from chiaroscuro.cli import main
 from chiaroscuro.model.config import default_operators
-from chiaroscuro.report.flops_terminal import describe_flops, explain
+from chiaroscuro.report.flops_terminal import explain
 
 MENUS = [
     ["dct"],

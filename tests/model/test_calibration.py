@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate
+from chiaroscuro.analysis.routing_summary import measure_routing
 from chiaroscuro.layers.thresholds import pool_tables
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.ops import null_entropy_quantiles
-from chiaroscuro.training.records import measure_routing
 
 VOCABULARY, WIDTH, TIME = 61, 32, 24
 THREE = ["dct", "rbf", "attention"]

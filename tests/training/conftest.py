@@ -1,8 +1,7 @@
-"""A corpus of a few thousand tokens and a model of a few thousand weights: a run takes about a second."""
+"""Runs of about a second each, and a disk that is full."""
 
 import gc
 import io
-import random
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,36 +12,12 @@ import pytest
 from rich.console import Console
 
 from chiaroscuro.training import Recipe, TrainResult, train
+from small_runs import recipe_content, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    words = [
-        "the",
-        "light",
-        "falls",
-        "on",
-        "a",
-        "wall",
-        "and",
-        "what",
-        "is",
-        "dark",
-        "stays",
-        "dark",
-        "until",
-        "the",
-        "sun",
-        "has",
-        "gone",
-        "round",
-    ]
-    draw = random.Random(0)
-    for split, lines in (("train", 26), ("validation", 35)):
-        text = "\n".join(" ".join(draw.choices(words, k=12)) for _ in range(lines))
-        (folder / f"{split}.txt").write_text(text + "\n")
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,29 +39,6 @@ def content(corpus: Path, tmp_path: Path) -> dict[str, Any]:
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """The run of `content`, never interrupted."""
     return train(changed(recipe_content(corpus, tmp_path_factory.mktemp("whole"))), console=Console(quiet=True))
-
-
-def recipe_content(corpus: Path, folder: Path) -> dict[str, Any]:
-    return {
-        "model": {
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 3,
-            "hidden_dropout": 0.1,
-            "attention_dropout": 0.1,
-        },
-        "data": {"source": str(corpus), "sequence_length": 16},
-        "tokenizer": "bpe:300",
-        "trainer": {
-            "output_dir": str(folder),
-            "steps": 12,
-            "batch_size": 4,
-            "warmup_steps": 2,
-            "log_every": 2,
-            "evaluate_every": 6,
-            "save_every": 4,
-        },
-    }
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks
 from chiaroscuro.analysis.gates import trace_gates
+from chiaroscuro.analysis.routing_summary import mean_gate
 from chiaroscuro.cli import main
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training import read_records
 from chiaroscuro.training.mixture import Mixture
-from chiaroscuro.training.records import mean_gate
 from chiaroscuro.training.trainer import RunTrainer
 
 Go = Callable[..., Any]

@@ -1,17 +1,15 @@
 """How well a model tells the labels of texts: loss, accuracy, and how sure one can be of the accuracy."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from chiaroscuro.analysis.statistics import CONFIDENCE
-from chiaroscuro.data.tasks import LabelledRows
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 
@@ -49,7 +47,7 @@ class ClassificationEvaluation:
 @torch.no_grad()
 def evaluate_rows(
     model: PreTrainedModel,
-    rows: LabelledRows,
+    rows: Dataset[Any],
     collate: Callable[[Any], dict[str, Any]],
     *,
     batch_size: int = 8,
@@ -61,8 +59,8 @@ def evaluate_rows(
 
     Args:
         model: a classifier; put into evaluation mode and back.
-        rows: the texts and their labels.
-        collate: makes a batch of rows, such as `PadToLongest`.
+        rows: the texts and their labels; a dataset with a length.
+        collate: turns a list of rows into a batch of tensors, with `labels` (B,) among them.
         batch_size: rows at once.
         output_routing: keep what was routed where (a CHIAR-Former alone can say).
         progress: called with the number of rows after every batch.
@@ -84,13 +82,14 @@ def evaluate_rows(
                 routings.append((outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["labels"]))
-    loss = total / len(rows)
+    count = len(cast(Sized, rows))
+    loss = total / count
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")
-    return ClassificationEvaluation(loss, correct / len(rows), wilson_interval(correct, len(rows)), len(rows), routings)
+    return ClassificationEvaluation(loss, correct / count, wilson_interval(correct, count), count, routings)
 
 
-def wilson_interval(correct: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The shares p for which |correct / n − p| ≤ z √(p (1 − p) / n), n the total, z the normal quantile of the level.
 
     It keeps within 0 and 1, and has a width even where all or none are correct. Source: Wilson 1927.

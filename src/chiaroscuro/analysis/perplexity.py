@@ -3,15 +3,43 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from chiaroscuro.data import TokenBlocks
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.evaluation_mode import evaluation_mode
+
+
+class TextSize(Protocol):
+    """How much text there is."""
+
+    @property
+    def count(self) -> int:
+        """In tokens."""
+
+    @property
+    def bytes(self) -> int:
+        """In bytes of UTF-8."""
+
+
+class Blocks(Protocol):
+    """A dataset of blocks, such as `chiaroscuro.data.TokenBlocks`.
+
+    Block i holds tensors `input_ids` (T,) and `shift_labels` (T,): for each position the token after it, or −100 where
+    nothing is to be predicted.
+    """
+
+    @property
+    def tokens(self) -> TextSize:
+        """The whole text that the blocks are cut from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +75,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate_blocks(
     model: PreTrainedModel,
-    blocks: TokenBlocks,
+    blocks: Blocks,
     *,
     batch_size: int = 8,
     output_routing: bool = False,
@@ -57,7 +85,7 @@ def evaluate_blocks(
 
     Args:
         model: any causal language model; put into evaluation mode and back.
-        blocks: the paper's, which overlap by one token, or with a stride (`TokenBlocks`).
+        blocks: the text, cut into blocks.
         batch_size: blocks at once.
         output_routing: keep what was routed where (a CHIAR-Former alone can say).
         progress: called with the number of blocks after every batch.
@@ -69,7 +97,7 @@ def evaluate_blocks(
     total, count, routings = 0.0, 0, []
     asked = {"output_routing": True} if output_routing else {}
     with evaluation_mode(model):
-        for batch in DataLoader(blocks, batch_size=batch_size):
+        for batch in DataLoader(cast(Dataset[Any], blocks), batch_size=batch_size):
             outputs = model(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked
             )

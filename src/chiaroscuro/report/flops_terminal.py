@@ -5,44 +5,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chiaroscuro.analysis.flops import (
-    TARGET,
-    attention_part,
-    compare_protocols,
-    count_flops,
-    full_attention,
-    largest_share,
-    shortest_length,
-)
-from chiaroscuro.model.config import ChiarConfig
-
-CLAIMED = "35–40%"
-"""Of all operations, what the paper's v2 says that its one model saves."""
-
-
-def describe_flops(config: ChiarConfig, length: int, share: float | None = None) -> dict[str, Any]:
-    """All that `print_flops` shows, ready for JSON: operations of one sequence, multiply-adds under `paper`."""
-    operators = {
-        step: {
-            "ours": count_flops(config, length, share=share, training=training).by_operator,
-            "full attention": count_flops(full_attention(config), length, training=training).by_operator,
-        }
-        for step, training in (("forward", False), ("training", True))
-    }
-    return {
-        "length": length,
-        "share": config.attention_share if share is None else share,
-        "attention_context": config.attention_context,
-        "execution": config.execution,
-        "by_operator": operators,
-        "protocols": compare_protocols(config, length, share),
-        "attention_part": attention_part(config, length),
-        "claimed": CLAIMED if _has_size_of_v2(config) else None,
-        "target": TARGET,
-        "shortest_length": shortest_length(config, share),
-        "largest_share": largest_share(config, length),
-    }
-
 
 def print_flops(figures: dict[str, Any], console: Console) -> None:
     """Print what `describe_flops` gives, of the model that `figures["model"]` names."""
@@ -68,11 +30,6 @@ def print_flops(figures: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(table)
     console.print(f"\n{explain(figures)}", highlight=False)
-
-
-def _has_size_of_v2(config: ChiarConfig) -> bool:
-    theirs = ChiarConfig.preset("v2-400m")
-    return (config.hidden_size, config.num_hidden_layers) == (theirs.hidden_size, theirs.num_hidden_layers)
 
 
 def explain(figures: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from chiaroscuro.training.callbacks import MoveThresholds
 from chiaroscuro.training.checkpoints import save_whole
 from chiaroscuro.training.recipe import Recipe
-from chiaroscuro.training.records import describe_routing, measure_routing, read_records
+from chiaroscuro.training.records import read_records
 from chiaroscuro.training.run import TrainingInterrupted, TrainResult, train
 from chiaroscuro.training.trainer import TrainingDiverged
 
@@ -13,8 +13,6 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
-    "describe_routing",
-    "measure_routing",
     "read_records",
     "save_whole",
     "train",

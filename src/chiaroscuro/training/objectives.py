@@ -21,13 +21,14 @@ from transformers import (
 
 from chiaroscuro.analysis.classification import evaluate_rows
 from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.routing_summary import mean_gate
 from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
 from chiaroscuro.data.tasks import ClassificationTask, LabelledRows, PadToLongest, load_task, tokenize_task
 from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.training.mixture import Mixture
 from chiaroscuro.training.recipe import LANGUAGE_MODELLING, Recipe
-from chiaroscuro.training.records import mean_gate, perplexity
+from chiaroscuro.training.records import perplexity
 
 Look = tuple[Any, Any]
 """`outputs.routing` and `outputs.meta_gate` of a batch."""

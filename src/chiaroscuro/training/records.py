@@ -9,58 +9,19 @@ noise beside them: an entropy means nothing without them.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from chiaroscuro.analysis.routing_summary import PROBABILITIES
 from chiaroscuro.errors import UserError
-from chiaroscuro.model import ChiarPreTrainedModel
-from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.ops import null_entropy_quantiles
-
-PROBABILITIES = (0.05, 0.5, 0.95)
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that is beyond a float."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width: int) -> dict[str, Any]:
-    """Shares and entropies per layer, and the mean gate, over some batches.
-
-    Args:
-        looks: `output.routing` and `output.meta_gate` of each batch; the gate None without a MetaRouter.
-        width: d, the width whose white noise the entropies are held against.
-    """
-    layers = [
-        {
-            "layer": number,
-            "operators": list(batches[0].operators),
-            "share": _share(batches),
-            "entropy": _entropy_quantiles(batches),
-        }
-        for number, batches in enumerate(zip(*(routing for routing, _ in looks), strict=True), start=1)
-    ]
-    record: dict[str, Any] = {
-        "layers": layers,
-        "null_entropy": null_entropy_quantiles(width, PROBABILITIES).tolist(),
-    }
-    return record | mean_gate(looks)
-
-
-def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:
-    """The mean of g over some batches, under `gate`; nothing without a MetaRouter. Padding has a g that counts not."""
-    gates = []
-    for routing, gate in looks:
-        if gate is not None:
-            real = routing[0].operator_index >= 0
-            gates.append((gate[real] if gate.shape == real.shape else gate).detach().float().flatten())
-    return {"gate": torch.cat(gates).mean().item()} if gates else {}
 
 
 def describe_tasks(seen: Sequence[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -76,28 +37,6 @@ def describe_tasks(seen: Sequence[tuple[str, dict[str, float]]]) -> dict[str, di
         task: {"batches": len(each), **{name: sum(f[name] for f in each) / len(each) for name in each[0]}}
         for task, each in tasks.items()
     }
-
-
-@torch.no_grad()
-def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """What a model routes where on some batches of input ids, as `describe_routing` puts it."""
-    with evaluation_mode(model):
-        outputs = [model.trunk(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
-    return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
-
-
-def _share(batches: Sequence[Any]) -> list[float]:
-    """Share of the real tokens per operator: a batch counts by its tokens, as the last one may be small."""
-    tokens = torch.stack([(batch.operator_index >= 0).sum() for batch in batches]).float()
-    shares = torch.stack([batch.share.detach().float() for batch in batches])
-    return (tokens @ shares / tokens.sum().clamp_min(1)).tolist()
-
-
-def _entropy_quantiles(batches: Sequence[Any]) -> list[float]:
-    # numpy, because torch.quantile refuses more than 16M values; real tokens only, padding has operator_index
-    # -1.
-    seen = torch.cat([batch.entropy.detach()[batch.operator_index >= 0].float() for batch in batches])
-    return np.quantile(seen.cpu().numpy(), PROBABILITIES).tolist() if seen.numel() else []
 
 
 def routed(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
 from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import checkpoints, prune, seal, written_whole
 from chiaroscuro.training.objectives import Objective
-from chiaroscuro.training.records import describe_routing, describe_tasks, mean_gate
+from chiaroscuro.training.records import describe_tasks
 
 
 class TrainingDiverged(UserError):

@@ -1,6 +1,6 @@
 """The two comparisons on WikiText-2 that docs/results.md reports, trained, measured and written by one command.
 
-    python -m experiments.wikitext2
+    python -m chiaroscuro.studies.wikitext2
 
 1. `small` against `small-baseline`: 5.1 M tokens each, `bpe:8192`, two seeds.
 2. The model with attention alone on every menu, with its own feed-forward and with Llama's, against Hugging Face's
@@ -20,10 +20,11 @@ from typing import Any
 from rich.console import Console
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.routing_summary import describe_routing
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
-from chiaroscuro.training import Recipe, describe_routing, train
+from chiaroscuro.training import Recipe, train
 
 SEEDS = (0, 1)
 VARIANTS: dict[str, tuple[list[str], tuple[int, ...]]] = {
@@ -73,6 +74,7 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
     if not (folder / "model").is_dir():
         train(recipe, resume=any(folder.glob("checkpoint-*")), console=console)
     model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
+    assert recipe.data.source is not None  # every recipe of this study models a text
     splits = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)
     figures: dict[str, Any] = {
         "model": name,
@@ -122,7 +124,7 @@ def page(figures: list[dict[str, Any]]) -> str:
         [
             "# Results on WikiText-2",
             "",
-            "Written by `python -m experiments.wikitext2` from `experiments/results/wikitext2.json`; do not edit.",
+            "Written by `python -m chiaroscuro.studies.wikitext2` from `experiments/results/wikitext2.json`.",
             "Perplexity over the paper's blocks (T + 1 tokens that overlap by one, no context across blocks), per",
             "token of the model's own tokenizer: compare only within a table. Bits per byte compare everywhere.",
             "CPU, one thread, float32. The runs shared a machine with other work, so their times mean nothing.",

@@ -21,10 +21,10 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.sweep_figure import draw_curves, draw_sweep
-from chiaroscuro.report.sweep_results import collect_figures, describe_sweep
 from chiaroscuro.report.sweep_table import print_sweep, render_csv, render_markdown, write_results
+from chiaroscuro.studies.sweep import Sweep, SweepFile, SweepRun
+from chiaroscuro.studies.sweep_results import collect_figures, describe_sweep
 from chiaroscuro.training import Recipe
-from chiaroscuro.training.sweep import Sweep, SweepFile, SweepRun
 
 RECIPE = Recipe.from_dict({"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}})
 

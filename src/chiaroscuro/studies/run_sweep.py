@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.report.sweep_results import collect_figures, describe_sweep, metric_of
 from chiaroscuro.report.sweep_table import number, write_results
-from chiaroscuro.training.sweep import Sweep, SweepRun, alone_in, carry_out, default_jobs
+from chiaroscuro.studies.sweep import Sweep, SweepRun, alone_in, carry_out, default_jobs
+from chiaroscuro.studies.sweep_results import collect_figures, describe_sweep, metric_of
 
 
 class SweepInterrupted(UserError):
@@ -29,7 +29,7 @@ def run_sweep(
     """Train what a sweep lacks, and write its tables and plot.
 
     Args:
-        path: The sweep's YAML file (see `chiaroscuro.training.sweep`).
+        path: The sweep's YAML file (see `chiaroscuro.studies.sweep`).
         console: Where progress goes.
         overrides: `"section.field=value"`, for the recipe that all runs have in common.
         jobs: Runs at once; unless given, one per GPU or, where there is none, per core.

@@ -1,6 +1,6 @@
 """The recipes at the paper's own scale, begun: a few steps each of 17 M and 400 M parameters on a CPU.
 
-    python -m experiments.paper
+    python -m chiaroscuro.studies.paper
 
 They are meant for GPUs and WikiText-103. That they build the paper's models and train them can be seen with less: the
 same recipes with a page of WikiText-2, GPT-2's tokenizer from files, and so few steps that no loss says anything but

@@ -1,6 +1,6 @@
 """The published rbf operator without its mask and with it: how near A is to the identity, and whether it leaks.
 
-    chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m experiments.rbf
+    chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m chiaroscuro.studies.rbf
 
 Measures the models that the sweep trained, on the validation split of WikiText-2: the weight that a token gives itself
 in every layer, before training and after; itself and its copies; later tokens that are no copies; and the perplexity of
@@ -65,6 +65,7 @@ def load(folder: Path) -> tuple[Recipe, ChiarForCausalLM, TokenBlocks, list[torc
     recipe = Recipe.load(folder / "recipe.yaml")
     model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
     assert isinstance(model, ChiarForCausalLM)
+    assert recipe.data.source is not None  # the sweep trains language models
     tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
     blocks = TokenBlocks(tokens, recipe.data.sequence_length)
     return recipe, model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]

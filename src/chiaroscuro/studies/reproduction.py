@@ -1,6 +1,6 @@
 """docs/reproduction.md: each claim of the paper, its number, ours, and whether it holds; from the committed results.
 
-    python -m experiments.reproduction
+    python -m chiaroscuro.studies.reproduction
 
 Reads experiments/results/*/results.json, which `chiaroscuro sweep recipes/sweeps/NAME.yaml` writes, and counts
 operations itself. A verdict is what its rule, which stands beside the claim, makes of the figures; nothing is typed in
@@ -15,8 +15,8 @@ from typing import Any
 
 from chiaroscuro import ChiarConfig
 from chiaroscuro.analysis.flops import attention_part, compare_protocols
-from chiaroscuro.analysis.statistics import Estimate, compare, compare_ratios, estimate
 from chiaroscuro.ops import null_entropy_quantiles
+from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
 
 RESULTS = Path("experiments/results")
 PAGE = Path("docs/reproduction.md")
@@ -93,7 +93,7 @@ def page() -> str:
     parts = [
         "# What of the paper can be reproduced",
         "",
-        "Written by `python -m experiments.reproduction` from `experiments/results/`; do not edit.",
+        "Written by `python -m chiaroscuro.studies.reproduction` from `experiments/results/`; do not edit.",
         "",
         "The paper (arXiv 2606.08327) trains 17 M and 400 M parameters on WikiText-103, one run each. Ours is the",
         "scale that two CPU cores carry: 5 layers, d 128, T 128, one epoch of WikiText-2 (2.5 M tokens), `bpe:4096`,",
@@ -133,8 +133,8 @@ def page() -> str:
         *begun(),
         "## Over training",
         "",
-        "Drawn by `python -m experiments.courses` from the runs' records; `chiaroscuro collapse RUN --png FILE` and",
-        "`chiaroscuro gates RUN --png FILE` draw one run.",
+        "Drawn by `python -m chiaroscuro.studies.courses` from the runs' records; `chiaroscuro collapse RUN --png",
+        "FILE` and `chiaroscuro gates RUN --png FILE` draw one run.",
         "",
         *courses(),
         "",
@@ -443,7 +443,7 @@ def leak_claim(rbf: Sweep) -> Claim:
         "; ".join(ours),
         "ratio below 0.999",
         verdict_below(found, 0.999),
-        "chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m experiments.rbf",
+        "chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m chiaroscuro.studies.rbf",
         tuple(
             at_scale(f"v1-rbf-{causal}", "model.preset=v1-three-operator", f"model.rbf_causal={causal}")
             for causal in ("true", "false")
@@ -507,15 +507,15 @@ def questions(text: Sweep) -> list[str]:
 
 
 def begun() -> list[str]:
-    """What `experiments.paper` saw of the recipes at the paper's scale."""
+    """What `chiaroscuro.studies.paper` saw of the recipes at the paper's scale."""
     file = RESULTS / "paper" / "steps.json"
     if not file.is_file():
         return []
     lines = [
         "## The paper's own recipes, begun",
         "",
-        "A few steps on a CPU (`python -m experiments.paper`), to show that they train; of results it says nothing.",
-        "The text is a page of WikiText-2, and of the recipes is changed what the column says.",
+        "A few steps on a CPU (`python -m chiaroscuro.studies.paper`), to show that they train; they say nothing of",
+        "the results. The text is a page of WikiText-2; the column says what is changed in the recipe.",
         "",
         "| recipe | changed | parameters | tokens a step | after steps | loss |",
         "|---|---|---|---|---|---|",
@@ -541,7 +541,7 @@ def chosen_rbf() -> list[str]:
     layers = [layer for run in measured for layer in run["trained"].values()]
     copies, alone = min(layer["copies"] for layer in layers), [layer["mean"] for layer in layers]
     return [
-        "**Does rbf mix where it is one of three?** (`python -m experiments.rbf`)",
+        "**Does rbf mix where it is one of three?** (`python -m chiaroscuro.studies.rbf`)",
         "",
         f"In {len(measured)} models of three operators the matrix A gives a token and the copies of its word before it",
         f"{copies:.4f} of the weight or more, as a mean over a layer's tokens, and the token itself {min(alone):.3f}",

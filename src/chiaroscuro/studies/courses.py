@@ -1,7 +1,7 @@
 """What the tables of the studies leave out: the operators' shares and the MetaRouter's gate over training.
 
     chiaroscuro sweep recipes/sweeps/wikitext2.yaml && chiaroscuro sweep recipes/sweeps/mixed.yaml
-    python -m experiments.courses
+    python -m chiaroscuro.studies.courses
 
 Two pictures from the records of the runs, all seeds of a variant in one panel: shares.png beside the tables of
 wikitext2, of the variants with three operators (does one of them collapse?), and gates.png beside those of mixed, of

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from chiaroscuro import UserError
 from chiaroscuro.analysis.flops import count_flops
-from chiaroscuro.report import performance
-from chiaroscuro.report.performance import Candidate, Plan, run_benchmark
+from chiaroscuro.studies import benchmark
+from chiaroscuro.studies.benchmark import Candidate, Plan, run_benchmark
 
 PLAN = Plan(3, 16, 2, 60, lengths=(16, 40), shares=(0.25, 0.5), tokens=64, seconds=0, tasks=("train", "decode"))
 
@@ -79,7 +79,7 @@ def test_what_is_measured_is_not_measured_again(
         asked.append((task, length))
         return [c for c in found["cells"] if (c["task"], c["length"]) == (task, length)]
 
-    monkeypatch.setattr(performance, "_measure", note)
+    monkeypatch.setattr(benchmark, "_measure", note)
     again = run_benchmark(PLAN, results, folder / "again.md", Console(quiet=True))
     assert asked == [("decode", 16), ("decode", 40)]
     assert sorted(map(str, again["cells"])) == sorted(map(str, found["cells"]))
@@ -90,14 +90,14 @@ def closing(found: dict[str, Any]) -> str:
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = performance._measure
+    real = benchmark._measure
 
     def stop(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
         if length == 40:
             raise KeyboardInterrupt
         return real(plan, task, length)
 
-    monkeypatch.setattr(performance, "_measure", stop)
+    monkeypatch.setattr(benchmark, "_measure", stop)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(PLAN, tmp_path / "speed.json", tmp_path / "page.md", Console(quiet=True), closing)
     cells = json.loads((tmp_path / "speed.json").read_text())["cells"]
@@ -116,7 +116,7 @@ def test_an_interruption_before_anything_was_measured_leaves_an_old_page(
     def stop(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(performance, "_measure", stop)
+    monkeypatch.setattr(benchmark, "_measure", stop)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(PLAN, tmp_path / "speed.json", tmp_path / "page.md", Console(quiet=True))
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.md", "old")]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from chiaroscuro.report.sweep_results import describe_sweep
 from chiaroscuro.report.sweep_table import write_results
+from chiaroscuro.studies import reproduction
+from chiaroscuro.studies.sweep import Sweep
+from chiaroscuro.studies.sweep_results import describe_sweep
 from chiaroscuro.training import Recipe
-from chiaroscuro.training.sweep import Sweep
-from experiments import reproduction
 
 SWEEPS = ("wikitext2", "rbf", "imdb", "listops-flat", "listops-nested", "mixed")
 NULL = [0.823, 0.852, 0.876]

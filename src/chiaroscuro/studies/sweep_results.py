@@ -12,11 +12,11 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 import chiaroscuro.model
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
-from chiaroscuro.analysis.statistics import compare, compare_ratios, estimate
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.studies.statistics import compare, compare_ratios, estimate
+from chiaroscuro.studies.sweep import Sweep, SweepRun
 from chiaroscuro.training.records import read_records, routed
-from chiaroscuro.training.sweep import Sweep, SweepRun
 
 DIVERGED = 30.0
 """Nats. A guess among 2³² tokens has 22; far beyond, a mean of perplexities says nothing, and an interval overflows."""

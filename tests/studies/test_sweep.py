@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.report.sweep import run_sweep
+from chiaroscuro.studies.run_sweep import run_sweep
+from chiaroscuro.studies.sweep import Sweep, SweepFile, SweepRun, alone_in, carry_out
 from chiaroscuro.training import read_records
 from chiaroscuro.training.recipe import Recipe
-from chiaroscuro.training.sweep import Sweep, SweepFile, SweepRun, alone_in, carry_out
 
 STAND_IN = """#!/bin/sh
 recipe=$4
@@ -97,7 +97,7 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setenv("ORDER", str(order))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("chiaroscuro.training.sweep._POLL", 0.02)
+    monkeypatch.setattr("chiaroscuro.studies.sweep._POLL", 0.02)
     return lambda: order.read_text().splitlines() if order.exists() else []
 
 

@@ -1,0 +1,1 @@
+"""What trains and measures many models: sweeps, the benchmark, the quickstart, and the studies of the paper."""
