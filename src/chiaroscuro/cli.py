@@ -439,8 +439,8 @@ def benchmark(
 
     Example: chiaroscuro benchmark --length 1024 --length 4096 --share 0.25 --task train
     """
+    from chiaroscuro.files import refuse_file
     from chiaroscuro.studies.benchmark import Plan, run_benchmark
-    from chiaroscuro.training.checkpoints import refuse_file
 
     refuse_file(output, f"--output {output}")
     given = {"lengths": length, "shares": share, "contexts": context, "tasks": task}
@@ -657,13 +657,13 @@ def import_reference(
     Example: chiaroscuro import-reference chiar_dct_attn_400M_best.pt runs/author --thresholds 0.8935 0.8973
     """
     from chiaroscuro.convert import import_reference as convert
-    from chiaroscuro.training.checkpoints import ELSEWHERE, written_whole
+    from chiaroscuro.files import whole_folder
 
     if output.exists():
         raise UserError(f"{output} exists already: name another folder")
     imported = convert(file, heads=heads, thresholds=thresholds)
     model = imported.model
-    with written_whole(output, advice=ELSEWHERE) as partial:
+    with whole_folder(output) as partial:
         model.save_pretrained(partial)
     facts: dict[str, Any] = {
         "output": str(output),

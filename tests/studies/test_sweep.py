@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,8 +22,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import alone_in
 from chiaroscuro.studies.run_sweep import run_sweep
-from chiaroscuro.studies.sweep import Sweep, SweepFile, SweepRun, alone_in, carry_out
+from chiaroscuro.studies.sweep import Sweep, SweepFile, SweepRun, carry_out
 from chiaroscuro.training import read_records
 from chiaroscuro.training.recipe import Recipe
 
@@ -276,25 +276,6 @@ def test_an_interruption_lets_the_runs_stop_and_they_are_resumed(
     assert "--resume threads" in (waits / "log.txt").read_text()
     assert (sweep.runs[0].folder / "metrics.jsonl").stat().st_mtime_ns == done
     assert go_through(sweep).outcomes == {}
-
-
-def test_two_sweeps_never_share_a_folder_even_if_one_was_killed(tmp_path: Path) -> None:
-    folder = tmp_path / "sweep"
-    with alone_in(folder) as lock:
-        with (
-            pytest.raises(UserError, match=rf"process {os.getpid()}\) or a run that it started is at work"),
-            alone_in(folder),
-        ):
-            pass
-        left_behind = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-    try:
-        with pytest.raises(UserError, match="at work"), alone_in(folder):
-            pass
-    finally:
-        left_behind.kill()
-        left_behind.wait()
-    with alone_in(folder):  # the dead hold nothing
-        pass
 
 
 def test_a_folder_with_another_run_is_refused_by_the_field_that_differs(

@@ -6,16 +6,12 @@ over.
 
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from chiaroscuro.errors import UserError
 from chiaroscuro.training.checkpoints import (
     MANIFEST,
     PARTIAL,
@@ -101,38 +97,6 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
             raise error
         assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
         assert not (tmp_path / PARTIAL).exists()
-
-
-def test_an_older_folder_is_replaced_whole(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "stale").touch()
-    with written_whole(tmp_path / "model") as partial:
-        assert (tmp_path / "model" / "stale").exists()
-        (partial / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda folder: (folder / "x.txt").write_text("x" * 50_000),
-        lambda folder: torch.save({"x": torch.ones(50_000)}, folder / "x.pt"),
-        lambda folder: save_file({"x": torch.ones(50_000)}, folder / "x.safetensors"),
-    ],
-    ids=["plain", "torch", "safetensors"],
-)
-def test_a_full_disk_is_one_line(
-    tmp_path: Path,
-    write: Callable[[Path], None],
-    files_no_larger_than: Callable[[int], AbstractContextManager[None]],
-) -> None:
-    write_checkpoint(tmp_path, 5)
-    target = tmp_path / "checkpoint-10"
-    with files_no_larger_than(20_000), pytest.raises(UserError) as caught, written_whole(target) as partial:
-        write(partial)
-    assert str(target) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_pruning_spares_what_a_broken_later_one_would_push_out(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunTrainer, "_save_checkpoint", save)
-        with pytest.raises(UserError, match=r"checkpoint-8 could not be saved .* Make room, then resume$"):
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint-8: .* Make room, then resume$"):
             run()
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-4"]
     assert not (tmp_path / "run" / ".partial").exists()

@@ -9,13 +9,12 @@ from rich.table import Table
 from chiaroscuro.analysis.routing import trace_routing
 from chiaroscuro.analysis.sampling import continue_text
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import write_text
+from chiaroscuro.files import refuse_file, write_text
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.report.routing_figure import save_png
 from chiaroscuro.report.routing_html import render_html
 from chiaroscuro.report.routing_terminal import print_routing
 from chiaroscuro.training import Recipe, read_records, train
-from chiaroscuro.training.checkpoints import refuse_file
 
 RECIPES = {"small": Path("recipes/small.yaml"), "small-baseline": Path("recipes/small-baseline.yaml")}
 PROMPT = "Return a copy of the string with"

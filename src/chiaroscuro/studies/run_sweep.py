@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import alone_in
 from chiaroscuro.report.sweep_table import number, write_results
-from chiaroscuro.studies.sweep import Sweep, SweepRun, alone_in, carry_out, default_jobs
+from chiaroscuro.studies.sweep import Sweep, SweepRun, carry_out, default_jobs
 from chiaroscuro.studies.sweep_results import collect_figures, describe_sweep, metric_of
 
 

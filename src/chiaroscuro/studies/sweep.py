@@ -21,7 +21,6 @@ before any second, so that a sweep broken off halfway can be read.
 """
 
 import copy
-import fcntl
 import itertools
 import json
 import os
@@ -44,6 +43,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from chiaroscuro.data import check_source
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_text
 from chiaroscuro.training.checkpoints import checkpoints
 from chiaroscuro.training.recipe import (
     LANGUAGE_MODELLING,
@@ -292,36 +292,6 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or cores
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
-    """Hold a folder against other sweeps, and give the lock to hand on to the runs.
-
-    The lock is the system's, and every run inherits it: it lasts as long as one of the processes lives, be it that the
-    sweep's own was killed, and no longer.
-
-    Raises:
-        UserError: if another sweep, or a run that one left behind, is at work there; or the folder can't be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output_dir={folder} can't be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"a sweep (process {lock.read().strip()}) or a run that it started is at work in {folder}; "
-                "wait for it, or stop it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield lock.fileno()
-
-
 def carry_out(runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: Watcher) -> None:
     """Train the runs, so many at once, in order; one that fails stops no other.
 
@@ -367,9 +337,8 @@ def _start(run: SweepRun, device: str | None, lock: int) -> subprocess.Popen[byt
     resume = bool(checkpoints(run.folder))
     run.folder.mkdir(parents=True, exist_ok=True)
     # The recipe as it was when the sweep began, however long ago: a change of its file meanwhile changes no run.
-    recipe, beside = run.folder / "recipe.yaml", run.folder / "recipe.yaml.partial"
-    beside.write_text(yaml.safe_dump(run.content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(beside, recipe)
+    recipe = run.folder / "recipe.yaml"
+    write_text(recipe, yaml.safe_dump(run.content, sort_keys=False, allow_unicode=True))
     environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONUNBUFFERED": "1"}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device

@@ -9,10 +9,8 @@ The last file written is a manifest with the size and SHA-256 of every other. It
 folder from one that a copy, a quota or a failing disk cut short afterwards.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,17 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import move_whole, whole_folder, why_not_written
 from chiaroscuro.training.recipe import Recipe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 GO_ON = "what was saved before is intact. Make room, then resume"
 """What to do when a run can't save; without a run there is nothing to resume."""
-ELSEWHERE = "choose another place"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -48,21 +45,6 @@ class Checkpoint:
     path: Path
     step: int
     facts: dict[str, Any]
-
-
-def refuse_file(folder: Path, said: str) -> None:
-    """Refuse a place for a folder that is a file, or lies in one.
-
-    Args:
-        folder: The place.
-        said: How the user gave it: "--output x".
-
-    Raises:
-        UserError: naming the file.
-    """
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{said}{'' if place == folder else f': {place}'} is a file; name a folder")
 
 
 @contextmanager
@@ -84,50 +66,17 @@ def written_whole(target: Path, *, is_writer: bool = True, advice: str = GO_ON) 
             partial.mkdir(parents=True)
         yield partial
         if is_writer:
-            _force_to_disk(partial)
-            _rename_over(partial, target)
+            move_whole(partial, target)
     except BaseException as error:
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-        reason = _why_not_written(error)
+        reason = why_not_written(error)
         if reason is None:
             raise
-        raise UserError(f"{target} could not be saved ({reason}); {advice}") from error
+        raise UserError(f"cannot write {target}: {reason}; {advice}") from error
     finally:
         if is_writer and partial.parent.is_dir() and not any(partial.parent.iterdir()):
             partial.parent.rmdir()
-
-
-def _why_not_written(error: BaseException) -> str | None:
-    """Return the reason if this is a file system's refusal, which torch and safetensors wrap as they like."""
-    if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno else str(error)
-    text = " ".join(str(error).split())
-    torch_write = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
-    if isinstance(error, SafetensorError) or torch_write:
-        full = next((c for c in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if os.strerror(c) in text), None)
-        return os.strerror(full) if full else "the file could not be written to its end; is the disk full?"
-    return None
-
-
-def _force_to_disk(folder: Path) -> None:
-    """Without this, a power cut could leave the new name on files that were never written."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _rename_over(partial: Path, target: Path) -> None:
-    """Rename onto `target`; an older one steps aside first, as a rename wants an empty place."""
-    aside = partial.with_name(f"{target.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.replace(target, aside)
-    os.replace(partial, target)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_whole(
@@ -144,7 +93,7 @@ def save_whole(
     Raises:
         UserError: if the file system refuses.
     """
-    with written_whole(folder, advice=ELSEWHERE) as partial:
+    with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if recipe is not None:

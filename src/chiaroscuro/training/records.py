@@ -8,7 +8,6 @@ noise beside them: an entropy means nothing without them.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from chiaroscuro.analysis.routing_summary import PROBABILITIES
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_text
 
 
 def perplexity(loss: float) -> float:
@@ -143,7 +143,4 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the records that come after `step`: a resumed run is about to write them again."""
-    kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step))

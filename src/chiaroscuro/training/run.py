@@ -11,7 +11,6 @@ move the weights, from the learning rate to the corpus, must be what it was when
 is refused.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -28,11 +27,12 @@ from transformers.utils import logging
 
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_file, write_text
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
-from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete, refuse_file
+from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records
@@ -243,9 +243,7 @@ def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed run was writing
         if not resume:
             (folder / _METRICS).write_bytes(b"")
-        beside = folder / f"{_RECIPE}.partial"
-        beside.write_text(recipe.to_yaml(), encoding="utf-8")
-        os.replace(beside, folder / _RECIPE)
+        write_text(folder / _RECIPE, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"trainer.output_dir={folder} can't be written: {error.strerror}") from None
 
