@@ -379,7 +379,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "calibration without a place": (["calibrate", "RUN"], "--output is missing"),
     "calibration where nothing can be": (
         ["calibrate", "RUN", "--output", f"{__file__}/cal"],
-        "could not be saved (Not a directory); choose another place",
+        ": Not a directory; choose another place",
     ),
     "no name of a checkpoint": (["evaluate", ""], "the name is empty"),
     "no name of a recipe": (["train", ""], "the name is empty"),
