@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint bench site clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r target text; do \
@@ -46,10 +46,13 @@ lint: install ## formatting, lint rules, types, and the direction of imports
 bench: install ## run every benchmark; the figures land in benchmarks/results
 	@for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
+site: install ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove .venv, caches and build products; runs/ stays
-	@rm -rf $(BIN) $(VENV) build dist src/*.egg-info
+	@rm -rf $(BIN) $(VENV) build dist site src/*.egg-info
 	@rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
-	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	@find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp can be wrong: the Python behind .venv may be gone, or the caller names another PyTorch, for which pip
 # might take the present one. Then the environment is built anew.

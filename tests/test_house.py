@@ -1,4 +1,4 @@
-"""The house around the code: its papers agree, its rooms keep their order, its README tells the truth."""
+"""The house around the code: its papers agree, its rooms keep their order, its recipes are valid."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
-from chiaroscuro.cli import app
 from chiaroscuro.studies.sweep import Sweep
 from chiaroscuro.training.recipe import Recipe
 
@@ -37,11 +36,6 @@ FORBIDDEN = {
 
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def readme_commands() -> set[str]:
-    """The commands of the README's table: the rows that open with `chiaroscuro VERB`."""
-    return set(re.findall(r"^\| *`chiaroscuro ([a-z-]+)", text_of("README.md"), re.MULTILINE))
 
 
 # The papers at the root
@@ -138,7 +132,7 @@ def test_an_import_that_climbs_is_caught(tmp_path: Path) -> None:
     assert "chiaroscuro.ops.climber -> chiaroscuro.training" in result.stdout
 
 
-# What the README and the recipes promise
+# What the recipes promise
 
 
 def test_every_recipe_is_valid() -> None:
@@ -155,28 +149,28 @@ def test_every_sweep_is_valid() -> None:
         Sweep.load(sweep)  # raises where the recipe of one of its runs is impossible
 
 
-def test_the_readme_lists_every_command_and_no_other() -> None:
-    assert readme_commands() == set(typer.main.get_group(app).commands)
+# The picture of the rooms
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_every_make_target_that_a_page_names_exists(page: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text_of(page), re.MULTILINE))
-    assert {"test"} <= named <= targets
+def rooms_in_the_picture() -> set[tuple[str, str]]:
+    """The arrows of the mermaid picture in CONTRIBUTING: (importing room, imported room)."""
+    (picture,) = re.findall(r"^```mermaid\n(.*?)^```", text_of("CONTRIBUTING.md"), re.DOTALL | re.MULTILINE)
+    arrows: set[tuple[str, str]] = set()
+    for line in picture.splitlines():
+        stations = [station.split(" & ") for station in line.strip().split(" --> ")]
+        arrows |= {pair for above, below in pairwise(stations) for pair in product(above, below)}
+    return arrows
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_the_python_of_the_pages_runs(tmp_path: Path, page: str) -> None:
-    """Top to bottom in one session, as a reader would; a traceback has the page's line numbers."""
-    inside, blocks, script = False, 0, []
-    for line in text_of(page).splitlines():
-        if line.startswith("```"):
-            inside = line == "```python"
-            blocks += inside
-            line = ""
-        script.append(line if inside else "")
-    assert blocks > 0
-    (tmp_path / "page.py").write_text("\n".join(script), encoding="utf-8")
-    result = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_the_picture_of_the_rooms_is_the_contract_and_the_folders() -> None:
+    (contract,) = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = [[name.removeprefix("chiaroscuro.") for name in layer.split(" | ")] for layer in contract["layers"]]
+    assert rooms_in_the_picture() == {pair for above, below in pairwise(layers) for pair in product(above, below)}
+    rooms = {room for layer in layers for room in layer}
+    folders = {init.parent.name for init in (ROOT / "src/chiaroscuro").glob("*/__init__.py")}
+    assert folders <= rooms
+    assert set(re.findall(r"^\| `(\w+)` \|", text_of("CONTRIBUTING.md"), re.MULTILINE)) == rooms
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(text_of("README.md").splitlines()) <= 120

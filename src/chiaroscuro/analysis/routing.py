@@ -120,7 +120,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
 
     Raises:
         UserError: the text is empty, too long or not Unicode; the tokenizer is another model's; the model
-        gives NaN.
+            gives NaN.
 
     """
     if not text:

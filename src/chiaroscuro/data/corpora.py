@@ -104,7 +104,7 @@ def load_corpus(
     Args:
         source: one of
 
-            - `python-docs`: the documentation of the running Python ([`python_documents`][]), split by
+            - `python-docs`: the documentation of the running Python (`python_documents`), split by
               document;
             - a folder: `train.txt`, `validation.txt` (or `valid.txt`, `val.txt`) and, if there is one,
               `test.txt`. Each line is a row. `.parquet` and `.jsonl` work too, with a column "text", and so

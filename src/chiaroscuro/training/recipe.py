@@ -219,7 +219,7 @@ class Recipe(Section):
 
         Raises:
             UserError: if the file can't be read, is no YAML, or says something unknown, missing or
-            impossible.
+                impossible.
         """
         content = read_yaml(Path(path), "recipe", "model: and trainer:")
         for override in overrides:

@@ -1,0 +1,133 @@
+"""What the pages promise: their Python runs, their command lines exist, their figures are drawn from the same facts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from pages import ROOT, blocks, pages
+
+from chiaroscuro.cli import app
+
+PAGES = pages()
+WITH_PYTHON = [page for page in PAGES if blocks(page.read_text("utf-8"), "python")]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[int, str]]:
+    """Every page with Python on it, run: its exit status and what it printed."""
+    folder = tmp_path_factory.mktemp("pages")
+    script = Path(__file__).with_name("pages.py")
+    subprocess.run([sys.executable, script, folder, *WITH_PYTHON], check=True, cwd=ROOT)
+    return {
+        page: (int((folder / f"{n}.status").read_text()), (folder / f"{n}.log").read_text("utf-8"))
+        for n, page in enumerate(WITH_PYTHON)
+    }
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_the_python_of_the_pages_runs(page: Path, runs: dict[Path, tuple[int, str]]) -> None:
+    status, printed = runs[page]
+    assert status == 0, printed
+
+
+# Command lines
+
+
+def command_lines(text: str) -> list[str]:
+    """The command lines of the shell blocks, joined over a backslash, and those in inline code without placeholders."""
+    shell = [line for _, block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    inline = [code for code in re.findall(r"`([^`\n]+)`", prose) if not re.search(r"[…|]|\[[a-z-]", code)]
+    lines = [part.strip() for line in shell + inline for part in line.split("&&")]
+    return [line for line in lines if line.split() and line.split()[0] in ("chiaroscuro", "make", "$")]
+
+
+def parse(line: str) -> None:
+    """Hold a command line against the command that it names: every option known, every value of its type.
+
+    Nothing is run.
+    """
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+        assert not unknown, f"make {unknown[0]}: no such target"
+        return
+    assert words[0] == "chiaroscuro", f"{line}: write commands without a prompt"
+    group = typer.main.get_group(app)
+    if words[1:2] in (["--help"], ["--version"], []):
+        return
+    assert words[1] in group.commands, f"chiaroscuro {words[1]}: no such command"
+    command = group.commands[words[1]]
+    if len(words) == 2 and any(parameter.required for parameter in command.params):
+        return  # the command is only named
+    for parameter in command.params:
+        parameter.callback = None  # those of ours look for the files that are named
+    command.make_context(words[1], words[2:])
+
+
+LINES = sorted({(name_of(page), line) for page in PAGES for line in command_lines(page.read_text("utf-8"))})
+
+
+def test_command_lines_are_found() -> None:
+    assert {"chiaroscuro", "make"} <= {line.split()[0] for _, line in LINES}
+    assert len(LINES) > 30
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in LINES}))
+def test_every_command_line_is_one(page: str) -> None:
+    for found, line in LINES:
+        if found == page:
+            parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("chiaroscuro paint runs/small", "no such command"),
+        ("chiaroscuro route runs/small TEXT --gif page.gif", "--gif"),
+        ("chiaroscuro generate runs/small TEXT --max-new-tokens many", "valid integer"),
+        ("chiaroscuro info runs/small runs/other", "runs/other"),
+        ("chiaroscuro calibrate --share 0.1", "(?i)missing"),
+        ("make tea", "no such target"),
+        ("$ chiaroscuro presets", "without a prompt"),
+    ],
+)
+def test_a_wrong_command_line_is_caught(line: str, complaint: str) -> None:
+    (found,) = command_lines(f"```sh\n{line}\n```")
+    with pytest.raises(Exception, match=complaint):
+        parse(found)
+
+
+# Figures
+
+
+def table_after(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a line that starts so, without its head."""
+    (_, rest) = text.split(f"\n{heading}", 1)
+    table = re.search(r"(?:^\|.*\n)+", rest, re.MULTILINE)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
+
+
+@pytest.mark.parametrize(
+    ("task", "heading"), [("training step", "## Training step"), ("prefill", "## Prefill"), ("decoding", "## Decoding")]
+)
+def test_the_readme_s_speed_is_the_measured_one(task: str, heading: str) -> None:
+    measured = {row[0]: row[1:] for row in table_after((ROOT / "docs/performance.md").read_text("utf-8"), heading)}
+    rows = [row for row in table_after((ROOT / "README.md").read_text("utf-8"), "## What it saves") if task in row[0]]
+    assert len(rows) == 2
+    for name, *cells in rows:
+        (context,) = re.findall(r'"(\w+)"', name)
+        wanted = [re.sub(r".*\*\*(.*)×\*\*", r"\1", cell) for cell in measured[f"{context}, ρ = 0.25"]]
+        assert cells == wanted, name
