@@ -29,7 +29,7 @@ from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, Work, machine, peak_memory, take_turns
 from chiaroscuro.files import write_text
 from chiaroscuro.layers import PackedTokens, RoutedBlock
-from chiaroscuro.ops import dct, entropy_of_spectrum, linear_cross_entropy, packed_attention, prefix_attention, spectral
+from chiaroscuro.ops import linear_cross_entropy, packed_attention, prefix_attention
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
 LOSS: Any = import_module("chiaroscuro.ops.linear_cross_entropy")  # the function took its name in the package
@@ -50,20 +50,6 @@ def under(module: ModuleType, name: str, values: tuple[int, ...], work: Work) ->
             work()
 
     return {f"{value:,}": partial(run, value) for value in values}
-
-
-def transform() -> dict[str, Work]:
-    """In blocks of several sizes, and all at once."""
-    x = normal(TOKENS, WIDTH)
-    values = spectral.BLOCK, 2**14, 2**15, 2**16, 2**18, TOKENS * WIDTH
-    return under(spectral, "BLOCK", values, lambda: dct(x))
-
-
-def entropy() -> dict[str, Work]:
-    """In blocks, and all at once."""
-    coefficients = normal(TOKENS, WIDTH)
-    values = spectral.BLOCK, TOKENS * WIDTH
-    return under(spectral, "BLOCK", values, lambda: entropy_of_spectrum(coefficients))
 
 
 def tiles(time: int) -> dict[str, Work]:
@@ -130,8 +116,6 @@ def routed_layer() -> None:
 
 
 CHOICES: dict[str, Callable[[], dict[str, Work]]] = {
-    "ops/spectral.py, BLOCK, transform": transform,
-    "ops/spectral.py, BLOCK, entropy": entropy,
     "ops/packed_attention.py, CHUNK, T = 1024": partial(tiles, 1024),
     "ops/packed_attention.py, CHUNK, T = 8192": partial(tiles, 8192),
     "ops/linear_cross_entropy.py": losses,

@@ -66,11 +66,11 @@ def differences(
     device: str, shape: tuple[int, ...], dtype: torch.dtype, spectrum: str, layout: str, programs: int, seed: int
 ) -> None:
     """Raise unless the kernels, forward and backward, are the plain function in float64 but for rounding."""
-    from chiaroscuro.ops import triton_spectral
+    from chiaroscuro.ops.triton import spectral as kernels
 
     numbers = problem(device, shape, dtype, seed, layout)
-    with mock.patch.object(triton_spectral, "PROGRAMS", programs):
-        found = results(triton_spectral.spectral_mix_with_entropy, numbers, spectrum)
+    with mock.patch.object(kernels, "PROGRAMS", programs):
+        found = results(kernels.spectral_mix_with_entropy, numbers, spectrum)
     exact = results(spectral.spectral_mix_with_entropy, [t.double() for t in numbers], spectrum)
     assert [t.dtype for t in found] == [dtype, torch.float32, dtype, torch.float32]
     for ours, wanted in zip(found, exact, strict=True):
@@ -125,7 +125,7 @@ def test_a_filter_or_spectrum_that_does_not_fit_is_refused(elsewhere: Elsewhere)
 
 
 def compiled(device: str) -> None:
-    from chiaroscuro.ops.triton_spectral import spectral_mix_with_entropy
+    from chiaroscuro.ops.triton.spectral import spectral_mix_with_entropy
 
     x, weight, *_ = problem(device, (5, 32), torch.float32, 0, "contiguous")
     inputs = x.requires_grad_(), weight.requires_grad_()
@@ -154,11 +154,11 @@ def shared_memory(kernel_name: str, width: int, number: str, capability: int) ->
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from chiaroscuro.ops import triton_spectral
+    from chiaroscuro.ops.triton import spectral as kernels
 
-    kernel = getattr(triton_spectral, kernel_name)
+    kernel = getattr(kernels, kernel_name)
     names = kernel.arg_names
-    constants = {**triton_spectral._sizes(width), "REFERENCE": True}
+    constants = {**kernels._sizes(width), "REFERENCE": True}
     types = {**dict.fromkeys(names, "*fp32"), "rows": "i32", **dict.fromkeys(constants, "constexpr")}
     types.update((name, f"*{number}") for name in ("x", "mixed", "to_mixed", "to_x") if name in names)
     source = ASTSource(
@@ -167,7 +167,7 @@ def shared_memory(kernel_name: str, width: int, number: str, capability: int) ->
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_spectral.LAUNCH)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.LAUNCH)
     return built.metadata.shared
 
 
