@@ -36,7 +36,7 @@ def test_every_command_is_on_the_site(site: Path) -> None:
 def test_every_room_is_on_the_site(site: Path) -> None:
     rooms = [init.parent.name for init in (ROOT / "src/chiaroscuro").glob("*/__init__.py")]
     assert "layers" in rooms
-    for room in rooms:
+    for room in set(rooms) - {"cli"}:  # its page is that of the commands
         page = site / "api" / room / "index.html"
         assert page.is_file(), f"docs/api/{room}.md is missing"
         assert f'id="chiaroscuro.{room}.' in page.read_text("utf-8"), f"docs/api/{room}.md documents nothing"
