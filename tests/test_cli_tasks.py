@@ -115,12 +115,17 @@ def test_what_else_takes_a_classifier(run: Run, classifier: Path) -> None:
         (["calibrate", "RUN", "--output", "out"], "calibrate needs a language model"),
         (["evaluate", "RUN", "--stride", "4"], "--stride 4"),
         (["evaluate", "RUN", "--split", "dev"], "--split dev: listops-flat has train, validation, test"),
-        (["evaluate", "RUN", "--data", "python-docs"], "the task listops-flat takes no source"),
+        (
+            ["evaluate", "RUN", "--data", "python-docs"],
+            "the task listops-flat has no such option",
+        ),
         (["task", "listops"], "unknown task 'listops'"),
         (["task", "imdb", "--source", "./nowhere"], "no such folder: './nowhere'"),
-        (["task", "listops-flat", "--length", "9"], "takes no max_length"),
+        (["task", "listops-flat", "--length", "9"], "max_length=9: the task listops-flat has no such option"),
+        (["task", "listops-flat", "max_length=9"], "max_length=9: the task listops-flat has no such option"),
+        (["task", "language-modelling"], "a running text has no rows to show"),
         (["train", "RECIPE", "data.task=imbd"], "did you mean 'imdb'"),
-        (["train", "RECIPE", "data.max_length=9"], "takes no max_length"),
+        (["train", "RECIPE", "data.max_length=9"], "max_length=9: the task listops-flat has no such option"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -38,7 +38,6 @@ from chiaroscuro.model.config import ChiarConfig
 
 if TYPE_CHECKING:
     from chiaroscuro.data import Corpus
-    from chiaroscuro.data.tasks import ClassificationTask
 
 app = typer.Typer(
     name="chiaroscuro",
@@ -157,18 +156,20 @@ def evaluate(
 
     Example: chiaroscuro evaluate runs/small --split test --stride 64
     """
-    from chiaroscuro.analysis.classification import evaluate_rows
+    from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
     from chiaroscuro.analysis.perplexity import evaluate_blocks
     from chiaroscuro.analysis.routing_summary import describe_routing
     from chiaroscuro.data import TokenBlocks, tokenize_corpus
-    from chiaroscuro.data.tasks import PadToLongest, tokenize_task
+    from chiaroscuro.data.tasks import PadToLongest, TokenTask, tokenize_targets, tokenize_task
 
     model, tokenizer = _load(checkpoint, device, share)
     recipe = _recipe_of(checkpoint) if task is None else _recipe_of_task(checkpoint, task)
     head = task if isinstance(model, ChiarForMixedTasks) and task is not None and task in model.heads else None
     classifies = isinstance(model, ChiarForSequenceClassification) or head is not None
-    if classifies and stride is not None:
-        raise UserError(f"--stride {stride}: this checkpoint is a classifier, which reads the beginning of every text")
+    # A model that was trained to predict targets is a language model too: --data measures it on a text.
+    has_targets = data is None and recipe is not None and isinstance(recipe.data.build_task(), TokenTask)
+    if (classifies or has_targets) and stride is not None:
+        raise UserError(f"--stride {stride}: a stride goes with a text, and this checkpoint is measured row by row")
     if length is None:
         length = recipe.data.sequence_length if recipe else model.config.max_position_embeddings
     if length > model.config.max_position_embeddings:
@@ -193,6 +194,19 @@ def evaluate(
                 inputs=None if head is None else {"task": head},
             )
         figures |= {"data": texts.name, **result.figures()}
+    elif has_targets:
+        sequences = _task(None, recipe, split)
+        targets = tokenize_targets(sequences, tokenizer, length)[split]
+        with _bar("evaluating", len(targets), as_json) as bar:
+            result = evaluate_targets(
+                model,
+                targets,
+                PadToLongest(tokenizer.pad_token_id),
+                batch_size=batch_size,
+                output_routing=routes,
+                progress=lambda n: bar.advance(TaskID(0), n),
+            )
+        figures |= {"data": sequences.name, **result.figures()}
     else:
         corpus = _corpus(data, recipe, split)
         blocks = TokenBlocks(tokenize_corpus(corpus, tokenizer)[split], length, stride)
@@ -533,7 +547,11 @@ def collapse(
 
 @app.command()
 def task(
-    name: Annotated[str, typer.Argument(help="imdb, listops-flat or listops-nested.")],
+    name: Annotated[str, typer.Argument(help="imdb, listops-flat, listops-nested, or a task of yours.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(help="The task's options, as a recipe's data section has them: max_length=40 …"),
+    ] = None,
     source: Annotated[str | None, typer.Option(help="imdb: a folder with train and test files, or a Hub name.")] = None,
     length: Annotated[int | None, typer.Option(help="listops-nested: the longest expression, in tokens.")] = None,
     examples: Annotated[int | None, typer.Option(help="listops: rows of the train split.", min=1)] = None,
@@ -546,24 +564,31 @@ def task(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a classification task: its splits, how its labels are spread, how long its texts are, and some of them.
+    """Show a task: its splits, how its labels are spread, how long its rows are, and some of them.
 
     What is loaded or generated here is what `data.task` in a recipe trains on, and is kept for it.
 
-    Example: chiaroscuro task listops-nested --length 256
+    Example: chiaroscuro task listops-nested max_length=40
     """
+    from chiaroscuro.data import Corpus
     from chiaroscuro.data.tasks import load_task
     from chiaroscuro.report.task_terminal import print_task
     from chiaroscuro.studies.tasks import describe_task
+    from chiaroscuro.training.recipe import override_field
 
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "source": source,
         "max_length": length,
         "train_examples": examples,
         "heldout_examples": heldout,
         "seed": seed,
     }
-    figures = describe_task(load_task(name, **options), tokenizer)
+    for option in options or []:
+        override_field(given, option)
+    data = load_task(name, **given)
+    if isinstance(data, Corpus):
+        raise UserError(f"{name}: a running text has no rows to show; evaluate measures a model on it")
+    figures = describe_task(data, tokenizer)
     if as_json:
         _print_json(figures)
     else:
@@ -780,7 +805,7 @@ def _training_of(recipe: Any) -> dict[str, Any]:
     lines = {
         "task": recipe.data.task,
         "mixed with": None if recipe.mixture is None else ", ".join(recipe.mixture.tasks),
-        "data": recipe.data.source,
+        "data": recipe.data.options.get("source"),
         "tokenizer": recipe.tokenizer,
         "steps": recipe.trainer.steps,
         "training tokens": recipe.trainer.tokens,
@@ -803,24 +828,25 @@ def _recipe_of_task(checkpoint: str, task: str) -> Any:
 def _corpus(data: str | None, recipe: Any, split: str) -> "Corpus":
     """The text that the user named, or else that of the recipe; checked to have the split."""
     from chiaroscuro.data import load_corpus
+    from chiaroscuro.data.tasks import TextTask
 
     if data is None and recipe is None:
         raise UserError("no recipe beside this checkpoint says what text it was trained on: name one with --data")
-    if data is None and recipe.data.source is None:
+    if data is None and not isinstance(recipe.data.build_task(), TextTask):
         raise UserError(f"this checkpoint was trained on the task {recipe.data.task}: name a text with --data")
-    corpus = load_corpus(recipe.data.source if data is None else data, needed=())
+    corpus = load_corpus(recipe.data.options["source"] if data is None else data, needed=())
     if split not in corpus.splits:
         raise UserError(f"--split {split}: {corpus.name} has {', '.join(corpus.splits)}")
     return corpus
 
 
-def _task(data: str | None, recipe: Any, split: str) -> "ClassificationTask":
+def _task(data: str | None, recipe: Any, split: str) -> Any:
     """The recipe's task, from the source that the user named or else the recipe's; checked to have the split."""
-    from chiaroscuro.data.tasks import TASKS, load_task
+    from chiaroscuro.data.tasks import TextTask, load_task
 
-    if recipe is None or recipe.data.task not in TASKS:
+    if recipe is None or isinstance(recipe.data.build_task(), TextTask):
         raise UserError("no recipe beside this classifier says what task it was trained on: give a run's folder")
-    task = load_task(recipe.data.task, **recipe.data.task_options() | ({} if data is None else {"source": data}))
+    task = load_task(recipe.data.task, **recipe.data.options | ({} if data is None else {"source": data}))
     if split not in task.splits:
         raise UserError(f"--split {split}: {task.name} has {', '.join(task.splits)}")
     return task

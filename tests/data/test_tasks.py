@@ -3,11 +3,15 @@
 Oracle: `value_of`, which reads an expression of ListOps back by recursion and knows nothing of how it was drawn.
 """
 
+import hashlib
 import math
 import pickle
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,14 +25,20 @@ from torch.utils.data import DataLoader
 from chiaroscuro.data import load_tokenizer
 from chiaroscuro.data.tasks import (
     TASKS,
-    ClassificationTask,
+    GeneratedTask,
     LabelledRows,
+    LabelledTexts,
     PadToLongest,
+    TokenTask,
+    generated,
+    listops,
     load_task,
+    make_task,
+    register_task,
     task_options,
+    tokenize_targets,
     tokenize_task,
 )
-from chiaroscuro.data.tasks import listops as generated
 from chiaroscuro.errors import UserError
 
 MEANING = {
@@ -108,7 +118,7 @@ def test_known_expressions() -> None:
 
 
 def test_every_operator_and_digit_comes_up(tmp_path: Path) -> None:
-    for kind, operators in (("listops-flat", generated.FLAT_OPERATORS), ("listops-nested", generated.NESTED_OPERATORS)):
+    for kind, operators in (("listops-flat", listops.FLAT_OPERATORS), ("listops-nested", listops.NESTED_OPERATORS)):
         task = load_task(kind, tmp_path, train_examples=600, heldout_examples=1)
         words = Counter(word for text in task.splits["train"]["text"] for word in text.split(" "))
         assert set(words) == {"]", *map(str, range(10)), *(f"[{name}" for name, _ in operators)}
@@ -124,7 +134,7 @@ def test_what_is_generated_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     first = texts()
     with monkeypatch.context() as patch:
-        patch.setattr(generated, "_distinct", None)
+        patch.setattr(GeneratedTask, "_different_rows", None)
         assert texts() == first
     (table,) = tmp_path.rglob("*.arrow")
     table.unlink()  # what is mapped into memory must not change under it
@@ -134,8 +144,8 @@ def test_what_is_generated_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_more_expressions_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "PATIENCE", 50)
-    monkeypatch.setattr(generated, "FLAT_DIGITS", (1, 1))
-    with pytest.raises(UserError, match=r"^listops-flat has not many more than \d+ such expressions"):
+    monkeypatch.setattr(listops, "FLAT_DIGITS", (1, 1))
+    with pytest.raises(UserError, match=r"^listops-flat has hardly more than \d+ different rows"):
         load_task("listops-flat", tmp_path, train_examples=100, heldout_examples=1)
     assert not list(tmp_path.rglob("*.arrow"))
 
@@ -251,11 +261,11 @@ def test_imdb_itself(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> ClassificationTask:
+def flat(tmp_path_factory: pytest.TempPathFactory) -> LabelledTexts:
     return load_task("listops-flat", tmp_path_factory.mktemp("flat"), train_examples=300, heldout_examples=20)
 
 
-def test_rows_are_the_texts_cut(flat: ClassificationTask, tmp_path: Path) -> None:
+def test_rows_are_the_texts_cut(flat: LabelledTexts, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("words", flat.corpus, tmp_path)
     for length in (3, 8, 99):
         rows = tokenize_task(flat, tokenizer, length, tmp_path)
@@ -272,12 +282,12 @@ def test_rows_are_the_texts_cut(flat: ClassificationTask, tmp_path: Path) -> Non
 
 
 def test_rows_are_tokenised_once_whatever_the_length(
-    flat: ClassificationTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flat: LabelledTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer("bpe:300", flat.corpus, tmp_path)
     first = tokenize_task(flat, tokenizer, 5, tmp_path)["train"]
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
-    monkeypatch.setattr("chiaroscuro.data.tasks.rows._encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("chiaroscuro.data.tasks.rows._encode_texts", lambda *_: pytest.fail("tokenised again"))
     again = tokenize_task(flat, tokenizer, 4, tmp_path)["train"]
     assert again.identity == first.identity
     assert again[0]["input_ids"] == first[0]["input_ids"][:4]
@@ -298,7 +308,7 @@ def test_a_batch_is_the_rows_and_padding(sizes: list[int], pad: int | None) -> N
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_rows_in_a_loader(flat: ClassificationTask, tmp_path: Path) -> None:
+def test_rows_in_a_loader(flat: LabelledTexts, tmp_path: Path) -> None:
     rows = tokenize_task(flat, load_tokenizer("words", flat.corpus, tmp_path), 16, tmp_path)["validation"]
     batches = list(DataLoader(rows, batch_size=8, collate_fn=PadToLongest(0)))
     assert [len(batch["labels"]) for batch in batches] == [8, 8, 4]
@@ -307,7 +317,7 @@ def test_rows_in_a_loader(flat: ClassificationTask, tmp_path: Path) -> None:
 # The tokenizer of words
 
 
-def test_every_word_is_a_token(flat: ClassificationTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_word_is_a_token(flat: LabelledTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer("words", flat.corpus, tmp_path)
     words = {word for text in flat.splits["train"]["text"] for word in text.split()}
     assert set(tokenizer.get_vocab()) == words | {"<|endoftext|>", "<unk>"}
@@ -327,21 +337,29 @@ def test_as_many_words_as_a_text_has(corpus_of, tmp_path: Path) -> None:
 
 
 def test_what_a_task_takes() -> None:
-    assert {name: task_options(name) for name in TASKS} == {
+    own = ("language-modelling", "imdb", "listops-flat", "listops-nested")
+    assert {name: task_options(name) for name in own} == {
+        "language-modelling": ["source"],
         "imdb": ["source"],
         "listops-flat": ["train_examples", "heldout_examples", "seed"],
-        "listops-nested": ["train_examples", "heldout_examples", "max_length", "seed"],
+        "listops-nested": ["train_examples", "heldout_examples", "seed", "max_length"],
     }
+    assert set(own) <= set(TASKS)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("listop-flat", {}, "unknown task 'listop-flat': did you mean 'listops-flat'"),
-        ("imdb", {"seed": 1}, "seed=1: the task imdb takes no seed, only source"),
-        ("listops-flat", {"max_length": 9}, "takes no max_length, only train_examples, heldout_examples, seed"),
+        ("imdb", {"seed": 1}, "seed=1: the task imdb has no such option; known are source"),
+        ("listops-flat", {"max_length": 9}, "has no such option; known are heldout_examples, seed, train_examples"),
         ("listops-nested", {"max_length": 2001}, "max_length=2001: an expression has from 8 to 2000 tokens"),
         ("listops-nested", {"max_length": 7}, "max_length=7"),
+        ("listops-nested", {"max_lenght": 9}, "did you mean 'max_length'"),
+        ("listops-flat", {"seed": -1}, "seed=-1: can't be negative"),
+        ("listops-flat", {"seed": True}, "seed=True: input should be a valid integer"),
+        ("listops-flat", {"train_examples": 0}, "train_examples=0: needs at least 1"),
+        ("imdb", {"source": 3}, "source=3: input should be a valid string"),
         ("imdb", {"source": "./nowhere"}, "no such folder: './nowhere'; the task imdb is read from"),
     ],
 )
@@ -382,3 +400,104 @@ def test_a_text_of_no_tokens(tmp_path: Path) -> None:
         tokenize_task(task, load_tokenizer("words", task.corpus, tmp_path), 4, tmp_path)
     with pytest.raises(UserError, match="length is 0"):
         LabelledRows("rows", "made up", task.splits["train"], 0)
+
+
+# Tasks of one's own
+
+
+@dataclass(frozen=True)
+class Echo(TokenTask, GeneratedTask):
+    """Each position predicts its own word, but for the first, which predicts nothing; rows of 2 to 5 words."""
+
+    train_examples: int = 20
+    heldout_examples: int = 4
+    words: int = 50
+
+    @property
+    def description(self) -> str:
+        return f"{self.words} words"
+
+    def draw(self, random: Random) -> dict[str, Any]:
+        words = [f"w{random.randrange(self.words)}" for _ in range(random.randint(2, 5))]
+        return {"words": words, "targets": [None, *words[1:]]}
+
+
+@pytest.fixture
+def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
+    monkeypatch.setattr("chiaroscuro.data.tasks.registry.TASKS", dict(TASKS))
+    register_task("echo", Echo)
+    return Echo
+
+
+def test_targets_are_the_words_as_numbers(echo: type[Echo], tmp_path: Path) -> None:
+    task = load_task("echo", tmp_path, words=9, seed=3)
+    tokenizer = load_tokenizer("words", task.corpus, tmp_path)
+    for split, rows in tokenize_targets(task, tokenizer, 5, tmp_path).items():
+        assert len(rows) == len(task.splits[split])
+        for row, drawn in zip((rows[i] for i in range(len(rows))), task.splits[split], strict=True):
+            assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == drawn["words"]
+            assert row["shift_labels"] == row["labels"] == [-100, *row["input_ids"][1:]]
+        assert rows.predictions == sum(len(drawn["words"]) - 1 for drawn in task.splits[split])
+        assert rows.lengths.tolist() == [len(drawn["words"]) for drawn in task.splits[split]]
+    batch = PadToLongest(0)([rows[0], {name: values[:1] for name, values in rows[1].items()}])
+    assert batch["attention_mask"][1].tolist() == [1, *[0] * (len(rows[0]["input_ids"]) - 1)]
+    assert set(batch["shift_labels"][1].tolist()) == {-100}
+
+
+def test_what_is_no_row_of_targets(echo: type[Echo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("echo", tmp_path)
+    tokenizer = load_tokenizer("words", task.corpus, tmp_path)
+    with pytest.raises(UserError, match=r"has sequences of 5 tokens, more than the 4 .* raise data.sequence_length"):
+        tokenize_targets(task, tokenizer, 4, tmp_path)
+    with pytest.raises(UserError, match=r"row \d+ of the train split of echo has the word 'w\d+', which the tokenizer"):
+        tokenize_targets(task, load_tokenizer("words", load_task("listops-flat").corpus), 5, tmp_path)
+    monkeypatch.setattr(Echo, "version", 2)
+    monkeypatch.setattr(Echo, "draw", lambda self, random: {"words": [str(random.random())], "targets": []})
+    with pytest.raises(UserError, match="row 0 of the train split of echo has 1 words and 0 targets"):
+        tokenize_targets(load_task("echo", tmp_path), tokenizer, 5, tmp_path)
+
+
+def test_its_options_and_its_version_make_other_rows(echo: type[Echo], tmp_path: Path) -> None:
+    prints = [load_task("echo", tmp_path, **options).fingerprint for options in ({}, {"words": 51}, {"seed": 1})]
+    assert len(set(prints)) == 3 and load_task("echo", tmp_path, words=None).fingerprint == prints[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Echo, "version", 2)
+        assert load_task("echo", tmp_path).fingerprint not in prints
+
+
+def test_what_is_registered_as_a_task(echo: type[Echo]) -> None:
+    register_task("echo", Echo)  # twice, as by two imports
+    assert make_task("echo", {"words": 7}) == Echo(words=7) and Echo.name == "echo"
+
+    class Undecorated(Echo):
+        pass
+
+    @dataclass(frozen=True)
+    class Taken(Echo):
+        task: int = 0
+
+    @dataclass(frozen=True)
+    class Unfinished(TokenTask):
+        pass
+
+    for name, cls, message in (
+        ("imdb", Echo, "task 'imdb' is taken by Imdb"),
+        ("again", Echo, "Echo is already registered as 'echo'"),
+        ("", Echo, "give a string"),
+        ("other", dict, "is not a class that derives from Task"),
+        ("other", Unfinished, "and has all its methods"),
+        ("other", Undecorated, "Undecorated is not a dataclass"),
+        ("other", Taken, "an option can't be called 'task'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            register_task(name, cls)
+
+
+def test_rows_and_fingerprints_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Committed figures stay true, and runs that were begun with these rows can be resumed."""
+    few = {"train_examples": 50, "heldout_examples": 10}
+    flat = load_task("listops-flat", tmp_path, **few)
+    nested = load_task("listops-nested", tmp_path, max_length=40, seed=3, **few)
+    assert (flat.fingerprint, nested.fingerprint) == ("2c27a22c731bf084944b960d", "0dece02184511f8a85481a67")
+    rows = [list(task.splits[split]) for task in (flat, nested) for split in ("train", "validation", "test")]
+    assert hashlib.sha256(repr(rows).encode()).hexdigest()[:24] == "39e871497f1f76ba9b2df744"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from chiaroscuro import ChiarConfig
+from chiaroscuro.data.tasks import task_options
 from chiaroscuro.errors import UserError
 from chiaroscuro.training import Recipe
 from chiaroscuro.training.recipe import CalibrationSection, DataSection, MixtureSection, TrainerSection
@@ -156,11 +157,13 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
             Recipe.from_dict(other).refuse_to_resume(begun)
 
 
+BUILT_IN_TASKS = ("language-modelling", "imdb", "listops-flat", "listops-nested")
+
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     (trainer(batchsize=3), ["trainer.batchsize=3", "batch_size"]),
     (trainer(colour="red"), ["trainer.colour='red'", "known are", "learning_rate"]),
     (with_changes(trainr={}), ["trainr", "'trainer'"]),
-    (with_changes(data={"sequence_lenght": 4}), ["data.sequence_lenght=4", "sequence_length"]),
+    (with_changes(data={"sequence_lenght": 4}), ["data: sequence_lenght=4", "did you mean 'sequence_length'"]),
     (with_changes(data={"sequence_length": "long"}), ["data.sequence_length='long'", "integer"]),
     (
         with_changes(data={"sequence_length": 10**6}),
@@ -291,6 +294,8 @@ def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseM
         value = None if info.is_required() else info.default
         shown = list(value) if isinstance(value, tuple) else value
         wanted[field] = "–" if shown is None else shown if isinstance(shown, str) else json.dumps(shown)
+    if name == "data":  # the options of tasks too, each task with its own defaults
+        wanted |= {option: "–" for task in BUILT_IN_TASKS for option in task_options(task)}
     assert said == wanted
 
 

@@ -111,11 +111,7 @@ def test_what_a_run_leaves(whole_run: TrainResult) -> None:
     tokenizer = AutoTokenizer.from_pretrained(whole_run.model)
     assert tokenizer.decode(rows_of("test")[0]["input_ids"]).startswith("[")
     again = Recipe.load(whole_run.folder / "recipe.yaml")
-    assert again.data.task_options() | {"task": again.data.task, "sequence_length": 20} == {
-        **TASK,
-        "source": None,
-        "seed": None,
-    }
+    assert again.data.options | {"task": again.data.task, "sequence_length": 20} == {**TASK, "seed": 0}
 
 
 def test_the_terminal_shows_the_accuracy(run: Go) -> None:
@@ -171,7 +167,7 @@ def test_accumulation_is_one_large_batch(run: Go, tmp_path: Path) -> None:
 
 def test_another_task_is_not_resumed_on(run: Go) -> None:
     run(trainer__steps=4)
-    with pytest.raises(UserError, match=r"data.seed was None when this run began and is 1 now"):
+    with pytest.raises(UserError, match=r"data.seed was 0 when this run began and is 1 now"):
         run(resume=True, trainer__steps=4, data__seed=1)
 
 
@@ -188,11 +184,14 @@ def test_it_learns_what_can_be_learnt(run: Go) -> None:
     ("changes", "message"),
     [
         ({"task": "listops"}, "data: unknown task 'listops': did you mean 'listops-flat'"),
-        ({"task": "imdb"}, "data: train_examples=80: the task imdb takes no train_examples, only source"),
-        ({"source": "here"}, "data: source='here': the task listops-nested takes no source"),
-        ({"task": "language-modelling"}, "data: train_examples=80: an option of tasks that are generated"),
-        ({"train_examples": 0}, "data.train_examples=0: input should be greater than 0"),
-        ({"max_lenght": 9}, "data.max_lenght=9: unknown field; did you mean 'max_length'"),
+        ({"task": "imdb"}, "data: train_examples=80: the task imdb has no such option"),
+        ({"source": "here"}, "data: source='here': the task listops-nested has no such option"),
+        ({"task": "language-modelling"}, "data: train_examples=80: the task language-modelling has no such option"),
+        ({"train_examples": 0}, "data: train_examples=0: needs at least 1"),
+        (
+            {"max_lenght": 9},
+            "data: max_lenght=9: the task listops-nested has no such option; did you mean",
+        ),
     ],
 )
 def test_a_mistake_in_the_data_section(run: Go, changes: dict[str, Any], message: str) -> None:

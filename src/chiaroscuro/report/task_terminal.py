@@ -1,4 +1,4 @@
-"""A classification task on the terminal: how many texts, how long, and how the labels are spread."""
+"""A task on the terminal: how many rows, how long, and how the labels are spread."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def print_task(figures: dict[str, Any], console: Console) -> None:
     """Print what `chiaroscuro.studies.tasks.describe_task` gives."""
     console.print(f"{figures['task']}: {figures['description']}\n", markup=False, highlight=False, soft_wrap=True)
     splits = figures["splits"]
-    quantiles = next(iter(splits.values()))["tokens"]
+    quantiles, labelled = next(iter(splits.values()))["tokens"], "labels" in next(iter(splits.values()))
     table = Table("split", *(_right(name) for name in ("rows", "chance", *quantiles)), box=None)
     for split, found in splits.items():
         lengths = (f"{length:,.0f}" for length in found["tokens"].values())
@@ -22,8 +22,22 @@ def print_task(figures: dict[str, Any], console: Console) -> None:
     console.print(table)
     measure = f"{figures['tokenizer']} ({figures['vocabulary']:,})"
     console.print(
-        f"lengths in tokens of {measure}; chance is the most frequent label's\n", markup=False, highlight=False
+        f"lengths in tokens of {measure}; chance is the most frequent {'label' if labelled else 'target'}'s\n",
+        markup=False,
+        highlight=False,
     )
+    if labelled:
+        _print_labels(splits, console)
+    for example in figures["examples"]:
+        text = " ".join(example["text"].split())
+        shown = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} …"
+        answer = (
+            example["label"] if labelled else " ".join("." if word is None else word for word in example["targets"])
+        )
+        console.print(f"\n{shown}\n→ {answer}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_labels(splits: dict[str, Any], console: Console) -> None:
     table = Table("label", *(_right(split) for split in splits), "", box=None)
     counts = splits["train"]["labels"]
     for label in counts:
@@ -31,10 +45,6 @@ def print_task(figures: dict[str, Any], console: Console) -> None:
         bar = "█" * round(BAR * counts[label] / max(counts.values()))
         table.add_row(label, *(f"{share:.1%}" for share in shares), bar)
     console.print(table)
-    for example in figures["examples"]:
-        text = " ".join(example["text"].split())
-        shown = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} …"
-        console.print(f"\n{shown}\n→ {example['label']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _right(name: str) -> Column:

@@ -65,8 +65,7 @@ def load(folder: Path) -> tuple[Recipe, ChiarForCausalLM, TokenBlocks, list[torc
     recipe = Recipe.load(folder / "recipe.yaml")
     model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
     assert isinstance(model, ChiarForCausalLM)
-    assert recipe.data.source is not None  # the sweep trains language models
-    tokens = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)["validation"]
+    tokens = tokenize_corpus(load_corpus(recipe.data.options["source"]), tokenizer)["validation"]
     blocks = TokenBlocks(tokens, recipe.data.sequence_length)
     return recipe, model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
 

@@ -42,11 +42,11 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from chiaroscuro.data import check_source
+from chiaroscuro.data.tasks import TextTask
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_text
 from chiaroscuro.training.checkpoints import checkpoints
 from chiaroscuro.training.recipe import (
-    LANGUAGE_MODELLING,
     Recipe,
     Section,
     one_line,
@@ -222,7 +222,7 @@ class Sweep:
             override_field(recipe, override)
         changes = file.changes()
         runs = [_run(file, recipe, name, fields, seed) for seed in file.seeds for name, fields in changes.items()]
-        if len({run.recipe.data.task == LANGUAGE_MODELLING for run in runs}) > 1:
+        if len({isinstance(run.recipe.data.build_task(), TextTask) for run in runs}) > 1:
             raise UserError(f"{path}: some variants model a text and others tell labels, which no figure compares")
         return cls(file, changes, runs)
 
@@ -237,7 +237,7 @@ class Sweep:
                 mixture = run.recipe.mixture
                 for data in [run.recipe.data, *(mixture.tasks.values() if mixture else [])]:
                     try:
-                        check_source(data.source)
+                        check_source(data.options.get("source"))
                     except UserError as error:
                         raise UserError(f"variant {run.variant!r}: {error}") from None
 

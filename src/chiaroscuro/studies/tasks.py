@@ -1,47 +1,43 @@
-"""A classification task in numbers: how many texts, how long, and how the labels are spread."""
+"""A task in numbers: how many rows, how long, and how labels or targets are spread."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chiaroscuro.data import load_tokenizer
-from chiaroscuro.data.tasks import ClassificationTask, tokenize_task
+from chiaroscuro.data.tasks import LabelledTexts, TokenTargets, tokenize_targets, tokenize_task
 
 QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 EXAMPLES = 3
 
+# No row is cut here.
+WHOLE = 2**62
+
 
 def describe_task(
-    task: ClassificationTask, tokenizer: str | None = None, cache_dir: Path | None = None
+    task: LabelledTexts | TokenTargets, tokenizer: str | None = None, cache_dir: Path | None = None
 ) -> dict[str, Any]:
     """What one should know of a task before training on it, ready for JSON.
 
     Args:
-        task: the task; it is tokenised for this, and kept so in the cache.
+        task: the task's data; it is tokenised for this, and kept so in the cache.
         tokenizer: what its lengths are measured in; the task's own unless given.
         cache_dir: see `tokenize_task`.
 
     Returns:
-        For every split its rows, its labels' counts, quantiles of the lengths in tokens, and `chance`, the accuracy of
-        whoever always says its most frequent label; and the first rows of train.
+        For every split its rows, quantiles of the lengths in tokens, and `chance`, the accuracy of a model that always
+        predicts the most frequent label or target; for labels also their counts, and for targets how many of them
+        there are (`predictions`). And the first rows of train.
 
     """
     spec = tokenizer or task.tokenizer
     made = load_tokenizer(spec, task.corpus, cache_dir)
-    # Whole texts: the length at which they would be cut plays no part here.
-    rows = tokenize_task(task, made, 1, cache_dir)
-    splits = {}
-    for split in task.splits:
-        counts = task.label_counts(split)
-        lengths = np.quantile(rows[split].lengths, list(QUANTILES.values()))
-        splits[split] = {
-            "rows": sum(counts),
-            "labels": dict(zip(task.labels, counts, strict=True)),
-            "chance": max(counts) / sum(counts),
-            "tokens": dict(zip(QUANTILES, lengths.tolist(), strict=True)),
-        }
-    first = task.splits["train"].select(range(min(EXAMPLES, len(task.splits["train"]))))
+    if isinstance(task, LabelledTexts):
+        splits, examples = _describe_labels(task, made, cache_dir)
+    else:
+        splits, examples = _describe_targets(task, made, cache_dir)
     return {
         "task": task.name,
         "description": task.description,
@@ -49,5 +45,37 @@ def describe_task(
         "tokenizer": spec,
         "vocabulary": len(made),
         "splits": splits,
-        "examples": [{"label": task.labels[row["label"]], "text": row["text"]} for row in first],
+        "examples": examples,
     }
+
+
+def _describe_labels(task: LabelledTexts, tokenizer: Any, cache_dir: Path | None) -> tuple[dict[str, Any], list[Any]]:
+    splits = {}
+    for split, rows in tokenize_task(task, tokenizer, WHOLE, cache_dir).items():
+        counts = task.label_counts(split)
+        splits[split] = {
+            "rows": len(rows),
+            "labels": dict(zip(task.labels, counts, strict=True)),
+            "chance": max(counts) / len(rows),
+            "tokens": _quantiles(rows.lengths),
+        }
+    first = task.splits["train"].select(range(min(EXAMPLES, len(task.splits["train"]))))
+    return splits, [{"label": task.labels[row["label"]], "text": row["text"]} for row in first]
+
+
+def _describe_targets(task: TokenTargets, tokenizer: Any, cache_dir: Path | None) -> tuple[dict[str, Any], list[Any]]:
+    splits = {}
+    for split, rows in tokenize_targets(task, tokenizer, WHOLE, cache_dir).items():
+        counts = Counter(word for row in task.splits[split] for word in row["targets"] if word is not None)
+        splits[split] = {
+            "rows": len(rows),
+            "predictions": counts.total(),
+            "chance": max(counts.values()) / counts.total(),
+            "tokens": _quantiles(rows.lengths),
+        }
+    first = task.splits["train"].select(range(min(EXAMPLES, len(task.splits["train"]))))
+    return splits, [{"text": " ".join(row["words"]), "targets": row["targets"]} for row in first]
+
+
+def _quantiles(lengths: Any) -> dict[str, float]:
+    return dict(zip(QUANTILES, np.quantile(lengths, list(QUANTILES.values())).tolist(), strict=True))

@@ -74,8 +74,7 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
     if not (folder / "model").is_dir():
         train(recipe, resume=any(folder.glob("checkpoint-*")), console=console)
     model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
-    assert recipe.data.source is not None  # every recipe of this study models a text
-    splits = tokenize_corpus(load_corpus(recipe.data.source), tokenizer)
+    splits = tokenize_corpus(load_corpus(recipe.data.options["source"]), tokenizer)
     figures: dict[str, Any] = {
         "model": name,
         "seed": seed,

@@ -1,7 +1,7 @@
-"""What a model is trained for: to predict the next token, the label of a text, or now the one and now the other.
+"""What a model is trained for: every token of a text, its label, targets at some positions, or a mix of these.
 
-All that differs between these stands here, and the trainer knows none of it: which rows there are, how they become a
-batch, which model learns from them, and what is measured on the validation rows.
+All that differs between these is here, one class for each kind of task, and the trainer knows nothing of it: which rows
+there are, how they become a batch, which model learns from them, and what is measured on the validation rows.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,25 @@ from transformers import (
     default_data_collator,
 )
 
-from chiaroscuro.analysis.classification import evaluate_rows
+from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import mean_gate
-from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
-from chiaroscuro.data.tasks import ClassificationTask, LabelledRows, PadToLongest, load_task, tokenize_task
+from chiaroscuro.data import TokenBlocks, load_tokenizer, tokenize_corpus
+from chiaroscuro.data.tasks import (
+    ClassificationTask,
+    LabelledRows,
+    LabelledTexts,
+    PadToLongest,
+    TextTask,
+    TokenRows,
+    TokenTask,
+    tokenize_targets,
+    tokenize_task,
+)
 from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.training.mixture import Mixture
-from chiaroscuro.training.recipe import LANGUAGE_MODELLING, Recipe
+from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import perplexity
 
 Look = tuple[Any, Any]
@@ -95,8 +105,7 @@ class LanguageModelling(Objective):
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "LanguageModelling":
         """The recipe's text, in blocks, by its tokenizer or the one that is given."""
-        assert recipe.data.source is not None  # the recipe's own check
-        corpus = load_corpus(recipe.data.source, cache_dir)
+        corpus = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
         length = recipe.data.sequence_length
@@ -146,7 +155,7 @@ class Classification(Objective):
     """
 
     validation: LabelledRows
-    task: ClassificationTask
+    task: LabelledTexts
     head: str | None = None
 
     @classmethod
@@ -154,7 +163,7 @@ class Classification(Objective):
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "Classification":
         """The recipe's task, cut at its sequence length, by its tokenizer or the one that is given."""
-        task = load_task(recipe.data.task, cache_dir, **recipe.data.task_options())
+        task = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
         rows = tokenize_task(task, tokenizer, recipe.data.sequence_length, cache_dir)
         train = rows["train"]
@@ -199,6 +208,58 @@ class Classification(Objective):
             batch_size=batch_size,
             output_routing=output_routing,
             inputs=self.inputs,
+        )
+        return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
+
+
+@dataclass(frozen=True)
+class TargetPrediction(Objective):
+    """To predict the targets of a sequence, at the positions that have one."""
+
+    validation: TokenRows
+
+    @classmethod
+    def load(
+        cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
+    ) -> "TargetPrediction":
+        """The recipe's task, by its tokenizer or the one that is given."""
+        task = recipe.data.build_task().load(cache_dir)
+        tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
+        rows = tokenize_targets(task, tokenizer, recipe.data.sequence_length, cache_dir)
+        train = rows["train"]
+        return cls(
+            tokenizer=tokenizer,
+            train=train,
+            validation=rows["validation"],
+            identity=train.identity,
+            summary=f"{task.name} ({len(train):,} sequences, {train.predictions:,} targets)",
+            validation_texts=task.corpus.splits["validation"]["text"],
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """No cache: see [`LanguageModelling`][]."""
+        return {"use_cache": False}
+
+    @property
+    def collate(self) -> Callable[[Any], dict[str, Any]]:
+        """Padded to the longest of the batch."""
+        return PadToLongest(self.tokenizer.pad_token_id)
+
+    def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
+        """A causal language model."""
+        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
+
+    def figures_of(self, loss: float) -> dict[str, float]:
+        """The loss alone."""
+        return {"loss": loss}
+
+    def evaluate(
+        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """Loss and accuracy over the targets."""
+        seen = evaluate_targets(
+            model, self.validation, self.collate, batch_size=batch_size, output_routing=output_routing
         )
         return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
 
@@ -276,7 +337,17 @@ def load_objective(recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokeniz
     Raises:
         UserError: the data or the tokenizer can't be had.
     """
-    kind: type[LanguageModelling | Classification] = Classification
-    if recipe.data.task == LANGUAGE_MODELLING:
-        kind = LanguageModelling if recipe.mixture is None else MixedTraining
-    return kind.load(recipe, cache_dir, tokenizer)
+    if recipe.mixture is not None:
+        return MixedTraining.load(recipe, cache_dir, tokenizer)
+    task = recipe.data.build_task()
+    return next(objective for kind, objective in OBJECTIVES if isinstance(task, kind)).load(
+        recipe, cache_dir, tokenizer
+    )
+
+
+OBJECTIVES: tuple[tuple[Any, type[LanguageModelling | Classification | TargetPrediction]], ...] = (
+    (TextTask, LanguageModelling),
+    (ClassificationTask, Classification),
+    (TokenTask, TargetPrediction),
+)
+"""Of each kind of task."""

@@ -15,6 +15,7 @@ import difflib
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,11 +25,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from chiaroscuro.analysis.gates import TEXT
-from chiaroscuro.data.tasks import check_task
-from chiaroscuro.errors import UserError
+from chiaroscuro.data.tasks import ClassificationTask, Task, TextTask, make_task, task_options
+from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model.config import ChiarConfig
-
-LANGUAGE_MODELLING = "language-modelling"
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -67,40 +66,38 @@ def _architecture(section: Any) -> str:
 
 
 class DataSection(Section):
-    """What to learn, and from what.
+    """What to learn, and from what: the name of a task ([`chiaroscuro.data.tasks`][]) and the options of this task.
 
-    With `task: language-modelling`, to predict the next token of a text: `source` is `python-docs`, a folder or a Hub
-    name, and a sequence is `sequence_length` predictions. With the name of a task ([`chiaroscuro.data.tasks`][]), to
-    tell the label of a text, of which the first `sequence_length` tokens are read; the other fields are the task's own
-    options, and each task refuses those that it has no use for.
+    A sequence has `sequence_length` tokens. A text to be modelled is cut into blocks of this length; of a text to be
+    classified, the first `sequence_length` tokens are read. Options that are not given get the task's defaults.
     """
 
-    task: str = LANGUAGE_MODELLING
-    source: str | None = None
+    model_config = ConfigDict(extra="allow")
+
+    task: str = "language-modelling"
     sequence_length: Count = 256
-    train_examples: Count | None = None
-    heldout_examples: Count | None = None
-    max_length: Count | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _default_source(cls, content: Any) -> Any:
-        text = isinstance(content, Mapping) and content.get("task", LANGUAGE_MODELLING) == LANGUAGE_MODELLING
-        return {**content, "source": "python-docs"} if text and content.get("source") is None else content
+    def _with_the_options_of_the_task(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or not isinstance(content.get("task", ""), str):
+            return content
+        name = content.get("task", cls.model_fields["task"].default)
+        known = [*cls.model_fields, *task_options(name)]
+        for field, value in content.items():
+            if field not in known:
+                raise ValueError(f"{field}={value!r}: the task {name} has no such option; {suggest(field, known)}")
+        own = {field: value for field, value in content.items() if field in cls.model_fields}
+        return own | asdict(make_task(name, {field: content[field] for field in content.keys() - own.keys()}))
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "DataSection":
-        if self.task != LANGUAGE_MODELLING:
-            check_task(self.task, self.task_options(), others=[LANGUAGE_MODELLING])
-        for name, value in self.task_options().items():
-            if self.task == LANGUAGE_MODELLING and name != "source" and value is not None:
-                raise ValueError(f"{name}={value!r}: an option of tasks that are generated, not of {self.task}")
-        return self
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's options."""
+        return dict(self.model_extra or {})
 
-    def task_options(self) -> dict[str, Any]:
-        """What `load_task` is to be told, None where nothing is said."""
-        return self.model_dump(exclude={"task", "sequence_length"})
+    def build_task(self) -> Task:
+        """The task, with its options; nothing is loaded."""
+        return make_task(self.task, self.options)
 
 
 class MixtureSection(Section):
@@ -284,18 +281,15 @@ class Recipe(Section):
         return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
 
     @model_validator(mode="after")
-    def _lossless(self) -> "Recipe":
-        if self.tokenizer == "words" and self.data.task == LANGUAGE_MODELLING:
-            raise ValueError(
-                "tokenizer='words' with a text to model, of which it loses the spaces and the words that it hasn't "
-                "seen, so that no perplexity is one of the text: take bpe:8192"
-            )
+    def _suitable_tokenizer(self) -> "Recipe":
+        for data in (self.data, *(self.mixture.tasks.values() if self.mixture else ())):
+            data.build_task().refuse_tokenizer(self.tokenizer)
         return self
 
     @model_validator(mode="after")
     def _mixed(self) -> "Recipe":
         if self.mixture is not None:
-            if self.data.task != LANGUAGE_MODELLING:
+            if not isinstance(self.data.build_task(), TextTask):
                 raise ValueError(f"mixture with data.task={self.data.task!r}: tasks are mixed into language modelling")
             if isinstance(self.model, LlamaSection):
                 raise ValueError("mixture with model.architecture: llama, which has no heads for tasks; remove one")
@@ -304,7 +298,7 @@ class Recipe(Section):
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
         if self.calibration is not None:
             raise UserError("calibration sets routing thresholds, which model.architecture: llama lacks; remove it")
-        if self.data.task != LANGUAGE_MODELLING:
+        if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(
                 f"data.task={self.data.task!r} with model.architecture: llama, which is here a language model alone; "
                 "for full attention give a CHIAR-Former model.operators=[[attention], …]"

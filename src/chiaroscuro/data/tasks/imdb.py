@@ -6,13 +6,14 @@ whatever order or from whatever place the reviews come, and a review that is the
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 
 from chiaroscuro.data.corpora import check_texts, hash_rows, read_splits
 from chiaroscuro.data.storage import fingerprint
-from chiaroscuro.data.tasks.task import ClassificationTask
+from chiaroscuro.data.tasks.task import ClassificationTask, LabelledTexts
 from chiaroscuro.errors import UserError
 
 LABELS = ("negative", "positive")
@@ -23,39 +24,49 @@ HELD_OUT = 10
 WANTED = "the task imdb is read from a folder with train.parquet and test.parquet, or from a Hub name"
 
 
-def load_imdb(*, cache_dir: Path, source: str = "stanfordnlp/imdb") -> ClassificationTask:
+@dataclass(frozen=True)
+class Imdb(ClassificationTask):
     """IMDB's reviews.
 
     Args:
-        cache_dir: where files of a folder are kept as Arrow tables.
         source: a folder with `train.parquet` and `test.parquet` (or `.jsonl`), the columns "text" and "label" (0
-            negative, 1 positive, as floats too; rows of label −1, which have none, are left out), or the Hub's name of
-            such a set.
-
-    Raises:
-        UserError: the source can't be read, has no such splits, columns or labels, or too few texts to hold some out.
+            negative, 1 positive, as floats too; rows of label −1 have none and are left out), or the Hub's name of such
+            a data set.
 
     """
-    found, origin = read_splits(source, cache_dir, WANTED)
-    for split in ("train", "test"):
-        if split not in found:
-            raise UserError(f"{source!r} has no {split} split, only {', '.join(found) or 'unknown ones'}; {WANTED}")
-    check_texts(source, found)
-    labelled = {split: _labelled(source, split, rows) for split, rows in found.items()}
-    texts = hash_rows(source, labelled, "eos")
-    labels = hashlib.sha256(bytes(label for rows in labelled.values() for label in rows["label"][:])).hexdigest()
-    validation = "its own validation split"
-    if "validation" not in labelled:
-        labelled["train"], labelled["validation"] = _hold_out(source, labelled["train"])
-        validation = "a tenth of train, by the hash of the text, for validation"
-    return ClassificationTask(
-        "imdb",
-        f"film reviews, negative or positive: {origin}, {validation}",
-        LABELS,
-        {split: labelled[split] for split in ("train", "validation", "test")},
-        fingerprint(texts=texts, labels=labels, held_out=HELD_OUT),
-        tokenizer="bpe:4096",
-    )
+
+    source: str = "stanfordnlp/imdb"
+
+    tokenizer = "bpe:4096"
+    labels = LABELS
+
+    def load(self, cache_dir: Path) -> LabelledTexts:
+        """The reviews.
+
+        Raises:
+            UserError: the source can't be read, has no such splits, columns or labels, or too few texts to hold some
+                out.
+
+        """
+        found, origin = read_splits(self.source, cache_dir, WANTED)
+        for split in ("train", "test"):
+            if split not in found:
+                raise UserError(
+                    f"{self.source!r} has no {split} split, only {', '.join(found) or 'unknown ones'}; {WANTED}"
+                )
+        check_texts(self.source, found)
+        labelled = {split: _labelled(self.source, split, rows) for split, rows in found.items()}
+        texts = hash_rows(self.source, labelled, "eos")
+        labels = hashlib.sha256(bytes(label for rows in labelled.values() for label in rows["label"][:])).hexdigest()
+        validation = "its own validation split"
+        if "validation" not in labelled:
+            labelled["train"], labelled["validation"] = _hold_out(self.source, labelled["train"])
+            validation = "a tenth of train, by the hash of the text, for validation"
+        return self.data(
+            f"film reviews, negative or positive: {origin}, {validation}",
+            {split: labelled[split] for split in ("train", "validation", "test")},
+            fingerprint(texts=texts, labels=labels, held_out=HELD_OUT),
+        )
 
 
 def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Dataset:

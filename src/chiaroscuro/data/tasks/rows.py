@@ -1,6 +1,6 @@
-"""A task as numbers: each text tokenised once, cut at T tokens when it is read, padded when rows become a batch."""
+"""A task as numbers: each row tokenised once and kept, and padded when rows become a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.storage import default_cache_dir, fingerprint
 from chiaroscuro.data.tasks.tables import kept_table
-from chiaroscuro.data.tasks.task import ClassificationTask
+from chiaroscuro.data.tasks.task import LabelledTexts, TokenTargets
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.errors import UserError
 
 # Counts up when the tables or what is put into them change.
 FORMAT = 1
+
+# The target of a position where nothing is to be predicted: what PyTorch's cross-entropy leaves out.
+IGNORED = -100
 
 # Texts that go to the threads at once.
 BATCH = 256
@@ -70,11 +73,56 @@ class LabelledRows(Dataset[dict[str, Any]]):
         return float((self.lengths > self.length).mean())
 
 
-class PadToLongest:
-    """Rows as a batch: padded on the right to the longest of them, and a mask that says so.
+class TokenRows(Dataset[dict[str, Any]]):
+    """Row i is a sequence, `input_ids`, and what to predict at each of its positions, `shift_labels` (−100: nothing).
+
+    `labels` is the same as `shift_labels`: transformers' Trainer counts predictions only where there are labels.
 
     Args:
-        pad_token_id: what stands in the padding; the mask is what counts, so that any token will do.
+        name: which split of which task, in words.
+        identity: changes with the rows and the tokenizer.
+        table: the columns "input_ids" and "targets".
+        length: T, the most tokens that a row may have.
+
+    Raises:
+        UserError: a row is longer: cut, it would lose what is to be predicted.
+
+    """
+
+    def __init__(self, name: str, identity: str, table: datasets.Dataset, length: int) -> None:
+        self.name = name
+        self.identity = identity
+        self.table = table
+        self.length = length
+        if (longest := int(self.lengths.max())) > length:
+            raise UserError(
+                f"{name} has sequences of {longest} tokens, more than the {length} that are to be read: raise "
+                "data.sequence_length (and model.max_position_embeddings), or ask for shorter ones"
+            )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.table[index]
+        return {"input_ids": row["input_ids"], "labels": row["targets"], "shift_labels": row["targets"]}
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """The number of tokens of each row."""
+        return arrow.list_value_length(self.table.data.column("input_ids")).to_numpy()
+
+    @property
+    def predictions(self) -> int:
+        """The number of positions with a target, over all rows."""
+        return int((arrow.list_flatten(self.table.data.column("targets")).to_numpy() != IGNORED).sum())
+
+
+class PadToLongest:
+    """Rows as a batch: padded on the right to the longest of them, with a mask that marks the padding.
+
+    Args:
+        pad_token_id: the token that fills the padding. Any will do: the mask is what counts.
 
     """
 
@@ -82,19 +130,37 @@ class PadToLongest:
         self.pad_token_id = pad_token_id or 0
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Int[Tensor, "batch ..."]]:
-        """Give `input_ids` and `attention_mask` (B, longest), and `labels` (B,)."""
-        time = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), time), self.pad_token_id)
-        mask = torch.zeros(len(rows), time, dtype=torch.long)
-        for i, row in enumerate(rows):
-            size = len(row["input_ids"])
-            ids[i, :size] = torch.tensor(row["input_ids"])
-            mask[i, :size] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+        """Make a batch.
+
+        Args:
+            rows: each a mapping from names to a number, or to a list of numbers, one for each position.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, longest), and for every other name (B,) or (B, longest), where the
+            padding is −100.
+
+        """
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        mask = [[1] * len(ids) for ids in columns["input_ids"]]
+        return {
+            "input_ids": _padded(columns.pop("input_ids"), self.pad_token_id),
+            "attention_mask": _padded(mask, 0),
+            **{
+                name: _padded(values, IGNORED) if isinstance(values[0], list) else torch.tensor(values)
+                for name, values in columns.items()
+            },
+        }
+
+
+def _padded(rows: list[list[int]], padding: int) -> Int[Tensor, "batch time"]:
+    filled = torch.full((len(rows), max(map(len, rows))), padding)
+    for row, values in zip(filled, rows, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    return filled
 
 
 def tokenize_task(
-    task: ClassificationTask, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path | None = None
+    task: LabelledTexts, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path | None = None
 ) -> dict[str, LabelledRows]:
     """Tokenise each split of a task, without special tokens, or find it done.
 
@@ -109,21 +175,59 @@ def tokenize_task(
         UserError: a text has no tokens, or the cache folder can't be written.
 
     """
+    features = datasets.Features({"input_ids": _ids(tokenizer), "label": datasets.Value("uint8")})
+    return {
+        split: LabelledRows(name, identity, table, length)
+        for split, name, identity, table in _tables(task, tokenizer, features, _encode_texts, cache_dir)
+    }
+
+
+def tokenize_targets(
+    task: TokenTargets, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path | None = None
+) -> dict[str, TokenRows]:
+    """Turn the words and targets of each split into the tokenizer's ids, or find it done.
+
+    Args:
+        task: the sequences.
+        tokenizer: one that has each word as one token.
+        length: T, the most tokens that a row may have.
+        cache_dir: see `tokenize_task`.
+
+    Raises:
+        UserError: a word is not one of the tokenizer's, a row is empty or longer than T, words and targets differ in
+            number, or the cache folder can't be written.
+
+    """
+    features = datasets.Features({"input_ids": _ids(tokenizer), "targets": datasets.List(datasets.Value("int32"))})
+    return {
+        split: TokenRows(name, identity, table, length)
+        for split, name, identity, table in _tables(task, tokenizer, features, _encode_targets, cache_dir)
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast) -> datasets.List:
+    return datasets.List(datasets.Value("uint16" if len(tokenizer) <= 2**16 else "uint32"))
+
+
+def _tables(
+    task: LabelledTexts | TokenTargets,
+    tokenizer: PreTrainedTokenizerFast,
+    features: datasets.Features,
+    encode: Callable[..., Iterator[dict[str, list[Any]]]],
+    cache_dir: Path | None,
+) -> Iterator[tuple[str, str, str, datasets.Dataset]]:
+    """For each split: its name, the same in words, its identity, and its table."""
     serialised = bare_backend(tokenizer).to_str()
     folder = (cache_dir or default_cache_dir()) / "tasks"
-    small = len(tokenizer) <= 2**16
-    features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("uint16" if small else "uint32")), "label": datasets.Value("uint8")}
-    )
-    rows = {}
     for split in task.splits:
         key = fingerprint(task=task.fingerprint, split=split, tokenizer=serialised, format=FORMAT)
-        table = kept_table(folder / f"{split}-{key}.arrow", features, partial(_encode, task, split, tokenizer))
-        rows[split] = LabelledRows(f"the {split} split of {task.name}", f"{split}-{key}", table, length)
-    return rows
+        table = kept_table(folder / f"{split}-{key}.arrow", features, partial(encode, task, split, tokenizer))
+        yield split, f"the {split} split of {task.name}", f"{split}-{key}", table
 
 
-def _encode(task: ClassificationTask, split: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, list[Any]]]:
+def _encode_texts(
+    task: LabelledTexts, split: str, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[dict[str, list[Any]]]:
     backend = bare_backend(tokenizer)
     place = 0
     with patient_bar(f"tokenising the {split} split of {task.name}", len(task.splits[split])) as advance:
@@ -136,3 +240,27 @@ def _encode(task: ClassificationTask, split: str, tokenizer: PreTrainedTokenizer
             yield {"input_ids": [text.ids for text in encoded], "label": batch["label"]}
             place += len(encoded)
             advance(len(encoded))
+
+
+def _encode_targets(
+    task: TokenTargets, split: str, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[dict[str, list[Any]]]:
+    ids: dict[str | None, int] = {None: IGNORED}
+    for word, id_ in tokenizer.get_vocab().items():
+        ids[word] = id_
+    place = 0
+    with patient_bar(f"tokenising the {split} split of {task.name}", len(task.splits[split])) as advance:
+        for batch in task.splits[split].iter(batch_size=BATCH):
+            for row, (words, targets) in enumerate(zip(batch["words"], batch["targets"], strict=True), start=place):
+                where = f"row {row} of the {split} split of {task.name}"
+                if not words or len(words) != len(targets):
+                    raise UserError(f"{where} has {len(words)} words and {len(targets)} targets; need as many of both")
+                for word in (*words, *targets):
+                    if word not in ids:
+                        raise UserError(f"{where} has the word {word!r}, which the tokenizer does not know")
+            yield {
+                "input_ids": [[ids[word] for word in words] for words in batch["words"]],
+                "targets": [[ids[target] for target in targets] for targets in batch["targets"]],
+            }
+            place += len(batch["words"])
+            advance(len(batch["words"]))

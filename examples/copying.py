@@ -1,0 +1,57 @@
+"""A task of one's own in one file: copy a sequence that was read before.
+
+    words     7 2 9 | 7 2
+    targets   . . 7 2 9        (a dot: nothing to predict)
+
+Whoever is to predict the copy must look back at the original, over as many tokens as the sequence is long: a layer
+without attention does no better than guess. Train on it, with `--import examples.copying` from the root of the clone:
+
+    chiaroscuro --import examples.copying train recipe.yaml data.task=copying tokenizer=words data.length=16
+"""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from chiaroscuro.data.tasks import GeneratedTask, TokenTask, below, register_task
+from chiaroscuro.errors import UserError
+
+SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Copying(TokenTask, GeneratedTask):
+    """Random words, a separator, and the same words again.
+
+    Args:
+        length: words to copy; a sequence has twice as many tokens.
+        vocabulary: how many different words there are.
+
+    """
+
+    train_examples: int = 10_000
+    heldout_examples: int = 500
+    length: int = 8
+    vocabulary: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("length", "vocabulary"):
+            if getattr(self, option) < 2:
+                raise UserError(f"{option}={getattr(self, option)}: needs at least 2")
+
+    @property
+    def description(self) -> str:
+        """The sequences in one line."""
+        return f"{self.length} of {self.vocabulary} words, and the same again, seed {self.seed}"
+
+    def draw(self, random: Random) -> dict[str, Any]:
+        """One sequence: from the separator on, each position predicts the next word of the copy."""
+        original = [str(below(random, self.vocabulary)) for _ in range(self.length)]
+        return {
+            "words": [*original, SEPARATOR, *original[:-1]],
+            "targets": [None] * self.length + original,
+        }
+
+
+register_task("copying", Copying)
