@@ -281,18 +281,18 @@ class Recipe(Section):
         return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
 
     @model_validator(mode="after")
-    def _suitable_tokenizer(self) -> "Recipe":
-        for data in (self.data, *(self.mixture.tasks.values() if self.mixture else ())):
-            data.build_task().refuse_tokenizer(self.tokenizer)
-        return self
-
-    @model_validator(mode="after")
     def _mixed(self) -> "Recipe":
         if self.mixture is not None:
             if not isinstance(self.data.build_task(), TextTask):
                 raise ValueError(f"mixture with data.task={self.data.task!r}: tasks are mixed into language modelling")
             if isinstance(self.model, LlamaSection):
                 raise ValueError("mixture with model.architecture: llama, which has no heads for tasks; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _suitable_tokenizer(self) -> "Recipe":
+        for data in (self.data, *(self.mixture.tasks.values() if self.mixture else ())):
+            data.build_task().refuse_tokenizer(self.tokenizer)
         return self
 
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
