@@ -216,8 +216,11 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
         raise ValueError(f"the DCT runs along the last axis, got shape {tuple(x.shape)}: need a width of at least 1")
     half = _is_half(x)
     wide = x.float() if half else x
-    # A compiled graph serves every number of tokens, so there only the width decides.
-    few = not torch.compiler.is_compiling() and x.numel() * x.shape[-1] <= FEW
+    if torch.compiler.is_compiling():
+        _register_with_the_compiler()
+        few = False  # a graph serves every number of tokens, so there only the width decides
+    else:
+        few = x.numel() * x.shape[-1] <= FEW
     way = dct_by_matrix if few or x.shape[-1] <= MATRIX_UP_TO else dct_by_fft
     # Autocast would run the matrix product in half precision.
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -230,16 +233,26 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-# `allow_in_graph`: torch.compile traces what these two do with tensors, which makes a table a constant of its graph. It
-# would follow Python code into the table's making, and put that into the graph.
-@torch.compiler.allow_in_graph
+def _register_with_the_compiler() -> None:
+    """Let torch.compile trace what the two ways do with tensors, not their Python code.
+
+    So a table is a constant of its graph. The Python code would show it how a table is made, to be made at every call.
+    """
+    for way in (dct_by_matrix, dct_by_fft):
+        torch.compiler.allow_in_graph(way)
+
+
+# Called while the compiler traces, not at import: `torch.compiler.allow_in_graph` imports the compiler, which takes as
+# long as PyTorch itself. For the same reason the mark is set by hand that `torch.compiler.assume_constant_result` sets.
+_register_with_the_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dct_by_matrix(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
     """The transform as one matrix product, y = x Cᵀ (inverse: y = x C)."""
     matrix = _constant(_dct_matrix, x)
     return x @ matrix if inverse else x @ matrix.T
 
 
-@torch.compiler.allow_in_graph
 def dct_by_fft(x: Float[Tensor, "*batch width"], inverse: bool = False) -> Float[Tensor, "*batch width"]:
     """The transform by one real FFT of length d."""
     if x.numel() == 0:  # MKL's FFT takes no empty tensor
