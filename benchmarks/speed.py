@@ -62,7 +62,7 @@ def goals() -> Iterator[Goal]:
 
 
 def main() -> None:
-    """Measure what is missing, then write figures, page and plot, and what was to be reached at the end of the page."""
+    """Measure what is missing, then write figures, page and plot, and the goals at the end of the page."""
     keep_freed_memory()
     run_benchmark(Plan(), RESULTS, PAGE, Console(), closing)
 
@@ -81,14 +81,14 @@ def closing(found: dict[str, Any]) -> str:
                 why += ["", f"What goes into *{text}*: {each}, of the layer's {1e3 * cell['layer']['median']:.3g} ms."]
     head = [
         "",
-        "## What was to be reached",
+        "## Goals",
         "",
         "| at ρ = 0.25 | T | goal | measured | reached |",
         "|---|---|---|---|---|",
     ]
     done = {cell["length"] for cell in cells if cell["task"] == "train"}
     missing = [f"{length:,}" for length in found["plan"]["lengths"] if length not in done]
-    rest = ["", f"Not measured here: T = {', '.join(missing)}; `make bench` goes on with it."] if missing else []
+    rest = ["", f"Not measured here: T = {', '.join(missing)}; `make bench` continues."] if missing else []
     return "\n".join([*head, *rows, *why, *rest, *alone(), ""])
 
 
@@ -101,8 +101,8 @@ def alone() -> list[str]:
     turns = min(step["ours"]["turns"] for step in steps.values())
     return [
         "",
-        "Among nine candidates each has three turns. Full attention and Llama alone, training steps in turn for "
-        f"{turns} turns or more (`python -m benchmarks.llama`): its time over Llama's is {ratios}.",
+        "Above, each of the nine candidates has three turns. With full attention and Llama alone, alternating training "
+        f"steps for {turns} turns or more (`python -m benchmarks.llama`), its time over Llama's is {ratios}.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from benchmarks import speed
 from pages import ROOT, blocks, pages
 
 from chiaroscuro.cli import app
+from chiaroscuro.report.performance_page import render_page
+from chiaroscuro.studies import wikitext2
 
 PAGES = pages()
 WITH_PYTHON = [page for page in PAGES if blocks(page.read_text("utf-8"), "python")]
@@ -110,6 +114,18 @@ def test_a_wrong_command_line_is_caught(line: str, complaint: str) -> None:
 
 
 # Figures
+
+
+def test_the_results_page_is_of_the_committed_results() -> None:
+    assert (ROOT / wikitext2.PAGE).read_text("utf-8") == wikitext2.page(
+        json.loads((ROOT / wikitext2.RESULTS).read_text())
+    )
+
+
+def test_the_performance_page_is_of_the_committed_results() -> None:
+    found = json.loads((ROOT / speed.RESULTS).read_text())
+    page = (ROOT / speed.PAGE).read_text("utf-8")
+    assert page == render_page(found, speed.PAGE.with_suffix(".png").name) + speed.closing(found)
 
 
 def table_after(text: str, heading: str) -> list[list[str]]:

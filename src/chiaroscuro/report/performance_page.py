@@ -7,18 +7,18 @@ from chiaroscuro.analysis.speed import DECODED
 
 INTRODUCTION = """# What routing saves
 
-{layers} layers: the first of dct alone, the last of full attention, and in the {routed} between them a choice. Width
-{width}, {heads} heads, {vocabulary} words, {dtype}, no MetaRouter; {tokens} tokens a step, or one longer sequence.
-Random weights and tokens, thresholds calibrated on these tokens. Measured on {machine}.
+{layers} layers: the first has dct alone, the last full attention, and the {routed} between them a choice. Width
+{width}, {heads} heads, a vocabulary of {vocabulary}, {dtype}, no MetaRouter; {tokens} tokens a step, or one longer
+sequence. Random weights and tokens, thresholds calibrated on these tokens. Measured on {machine}.
 
-The candidates take turns in one process, which keeps the memory that tensors give back (`chiaroscuro.allocator`).
-Every cell is the median time and its middle half; how many times faster that is than our own full-attention baseline
-(the same class, attention on every menu, PyTorch's SDPA); and, in brackets, what the operation counts predict for it
-(`chiaroscuro flops`). *routed* and *all* say what a routed token attends to; *dense execution* runs every operator on
-every token, as the published code does. Hugging Face's Llama has the same layers, width, heads and vocabulary and as
-many weights; its loss is its own, over all logits at once.
+The candidates take turns in one process, which keeps freed memory for reuse (`chiaroscuro.allocator`). Every cell has
+the median time with its interquartile range; how many times faster that is than our own full-attention baseline (the
+same class, attention on every menu, PyTorch's SDPA); and, in brackets, what the operation counts predict for it
+(`chiaroscuro flops`). *routed* and *all* say what a routed token attends to. *Dense execution* runs every operator on
+every token, as the published code does. Hugging Face's Llama has the same layers, width, heads and vocabulary, and as
+many weights. It computes its own loss, over all logits at once.
 
-![Time a token over the length of the sequence, one line a model]({picture})
+![Time per token over the length of the sequence, one line per model]({picture})
 """
 
 TITLES: dict[str, tuple[str, str]] = {
@@ -26,25 +26,25 @@ TITLES: dict[str, tuple[str, str]] = {
     "forward": ("Prefill", "Forward without gradients, which fills a cache and gives the logits of the last token."),
     "decode": (
         "Decoding",
-        f"{DECODED} tokens, one after another, on a cache of so many. Our cache, and so the baseline's, does not copy "
-        "itself at every token; transformers' `DynamicCache`, which Llama has, does. In the second table: the numbers "
-        "that the cache keeps, as a part of the baseline's.",
+        f"{DECODED} tokens, one after another, on a cache of T tokens. Our cache, which the baseline uses too, does "
+        "not copy itself at every token; transformers' `DynamicCache`, which Llama uses, does. The second table has "
+        "the size of the cache, as a fraction of the baseline's.",
     ),
     "memory": (
         "Peak memory of a training step",
-        "Of one sequence: weights, gradients, AdamW's moments and activations, what a process holds above one with "
-        "PyTorch loaded; each in a process of its own, and as a part of the baseline's. The loss is made in chunks in "
-        "all of ours, the baseline too.",
+        "For one sequence: weights, gradients, AdamW's moments and activations, that is, what the process holds beyond "
+        "a process with PyTorch loaded. Each is measured in a process of its own, and given as a fraction of the "
+        "baseline's too. All of our models, the baseline included, compute the loss in chunks.",
     ),
     "router": (
         "Router and transform",
-        "Their part of a routed layer's time, at ρ = 0.25 and sequences of 1024 tokens: the DCT and the entropy of all "
-        "tokens, the choice, and the filter and the way back for the tokens that take it.",
+        "Their share of a routed layer's time, at ρ = 0.25 and sequences of 1024 tokens: the DCT and the entropy of "
+        "all tokens, the choice, and the filter and the inverse transform of the tokens that are sent to dct.",
     ),
     "profile": (
         "Where the time goes",
         "Seconds of one step by kind of operation, under PyTorch's profiler. Routing saves matrix products and "
-        "attention; it adds the transform and the moving of tokens.",
+        "attention; it adds the transform and the movement of tokens.",
     ),
 }
 
@@ -66,7 +66,7 @@ def render_page(found: dict[str, Any], picture: str) -> str:
 
 def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
     if task == "router":
-        head = ["width", "context", "", "part of the layer's time"]
+        head = ["width", "context", "", "share of the layer's time"]
         what = {True: "training step", False: "forward"}
         return [
             _table(

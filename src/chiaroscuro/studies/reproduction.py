@@ -20,7 +20,7 @@ from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, es
 
 RESULTS = Path("experiments/results")
 PAGE = Path("docs/reproduction.md")
-HOLDS, FAILS, OPEN = "holds", "**does not hold**", "can't be told at this scale"
+HOLDS, FAILS, OPEN = "holds", "**does not hold**", "undecided at this scale"
 MISSING = "not measured yet"
 LARGE, SMALL = "recipes/paper/400m.yaml", "recipes/paper/17m.yaml"
 
@@ -95,19 +95,20 @@ def page() -> str:
         "",
         "Written by `python -m chiaroscuro.studies.reproduction` from `experiments/results/`; do not edit.",
         "",
-        "The paper (arXiv 2606.08327) trains 17 M and 400 M parameters on WikiText-103, one run each. Ours is the",
-        "scale that two CPU cores carry: 5 layers, d 128, T 128, one epoch of WikiText-2 (2.5 M tokens), `bpe:4096`,",
-        "pre-norm, no dropout, embedding norm on unless it says otherwise, thresholds that follow the data to ρ = 0.25",
-        "([recipes/study.yaml](../recipes/study.yaml)); three seeds, of weights, order and what a router draws. In",
-        "brackets: the 95% interval over seeds, of ratios or differences paired by seed (Student's t, not corrected",
-        "for the number of comparisons). A claim about a ratio **holds** where its whole interval is on its side,",
-        "**does not hold** where it is on the other, and can't be told otherwise; the column *rule* says which side",
-        "that is, and what is asked of claims of another kind. What a small model does, a large one need not do: the",
-        "commands at the paper's scale are for whoever has the GPU.",
+        "The paper (arXiv 2606.08327) trains 17 M and 400 M parameters on WikiText-103, one run each. Our studies",
+        "run at a scale that two CPU cores can carry: 5 layers, d 128, T 128, one epoch of WikiText-2 (2.5 M",
+        "tokens), `bpe:4096`, pre-norm, no dropout, embedding norm on unless stated otherwise, thresholds that",
+        "follow the data to ρ = 0.25 ([recipes/study.yaml](../recipes/study.yaml)). There are three seeds, which",
+        "determine the weights, the order of the data and whatever a router draws. Parentheses give the 95% interval",
+        "over seeds, of ratios or differences paired by seed (Student's t, not corrected for the number of",
+        "comparisons). A claim about a ratio **holds** if its whole interval is on the claimed side, **does not",
+        "hold** if it is on the other side, and is undecided otherwise. The column *rule* says which side that is,",
+        "and how claims of other kinds are judged. A small model need not behave like a large one: the commands at",
+        "the paper's scale are for those who have a GPU.",
         "",
-        "Compared are models of the same depth and width. A layer of dct alone has fewer parameters than one with",
-        "attention, so H has 4 to 7% fewer than full attention: the tables say how many. Accuracies are of the",
-        "validation split.",
+        "The compared models have the same depth and width. A layer of dct alone has fewer parameters than one with",
+        "attention, so H has 4 to 7% fewer than full attention; the tables give the numbers. Accuracies are those of",
+        "the validation split.",
         "",
         "## The claims",
         "",
@@ -125,7 +126,7 @@ def page() -> str:
         "",
         *(line for number, claim in enumerate(found, start=1) for line in claim.commands(number)),
         "",
-        "## What a reader asks next",
+        "## Further questions",
         "",
         *questions(text),
         "",
@@ -315,7 +316,7 @@ def entropy_claim(text: Sweep) -> Claim:
         "H of a trained model differs from that of white noise",
         "0.817 to 0.903 at d = 256, where 20,000 draws of noise span 0.826 to 0.904",
         ours,
-        "the median is off the null's by a fifth of the null's 5–95% width or more, in every routed layer",
+        "the median differs from the null's by at least a fifth of the null's 5–95% width, in every routed layer",
         all_or_none([abs(e[1] - null[1]) >= 0.2 * (null[2] - null[0]) for e in layers]),
         "chiaroscuro sweep recipes/sweeps/wikitext2.yaml && chiaroscuro evaluate runs/sweeps/wikitext2/H/seed-0",
         (at_scale("v1"),),
@@ -378,7 +379,7 @@ def gate_claims() -> list[Claim]:
             "implied",
             "; ".join(f"{name}: {e.mean:+.3f}" + _interval(e, lambda x: f"{x:+.3f}") for name, e in apart.items())
             or MISSING,
-            "g of the text less g of ListOps: 0 lies outside the interval",
+            "g of the text minus g of ListOps: 0 lies outside the interval",
             MISSING if not told else told[0] if len(set(told)) == 1 else "; ".join(told),
             command,
             large,
@@ -428,8 +429,8 @@ def leak_claim(rbf: Sweep) -> Claim:
         if layers:
             own, copies = [layer["mean"] for layer in layers], [layer["copies"] for layer in layers]
             ours.append(
-                f"A's diagonal {what} {min(own):.3f} to {max(own):.3f} (weighing all alike "
-                f"{layers[0]['uniform']:.3f}), with the weight on copies of the same word {min(copies):.4f} to "
+                f"A's diagonal {what} {min(own):.3f} to {max(own):.3f} (uniform weights give "
+                f"{layers[0]['uniform']:.3f}), and with copies of the same word {min(copies):.4f} to "
                 f"{max(copies):.4f}"
             )
     later = [layer["later"] for run in measured if not run["causal"] for layer in run["trained"].values()]
@@ -456,7 +457,7 @@ def leak_claim(rbf: Sweep) -> Claim:
 
 
 def questions(text: Sweep) -> list[str]:
-    """What a reader asks next, each with the pairs of variants that answer it."""
+    """Further questions, each with the pairs of variants that answer it."""
     asked: list[tuple[str, list[tuple[str, str]]]] = [
         (
             "How much of the paper's gain is a weak baseline?",
@@ -480,7 +481,7 @@ def questions(text: Sweep) -> list[str]:
             ],
         ),
         (
-            "Does routing by H help at all over no attention there?",
+            "Does routing by H help at all, compared with no attention there?",
             [("H", "no attention in the routed layers"), ("random", "no attention in the routed layers")],
         ),
         (
@@ -502,7 +503,7 @@ def questions(text: Sweep) -> list[str]:
         lines.append(
             "Under the published calibration the routed layers sent "
             + ", ".join(f"{share:.1%}" for share in shares)
-            + " of the tokens to attention (one number a seed)."
+            + " of the tokens to attention (one number per seed)."
         )
     return lines
 
@@ -513,7 +514,7 @@ def begun() -> list[str]:
     if not file.is_file():
         return []
     lines = [
-        "## The paper's own recipes, begun",
+        "## First steps of the paper's own recipes",
         "",
         "A few steps on a CPU (`python -m chiaroscuro.studies.paper`), to show that they train; they say nothing of",
         "the results. The text is a page of WikiText-2; the column says what is changed in the recipe.",
@@ -552,12 +553,13 @@ def chosen_rbf() -> list[str]:
 
 
 def learning_rates(text: Sweep, faster: Sweep) -> list[str]:
-    """Whether the verdicts on the first two claims hang on the study's learning rate."""
+    """Whether the verdicts on the first two claims depend on the study's learning rate."""
     if not faster.variants:
         return []
     plain, bare = ("H", "full attention"), ("H, no embedding norm", "full attention, no embedding norm")
     lines = [
-        "**Do the first two claims hang on the learning rate?** (`chiaroscuro sweep recipes/sweeps/learning-rate.yaml`)"
+        "**Do the first two claims depend on the learning rate?** "
+        "(`chiaroscuro sweep recipes/sweeps/learning-rate.yaml`)"
     ]
     lines += ["", "The study's rate, 2e-3, is not the best for everyone. At 4e-3, on both sides:", ""]
     lines += [f"- *{one}* against *{other}*: {_ratio(faster.ratio(one, other))}" for one, other in (bare, plain)]
