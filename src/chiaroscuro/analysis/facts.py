@@ -3,17 +3,35 @@
 import math
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
+import chiaroscuro.model
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
 
 
+def count_parameters(config: PreTrainedConfig) -> int | None:
+    """The parameters of the model that a configuration describes, without making it; None for an unknown class.
+
+    The class is the one in `config.architectures`; a `ChiarConfig` that names none is a `ChiarForCausalLM`.
+    """
+    name = (config.architectures or ["ChiarForCausalLM" if isinstance(config, ChiarConfig) else ""])[0]
+    cls: Any = getattr(chiaroscuro.model, name, None) or getattr(transformers, name, None)
+    if cls is None:
+        return None
+    with torch.device("meta"):
+        return cls(config).num_parameters()
+
+
 def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
-    """Size, shape, menus and thresholds, ready for JSON (an infinite threshold, of a share of 0 or 1, is null).
+    """Size, shape, menus and thresholds, ready for JSON.
+
+    An infinite threshold, of a share of 0 or 1, is null; one that is not a number is the text `"NaN"`.
 
     Args:
-        model: a CHIAR-Former, or another model that one is compared with: of that, the size alone.
+        model: a CHIAR-Former, or another model that it is compared with, of which only the size is given.
 
     """
     config = model.config
@@ -49,7 +67,7 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
                 "layer": i + 1,
                 "operators": list(layer.operator_names),
                 "parameters": sum(p.numel() for p in layer.parameters()),
-                "thresholds": [t if math.isfinite(t) else None for t in thresholds],
+                "thresholds": ["NaN" if math.isnan(t) else t if math.isfinite(t) else None for t in thresholds],
                 "calibration_steps": None if calibration is None else int(calibration.steps),
             }
         )

@@ -1,14 +1,19 @@
 """Continuing a text with a trained model."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.errors import UserError
+
+COLDEST = 1e-6
+"""The lowest temperature but 0. Logits divided by less may overflow a float32."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,13 @@ def continue_text(
         tokenizer: the model's.
         prompt: the text to continue.
         max_new_tokens: how many tokens at most; fewer where the text ends or the model's longest sequence is reached.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits, `COLDEST` or more; 0 takes the likeliest token.
         top_k: draw from so many likeliest tokens; 0 for all.
         seed: of the draws.
 
     Raises:
-        UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence.
+        UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence; the
+            temperature is impossible; or the model's logits are not finite.
 
     """
     refuse_broken_text(prompt)
@@ -71,6 +77,8 @@ def continue_text(
     if ids.shape[1] >= longest:
         raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
     set_seed(seed)
+    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+        raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
     sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     generating: Any = model  # PreTrainedModel has no generate of its own to name, only those that mix it in
     start = time.perf_counter()
@@ -80,9 +88,16 @@ def continue_text(
             attention_mask=torch.ones_like(ids, device=model.device),
             max_new_tokens=min(max_new_tokens, longest - ids.shape[1]),
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_refuse_broken_logits]),
             **sampled,
         )
     new = answer[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True))
     full = len(new) < max_new_tokens and len(answer[0]) == longest
     return Continuation(text, len(new), time.perf_counter() - start, full)
+
+
+def _refuse_broken_logits(input_ids: Tensor, scores: Tensor) -> Tensor:
+    if scores.isnan().any() or scores.isposinf().any():
+        raise UserError("the model's logits are not finite: its weights hold NaN or infinity")
+    return scores

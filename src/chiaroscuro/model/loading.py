@@ -5,12 +5,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -44,6 +44,25 @@ def find_checkpoint(name: str) -> str:
     raise UserError(f"no such checkpoint: {name}; give a model's folder, a run's folder, or a Hub name owner/name")
 
 
+def load_checkpoint_config(name: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint; no weights are read.
+
+    Args:
+        name: as in `find_checkpoint`.
+
+    Raises:
+        UserError: it can't be found or read, or says something impossible.
+
+    """
+    path = find_checkpoint(name)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except UserError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
+    except Exception as error:  # a file that is no configuration fails in as many ways as there are such files
+        raise UserError(f"{path}/config.json can't be read, it is missing or damaged: {_one_line(error)}") from None
+
+
 def load_checkpoint(name: str) -> PreTrainedModel:
     """A model in evaluation mode: a CHIAR-Former, or any other that it is compared with.
 
@@ -61,7 +80,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
     logging.set_verbosity_error()
     try:
-        kind, *_ = AutoConfig.from_pretrained(path).architectures or [""]
+        kind = str(next(iter(load_checkpoint_config(name).architectures or [""])))
         cls: Any = AutoModelForCausalLM
         if kind == ChiarForMixedTasks.__name__:  # a language model too, which no Auto class knows with its heads
             cls = ChiarForMixedTasks
@@ -70,9 +89,9 @@ def load_checkpoint(name: str) -> PreTrainedModel:
         loaded: Any = cls.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
-    except UserError as error:
-        raise UserError(f"{path}/config.json: {error}") from None
-    except (SafetensorError, OSError, json.JSONDecodeError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # see above; SafetensorError, OSError and RuntimeError are the usual ones
         raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)

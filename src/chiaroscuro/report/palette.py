@@ -71,22 +71,3 @@ def blend(dark: str, light: str, fraction: float) -> str:
     """Mix the colour that lies the fraction of the way from one hexadecimal colour to the other."""
     pairs = zip(bytes.fromhex(dark[1:]), bytes.fromhex(light[1:]), strict=True)
     return "#" + "".join(f"{round(a + (b - a) * fraction):02x}" for a, b in pairs)
-
-
-def harmless(text: str) -> str:
-    """Show control characters (all but line break and tab) as pictures, so that no terminal obeys them."""
-    return "".join(
-        char
-        if char in "\n\t"
-        else chr(0x2400 + ord(char))
-        if ord(char) < 32
-        else "␡"
-        if 127 <= ord(char) < 160
-        else char
-        for char in text
-    )
-
-
-def label(piece: str) -> str:
-    """Write a token on one line: ␣ space, ⏎ line break, ⇥ tab, … where a neighbour has its character."""
-    return harmless(piece).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "…"

@@ -20,7 +20,8 @@ from matplotlib.patches import Patch
 
 from chiaroscuro.analysis.routing import RoutingTrace
 from chiaroscuro.files import write_bytes
-from chiaroscuro.report.palette import OperatorStyle, label, operator_styles
+from chiaroscuro.report.palette import OperatorStyle, operator_styles
+from chiaroscuro.report.visible import label
 
 _LABELLED_TOKENS = 60
 _FONT = "DejaVu Sans"  # comes with matplotlib

@@ -14,7 +14,8 @@ from typing import Any
 
 from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
 from chiaroscuro.report.page import SCRIPT, STYLE
-from chiaroscuro.report.palette import NIGHT, PAPER, OperatorStyle, costliest, harmless, operator_styles
+from chiaroscuro.report.palette import NIGHT, PAPER, OperatorStyle, costliest, operator_styles
+from chiaroscuro.report.visible import harmless
 
 # Charts: x runs over the tokens, y over H. The drawing is stretched to its box, so no text stands in it.
 _CHART_HEIGHT = 100

@@ -17,10 +17,9 @@ from chiaroscuro.report.palette import (
     OperatorStyle,
     blend,
     costliest,
-    harmless,
-    label,
     operator_styles,
 )
+from chiaroscuro.report.visible import harmless, label
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABEL_WIDTH = 14

@@ -10,10 +10,11 @@ from chiaroscuro.analysis.routing import trace_routing
 from chiaroscuro.analysis.sampling import continue_text
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_file, write_text
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.report.routing_figure import save_png
 from chiaroscuro.report.routing_html import render_html
 from chiaroscuro.report.routing_terminal import print_routing
+from chiaroscuro.report.visible import harmless
+from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, read_records, train
 
 RECIPES = {"small": Path("recipes/small.yaml"), "small-baseline": Path("recipes/small-baseline.yaml")}
@@ -55,11 +56,11 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
         style="dim",
     )
     routed = str(output / "small")
-    model, tokenizer = load_checkpoint(routed), load_checkpoint_tokenizer(routed)
-    sample = continue_text(model, tokenizer, PROMPT, max_new_tokens=60)
+    workspace = Workspace(routed)
+    sample = continue_text(workspace.model, workspace.tokenizer, PROMPT, max_new_tokens=60)
     console.print(f"A sample of {routed}:")
-    console.print(f"  {PROMPT}{sample.text}\n", markup=False, highlight=False)
-    trace = trace_routing(model, tokenizer, TEXT)
+    console.print(f"  {PROMPT}{harmless(sample.text)}\n", markup=False, highlight=False)
+    trace = trace_routing(workspace.model, workspace.tokenizer, TEXT)
     print_routing(trace, console)
     page, picture = output / "routing.html", output / "routing.png"
     write_text(page, render_html(trace))

@@ -19,9 +19,9 @@ from rich.console import Console
 from chiaroscuro import ChiarForCausalLM
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.rbf import self_weights
-from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.data import TokenBlocks
 from chiaroscuro.layers import RBFMixing
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe
 
 RUNS = Path("runs/sweeps/rbf")
@@ -62,11 +62,10 @@ def measure_weights(folder: Path) -> dict[str, Any]:
 
 def load(folder: Path) -> tuple[Recipe, ChiarForCausalLM, TokenBlocks, list[torch.Tensor]]:
     """A run's recipe, its trained model, its validation split, and the first blocks of that."""
-    recipe = Recipe.load(folder / "recipe.yaml")
-    model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
-    assert isinstance(model, ChiarForCausalLM)
-    tokens = tokenize_corpus(load_corpus(recipe.data.options["source"]), tokenizer)["validation"]
-    blocks = TokenBlocks(tokens, recipe.data.sequence_length)
+    workspace = Workspace(str(folder), device="cpu")
+    recipe, model = workspace.recipe, workspace.model
+    assert recipe is not None and isinstance(model, ChiarForCausalLM)
+    _, blocks = workspace.blocks("validation")
     return recipe, model, blocks, [blocks[i]["input_ids"][None] for i in range(min(BLOCKS, len(blocks)))]
 
 

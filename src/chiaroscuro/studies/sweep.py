@@ -41,6 +41,7 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from chiaroscuro import plugins
 from chiaroscuro.data import check_source
 from chiaroscuro.data.tasks import TextTask
 from chiaroscuro.errors import UserError
@@ -343,6 +344,7 @@ def _start(run: SweepRun, device: str | None, lock: int) -> subprocess.Popen[byt
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     arguments = ["train", str(recipe), *(["--resume"] if resume else [])]
+    arguments += [word for module in plugins.named() for word in ("--import", module)]
     with (run.folder / _LOG).open("ab") as log:
         log.write(f"$ chiaroscuro {' '.join(arguments)}\n".encode())
         log.flush()

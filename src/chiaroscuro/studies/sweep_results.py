@@ -6,11 +6,9 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-import chiaroscuro.model
+from chiaroscuro.analysis.facts import count_parameters
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig
@@ -46,7 +44,7 @@ def collect_figures(run: SweepRun) -> dict[str, Any]:
     share = mean(layer["share"][-1] for layer in choices) if choices else None
     return {
         **{name: value for name, value in seen.items() if name not in ("kind", "step", "tokens", "seconds")},
-        "parameters": _parameters(config),
+        "parameters": count_parameters(config),
         "steps": trained["step"],
         "tokens": trained["tokens"],
         "seconds": trained["seconds"],
@@ -64,15 +62,6 @@ def collect_figures(run: SweepRun) -> dict[str, Any]:
 def metric_of(figures: Mapping[str, Any]) -> str:
     """Tell what a run is judged by."""
     return "accuracy" if "accuracy" in figures else "perplexity"
-
-
-def _parameters(config: PreTrainedConfig) -> int | None:
-    name = (config.architectures or [""])[0]
-    model: Any = getattr(chiaroscuro.model, name, None) or getattr(transformers, name, None)
-    if model is None:
-        return None
-    with torch.device("meta"):
-        return model(config).num_parameters()
 
 
 def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[str, float] | None:

@@ -21,9 +21,7 @@ from rich.console import Console
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import describe_routing
-from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
-from chiaroscuro.model.config import ChiarConfig
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, train
 
 SEEDS = (0, 1)
@@ -73,8 +71,8 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
         return json.loads(measured.read_text(encoding="utf-8"))
     if not (folder / "model").is_dir():
         train(recipe, resume=any(folder.glob("checkpoint-*")), console=console)
-    model, tokenizer = load_checkpoint(str(folder)), load_checkpoint_tokenizer(str(folder))
-    splits = tokenize_corpus(load_corpus(recipe.data.options["source"]), tokenizer)
+    workspace = Workspace(str(folder), device="cpu")
+    model = workspace.model
     figures: dict[str, Any] = {
         "model": name,
         "seed": seed,
@@ -82,12 +80,11 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
         "tokens": recipe.steps() * recipe.tokens_per_step(),
         "steps": recipe.steps(),
     }
-    routes = isinstance(model.config, ChiarConfig)
     for split in ("validation", "test"):
-        blocks = TokenBlocks(splits[split], recipe.data.sequence_length)
-        evaluation = evaluate_blocks(model, blocks, output_routing=routes)
+        _, blocks = workspace.blocks(split)
+        evaluation = evaluate_blocks(model, blocks, output_routing=workspace.routes)
         figures[split] = evaluation.figures()
-        if routes:
+        if workspace.routes:
             figures[split] |= describe_routing(evaluation.routings, model.config.hidden_size)
         console.print(f"{folder} {split}: perplexity {evaluation.perplexity:.2f}")
     measured.write_text(json.dumps(figures), encoding="utf-8")

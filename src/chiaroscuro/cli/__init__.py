@@ -1,0 +1,53 @@
+"""The command line: `chiaroscuro COMMAND`. A command is a few lines around a function of the library.
+
+A `UserError`, whoever raises it, becomes one line on standard error and exit code 2. With `--json` standard output
+holds one JSON object and nothing else.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+# Before anything of Hugging Face is imported, which reads them once: nothing phones home.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import typer
+
+from chiaroscuro.allocator import keep_freed_memory
+from chiaroscuro.cli import costs, models, runs
+from chiaroscuro.cli.application import app
+from chiaroscuro.errors import UserError
+from chiaroscuro.report.visible import harmless
+
+__all__ = ["app", "costs", "main", "models", "runs"]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    keep_freed_memory()
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted")
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _fail(f"{error.format_message()} (see chiaroscuro --help)")
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+            _fail("this machine has not enough memory for that: ask for something smaller")
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {harmless(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,138 @@
+"""What all commands share: the application, its options, and how results reach the terminal.
+
+Nothing here imports PyTorch or transformers, which take seconds: help and a mistake in the arguments should not wait
+for them. So every command imports what it uses when it runs.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from functools import wraps
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from chiaroscuro import plugins
+from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_place
+
+app = typer.Typer(
+    name="chiaroscuro",
+    help="Language models that spend attention only where a token needs it (CHIAR-Former, arXiv 2606.08327).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Modules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="First import this module, which registers operators, routers or tasks of yours. Can be repeated.",
+    ),
+]
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function: it takes `--import` too, and knows all plugins when it runs."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, modules: list[str] | None, **kwargs: Any) -> None:
+            plugins.import_installed()
+            plugins.import_modules(modules or [])
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # of loading a few files, which would stand between the lines of ours
+            function(*args, **kwargs)
+
+        own = inspect.signature(function)
+        added = inspect.Parameter("modules", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Modules)
+        cast(Any, run).__signature__ = own.replace(parameters=[*own.parameters.values(), added])
+        run.__annotations__ = {**function.__annotations__, "modules": Modules}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("chiaroscuro"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    modules: Modules = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    plugins.import_modules(modules or [])
+
+
+# ---- options that several commands have ------------------------------------------------------------------------
+
+
+def refuse_empty(name: str) -> str:
+    """Refuse an empty name of a file, a folder or a model."""
+    if not name:
+        raise UserError("the name is empty: give that of a file, a folder or a model")
+    return name
+
+
+def refuse_bad_place(file: Path | None) -> Path | None:
+    """Refuse a file that can't be written, before the work for it is done."""
+    if file is not None:
+        refuse_place(file)
+    return file
+
+
+def _refuse_other_than_png(file: Path | None) -> Path | None:
+    if file is not None and file.suffix.lower() != ".png":
+        raise UserError(f"--png {file}: the figure is a PNG file; give it a name that ends in .png")
+    return refuse_bad_place(file)
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A model's folder, a run's folder (its model/ is taken), or a Hub name owner/name.",
+        callback=refuse_empty,
+    ),
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="python-docs, a folder with train/validation/test text or parquet files, or a Hub name "
+        "owner/name:config. By default the data of the run's recipe.",
+    ),
+]
+Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.", callback=_refuse_other_than_png)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Share = Annotated[
+    float | None,
+    typer.Option(help="First set the share of tokens (0 to 1) that goes to attention."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs: cpu or cuda. By default cuda if PyTorch sees a GPU.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+LARGEST = 2**31 - 1
+"""Of sizes and counts. Nothing here is as large, and what is larger overflows somewhere."""
+
+
+# ---- results ---------------------------------------------------------------------------------------------------
+
+
+def print_json(figures: dict[str, Any]) -> None:
+    """Print strict JSON. Control characters are escaped, the C1 ones too: terminals obey some of them."""
+    text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+    print(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))

@@ -1,0 +1,291 @@
+"""Commands on a trained model: info, evaluate, generate, calibrate, route, import-reference."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from chiaroscuro.cli.application import (
+    LARGEST,
+    AsJson,
+    Checkpoint,
+    Device,
+    Png,
+    Share,
+    Source,
+    command,
+    print_json,
+    refuse_bad_place,
+)
+from chiaroscuro.errors import UserError
+
+
+@command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Source = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="T, tokens that the model reads at once. By default the recipe's data.sequence_length or, without a "
+            "recipe, the model's max_position_embeddings."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Move the window by this many tokens and count only the new ones: more context for every token, at "
+            "T/stride times the work. By default the paper's blocks, which overlap by one token."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="For a mixed run: measure this task of its recipe instead of the text.")
+    ] = None,
+    share: Share = None,
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1, max=2**20)] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: loss, perplexity and bits per byte on a text; for a classifier, loss and accuracy on its task.
+
+    Example: chiaroscuro evaluate runs/small --split test --stride 64
+    """
+    from chiaroscuro.report.tables import evaluation_tables
+    from chiaroscuro.studies.evaluation import evaluate
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device=device, share=share, task=task)
+    figures = evaluate(workspace, source=data, split=split, length=length, stride=stride, batch_size=batch_size)
+    if as_json:
+        print_json(figures)
+    else:
+        Console().print(*evaluation_tables(figures), sep="\n")
+
+
+@command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.", min=1)] = 100,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the likeliest token each time.", min=0)
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.", min=0, max=LARGEST)
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
+    share: Share = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text.
+
+    The model reads at most max_position_embeddings tokens, prompt included; generation stops there. Control characters
+    in the text are shown as pictures (␛), since a terminal would obey them; --json has them as they are, escaped.
+
+    Example: chiaroscuro generate runs/small "The function returns" --max-new-tokens 60
+    """
+    from chiaroscuro.analysis.sampling import continue_text
+    from chiaroscuro.report.visible import harmless
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device=device, share=share)
+    model, text = workspace.language_model("generate"), _text(prompt)
+    result = continue_text(
+        model,
+        workspace.tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+    if as_json:
+        print_json({"prompt": text, "continuation": result.text, **result.figures()})
+        return
+    shown = f"[bold]{escape(harmless(text))}[/bold]{escape(harmless(result.text))}"
+    Console(highlight=False).print(shown, soft_wrap=True)
+    if result.full:
+        longest = model.config.max_position_embeddings
+        print(f"stopped: the model reads at most {longest} tokens, prompt included", file=sys.stderr)
+
+
+@command()
+def calibrate(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper."),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="ρ; by default the model's own attention_share.")] = None,
+    data: Source = None,
+    split: Annotated[str | None, typer.Option(help="The split to calibrate on; by default train.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Use this many tokens from the beginning of the split; by default 65536. Sequences are as long as the "
+            "recipe's, or at most 256 tokens without a recipe.",
+            min=1,
+            max=LARGEST,
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="data: sets the thresholds of every layer at quantiles of the entropies that it sees. paper: prints "
+            "the 33rd and 67th percentile of the entropy of a trained baseline's embeddings, to put into a recipe."
+        ),
+    ] = "data",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set a model's thresholds from data, so that each layer sends the share of tokens that you ask for to attention.
+
+    Example: chiaroscuro calibrate runs/small --share 0.1 --output runs/small-10
+    """
+    from chiaroscuro.report.tables import routing_table
+    from chiaroscuro.studies.calibration import calibrate_copy, published_thresholds
+    from chiaroscuro.studies.workspace import Workspace
+
+    if method not in ("data", "paper"):
+        raise UserError(f"--method {method}: choose data or paper")
+    if method == "paper":
+        for option, value in {"--output": output, "--share": share, "--split": split, "--tokens": tokens}.items():
+            if value is not None:
+                raise UserError(
+                    f"{option} {value} goes with --method data: paper takes the percentiles and the rows as published, "
+                    "and prints the thresholds"
+                )
+        low, high = published_thresholds(Workspace(checkpoint, device=device), source=data)
+        if as_json:
+            print_json({"entropy_thresholds": [low, high]})
+        else:
+            print(f"calibration: {{method: fixed, thresholds: [{low:.4f}, {high:.4f}]}}")
+        return
+    if output is None:
+        raise UserError("--output is missing: name a folder for the calibrated copy of the model")
+    if output.exists():
+        raise UserError(f"--output {output} exists already: name another folder")
+    found = calibrate_copy(
+        Workspace(checkpoint, device=device),
+        output,
+        share=share,
+        source=data,
+        split=split or "train",
+        tokens=tokens or 65536,
+    )
+    if as_json:
+        print_json({"output": str(output), **found})
+        return
+    console = Console()
+    console.print(f"calibrated to a share of {found['attention_share']:g}, saved as {output}")
+    console.print(routing_table(found["layers"], found["null_entropy"]))
+
+
+@command()
+def route(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Argument(help="The text to look at; - reads standard input.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write an interactive page to this file.", callback=refuse_bad_place)
+    ] = None,
+    png: Png = None,
+    share: Share = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which tokens of a text went to which operator, and their spectral entropy.
+
+    Example: chiaroscuro route runs/small "Return a list of the words in the string." --html page.html
+    """
+    from chiaroscuro.analysis.routing import trace_routing
+    from chiaroscuro.files import write_text
+    from chiaroscuro.report.routing_figure import save_png
+    from chiaroscuro.report.routing_html import render_html
+    from chiaroscuro.report.routing_terminal import print_routing
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device=device, share=share)
+    trace = trace_routing(workspace.chiar("route"), workspace.tokenizer, _text(text))
+    if html is not None:
+        write_text(html, render_html(trace))
+    if png is not None:
+        save_png(trace, png)
+    if as_json:
+        print_json(trace.to_dict())
+    else:
+        print_routing(trace, Console(), per_token=True)
+
+
+@command()
+def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Describe a checkpoint: its size, its menus, its thresholds, and how it was trained."""
+    from chiaroscuro.analysis.facts import describe_checkpoint
+    from chiaroscuro.report.tables import checkpoint_tables
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device="cpu")
+    facts = describe_checkpoint(workspace.model)
+    if workspace.recipe is not None:
+        facts["recipe"] = workspace.recipe.model_dump(mode="json", exclude_none=True)
+    if as_json:
+        print_json(facts)
+    else:
+        Console().print(*checkpoint_tables(facts), sep="\n")
+
+
+@command("import-reference")
+def import_reference(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="A checkpoint of the author's code.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the model; must not exist.")],
+    heads: Annotated[int | None, typer.Option(help="h, if the file does not say it.", min=1, max=LARGEST)] = None,
+    thresholds: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Thresholds of the entropy, if the file does not say them."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a checkpoint of the author's code (hackie123/CHIAR-former) into a folder for from_pretrained, exactly.
+
+    CHIAR-Formers, baselines, mixed training and classifiers; threshold, soft and hard routing. Code in the file is not
+    run. The file has no tokenizer: the author's models use GPT-2's.
+
+    Example: chiaroscuro import-reference chiar_dct_attn_400M_best.pt runs/author --thresholds 0.8935 0.8973
+    """
+    from chiaroscuro.convert import import_reference as convert
+    from chiaroscuro.files import whole_folder
+    from chiaroscuro.report.tables import figures_table
+
+    if output.exists():
+        raise UserError(f"{output} exists already: name another folder")
+    imported = convert(file, heads=heads, thresholds=thresholds)
+    model = imported.model
+    with whole_folder(output) as partial:
+        model.save_pretrained(partial)
+    facts: dict[str, Any] = {
+        "output": str(output),
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        "router": model.config.router if model.config.routed_layers else None,
+        "entropy_thresholds": model.config.entropy_thresholds,
+        "remarks": list(imported.remarks),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    console = Console()
+    for remark in facts.pop("remarks"):
+        console.print(escape(remark), soft_wrap=True)
+    console.print(figures_table({name: value for name, value in facts.items() if value is not None}))
+
+
+def _text(argument: str) -> str:
+    try:
+        return sys.stdin.read() if argument == "-" else argument
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 at byte {error.start}; give it as UTF-8") from None

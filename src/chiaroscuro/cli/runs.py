@@ -1,0 +1,148 @@
+"""Commands that train, and that look at runs: train, sweep, quickstart, collapse, gates."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_empty
+from chiaroscuro.errors import UserError
+
+
+@command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=refuse_empty)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Fields to change: model.attention_share=0.1 trainer.seed=1 …"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by a recipe, or resume a run that was interrupted.
+
+    The run's folder (trainer.output_dir) gets the recipe, metrics.jsonl, TensorBoard files, checkpoints, and at the end
+    model/, which every other command takes. A resumed run ends with the same weights as one that was never interrupted.
+
+    Example: chiaroscuro train recipes/small.yaml model.attention_share=0.5 trainer.output_dir=runs/half
+    """
+    from chiaroscuro.report.tables import figures_table
+    from chiaroscuro.training import Recipe
+    from chiaroscuro.training import train as run
+
+    console = Console(stderr=as_json)
+    result = run(Recipe.load(recipe, overrides or []), resume=resume, console=console).as_dict()
+    if as_json:
+        print_json(result)
+    else:
+        console.print(figures_table(result))
+
+
+@command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as recipes/sweeps/NAME.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.field=value …", help="Fields to change in the recipe that all runs share."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at once, one thread each (one per GPU or, without one, per core).", min=1, max=4096),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train variants of a recipe, each with several seeds, and compare them.
+
+    The file names a recipe, an output_dir, seeds, a baseline, and variants (fields that differ from the recipe) or a
+    grid of values; docs/sweeps.md explains it. Finished runs are kept and interrupted ones resumed, so the same command
+    continues a sweep; a run that fails does not stop the others. After every run results.json, table.md, table.csv and
+    two plots are written again: mean, standard deviation, 95% interval, a paired test against the baseline, operations
+    (exact protocol), time per step.
+
+    Example: chiaroscuro sweep recipes/sweeps/wikitext2.yaml data.source=Salesforce/wikitext:wikitext-2-v1 --jobs 2
+    """
+    from chiaroscuro.report.sweep_table import print_sweep
+    from chiaroscuro.studies.run_sweep import run_sweep
+
+    console = Console(stderr=as_json)
+    found = run_sweep(file, console, overrides=overrides or [], jobs=jobs)
+    if as_json:
+        print_json(found)
+    else:
+        print_sweep(found, console)
+    if found["failed"]:
+        raise UserError(f"{len(found['failed'])} failed: {'; '.join(found['failed'])}")
+
+
+@command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path("runs/quickstart"),
+    as_json: AsJson = False,
+) -> None:
+    """Train `small` and `small-baseline` on Python's documentation, and compare them.
+
+    Run it from a clone: it reads recipes/small.yaml and recipes/small-baseline.yaml. If it is interrupted, the same
+    command resumes; when it is done, the same command shows the results again.
+    """
+    from chiaroscuro.studies.quickstart import run_quickstart
+
+    figures = run_quickstart(output, Console(stderr=as_json))
+    if as_json:
+        print_json(figures)
+
+
+@command()
+def collapse(
+    folder: Run,
+    floor: Annotated[float, typer.Option(help="An operator below this share has collapsed.", min=0, max=1)] = 0.01,
+    png: Png = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what share of the tokens each operator got over training, and which operators survived.
+
+    Example: chiaroscuro collapse runs/three-operators --png collapse.png
+    """
+    from chiaroscuro.analysis.collapse import trace_collapse
+    from chiaroscuro.files import write_bytes
+    from chiaroscuro.report.collapse_figure import draw_collapse
+    from chiaroscuro.report.tables import collapse_table, shares
+    from chiaroscuro.training.records import read_run
+
+    try:
+        trace = trace_collapse(read_run(folder), floor)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if png is not None:
+        write_bytes(png, draw_collapse(trace))
+    if as_json:
+        print_json(trace.to_dict())
+        return
+    console = Console(highlight=False)
+    console.print(collapse_table(trace))
+    console.print(f"all routed layers: {shares(trace.operators, trace.final_share)}")
+    console.print(f"collapsed: {', '.join(trace.collapsed) or 'none'}")
+
+
+@command()
+def gates(folder: Run, png: Png = None, as_json: AsJson = False) -> None:
+    """Show how the MetaRouter's gate moved over training, task by task.
+
+    Example: chiaroscuro gates runs/mixed --png gates.png
+    """
+    from chiaroscuro.analysis.gates import gates_as_dict, trace_gates
+    from chiaroscuro.files import write_bytes
+    from chiaroscuro.report.gate_figure import draw_gates
+    from chiaroscuro.report.tables import gates_table
+    from chiaroscuro.training.records import read_run
+
+    try:
+        traced = trace_gates(read_run(folder))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if png is not None:
+        write_bytes(png, draw_gates(traced))
+    if as_json:
+        print_json(gates_as_dict(traced))
+    else:
+        Console().print(gates_table(traced))

@@ -1,0 +1,127 @@
+"""The small tables of the commands, each made of the figures that `--json` prints."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from chiaroscuro.analysis.collapse import CollapseTrace
+from chiaroscuro.analysis.gates import TaskGate
+from chiaroscuro.report.visible import harmless
+
+
+def figures_table(figures: Mapping[str, Any]) -> Table:
+    """A line a figure: its name and its value."""
+    table = Table(box=None, show_header=False)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), escape(harmless(_shown(value))))
+    return table
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def evaluation_tables(figures: Mapping[str, Any]) -> list[Table]:
+    """What `evaluate` measured, and where the tokens went."""
+    shown = {name: value for name, value in figures.items() if name not in ("layers", "null_entropy")}
+    if "accuracy_interval" in shown:
+        shown["accuracy_interval"] = "{:.4f} to {:.4f}".format(*shown["accuracy_interval"])
+    routing = [routing_table(figures["layers"], figures["null_entropy"])] if "layers" in figures else []
+    return [figures_table(shown), *routing]
+
+
+def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) -> Table:
+    """A line a layer: the share of each operator and the quantiles of H; the last line is white noise."""
+    table = Table("layer", "share per operator", "H 5 / 50 / 95 %", box=None)
+    for layer in layers:
+        table.add_row(str(layer["layer"]), shares(layer["operators"], layer["share"]), _three(layer["entropy"]))
+    table.add_row("null", "white noise of the same width", _three(null), style="dim")
+    return table
+
+
+def checkpoint_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """What `info` found: the model and its training, and a line a layer."""
+    recipe = facts.get("recipe")
+    table = Table("layer", "menu", "parameters", "thresholds", "calibrated on steps", box=None)
+    for layer in facts["layers"]:
+        table.add_row(
+            str(layer["layer"]),
+            " · ".join(layer["operators"]),
+            f"{layer['parameters']:,}",
+            ", ".join(map(_threshold, layer["thresholds"])) or "–",
+            "–" if layer["calibration_steps"] is None else str(layer["calibration_steps"]),
+        )
+    shown = {name: value for name, value in facts.items() if name not in ("layers", "recipe")}
+    return [figures_table(shown | (_training(recipe) if recipe else {})), table]
+
+
+def _threshold(value: float | str | None) -> str:
+    return "∞" if value is None else value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model was trained on, how long and with which seed."""
+    mixture, trainer = recipe.get("mixture"), recipe["trainer"]
+    lines = {
+        "task": recipe["data"]["task"],
+        "mixed with": ", ".join(mixture["tasks"]) if mixture else None,
+        "data": recipe["data"].get("source"),
+        "tokenizer": recipe["tokenizer"],
+        "steps": trainer.get("steps"),
+        "training tokens": trainer.get("tokens"),
+        "epochs": trainer.get("epochs"),
+        "seed": trainer["seed"],
+    }
+    return {name: value for name, value in lines.items() if value is not None}
+
+
+def collapse_table(trace: CollapseTrace) -> Table:
+    """A line an operator of each routed layer: its share at both ends of the training, and whether it survived."""
+    table = Table("layer", "operator", *_right("share at first", "at the end", "utilisation"), "survives", box=None)
+    for layer in trace.layers:
+        used = f"{layer.utilisation[0]:.3f} → {layer.utilisation[-1]:.3f}"
+        for k, name in enumerate(layer.operators):
+            table.add_row(
+                str(layer.layer) if k == 0 else "",
+                name,
+                f"{layer.share[0][k]:.1%}",
+                f"{layer.final_share[k]:.1%}",
+                used if k == 0 else "",
+                "yes" if name in layer.surviving else "no",
+            )
+    return table
+
+
+def gates_table(gates: Mapping[str, TaskGate]) -> Table:
+    """A line a task: g at both ends of the training."""
+    table = Table("task", *_right("g at first", "at the end", "records"), box=None)
+    for task, gate in gates.items():
+        table.add_row(task, f"{gate.gate[0]:.3f}", f"{gate.final:.3f}", str(len(gate.gate)))
+    return table
+
+
+def presets_table(presets: Mapping[str, tuple[str, int]]) -> Table:
+    """A line a preset: its description and its number of parameters."""
+    table = Table("preset", "what it is", *_right("parameters"), box=None)
+    for name, (description, parameters) in presets.items():
+        table.add_row(name, description, f"{parameters / 1e6:,.2f} M")
+    return table
+
+
+def shares(operators: Iterable[str], values: Iterable[float]) -> str:
+    """`dct 75.0% · attention 25.0%`."""
+    return " · ".join(f"{name} {share:.1%}" for name, share in zip(operators, values, strict=True))
+
+
+def _three(quantiles: Iterable[float]) -> str:
+    return " / ".join(f"{value:.3f}" for value in quantiles)
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]

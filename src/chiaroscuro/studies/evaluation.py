@@ -1,0 +1,78 @@
+"""How good a trained model is: perplexity on its text, or accuracy on its task."""
+
+from typing import Any
+
+from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
+from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.routing_summary import describe_routing
+from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.data.tasks import PadToLongest
+from chiaroscuro.errors import UserError
+from chiaroscuro.studies.workspace import Workspace
+
+
+def evaluate(
+    workspace: Workspace,
+    *,
+    source: str | None = None,
+    split: str = "validation",
+    length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Measure a language model on a split of its text, or a classifier on a split of its task.
+
+    Args:
+        workspace: the model; of a mixed run, `Workspace(task=…)` chooses one of the tasks.
+        source: another text or folder than the recipe's.
+        split: `"train"`, `"validation"` or `"test"`.
+        length: T, tokens that the model reads at once; see `Workspace.length`.
+        stride: of language models, how far one window is from the next; T unless given.
+        batch_size: windows at once.
+
+    Returns:
+        What was measured, ready for JSON; with the routing of every layer if the model routes.
+
+    Raises:
+        UserError: the text or task can't be found, or T or the stride is impossible.
+
+    """
+    # A model that was trained to predict targets is a language model too: another source measures it on a text.
+    on_targets = source is None and workspace.has_targets and not workspace.classifies
+    if (workspace.classifies or on_targets) and stride is not None:
+        raise UserError(f"--stride {stride}: a stride goes with a text, and this checkpoint is measured row by row")
+    length = workspace.length(length)
+    figures: dict[str, Any] = {"checkpoint": workspace.name, "data": "", "split": split, "length": length}
+    model, routes = workspace.model, workspace.routes
+    result: Any
+    if workspace.classifies:
+        task, rows = workspace.labelled_rows(split, length=length, source=source)
+        with patient_bar("evaluating", len(rows)) as advance:
+            result = evaluate_rows(
+                model,
+                rows,
+                PadToLongest(workspace.tokenizer.pad_token_id),
+                batch_size=batch_size,
+                output_routing=routes,
+                progress=advance,
+                inputs=None if workspace.head is None else {"task": workspace.head},
+            )
+        figures |= {"data": task.name, **result.figures()}
+    elif on_targets:
+        sequences, targets = workspace.target_rows(split, length=length)
+        with patient_bar("evaluating", len(targets)) as advance:
+            result = evaluate_targets(
+                model,
+                targets,
+                PadToLongest(workspace.tokenizer.pad_token_id),
+                batch_size=batch_size,
+                output_routing=routes,
+                progress=advance,
+            )
+        figures |= {"data": sequences.name, **result.figures()}
+    else:
+        corpus, blocks = workspace.blocks(split, length=length, stride=stride, source=source)
+        with patient_bar("evaluating", len(blocks)) as advance:
+            result = evaluate_blocks(model, blocks, batch_size=batch_size, output_routing=routes, progress=advance)
+        figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
+    return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})

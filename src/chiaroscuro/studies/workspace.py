@@ -1,0 +1,241 @@
+"""A trained model together with what lies around it: its tokenizer, its recipe, and the text it was trained on.
+
+Commands and studies all begin here:
+
+    workspace = Workspace("runs/small", share=0.1)
+    corpus, blocks = workspace.blocks("validation")
+    evaluate_blocks(workspace.model, blocks)
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from chiaroscuro.data import Corpus, TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.data.tasks import (
+    LabelledRows,
+    LabelledTexts,
+    TextTask,
+    TokenRows,
+    TokenTargets,
+    TokenTask,
+    load_task,
+    tokenize_targets,
+    tokenize_task,
+)
+from chiaroscuro.errors import UserError
+from chiaroscuro.model import ChiarForMixedTasks, ChiarForSequenceClassification, ChiarPreTrainedModel
+from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.loading import (
+    find_checkpoint,
+    load_checkpoint,
+    load_checkpoint_config,
+    load_checkpoint_tokenizer,
+)
+from chiaroscuro.training import Recipe
+
+
+class Workspace:
+    """A checkpoint and what belongs to it. Each part is loaded when it is first used, and then kept.
+
+    Args:
+        name: a model's folder, a run's folder (its `model/` is meant), or a Hub name `owner/name`.
+        device: `"cpu"` or `"cuda"`; unless given, `"cuda"` where PyTorch sees a GPU.
+        share: ρ to set before the model is used; the thresholds follow.
+        task: of a run that mixed several tasks, the one to take instead of the text.
+
+    Raises:
+        UserError: there is no such checkpoint, or no such device.
+
+    """
+
+    def __init__(
+        self, name: str, *, device: str | None = None, share: float | None = None, task: str | None = None
+    ) -> None:
+        if device not in (None, "cpu", "cuda"):
+            raise UserError(f"--device {device}: choose cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no GPU here; leave it out to run on the CPU")
+        self.name = name
+        self.path = find_checkpoint(name)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.share = share
+        self.task = task
+
+    # ---- the model -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration; no weights are read for it."""
+        return load_checkpoint_config(self.name)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on its device, in evaluation mode, with the share that was asked for."""
+        model = load_checkpoint(self.name)
+        if self.share is not None:
+            if not isinstance(model, ChiarPreTrainedModel):
+                raise UserError(f"--share needs a CHIAR-Former, and {self.name} is a {type(model).__name__}")
+            model.set_attention_share(self.share)
+        return cast(Any, model).to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that was saved with the model."""
+        return load_checkpoint_tokenizer(self.name)
+
+    def chiar(self, what: str) -> ChiarPreTrainedModel:
+        """The model, which has to be a CHIAR-Former for `what` is to be done with it."""
+        if not isinstance(self.model, ChiarPreTrainedModel):
+            raise UserError(f"{what} needs a CHIAR-Former, and {self.name} is a {type(self.model).__name__}")
+        return self.model
+
+    def language_model(self, what: str) -> PreTrainedModel:
+        """The model, which must not be a classifier for `what` is to be done with it."""
+        if isinstance(self.model, ChiarForSequenceClassification):
+            raise UserError(f"{what} needs a language model, and {self.name} is a classifier of texts")
+        return self.model
+
+    @property
+    def routes(self) -> bool:
+        """Whether the model is a CHIAR-Former, which can say what it routed where."""
+        return isinstance(self.model.config, ChiarConfig)
+
+    @property
+    def head(self) -> str | None:
+        """The head of a model with several that reads the chosen task; None if the task needs none."""
+        heads: Any = self.model.heads if isinstance(self.model, ChiarForMixedTasks) else {}
+        return self.task if self.task is not None and self.task in heads else None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model tells the labels of whole texts, so that accuracy is measured, and no perplexity."""
+        return isinstance(self.model, ChiarForSequenceClassification) or self.head is not None
+
+    # ---- how it was trained ----------------------------------------------------------------------------------
+
+    @cached_property
+    def run(self) -> Path | None:
+        """The folder of the run that the model is a part of; None for a model that lies elsewhere."""
+        folder = Path(self.path)
+        return folder.parent if folder.name == "model" or folder.name.startswith("checkpoint-") else None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the run, or that of a copy which `calibrate` made; None if there is none.
+
+        With a task, the recipe has that task in the place of the text.
+        """
+        # A copy has its recipe inside; a file around such a folder would be somebody else's.
+        places = [Path(self.path) / "recipe.yaml", *([self.run / "recipe.yaml"] if self.run else [])]
+        found = next((place for place in places if place.is_file()), None)
+        try:
+            recipe = None if found is None else Recipe.load(found)
+        except UserError as error:
+            line = str(error)
+            raise UserError(line if line.startswith(str(found)) else f"{found}: {line}") from None
+        if self.task is None:
+            return recipe
+        tasks = {} if recipe is None or recipe.mixture is None else recipe.mixture.tasks
+        if recipe is None or self.task not in tasks:
+            known = f"it has {', '.join(tasks)}" if tasks else "no recipe beside it mixes tasks"
+            raise UserError(f"--task {self.task}: {self.name} has no such task; {known}")
+        return recipe.model_copy(update={"data": tasks[self.task], "mixture": None})
+
+    def length(self, wanted: int | None = None, most: int | None = None) -> int:
+        """T: as wanted, or the recipe's, or without a recipe the longest that the model reads (and `most` allows)."""
+        longest = self.config.max_position_embeddings
+        if wanted is not None and wanted > longest:
+            raise UserError(
+                f"--length {wanted} is more than the model's max_position_embeddings={longest}: take a shorter one"
+            )
+        if wanted is not None:
+            return wanted
+        return self.recipe.data.sequence_length if self.recipe else min(longest, most or longest)
+
+    # ---- text and tasks --------------------------------------------------------------------------------------
+
+    def corpus(self, split: str, source: str | None = None) -> Corpus:
+        """The text of the recipe, or another source; checked to have the split."""
+        if source is None:
+            if self.recipe is None:
+                raise UserError(
+                    "no recipe beside this checkpoint says what text it was trained on: name one with --data"
+                )
+            if not isinstance(self.recipe.data.build_task(), TextTask):
+                raise UserError(
+                    f"this checkpoint was trained on the task {self.recipe.data.task}: name a text with --data"
+                )
+        return self._with_split(split, self._from_source(source, lambda found: load_corpus(found, needed=())))
+
+    def blocks(
+        self, split: str, *, length: int | None = None, stride: int | None = None, source: str | None = None
+    ) -> tuple[Corpus, TokenBlocks]:
+        """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`."""
+        corpus = self.corpus(split, source)
+        return corpus, TokenBlocks(tokenize_corpus(corpus, self.tokenizer)[split], self.length(length), stride)
+
+    def labelled_rows(
+        self, split: str, *, length: int | None = None, source: str | None = None
+    ) -> tuple[LabelledTexts, LabelledRows]:
+        """The recipe's task, and a split of it as labelled texts, cut at `length` tokens."""
+        task = self._task(split, source)
+        return task, tokenize_task(task, self.tokenizer, self.length(length))[split]
+
+    def target_rows(self, split: str, *, length: int | None = None) -> tuple[TokenTargets, TokenRows]:
+        """The recipe's task, and a split of it as sequences with a target for some of their tokens."""
+        task = self._task(split)
+        return task, tokenize_targets(task, self.tokenizer, self.length(length))[split]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the model was trained to predict targets, which are measured row by row."""
+        return self.recipe is not None and isinstance(self.recipe.data.build_task(), TokenTask)
+
+    def _task(self, split: str, source: str | None = None) -> Any:
+        if self.recipe is None or isinstance(self.recipe.data.build_task(), TextTask):
+            raise UserError("no recipe beside this classifier says what task it was trained on: give a run's folder")
+        name, options = self.recipe.data.task, self.recipe.data.options
+        load = lambda found: load_task(name, **(options if found is None else options | {"source": found}))  # noqa: E731
+        return self._with_split(split, self._from_source(source, load))
+
+    @staticmethod
+    def _with_split(split: str, data: Any) -> Any:
+        if split not in data.splits:
+            raise UserError(f"--split {split}: {data.name} has {', '.join(data.splits)}")
+        return data
+
+    def _from_source(self, source: str | None, load: Any) -> Any:
+        """Load a source; one that the recipe names is looked for where the run was started, too.
+
+        A relative folder in a recipe is relative to the directory in which the run was started. A run's folder and its
+        `trainer.output_dir` tell which one that was.
+        """
+        named = self.recipe.data.options.get("source") if self.recipe else None
+        if source is not None or not isinstance(named, str):
+            return load(source)
+        started = self._started_in()
+        if started is not None and not Path(named).expanduser().exists() and (started / named).is_dir():
+            return load(str(started / named))
+        try:
+            return load(named)
+        except UserError as error:
+            if started is None and not Path(named).is_absolute():
+                raise UserError(
+                    f"{error} (the recipe's data.source={named} is relative to the directory in which the run was "
+                    "started; --data names another)"
+                ) from None
+            raise
+
+    def _started_in(self) -> Path | None:
+        """The directory in which the run was started; None where its folder does not tell."""
+        if self.run is None or self.recipe is None:
+            return None
+        folder, output = self.run.resolve(), Path(self.recipe.trainer.output_dir)
+        parts = [part for part in output.parts if part != "."]
+        if output.is_absolute() or ".." in parts or folder.parts[-len(parts) :] != tuple(parts):
+            return None
+        return Path(*folder.parts[: -len(parts)])
