@@ -6,6 +6,8 @@ with "error: " and says what is wrong. Nothing is left half-written.
 
 import io
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.cli import main
@@ -298,6 +301,83 @@ def test_train_leaves_another_s_records_alone(run: Run, text_folder: Path, tmp_p
     code, _, err = run("train", tmp_path / "recipe.yaml")
     assert code == 2 and "this run would replace it; name another trainer.output_dir" in err and err.count("\n") == 1
     assert records.read_text() == '{"loss": 2.3, "step": 10}\n' and list(records.parent.iterdir()) == [records]
+
+
+def broken(folder: Path, tmp_path: Path, name: str, value: float = math.nan) -> Path:
+    """A copy of a run whose tensors of that name are full of a value."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model/model.safetensors")
+    found = [key for key in weights if name in key]
+    assert found
+    save_file(weights | {key: torch.full_like(weights[key], value) for key in found}, copy / "model/model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_generate_nothing(value: float, run: Run, run_folder: Path, tmp_path: Path) -> None:
+    folder = broken(run_folder, tmp_path, "feed_forward", value)
+    for temperature in ("0", "0.8"):
+        code, out, err = run("generate", folder, "the light", "--temperature", temperature)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and "its weights hold NaN or infinity" in err
+
+
+def test_info_says_that_a_threshold_is_not_a_number(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    folder = broken(run_folder, tmp_path, "router.calibration.values")
+    assert json.loads(run("info", folder, "--json")[1])["layers"][1]["thresholds"] == ["NaN"]
+    out = run("info", folder)[1]
+    assert "NaN" in out and "∞" not in out
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "1e-7", "nan", "inf"])
+def test_a_temperature_that_no_logit_survives(temperature: str, run: Run, run_folder: Path) -> None:
+    code, out, err = run("generate", run_folder, "the light", "--temperature", temperature)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "temperature" in err
+    assert run("generate", run_folder, "the light", "--temperature", "1e-6", "--max-new-tokens", 2)[0] == 0
+
+
+def test_no_control_character_reaches_the_terminal(run: Run, run_folder: Path) -> None:
+    prompt = "the \x1b[31mlight\x9b2J\x07"
+    for arguments in (["generate", run_folder, prompt, "--max-new-tokens", 40], ["route", run_folder, prompt]):
+        code, out, _ = run(*arguments)
+        assert code == 0 and not set(out) & {"\x1b", "\x9b", "\x07"} and "␛" in out
+        code, out, _ = run(*arguments, "--json")
+        assert code == 0 and not set(out) & {"\x1b", "\x9b", "\x07"}
+    assert json.loads(run("generate", run_folder, prompt, "--json")[1])["prompt"] == prompt
+    _, _, err = run("info", "no\x1bwhere")
+    assert "\x1b" not in err
+
+
+def test_a_run_is_evaluated_from_any_directory(
+    run: Run, run_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe of a run names its text as it was seen from where the run was started."""
+    started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(text_folder, started / "text")
+    shutil.copytree(run_folder, started / "runs/tiny")
+    recipe = (started / "runs/tiny/recipe.yaml").read_text()
+    recipe = recipe.replace(str(text_folder), "text").replace(str(run_folder), "runs/tiny")
+    (started / "runs/tiny/recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(started)
+    wanted = json.loads(run("evaluate", "runs/tiny", "--json")[1])["loss"]
+    monkeypatch.chdir(elsewhere)
+    for name in (started / "runs/tiny", "../started/runs/tiny/model"):
+        code, out, err = run("evaluate", name, "--json")
+        assert code == 0 and json.loads(out)["loss"] == wanted, err
+    # A folder that was moved does not tell where it was started.
+    shutil.move(started / "runs/tiny", elsewhere / "moved")
+    code, _, err = run("evaluate", "moved")
+    assert code == 2 and "relative to the directory in which the run was started; --data names another" in err
+    assert run("evaluate", "moved", "--data", started / "text", "--json")[0] == 0
+
+
+def test_tokenisation_is_parallel_unless_the_user_says_otherwise() -> None:
+    ask = "import os; import chiaroscuro.cli; print(os.environ.get('TOKENIZERS_PARALLELISM'))"
+    usual = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    for environment, answer in ((usual, "None"), (usual | {"TOKENIZERS_PARALLELISM": "false"}, "false")):
+        found = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
+        assert found.stdout == f"{answer}\n", found.stderr
 
 
 def test_generate_says_why_it_stopped_early(run: Run, run_folder: Path) -> None:

@@ -2,11 +2,10 @@
 
 import itertools
 
-import pytest
 from hypothesis import given
 from traces import make_trace, traces
 
-from chiaroscuro.report.palette import LIGHT, NIGHT, PAPER, SHADOW, blend, harmless, label, operator_styles
+from chiaroscuro.report.palette import LIGHT, NIGHT, PAPER, SHADOW, blend, operator_styles
 
 
 def luminance(colour):
@@ -55,16 +54,3 @@ def test_every_operator_of_a_trace_has_a_style(trace):
 def test_blend_ends_at_both_ends():
     assert blend(SHADOW, LIGHT, 0) == SHADOW
     assert blend(SHADOW, LIGHT, 1) == LIGHT
-
-
-@pytest.mark.parametrize(
-    "piece, shown",
-    [(" the", "␣the"), ("\n\n", "⏎⏎"), ("", "…"), ("\x1b[2J", "␛[2J"), ("\x9b", "␡"), ("漢", "漢")],
-)
-def test_a_label_shows_what_has_no_ink(piece, shown):
-    assert label(piece) == shown
-    assert all(char.isprintable() for char in label(piece))
-
-
-def test_lines_and_tabs_survive():
-    assert harmless("a\n\tb\r\x00") == "a\n\tb␍␀"

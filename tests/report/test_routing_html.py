@@ -11,8 +11,9 @@ from hypothesis import given
 from traces import HOSTILE, make_trace, traces
 
 from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
-from chiaroscuro.report.palette import harmless, operator_styles
+from chiaroscuro.report.palette import operator_styles
 from chiaroscuro.report.routing_html import render_html
+from chiaroscuro.report.visible import harmless
 
 VOID = {"meta", "input", "link", "img", "br"}
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from traces import HOSTILE, make_trace, traces
 
-from chiaroscuro.report.palette import harmless
 from chiaroscuro.report.routing_terminal import print_routing
+from chiaroscuro.report.visible import harmless
 
 
 def printed(trace, per_token=False, **options):
