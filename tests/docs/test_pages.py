@@ -69,7 +69,11 @@ def parse(line: str) -> None:
         return
     assert words[0] == "chiaroscuro", f"{line}: write commands without a prompt"
     group = typer.main.get_group(app)
-    if words[1:2] in (["--help"], ["--version"], []):
+    known = {name: parameter for parameter in group.params for name in parameter.opts}
+    while words[1:2] and words[1].startswith("--"):
+        assert words[1] == "--help" or words[1] in known, f"{line}: no option {words[1]} before the command"
+        del words[1 : 2 if words[1] == "--help" or known[words[1]].is_flag else 3]
+    if not words[1:]:
         return
     assert words[1] in group.commands, f"chiaroscuro {words[1]}: no such command"
     command = group.commands[words[1]]
