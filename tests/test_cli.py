@@ -440,7 +440,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a device that is none": (["evaluate", "RUN", "--device", "tpu"], "--device tpu: choose cpu or cuda"),
     "a section that is none": (["train", "GOOD", "model=small"], "model='small': give fields, as in model: {"),
     "a section with nothing in it": (["train", "GOOD", "data=null"], "data=None: give fields, as in data: {"),
-    "a run of another trainer": (["gates", "FOREIGN"], "metrics.jsonl is no record of a run of chiaroscuro: line 1"),
+    "a run of another trainer": (["gates", "FOREIGN"], "metrics.jsonl is not the record of a training run: line 1"),
     "another's recipe beside a model": (["info", "STRANGE"], "recipe.yaml: "),
     "an impossible share": (["evaluate", "RUN", "--share", "1.5"], "must be a number from 0 to 1"),
     "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
@@ -495,7 +495,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a missing sweep": (["sweep", "nowhere.yaml"], "sweep nowhere.yaml can't be read: No such file"),
     "a recipe in a sweep's place": (["sweep", "GOOD"], "recipe is missing from the sweep"),
     "no run at a time": (["sweep", "GOOD", "--jobs", "0"], "--jobs"),
-    "a collapse of no run": (["collapse", "EMPTY"], "no run's folder"),
+    "a collapse of no run": (["collapse", "EMPTY"], "not the folder of a run"),
     "a floor above one": (["collapse", "EMPTY", "--floor", "2"], "--floor"),
     "quickstart elsewhere": (["quickstart"], "top of a clone"),
 }

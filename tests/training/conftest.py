@@ -45,9 +45,10 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult
 def run(content: dict[str, Any]) -> Callable[..., tuple[TrainResult, str]]:
     """Trains `content` with changes `section__field=value`; gives the result and what was printed."""
 
-    def go(resume: bool = False, **changes: Any) -> tuple[TrainResult, str]:
+    def go(resume: bool = False, console: Console | None = None, **changes: Any) -> tuple[TrainResult, str]:
         printed = io.StringIO()
-        return train(changed(content, **changes), resume=resume, console=Console(file=printed)), printed.getvalue()
+        console = console or Console(file=printed)
+        return train(changed(content, **changes), resume=resume, console=console), printed.getvalue()
 
     return go
 

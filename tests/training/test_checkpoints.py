@@ -12,26 +12,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiaroscuro.errors import UserError
+from chiaroscuro.files import whole_folder
 from chiaroscuro.training.checkpoints import (
     MANIFEST,
-    PARTIAL,
+    OURS,
+    Facts,
+    Interval,
     checkpoints,
+    make_way,
     newest_complete,
     prune,
+    scratch_in,
     seal,
-    written_whole,
 )
 
 FILES = {"model.safetensors": 400, "optimizer.pt": 900, "inner/rng.pth": 33, "empty": 0}
 
 
+def facts(step: int) -> Facts:
+    return Facts(tokens="text", processes=1, seconds=step, interval=Interval(step=step, beside=[("a", {"loss": 0.1})]))
+
+
 def write_checkpoint(run: Path, step: int) -> Path:
     target = run / f"checkpoint-{step}"
-    with written_whole(target) as partial:
+    with whole_folder(target) as partial:
         for name, size in FILES.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(bytes((step + i) % 251 for i in range(size)))
-        seal(partial, {"step": step})
+        seal(partial, facts(step))
     return target
 
 
@@ -64,7 +73,7 @@ def test_any_flaw_is_found_and_the_one_before_taken(
     lines: list[str] = []
     found = newest_complete(run, lines.append)
     assert found is not None
-    assert (found.step, found.facts) == (5, {"step": 5})
+    assert (found.step, found.facts) == (5, facts(5))
     assert len(lines) == 1
     assert "checkpoint-10" in lines[0]
     assert name in lines[0]
@@ -88,20 +97,37 @@ def test_newest_by_number_not_by_name(tmp_path: Path) -> None:
     assert [step for step, _ in checkpoints(tmp_path)] == [9, 10, 100]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    target = write_checkpoint(tmp_path, 5)
-    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    for error in (RuntimeError("a bug"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), written_whole(target) as partial:
-            (partial / "half").write_text("half")
-            raise error
-        assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
-        assert not (tmp_path / PARTIAL).exists()
-
-
 def test_pruning_spares_what_a_broken_later_one_would_push_out(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 10):
         write_checkpoint(tmp_path, step)
     shutil.rmtree(tmp_path / "checkpoint-10" / "inner")
     prune(tmp_path, newest_step=4, keep=2)
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 4, 10]
+
+
+def test_only_what_a_run_sealed_is_deleted(tmp_path: Path) -> None:
+    for step in (3, 4, 5):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1").write_text("mine")
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / MANIFEST).write_text("{}")
+    prune(tmp_path, newest_step=5, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-5"]
+    assert make_way(tmp_path / "checkpoint-5") is None and make_way(tmp_path / "checkpoint-9") is None
+    for number in (1, 2):
+        (tmp_path / "checkpoint-1").write_text("mine")
+        assert make_way(tmp_path / "checkpoint-1") == tmp_path / f"checkpoint-1.aside-{number}"
+
+
+def test_a_scratch_folder_is_the_run_s_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), scratch_in(tmp_path) as scratch:
+        (scratch / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    scratch.mkdir()
+    (scratch / "half").touch()
+    with pytest.raises(UserError, match="is in the way and no run wrote it"), scratch_in(tmp_path):
+        pass
+    (scratch / OURS).touch()  # as a killed run leaves it
+    with scratch_in(tmp_path) as scratch:
+        assert [path.name for path in scratch.iterdir()] == [OURS]

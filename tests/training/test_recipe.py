@@ -126,6 +126,7 @@ def test_calibration_reaches_the_model(section: Any, measured: Any, expected: tu
 def test_resuming_allows_other_looks_and_nothing_else() -> None:
     begun = Recipe.from_dict(SMALL)
     free = {"output_dir": "y", "log_every": 3, "evaluate_every": 4, "save_every": 5, "keep_checkpoints": 1}
+    free |= {"validation_tokens": 7}
     Recipe.from_dict(trainer(**free)).refuse_to_resume(begun)
     others = {
         "seed": 1,
@@ -184,6 +185,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     (trainer(tokens=1000), ["trainer", "steps=100", "tokens=1000", "exactly one"]),
     (with_changes(trainer={"output_dir": "x"}), ["steps=None", "tokens=None"]),
     (with_changes(trainer={"steps": 3}), ["trainer.output_dir is missing"]),
+    (trainer(output_dir=""), ["trainer.output_dir=''", "at least 1 character"]),
     ({"trainer": SMALL["trainer"]}, ["model is missing"]),
     (with_changes(model="small"), ["model"]),
     (with_changes(model={"preset": "smal"}), ["model", "smal", "'small'"]),

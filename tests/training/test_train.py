@@ -5,6 +5,7 @@ The oracles: the uninterrupted run for the resumed one, and a loss written out h
 
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chiaroscuro import ChiarForCausalLM
+from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
 from chiaroscuro.errors import UserError
-from chiaroscuro.training import TrainingDiverged, TrainingInterrupted, TrainResult, read_records
+from chiaroscuro.training import MoveThresholds, TrainingDiverged, TrainingInterrupted, TrainResult, read_records
+from chiaroscuro.training.callbacks import Reporter
+from chiaroscuro.training.checkpoints import Facts, seal
 from chiaroscuro.training.trainer import RunTrainer
 
 Go = Callable[..., Any]
@@ -183,7 +188,9 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_short(
         run()
     cut = tmp_path / "run" / "checkpoint-8" / "optimizer.pt"
     cut.write_bytes(cut.read_bytes()[:1000])
-    (tmp_path / "run" / ".partial" / "checkpoint-12").mkdir(parents=True)
+    killed = tmp_path / "run" / ".unfinished"  # as a killed run leaves it
+    (killed / "checkpoint-12").mkdir(parents=True)
+    (killed / "written-by-chiaroscuro").touch()
     time.sleep(1)  # TensorBoard orders its files by the second in their names
     resumed, printed = run(resume=True)
     shown = EventAccumulator(str(resumed.folder / "tensorboard")).Reload().Scalars("train/loss")
@@ -191,7 +198,7 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_short(
     assert "passing over checkpoint-8, which is incomplete: optimizer.pt has 1,000 bytes of" in printed
     assert "resuming after step 4 of 12" in printed
     assert_same_bits(whole.model, resumed.model)
-    assert not (tmp_path / "run" / ".partial").exists()
+    assert not killed.exists()
     assert sorted(path.name for path in resumed.folder.glob("checkpoint-*")) == [
         "checkpoint-12",
         "checkpoint-8",
@@ -304,7 +311,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         with pytest.raises(UserError, match=r"cannot write .*checkpoint-8: .* Make room, then resume$"):
             run()
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-4"]
-    assert not (tmp_path / "run" / ".partial").exists()
+    assert not (tmp_path / "run" / ".unfinished").exists()
     resumed, _ = run(resume=True)
     assert_same_bits(whole.model, resumed.model)
 
@@ -314,7 +321,7 @@ def test_a_disk_too_full_for_a_record(run: Go, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("chiaroscuro.training.callbacks.append_record", full)
-    with pytest.raises(UserError, match=r"can't be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"cannot write .*run: No space left on device; what was saved"):
         run()
 
 
@@ -331,6 +338,7 @@ def test_a_folder_with_a_run_is_not_run_over(run: Go, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; name a folder"):
         run(trainer__output_dir=str(tmp_path / "file"))
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_finished_model_without_checkpoints_is_not_run_over(run: Go) -> None:
@@ -380,11 +388,292 @@ def test_another_text_is_not_resumed_on(
         run(resume=True, data__source=str(text))
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["checkpoint-2", "checkpoint-2/notes.txt", ".unfinished/notes.txt", ".unfinished", "metrics.jsonl", "model"],
+)
+def test_what_is_the_user_s_own_is_refused_and_stays(run: Go, tmp_path: Path, place: str) -> None:
+    file = tmp_path / "run" / place
+    file.parent.mkdir(parents=True)
+    file.write_text("my notes\n")
+    with pytest.raises(UserError) as caught:
+        run()
+    assert "\n" not in str(caught.value) and "name another" in str(caught.value)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("place", ["checkpoint-8", "checkpoint-8/notes.txt", "checkpoint-1/notes.txt"])
+def test_what_appears_in_a_checkpoint_s_place_is_kept(
+    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    file = tmp_path / "run" / place
+
+    def appear() -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("my notes")
+
+    interrupt_at(monkeypatch, 6, appear)
+    result, printed = run()
+    moved = "checkpoint-8" in place
+    kept = Path(str(file).replace("checkpoint-8", "checkpoint-8.aside-1"))
+    assert kept.read_text() == "my notes"
+    assert ("checkpoint-8 was not a complete checkpoint; it is checkpoint-8.aside-1 now" in printed) is moved
+    assert_same_bits(whole.model, result.model)
+
+
+def test_a_folder_is_one_run_s_at_a_time(run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def a_second_one() -> None:
+        before = {path: path.read_bytes() for path in (tmp_path / "run").glob("[a-z]*.*")}
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"run is in use: .*process {os.getpid()}; wait for it, or stop it"):
+                run(resume=resume)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").glob("[a-z]*.*")} == before
+        seen.append(True)
+
+    interrupt_at(monkeypatch, 6, a_second_one)
+    result, _ = run()
+    assert seen
+    assert not [path for path in result.folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"facts": {}, "files": []}',
+        b'{"facts": 3, "files": {"a": 3}}',
+        b'{"facts": {"tokens": "x", "processes": "two", "seconds": 1}, "files": {}}',
+        b"\xff",
+    ],
+)
+def test_junk_in_a_manifest_is_passed_over(
+    run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junk: bytes
+) -> None:
+    interrupt_at(monkeypatch, 6, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    (tmp_path / "run" / "checkpoint-4" / "manifest.json").write_bytes(junk)
+    with pytest.raises(UserError, match="holds no complete checkpoint; start anew"):
+        run(resume=True)
+
+
+def test_junk_in_the_records_stops_a_resume_in_one_line(
+    run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 6, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"junk\njunk\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is not the record of a training run: line 1"):
+        run(resume=True)
+
+
+def test_a_checkpoint_that_does_not_fit_the_model(run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, 6, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    folder = tmp_path / "run" / "checkpoint-4"
+    tensors = weights(folder)
+    name = next(iter(tensors))
+    save_file({**tensors, "extra": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    seal(folder, Facts.model_validate(json.loads((folder / "manifest.json").read_text())["facts"]))
+    with pytest.raises(UserError, match=r"does not fit the model: extra is \(1,\) in it and missing in the model"):
+        run(resume=True)
+    save_file({**tensors, name: torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    seal(folder, Facts.model_validate(json.loads((folder / "manifest.json").read_text())["facts"]))
+    with pytest.raises(UserError, match=rf"does not fit the model: {name} is \(3,\) in it"):
+        run(resume=True)
+
+
+def test_a_checkpoint_of_version_0_1_is_resumed(
+    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 6, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    manifest = tmp_path / "run" / "checkpoint-4" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["facts"]["interval"]
+    manifest.write_text(json.dumps(content))
+    assert_same_bits(whole.model, run(resume=True)[0].model)
+
+
 def test_interrupted_before_anything_was_saved(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, 2, break_off)
     with pytest.raises(TrainingInterrupted, match="with nothing saved; start again without --resume"):
         run()
     run()
+
+
+# Validation
+
+
+def stop_in_validation(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], step: int) -> None:
+    """Calls `act` when the first batch of the validation after `step` has been read."""
+    original = RunTrainer.evaluate
+
+    def evaluate(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            monkeypatch.setattr(RunTrainer, "evaluate", original)
+            act()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "evaluate", evaluate)
+
+
+def kinds(folder: Path) -> list[tuple[str, int]]:
+    return [(record["kind"], record["step"]) for record in read_records(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("act", "step", "saved"),
+    [
+        (break_off, 12, 12),  # a kill in the last validation: the checkpoint is there before it
+        (ctrl_c, 12, 12),
+        (ctrl_c, 6, 6),  # where no checkpoint was due one is made
+        (break_off, 6, 4),
+        (lambda: (ctrl_c(), ctrl_c()), 12, 12),  # twice: at once
+    ],
+)
+def test_stopped_in_a_validation_nothing_is_lost(
+    run: Go,
+    whole: TrainResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[], None],
+    step: int,
+    saved: int,
+) -> None:
+    stop_in_validation(monkeypatch, act, step)
+    with pytest.raises(TrainingInterrupted, match=rf"--resume goes on from .*checkpoint-{saved}$"):
+        run()
+    assert not (tmp_path / "run" / "model").exists()
+    assert ("validation", step) not in kinds(tmp_path / "run")
+    resumed, _ = run(resume=True)
+    assert_same_bits(whole.model, resumed.model)
+    assert kinds(resumed.folder) == kinds(whole.folder)
+    assert resumed.validation_loss == whole.validation_loss
+
+
+def test_validation_shows_how_far_it_is_and_that_it_can_be_capped(
+    run: Go, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[int, int]] = []
+    original = Reporter.validating
+
+    @contextmanager
+    def validating(self: Reporter, objective: Any) -> Any:
+        with original(self, objective) as advance:
+            task = self.progress.tasks[-1]
+            assert task.description == "validation"
+            yield lambda rows: (advance(rows), moved.append((int(task.completed), int(task.total or 0))))
+
+    monkeypatch.setattr(Reporter, "validating", validating)
+    blocks, _ = blocks_of(content, "validation")
+    result, _ = run(trainer__evaluate_every=12)
+    assert moved == [(min(done, len(blocks)), len(blocks)) for done in range(4, len(blocks) + 4, 4)]
+    moved.clear()
+    capped, _ = run(trainer__validation_tokens=5 * 16 - 3, trainer__output_dir=f"{result.folder}-capped")
+    assert moved == [(4, 5), (5, 5)] * 2
+    assert_same_bits(result.model, capped.model)
+    model = AutoModelForCausalLM.from_pretrained(capped.model)
+    assert capped.validation_loss == pytest.approx(nll(model, blocks, 5), rel=1e-6)
+    assert capped.bits_per_byte / capped.validation_loss == pytest.approx(
+        result.bits_per_byte / result.validation_loss, rel=0.05
+    )
+
+
+# Ctrl-C, and what a resume records
+
+
+def test_the_first_ctrl_c_says_at_once_what_happens(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO())
+    seen = []
+
+    def press() -> None:
+        ctrl_c()
+        seen.append(console.file.getvalue())
+
+    interrupt_at(monkeypatch, 7, press)
+    with pytest.raises(TrainingInterrupted):
+        run(console=console)
+    said = "stopping as soon as the step in hand is finished and saved; Ctrl-C again stops at once"
+    assert seen[0].splitlines()[-1] == said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(
+    run: Go, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stopped after step 7, in the midst of the interval from 5 to 8: its loss is the mean of all four.
+    changes = {"trainer__log_every": 4, "model__router": "soft", "model__collapse_penalty": 0.5}
+    one, _ = run(**changes, trainer__output_dir=f"{whole.folder}-again")
+    interrupt_at(monkeypatch, 7, ctrl_c)
+    with pytest.raises(TrainingInterrupted):
+        run(**changes)
+    other, _ = run(resume=True, **changes)
+    first, second = (read_records(result.folder / "metrics.jsonl") for result in (one, other))
+    timed = {"seconds", "tokens_per_second"}
+    assert [{n: v for n, v in r.items() if n not in timed} for r in first] == [
+        {n: v for n, v in r.items() if n not in timed} for r in second
+    ]
+    assert all(record["tokens_per_second"] > 0 for record in second if record["kind"] == "train")
+
+
+def test_the_result_is_what_the_run_knows(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiaroscuro.training.run.read_records", only_before(read_records))
+    result, _ = run()
+    last = {record["kind"]: record for record in read_records(result.folder / "metrics.jsonl")}
+    assert result.train_loss == last["train"]["loss"] and result.seconds == last["train"]["seconds"]
+    assert result.validation_loss == last["validation"]["loss"]
+
+
+def only_before(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Reads records of an earlier run, and refuses those that this one wrote."""
+
+    def checked(path: Path) -> Any:
+        assert not path.exists()
+        return read(path)
+
+    return checked
+
+
+def test_a_disk_that_fills_up_at_the_tokenizer_is_one_line(
+    run: Go, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library has it
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint-4: No space left on device; what was saved"):
+            run()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+# Thresholds
+
+
+def test_thresholds_move_through_a_wrapper() -> None:
+    model = ChiarForCausalLM(ChiarConfig.preset("small", vocab_size=50, hidden_size=32, num_hidden_layers=3))
+    moved = []
+    model.step_calibration = lambda: moved.append(True)
+
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel and torch.compile's
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    for wrapped in (model, Wrapper(model), Wrapper(Wrapper(model))):
+        MoveThresholds().on_optimizer_step(None, None, None, model=wrapped)  # type: ignore[arg-type]
+    assert len(moved) == 3
+    with pytest.raises(UserError, match="MoveThresholds: a Linear has no thresholds to move"):
+        MoveThresholds().on_optimizer_step(None, None, None, model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_too_little_text_for_a_step(run: Go) -> None:
@@ -414,8 +703,9 @@ def test_what_a_run_leaves(run: Go, content: dict[str, Any]) -> None:
             assert sum(layer["share"]) == pytest.approx(1)
             assert layer["entropy"] == sorted(layer["entropy"])
             assert 0 < layer["entropy"][0] <= layer["entropy"][-1] <= 1
-    assert "\n".join(printed.splitlines()[1:]).count("loss ") == len(records)
-    assert "(null " in printed
+    assert printed.count("  loss ") == len(records)
+    assert printed.count("the null, white noise: ") == 1
+    assert all(len(line) <= 80 for line in printed.splitlines()[1:])
     assert (result.tokens, result.steps) == (768, 12)
     assert result.tokens_per_second == pytest.approx(768 / result.seconds)
     assert json.loads(json.dumps(result.as_dict()))["model"] == str(result.folder / "model")

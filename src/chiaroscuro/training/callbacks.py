@@ -2,9 +2,11 @@
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -15,26 +17,43 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chiaroscuro.training.records import append_record, forget_after, scalars, terminal_line
+from chiaroscuro.errors import UserError
+from chiaroscuro.training.records import append_record, legend, routed, scalars, terminal_line
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from chiaroscuro.training.objectives import Objective
 
 
 class MoveThresholds(TrainerCallback):
-    """Running calibration: once per optimizer step, never inside a forward."""
+    """Running calibration: once per optimizer step, never inside a forward.
+
+    The model may be wrapped (DistributedDataParallel, torch.compile, a peft model).
+
+    Raises:
+        UserError: nothing in the model has thresholds.
+    """
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimizer, before anything is saved."""
-        kwargs["model"].step_calibration()
+        for module in kwargs["model"].modules():
+            if hasattr(module, "step_calibration"):
+                module.step_calibration()
+                return
+        raise UserError(f"MoveThresholds: a {type(kwargs['model']).__name__} has no thresholds to move; leave it out")
 
 
 class Reporter(TrainerCallback):
     """Shows every record on the terminal, in TensorBoard and in `metrics.jsonl`, and the way still to go.
 
-    Only the main process has one.
+    Only the main process has one. TensorBoard's files are written here and not by transformers' TensorBoardCallback,
+    which takes no nested record, puts "train/" before every name, and doesn't hide, on resume, what the interrupted run
+    wrote after its checkpoint.
     """
 
     def __init__(self, run: Path, console: Console, tokens_per_step: int) -> None:
@@ -42,8 +61,9 @@ class Reporter(TrainerCallback):
         self.tensorboard = run / "tensorboard"
         self.tokens_per_step = tokens_per_step
         self.writer: SummaryWriter | None = None
+        self.explained = False
         self.progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -65,15 +85,28 @@ class Reporter(TrainerCallback):
         if self.writer is not None:
             self.writer.close()
 
+    def say(self, line: str) -> None:
+        """Print a line as it is: no markup, no numbers in colour, no wrapping in a log file."""
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def validating(self, objective: "Objective") -> Iterator[Callable[[int], None]]:
+        """Show a bar for the validation rows; gives the function that moves it by so many rows."""
+        task = self.progress.add_task("validation", total=objective.validation_rows, rate="")
+        try:
+            yield lambda rows: self.progress.advance(task, rows)
+        finally:
+            self.progress.remove_task(task)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the logs where the checkpoint left them."""
-        forget_after(self.metrics, state.global_step)
-        # purge_step does the same for TensorBoard: what an interrupted run wrote beyond its checkpoint is
-        # hidden.
+        """Open TensorBoard's file and show the bar."""
+        from torch.utils.tensorboard import SummaryWriter  # half a second, which an error before this should not take
+
+        # purge_step hides what an interrupted run wrote after its checkpoint.
         self.writer = SummaryWriter(str(self.tensorboard), purge_step=state.global_step + 1)
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, rate="")
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, rate="")
         self.progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -97,21 +130,26 @@ class Reporter(TrainerCallback):
             for name, value in scalars(record).items():
                 self.writer.add_scalar(name, value, record["step"])
             self.writer.flush()
-        # One line stays one line: no markup, no numbers in colour, no wrapping in a log file.
-        self.progress.console.print(
-            terminal_line(record, state.max_steps), markup=False, highlight=False, soft_wrap=True
-        )
+        if not self.explained and (routed(record) or "gate" in record):
+            self.say(legend(record))
+            self.explained = True
+        self.say(terminal_line(record, state.max_steps))
 
 
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends the run after the step in hand, saved; a second one ends it at once.
 
-    A step cut in half can't be resumed: its gradient, its dropout and its thresholds belong together. With
-    several processes the signal would reach each at another step, so there it keeps its usual meaning.
+    A step cut in half can't be resumed: its gradient, its dropout and its thresholds belong together. With several
+    processes the signal would reach each at another step, so there it keeps its usual meaning.
+
+    Args:
+        alone: Whether this is the only process.
+        say: Prints a line.
     """
 
-    def __init__(self, *, alone: bool) -> None:
+    def __init__(self, *, alone: bool, say: Callable[[str], None]) -> None:
         self.heard = False
+        self._say = say
         self._usual: dict[int, Any] = {}
         self._listen = alone and threading.current_thread() is threading.main_thread()
 
@@ -129,6 +167,8 @@ class StopOnSignal(TrainerCallback):
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = True
         signal.signal(number, self._usual[number])
+        with suppress(RuntimeError):  # a line was being printed: the stream takes no other inside it
+            self._say("stopping as soon as the step in hand is finished and saved; Ctrl-C again stops at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if asked to."""

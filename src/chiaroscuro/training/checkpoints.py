@@ -1,82 +1,99 @@
-"""Folders that appear whole or not at all, and that can prove it later.
+"""Checkpoints that are complete, or not there, and that can prove it later.
 
-A checkpoint is half a dozen files. Written in place, a run that is killed or a disk that fills leaves some of
-them behind, and the next resume trips over a truncated optimizer or, worse, over an older one. So everything
-is written to `<run>/.partial/<name>`, forced to the disk, and renamed: a rename is the one step a file system
-takes at once.
+A checkpoint is half a dozen files. Written in place, a killed run or a full disk would leave some of them behind, and
+the next resume would trip over a truncated optimizer or, worse, over an older one. So a run writes to a scratch folder
+of its own, and renames what is finished (see [`chiaroscuro.files`][]).
 
-The last file written is a manifest with the size and SHA-256 of every other. It is what tells a complete
-folder from one that a copy, a quota or a failing disk cut short afterwards.
+The last file written is a manifest with the size and the SHA-256 of every other one. It tells a complete folder from
+one that a copy, a quota or a failing disk cut short afterwards, and a run's checkpoint from a folder of the user's that
+happens to have the name of one: that is never deleted.
 """
 
 import hashlib
-import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import move_whole, whole_folder, why_not_written
+from chiaroscuro.files import whole_folder
 from chiaroscuro.training.recipe import Recipe
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+SCRATCH = ".unfinished"
+"""Where a run writes what it then renames; with a file `OURS` in it, so that a folder of the user's is told apart."""
+OURS = "written-by-chiaroscuro"
 GO_ON = "what was saved before is intact. Make room, then resume"
-"""What to do when a run can't save; without a run there is nothing to resume."""
+"""What to do when a run can't save."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Interval(BaseModel):
+    """What happened since the last training record: a resumed run's next record is to cover all of its interval.
+
+    Attributes:
+        step: The last record's step.
+        seconds: The seconds trained until then.
+        loss: Sum over the steps since then, mean over the processes.
+        collapse_term: Sum of what the collapse penalty took off these losses.
+        beside: Of mixed training, task and figures of every second forward.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    collapse_term: float = 0.0
+    beside: list[tuple[str, dict[str, float]]] = Field(default_factory=list)
+
+
+class Facts(BaseModel):
+    """What a run notes beside a checkpoint's files.
+
+    Attributes:
+        tokens: The identity of the data: changes with the text, its labels and the tokenizer.
+        processes: How many processes trained.
+        seconds: The seconds trained, without validation and saving.
+        interval: Since the last training record; None in checkpoints of version 0.1.
+    """
+
+    tokens: str
+    processes: int
+    seconds: float
+    interval: Interval | None = None
+
+
+class _File(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    facts: Facts
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file was found as it was written.
+    """A checkpoint whose every file is as it was written.
 
     Attributes:
         path: The folder.
         step: Optimizer steps taken.
-        facts: What the run noted beside the files when it wrote them.
+        facts: What the run noted.
     """
 
     path: Path
     step: int
-    facts: dict[str, Any]
+    facts: Facts
 
 
-@contextmanager
-def written_whole(target: Path, *, is_writer: bool = True, advice: str = GO_ON) -> Iterator[Path]:
-    """Give a folder to write into, that becomes `target` when the block ends and vanishes when it fails.
-
-    Args:
-        target: What it will be called; an older folder of that name is replaced only then.
-        is_writer: False on all processes but one: they write beside it but move nothing.
-        advice: What to do if the file system refuses.
-
-    Raises:
-        UserError: if the file system refuses (no space, no permission); `target` is then as it was before.
-    """
-    partial = target.parent / PARTIAL / target.name
-    try:
-        if is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        yield partial
-        if is_writer:
-            move_whole(partial, target)
-    except BaseException as error:
-        if is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = why_not_written(error)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {target}: {reason}; {advice}") from error
-    finally:
-        if is_writer and partial.parent.is_dir() and not any(partial.parent.iterdir()):
-            partial.parent.rmdir()
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def save_whole(
@@ -85,29 +102,54 @@ def save_whole(
     """Save a model and its tokenizer for `from_pretrained`, whole or not at all.
 
     Args:
-        folder: Where; what is there is replaced.
+        folder: Where; an existing folder is replaced.
         model: The model.
         tokenizer: Its tokenizer.
-        recipe: What it was trained by, to lie beside the weights as recipe.yaml.
+        recipe: What it was trained by, saved beside the weights as recipe.yaml.
 
     Raises:
         UserError: if the file system refuses.
     """
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         if recipe is not None:
-            (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            (unfinished / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest: size and SHA-256 of every file in `folder`, and `facts` beside them."""
+@contextmanager
+def scratch_in(run: Path) -> Iterator[Path]:
+    """Give a run's scratch folder, empty; a killed run's is replaced, and at the end it is removed."""
+    folder = run / SCRATCH
+    refuse_foreign_scratch(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / OURS).touch()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_foreign_scratch(run: Path) -> None:
+    """Raise if the place of the scratch folder is taken by something that no run wrote.
+
+    Raises:
+        UserError: naming it.
+    """
+    folder = run / SCRATCH
+    if os.path.lexists(folder) and not (folder / OURS).is_file():
+        raise UserError(f"{folder} is in the way and no run wrote it; move it, or name another trainer.output_dir")
+
+
+def seal(folder: Path, facts: Facts) -> None:
+    """Write the manifest: size and SHA-256 of every file in `folder`, and `facts`."""
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): _File(size=path.stat().st_size, sha256=_sha256(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    (folder / MANIFEST).write_text(json.dumps({"facts": facts, "files": files}, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(_Manifest(facts=facts, files=files).model_dump_json(indent=1), encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -115,9 +157,42 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_way(place: Path) -> Path | None:
+    """Rename what stands where a checkpoint is to come, unless it is a sealed one, which may be replaced.
+
+    Returns:
+        Its new place, or None if nothing was renamed.
+    """
+    if not os.path.lexists(place) or is_sealed(place):
+        return None
+    number = 1
+    while os.path.lexists(aside := place.with_name(f"{place.name}.aside-{number}")):
+        number += 1
+    return place.rename(aside)
+
+
+def prune(run: Path, newest_step: int, keep: int) -> None:
+    """Delete all but the `keep` newest sealed checkpoints up to `newest_step`.
+
+    Later ones are left over from before a resume that passed over them: they must not push out the good ones that came
+    before them.
+    """
+    ours = [path for step, path in checkpoints(run) if step <= newest_step and is_sealed(path)]
+    for path in ours[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint of a run, complete or not, oldest first."""
-    named = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*") if path.is_dir())
+    return [(step, path) for step, path in named_like_checkpoints(run) if path.is_dir()]
+
+
+def named_like_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything that has a checkpoint's name, be it a file, ordered by step."""
+    named = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
@@ -126,32 +201,38 @@ def newest_complete(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for step, path in reversed(checkpoints(run)):
         try:
             return Checkpoint(path, step, _verified(path))
-        except (OSError, ValueError, KeyError, TypeError) as flaw:
+        except (OSError, ValueError) as flaw:
             say(f"passing over {path.name}, which is incomplete: {flaw}")
     return None
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """Return the facts of a sealed folder; a file that isn't as it was sealed is a ValueError."""
+def is_sealed(folder: Path) -> bool:
+    """Whether a run finished writing this folder; its files may have been damaged since."""
+    try:
+        _manifest_of(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _manifest_of(folder: Path) -> _Manifest:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    for name, sealed in manifest["files"].items():
+    try:
+        return _Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except ValidationError:
+        raise ValueError(f"{MANIFEST} is damaged") from None
+
+
+def _verified(folder: Path) -> Facts:
+    """Return the facts of a sealed folder; a file that is not as it was sealed is a ValueError."""
+    manifest = _manifest_of(folder)
+    for name, sealed in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
-        if path.stat().st_size != sealed["size"]:
-            raise ValueError(f"{name} has {path.stat().st_size:,} bytes of {sealed['size']:,}")
-        if _sha256(path) != sealed["sha256"]:
+        if path.stat().st_size != sealed.size:
+            raise ValueError(f"{name} has {path.stat().st_size:,} bytes of {sealed.size:,}")
+        if _sha256(path) != sealed.sha256:
             raise ValueError(f"{name} is not what was written")
-    return manifest["facts"]
-
-
-def prune(run: Path, newest_step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `newest_step`.
-
-    Later ones are remains that a resume passed over: they must not push out the good ones that came before
-    them.
-    """
-    for _, path in [entry for entry in checkpoints(run) if entry[0] <= newest_step][:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    return manifest.facts

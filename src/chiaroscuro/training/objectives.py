@@ -4,11 +4,12 @@ All that differs between these is here, one class for each kind of task, and the
 there are, how they become a batch, which model learns from them, and what is measured on the validation rows.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch.utils.data import Dataset
 from transformers import (
@@ -40,6 +41,7 @@ from chiaroscuro.training.mixture import Mixture
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import perplexity
 
+Rows = TypeVar("Rows", LabelledRows, TokenRows)
 Look = tuple[Any, Any]
 """`outputs.routing` and `outputs.meta_gate` of a batch."""
 
@@ -85,9 +87,19 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
-        """The figures of the validation rows, and what was routed where."""
+        """The figures of the validation rows, and how they were routed; `progress` is told the rows of each batch."""
+
+    @property
+    def validation_rows(self) -> int:
+        """How many rows `evaluate` reads."""
+        return len(self.validation)
 
     def beside(self, step: int, rank: int) -> tuple[str, dict[str, Any]] | None:
         """What a step learns from beside its rows: a task, and the arguments of a second forward; here nothing."""
@@ -108,11 +120,14 @@ class LanguageModelling(Objective):
         corpus = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
-        length = recipe.data.sequence_length
+        length, validation = recipe.data.sequence_length, splits["validation"]
+        if (rows := _rows_to_validate(recipe)) is not None and rows * length + 1 < validation.count:
+            kept = rows * length + 1
+            validation = replace(validation, count=kept, bytes=round(validation.bytes * kept / validation.count))
         return cls(
             tokenizer=tokenizer,
             train=TokenBlocks(splits["train"], length),
-            validation=TokenBlocks(splits["validation"], length),
+            validation=TokenBlocks(validation, length),
             identity=splits["train"].path.stem,  # named by the text and the tokenizer
             summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
             validation_texts=corpus.splits["validation"]["text"],
@@ -137,10 +152,17 @@ class LanguageModelling(Objective):
         return {"loss": loss, "perplexity": perplexity(loss)}
 
     def evaluate(
-        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
         """Exact over tokens, and as bits per byte."""
-        seen = evaluate_blocks(model, self.validation, batch_size=batch_size, output_routing=output_routing)
+        seen = evaluate_blocks(
+            model, self.validation, batch_size=batch_size, output_routing=output_routing, progress=progress
+        )
         return {"loss": seen.loss, "perplexity": seen.perplexity, "bits_per_byte": seen.bits_per_byte}, seen.routings
 
 
@@ -170,7 +192,7 @@ class Classification(Objective):
         return cls(
             tokenizer=tokenizer,
             train=train,
-            validation=rows["validation"],
+            validation=_first_rows(rows["validation"], recipe),
             identity=train.identity,
             summary=f"{task.name} ({len(train):,} texts, {train.share_cut:.0%} of them cut at {train.length} tokens)",
             validation_texts=task.splits["validation"]["text"],
@@ -198,7 +220,12 @@ class Classification(Objective):
         return {"loss": loss}
 
     def evaluate(
-        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
         """Loss and accuracy over the rows."""
         seen = evaluate_rows(
@@ -207,6 +234,7 @@ class Classification(Objective):
             self.collate,
             batch_size=batch_size,
             output_routing=output_routing,
+            progress=progress,
             inputs=self.inputs,
         )
         return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
@@ -230,7 +258,7 @@ class TargetPrediction(Objective):
         return cls(
             tokenizer=tokenizer,
             train=train,
-            validation=rows["validation"],
+            validation=_first_rows(rows["validation"], recipe),
             identity=train.identity,
             summary=f"{task.name} ({len(train):,} sequences, {train.predictions:,} targets)",
             validation_texts=task.corpus.splits["validation"]["text"],
@@ -255,11 +283,21 @@ class TargetPrediction(Objective):
         return {"loss": loss}
 
     def evaluate(
-        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
         """Loss and accuracy over the targets."""
         seen = evaluate_targets(
-            model, self.validation, self.collate, batch_size=batch_size, output_routing=output_routing
+            model,
+            self.validation,
+            self.collate,
+            batch_size=batch_size,
+            output_routing=output_routing,
+            progress=progress,
         )
         return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
 
@@ -315,15 +353,40 @@ class MixedTraining(LanguageModelling):
         return name, {**task.collate([task.train[row] for row in rows]), **task.inputs}
 
     def evaluate(
-        self, model: PreTrainedModel, *, batch_size: int, output_routing: bool
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
         """The text's figures, and under `tasks` those of every other, with its gate."""
-        figures, looks = super().evaluate(model, batch_size=batch_size, output_routing=output_routing)
+        how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
+        figures, looks = super().evaluate(model, **how)
         others = {}
         for name, task in self.tasks.items():
-            own, seen = task.evaluate(model, batch_size=batch_size, output_routing=output_routing)
+            own, seen = task.evaluate(model, **how)
             others[name] = own | mean_gate(seen)
         return figures | {"tasks": others}, looks
+
+    @property
+    def validation_rows(self) -> int:
+        """Those of the text and of every task."""
+        return super().validation_rows + sum(task.validation_rows for task in self.tasks.values())
+
+
+def _rows_to_validate(recipe: Recipe) -> int | None:
+    """How many rows hold `trainer.validation_tokens`; None for all."""
+    tokens = recipe.trainer.validation_tokens
+    return None if tokens is None else math.ceil(tokens / recipe.data.sequence_length)
+
+
+def _first_rows(rows: Rows, recipe: Recipe) -> Rows:
+    """The rows that are to be validated on."""
+    count = _rows_to_validate(recipe)
+    if count is None or count >= len(rows):
+        return rows
+    return type(rows)(rows.name, rows.identity, rows.table.select(range(count)), rows.length)
 
 
 def load_objective(recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Objective:

@@ -1,17 +1,14 @@
-"""A training run, said in one page of YAML.
+"""A training run, described by one page of YAML.
 
-A recipe has these sections: `model`, `data`, `tokenizer`, `trainer`; if it learns other tasks beside a text,
-`mixture`; and if the thresholds should come from somewhere else than the model's own configuration says,
-`calibration`. Whatever it leaves out has a default;
-whatever it says that nobody knows is an error that names the field. `section.field=value` on the command line
+A recipe has the sections `model`, `data`, `tokenizer` and `trainer`; `mixture` if other tasks are learned beside a
+text; and `calibration` if the thresholds are not to come from where the model's configuration says. A field that is
+left out has its default, and an unknown field is an error that names it. `section.field=value` on the command line
 changes one field.
 
-Two things are checked here rather than hoped for. A key that YAML would silently let win over an earlier one
-of the same name is refused, and a number written `2e-3` is a number (YAML 1.1, and so PyYAML, reads it as
-text).
+Two of YAML's traps are closed here. A key that is given twice is refused, where YAML would let the later one win; and a
+number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -34,13 +31,13 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Part of a recipe: no unknown fields, no guessing at types, no change once read."""
+    """Part of a recipe: unknown fields are refused, types are not guessed, and nothing changes once it is read."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ChiarSection(Section):
-    """A CHIAR-Former: a preset, and whatever field of [`ChiarConfig`][] shall differ from it."""
+    """A CHIAR-Former: a preset, and the fields of [`ChiarConfig`][] that differ from it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -49,7 +46,7 @@ class ChiarSection(Section):
 
 
 class LlamaSection(Section):
-    """What every new architecture owes a comparison: `LlamaForCausalLM`, embeddings tied, init N(0, 0.02)."""
+    """The baseline that people know: `LlamaForCausalLM`, embeddings tied, initialised from N(0, 0.02)."""
 
     architecture: Literal["llama"]
     hidden_size: Count
@@ -60,7 +57,7 @@ class LlamaSection(Section):
 
 
 def _architecture(section: Any) -> str:
-    """Tell which of the two a `model` section means; one that doesn't say means the CHIAR-Former."""
+    """Which of the two a `model` section means; the CHIAR-Former unless it says otherwise."""
     named = section.get("architecture") if isinstance(section, Mapping) else getattr(section, "architecture", None)
     return "llama" if named == "llama" else "chiar"
 
@@ -101,10 +98,10 @@ class DataSection(Section):
 
 
 class MixtureSection(Section):
-    """Mixed training: with a probability of `ratio`, a step learns from a batch of one of `tasks` beside the text.
+    """Mixed training: with probability `ratio`, a step also learns from a batch of one of `tasks`.
 
-    Every task is a data section, by a name of the recipe's; its `sequence_length` is the text's unless it says
-    otherwise. All losses go through the whole model. Source: arXiv 2606.08327, v2.
+    Every task is a data section under a name of the recipe's choice; its `sequence_length` is the text's unless it says
+    otherwise. All losses train the whole model. Source: arXiv 2606.08327, v2.
     """
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -125,14 +122,16 @@ def _two_numbers(value: Any) -> Any:
 
 
 class TrainerSection(Section):
-    """How long, how fast, in what steps, and how often to look.
+    """How long to train, how fast, and how often to look and save.
 
-    One step takes `batch_size` sequences per device, `gradient_accumulation` times. The run is as long as
-    `steps`, `tokens` or `epochs` says, one of them; an epoch is as many whole steps as the data have. The
-    learning rate rises linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`.
+    One step takes `batch_size` sequences per device, `gradient_accumulation` times. Exactly one of `steps`, `tokens`
+    and `epochs` sets the length of the run; an epoch is as many whole steps as the data fill. The learning rate rises
+    linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`. Validation reads the whole split, or with
+    `validation_tokens` the first rows that hold so many tokens, padding included; it happens after the checkpoint of
+    its step.
     """
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy takes
     steps: Count | None = None
     tokens: Count | None = None
@@ -149,6 +148,7 @@ class TrainerSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: Count = 10
     evaluate_every: Count | None = None
+    validation_tokens: Count | None = None
     save_every: Count = 500
     keep_checkpoints: Count = 2
     gradient_checkpointing: bool = False
@@ -171,11 +171,10 @@ class TrainerSection(Section):
 class CalibrationSection(Section):
     """Where the routing thresholds come from.
 
-    `running`: they follow the entropies seen, towards the model's `attention_share`. `fixed`: as given in
-    `thresholds`. `paper`: the 33rd and 67th percentile of H over a trained baseline's embeddings of the
-    first 200 validation rows (arXiv 2606.08327), and fixed from then on. The baseline is the model in the
-    folder `baseline` or, unless one is named, trained first: the recipe with attention alone in every layer, in
-    `output_dir`/baseline.
+    `running`: they follow the entropies of the data, towards the model's `attention_share`. `fixed`: as given in
+    `thresholds`. `paper`: the 33rd and 67th percentile of H over a trained baseline's embeddings of the first 200
+    validation rows (arXiv 2606.08327), fixed from then on. The baseline is the model in the folder `baseline`; if none
+    is named, it is trained first, by this recipe with attention alone in every layer, in `output_dir`/baseline.
     """
 
     method: Literal["running", "fixed", "paper"] = "running"
@@ -404,10 +403,10 @@ class Recipe(Section):
         content["model"] |= {name: None for name, value in (self.model.model_extra or {}).items() if value is None}
         return content
 
-    # What may change when a run is resumed: how often one looks, what is kept, and where. All else moves the
-    # weights.
+    # What may change when a run is resumed: how often it looks, what it keeps, and where. All else moves the weights.
     _FREE_ON_RESUME = frozenset(
-        f"trainer.{name}" for name in ("output_dir", "log_every", "evaluate_every", "save_every", "keep_checkpoints")
+        f"trainer.{name}"
+        for name in ("output_dir", "log_every", "evaluate_every", "validation_tokens", "save_every", "keep_checkpoints")
     )
 
     def refuse_to_resume(self, begun: "Recipe") -> None:
@@ -548,10 +547,8 @@ def one_line(
         return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"
     if first["type"] == "extra_forbidden":
         place = ".".join(path[:-1])
-        known = list(sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields)
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        return f"{name}={given!r}: unknown field; {hint}"
+        known = sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields
+        return f"{name}={given!r}: unknown field; {suggest(path[-1], known)}"
     if first["type"] == "missing":
         return f"{name} is missing from the {what}; set it"
     if first["type"] == "value_error":

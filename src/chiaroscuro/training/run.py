@@ -11,31 +11,44 @@ move the weights, from the learning rate to the corpus, must be what it was when
 is refused.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from safetensors import safe_open
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import refuse_file, write_text
+from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
-from chiaroscuro.training.checkpoints import PARTIAL, Checkpoint, checkpoints, newest_complete
+from chiaroscuro.training.checkpoints import (
+    GO_ON,
+    SCRATCH,
+    Checkpoint,
+    Facts,
+    Interval,
+    checkpoints,
+    is_sealed,
+    named_like_checkpoints,
+    newest_complete,
+    refuse_foreign_scratch,
+    scratch_in,
+)
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
-from chiaroscuro.training.records import read_records
+from chiaroscuro.training.records import read_records, write_records
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
 
 _RECIPE = "recipe.yaml"
@@ -91,11 +104,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     Args:
         recipe: What to train, on what, and how.
         resume: Go on from the newest complete checkpoint in `trainer.output_dir`.
-        console: Where progress goes; by default the terminal. Only the main process speaks.
+        console: Where progress goes; by default the terminal. Only the main process prints.
 
     Raises:
-        UserError: if the recipe can't be carried out here, the folder holds a run (or, resuming, holds none),
-            or the disk is full.
+        UserError: if the recipe can't be carried out here, the folder holds a run (or, resuming, holds none) or is in
+            use by another one, or the disk is full.
         TrainingDiverged: if loss, gradient or weights stop being finite; earlier checkpoints stay.
         TrainingInterrupted: on Ctrl-C, after saving the step in hand.
     """
@@ -104,126 +117,170 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     if not processes.is_main_process:
         console = Console(quiet=True)
     console = console or Console()
+    folder = Path(recipe.trainer.output_dir)
+    refuse_file(folder, f"trainer.output_dir={folder}")
+    if recipe.trainer.epochs is None:
+        recipe.steps(processes.num_processes)  # refuses too long a warm-up before minutes go into the data
+    _refuse_data_parallel(processes)
+    with _alone_in(folder, processes):
+        return _train(recipe, folder, processes, resume, console)
 
+
+def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, console: Console) -> TrainResult:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    world, folder = processes.num_processes, Path(recipe.trainer.output_dir)
-    if recipe.trainer.epochs is None:
-        recipe.steps(world)  # too long a warm-up should be said before minutes go into the data
-    _refuse_data_parallel(processes)
+    world = processes.num_processes
     checkpoint = _find_checkpoint(recipe, folder, resume, say)
-
+    records = [] if checkpoint is None else read_records(folder / _METRICS)
+    records = [record for record in records if checkpoint is not None and record["step"] <= checkpoint.step]
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
     rows = _whole_steps(objective.train, recipe.sequences_per_step(world))
     steps = recipe.steps(world, len(rows))
-    facts = {"tokens": objective.identity, "processes": world}
+    facts = Facts(tokens=objective.identity, processes=world, seconds=0.0)
     baseline = _baseline_of(recipe, facts, console)
     if checkpoint is not None:
         _refuse_other_facts(checkpoint, facts)
 
+    finished = checkpoint is not None and checkpoint.step >= steps
     model = _build_model(recipe, objective, baseline)
+    if checkpoint is not None:
+        if finished:
+            model = load_checkpoint(str(checkpoint.path))
+        else:
+            _refuse_other_weights(checkpoint.path, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
-    if processes.is_main_process:
-        _open_folder(recipe, folder, resume)
     say(
         f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {objective.summary}, "
         f"{steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
     )
-    run = Run(
-        folder=folder,
-        keep_checkpoints=recipe.trainer.keep_checkpoints,
-        tokens_per_step=recipe.tokens_per_step(world),
-        facts=facts,
-        clock=Clock(checkpoint.facts["seconds"] if checkpoint else 0.0),
-    )
-    with (
-        _no_bars_of_others(),
-        StopOnSignal(alone=world == 1) as stop,
-        Reporter(folder, console, run.tokens_per_step) as reporter,
-    ):
+    with ExitStack() as running:
+        scratch = folder / SCRATCH
+        if processes.is_main_process:
+            scratch = running.enter_context(_opened(recipe, folder, records))
+        processes.wait_for_everyone()
+        running.enter_context(_quiet_transformers())
+        stop = running.enter_context(StopOnSignal(alone=world == 1, say=say))
+        tokens_per_step = recipe.tokens_per_step(world)
+        reporter = None
+        if processes.is_main_process:
+            reporter = running.enter_context(Reporter(folder, console, tokens_per_step))
+        seconds = checkpoint.facts.seconds if checkpoint else 0.0
+        run = Run(
+            folder=folder,
+            scratch=scratch,
+            keep_checkpoints=recipe.trainer.keep_checkpoints,
+            tokens_per_step=tokens_per_step,
+            facts=facts,
+            clock=Clock(seconds),
+            interval=_interval_of(checkpoint),
+            records=records,
+            stop=stop,
+            reporter=reporter,
+        )
         trainer = RunTrainer(
             run=run,
             objective=objective,
             model=model,
-            args=_arguments(recipe, steps, model.config.use_cache),
+            args=_arguments(recipe, scratch, steps, model.config.use_cache),
             train_dataset=rows,
             processing_class=objective.tokenizer,
             callbacks=[
                 *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
-                *([reporter] if processes.is_main_process else []),
+                *([reporter] if reporter is not None else []),
                 stop,
             ],
         )
         trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             say(f"resuming after step {checkpoint.step:,} of {steps:,}")
-        if checkpoint is not None and checkpoint.step >= steps:
-            trainer.load_finished(checkpoint.path)
-        else:
-            try:
-                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-            except KeyboardInterrupt:
-                stop.heard = True
-            except OSError as error:  # a checkpoint says so itself; this is metrics.jsonl or TensorBoard
-                raise UserError(
-                    f"{folder} can't be written ({error.strerror or error}); what was saved is intact. "
-                    "Make room, then resume"
-                ) from error
-        if stop.heard and trainer.state.global_step < steps:
-            raise TrainingInterrupted(_how_to_go_on(folder, trainer.state.global_step, steps))
-        trainer.save_final_model(folder / "model")
+        try:
+            with saying_why(folder, GO_ON):  # a checkpoint says so itself; this is metrics.jsonl or TensorBoard
+                if checkpoint is not None and finished:
+                    trainer.finish(checkpoint.path)
+                else:
+                    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            if run.last.get("validation", {}).get("step") != steps:  # it is a run's last act
+                raise KeyboardInterrupt
+            trainer.save_final_model(folder / "model")
+        except KeyboardInterrupt:
+            raise TrainingInterrupted(_how_to_go_on(folder, trainer.state.global_step, steps)) from None
 
-    last = {record["kind"]: record for record in read_records(folder / _METRICS)}
-    if not {"train", "validation"} <= last.keys():
-        raise UserError(f"{folder / _METRICS} lost its records; the model is whole, in {folder / 'model'}")
+    if "train" not in run.last:
+        raise UserError(f"{folder / _METRICS} lost its records; the model is complete, in {folder / 'model'}")
+    trained, validated = run.last["train"], run.last["validation"]
     return TrainResult(
         folder=folder,
         model=folder / "model",
         parameters=parameters,
         steps=steps,
-        tokens=last["train"]["tokens"],
-        seconds=last["train"]["seconds"],
-        tokens_per_second=last["train"]["tokens"] / last["train"]["seconds"],
-        train_loss=last["train"]["loss"],
-        validation_loss=last["validation"]["loss"],
-        **{name: last["validation"].get(name) for name in ("perplexity", "bits_per_byte", "accuracy")},
+        tokens=trained["tokens"],
+        seconds=trained["seconds"],
+        tokens_per_second=trained["tokens"] / trained["seconds"],
+        train_loss=trained["loss"],
+        validation_loss=validated["loss"],
+        **{name: validated.get(name) for name in ("perplexity", "bits_per_byte", "accuracy")},
     )
 
 
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone_in(folder: Path, processes: PartialState) -> Iterator[None]:
+    """The main process holds the folder for all; if it can't, all learn why."""
+    refusal: list[str | None] = [None]
+    with ExitStack() as held:
+        if processes.is_main_process:
+            try:
+                held.enter_context(alone_in(folder))
+            except UserError as error:
+                refusal = [str(error)]
+        if processes.num_processes > 1:
+            broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        yield
+
+
 def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[str], None]) -> Checkpoint | None:
     """Find the checkpoint to go on from; None for a new run. Changes nothing."""
-    refuse_file(folder, f"trainer.output_dir={folder}")
     if not resume:
-        if checkpoints(folder):
-            raise UserError(
-                f"trainer.output_dir={folder} holds a run with checkpoints; pass --resume to go on with it, "
-                "or name another folder"
-            )
-        if (folder / "model").exists():
-            raise UserError(f"trainer.output_dir={folder} holds a finished model; name another folder, or remove it")
-        if (folder / _RECIPE).is_file() and not _was_begun(folder):
-            raise UserError(
-                f"trainer.output_dir={folder} holds a recipe.yaml that no run wrote and this one would replace; "
-                "name another trainer.output_dir"
-            )
-        try:
-            read_records(folder / _METRICS)
-        except UserError as error:
-            raise UserError(f"{error}, and this run would replace it; name another trainer.output_dir") from None
+        _refuse_used_folder(folder)
         return None
     if not (folder / _RECIPE).is_file():
         raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
     recipe.refuse_to_resume(Recipe.load(folder / _RECIPE))
+    refuse_foreign_scratch(folder)
     found = newest_complete(folder, say)
     if found is None:
         raise UserError(f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder")
     return found
+
+
+def _refuse_used_folder(folder: Path) -> None:
+    """Refuse a new run where it would meet, or replace, a run or something of the user's."""
+    for _, path in named_like_checkpoints(folder):
+        if is_sealed(path):
+            raise UserError(
+                f"trainer.output_dir={folder} holds a run with checkpoints; pass --resume to go on with it, "
+                "or name another folder"
+            )
+        raise UserError(f"{path} is in the way and not a complete checkpoint; name another trainer.output_dir")
+    if (folder / "model").exists():
+        raise UserError(f"trainer.output_dir={folder} holds a finished model; name another folder, or remove it")
+    if (folder / _RECIPE).is_file() and not _was_begun(folder):
+        raise UserError(
+            f"trainer.output_dir={folder} holds a recipe.yaml that no run wrote and this one would replace; "
+            "name another trainer.output_dir"
+        )
+    try:
+        read_records(folder / _METRICS)
+    except UserError as error:
+        raise UserError(f"{error}, and this run would replace it; name another trainer.output_dir") from None
+    refuse_foreign_scratch(folder)
 
 
 def _was_begun(folder: Path) -> bool:
@@ -237,24 +294,49 @@ def _was_begun(folder: Path) -> bool:
         return False
 
 
-def _open_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed run was writing
-        if not resume:
-            (folder / _METRICS).write_bytes(b"")
+@contextmanager
+def _opened(recipe: Recipe, folder: Path, records: Sequence[dict[str, Any]]) -> Iterator[Path]:
+    """Write what a run begins with, and give its scratch folder."""
+    with saying_why(folder), ExitStack() as stack:
+        write_records(folder / _METRICS, records)
         write_text(folder / _RECIPE, recipe.to_yaml())
-    except OSError as error:
-        raise UserError(f"trainer.output_dir={folder} can't be written: {error.strerror}") from None
+        scratch = stack.enter_context(scratch_in(folder))
+        opened = stack.pop_all()
+    with opened:
+        yield scratch
 
 
-def _refuse_other_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+def _refuse_other_facts(checkpoint: Checkpoint, facts: Facts) -> None:
     for name, what in (("tokens", "the text or its tokenizer"), ("processes", "the number of processes")):
-        if checkpoint.facts[name] != facts[name]:
+        then, now = getattr(checkpoint.facts, name), getattr(facts, name)
+        if then != now:
             raise UserError(
-                f"{what} changed since this run began ({checkpoint.facts[name]} then, {facts[name]} now); "
+                f"{what} changed since this run began ({then} then, {now} now); "
                 "put it back to resume, or start anew in another trainer.output_dir"
             )
+
+
+def _refuse_other_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose tensors are not the model's: the Trainer would warn, and train on from random ones."""
+    saved: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    for name in sorted(saved.keys() | wanted.keys() - tied):
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"{checkpoint} does not fit the model: {name} is {saved.get(name, 'missing')} in it and "
+                f"{wanted.get(name, 'missing')} in the model; was it written by another version?"
+            )
+
+
+def _interval_of(checkpoint: Checkpoint | None) -> Interval:
+    if checkpoint is None:
+        return Interval()
+    # A checkpoint of version 0.1 doesn't say: its run's next record is of the steps after it alone.
+    return checkpoint.facts.interval or Interval(step=checkpoint.step, seconds=checkpoint.facts.seconds)
 
 
 def _how_to_go_on(folder: Path, step: int, steps: int) -> str:
@@ -265,13 +347,15 @@ def _how_to_go_on(folder: Path, step: int, steps: int) -> str:
 
 
 @contextmanager
-def _no_bars_of_others() -> Iterator[None]:
-    """One bar is enough: transformers draws its own at every save."""
-    drawn = logging.is_progress_bar_enabled()
+def _quiet_transformers() -> Iterator[None]:
+    """One bar is enough, and one voice: transformers draws a bar at every save, and warns of tied weights on resume."""
+    drawn, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if drawn:
             logging.enable_progress_bar()
 
@@ -299,7 +383,7 @@ def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
     return Subset(rows, range(count - count % sequences))
 
 
-def _baseline_of(recipe: Recipe, facts: dict[str, Any], console: Console) -> str | None:
+def _baseline_of(recipe: Recipe, facts: Facts, console: Console) -> str | None:
     """The folder of the model whose embeddings the thresholds are of; trained first where the recipe names none."""
     if not recipe.uses_baseline or recipe.calibration is None:
         return None
@@ -348,11 +432,11 @@ def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:
     return baseline
 
 
-def _arguments(recipe: Recipe, steps: int, use_cache: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> TrainingArguments:
     trainer = recipe.trainer
     try:
         return TrainingArguments(
-            output_dir=trainer.output_dir,
+            output_dir=str(scratch),
             seed=trainer.seed,
             max_steps=steps,
             per_device_train_batch_size=trainer.batch_size,

@@ -1,79 +1,114 @@
-"""`transformers.Trainer`, and the five places where a run of ours must differ from it.
+"""`transformers.Trainer`, and where a run differs from it.
 
-1. **A step that diverges is not taken.** A loss or a gradient that isn't finite stops the run before the
-   optimizer moves, so no weight of a saved checkpoint was touched by it.
-2. **A checkpoint appears whole or not at all** (see [`checkpoints`][chiaroscuro.training.checkpoints]).
+1. **A step that diverges is not taken.** A loss or a gradient that isn't finite stops the run before the optimizer
+   moves, so that it never reaches the weights of a checkpoint.
+2. **Record, checkpoint, validation, in this order.** A kill during a long validation loses no step. A checkpoint
+   appears whole or not at all (see [`checkpoints`][chiaroscuro.training.checkpoints]).
 3. **Routing is looked at only in the steps that will be shown.**
-4. **Validation** is the one that `chiaroscuro evaluate` has too, as the [`Objective`][] says.
-5. **A checkpoint that doesn't fit the model** is an error; the Trainer would warn, and train on from
-   random weights.
+4. **Validation** is the one of `chiaroscuro evaluate`, as the [`Objective`][] says. One that was cut short is made up
+   for when the run is resumed.
+
+Two private methods of the parent are overridden, `_clip_grad_norm` and `_maybe_log_save_evaluate`.
+`tests/training/test_parent.py` fails when the parent no longer calls them as it did.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
 from chiaroscuro.errors import UserError
-from chiaroscuro.training.checkpoints import checkpoints, prune, seal, written_whole
+from chiaroscuro.files import move_whole, saying_why
+from chiaroscuro.training.callbacks import Reporter, StopOnSignal
+from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
 from chiaroscuro.training.objectives import Objective
 from chiaroscuro.training.records import describe_tasks
 
 
 class TrainingDiverged(UserError):
-    """The loss, the gradient or a weight is no finite number any more."""
+    """The loss, the gradient or a weight is not a finite number any more."""
+
+
+class ValidationStopped(Exception):
+    """A Ctrl-C was heard during validation."""
 
 
 class Clock:
-    """Seconds spent training: evaluation and saving don't count, and a resumed run counts on."""
+    """Seconds spent training: validation and saving don't count, and a resumed run counts on."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before = seconds
-        self._since = time.perf_counter()
+        self._since: float | None = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """So far, with those before a resume."""
-        return self._before + time.perf_counter() - self._since
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop counting inside the block."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+        """Stand still inside the block."""
+        was_running = self._since is not None
+        self._before, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter() if was_running else None
 
 
 @dataclass
 class Run:
-    """What a run knows beside the model: where it writes, and what it has used.
+    """What a run knows beside the model.
 
     Attributes:
         folder: The run's folder.
+        scratch: The folder in it where checkpoints are written before they are renamed.
         keep_checkpoints: How many checkpoints stay.
         tokens_per_step: What one optimizer step reads, over all processes; padding counts.
-        facts: Written beside every checkpoint, and compared on resume.
+        facts: The identity of the data and the processes, saved with every checkpoint.
         clock: Counts the seconds.
+        interval: What happened since the last training record.
+        records: On resume, those up to the checkpoint.
+        stop: Listens for Ctrl-C.
+        reporter: Shows progress; only the main process has one.
+        last: The newest record of each kind.
     """
 
     folder: Path
+    scratch: Path
     keep_checkpoints: int
     tokens_per_step: int
-    facts: dict[str, Any]
+    facts: Facts
     clock: Clock
+    interval: Interval
+    records: Sequence[dict[str, Any]]
+    stop: StopOnSignal
+    reporter: Reporter | None
+    last: dict[str, dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last = {record["kind"]: record for record in self.records}
 
 
 class RunTrainer(Trainer):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Args:
+        run: What a run knows beside the model.
+        objective: What there is to learn, and from what.
+        kwargs: As for the parent; `args.output_dir` is the scratch folder.
+    """
 
     model: Any
     objective: Objective
@@ -82,13 +117,10 @@ class RunTrainer(Trainer):
         super().__init__(data_collator=objective.collate, eval_dataset=objective.validation, **kwargs)
         self.run = run
         self.objective = objective
-        self._routes = hasattr(self.model, "step_calibration")  # one of ours, that can say how it routed
+        self._routes = hasattr(self.model, "step_calibration")  # a model of ours can say how it routed
         self._seen: list[Any] = []  # outputs of the step in hand, if it will be shown
-        self._beside: list[tuple[str, dict[str, float]]] = []  # task, loss and gate of every second forward
-        self._collapse_term = 0.0  # what the penalty took off the losses since they were last shown
         self._step_beside = 0  # the last step that was asked for one: with accumulation a step has several forwards
-        self._last_look = (0, run.clock.seconds)
-        self._saving_to: Path | None = None
+        self.add_callback(_Begin(self))
 
     # ---- 1. divergence -------------------------------------------------------------------------------------
 
@@ -96,6 +128,7 @@ class RunTrainer(Trainer):
         """Forward and backward, or TrainingDiverged."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_unless_finite("loss", loss)
+        self.run.interval.loss += loss.item()
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -117,40 +150,68 @@ class RunTrainer(Trainer):
         largest = torch.stack([parameter.detach().abs().max() for parameter in self.model.parameters()]).max()
         self._refuse_unless_finite("largest weight", largest)
 
-    # ---- 2. checkpoints ------------------------------------------------------------------------------------
+    # ---- 2. record, checkpoint, validation -----------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saving_to or self.args.output_dir)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # The parent would validate before it saves: it is called for one of the three at a time.
+        what_is_due = partial(super()._maybe_log_save_evaluate, *args, **kwargs)
+        saves, evaluates = self.control.should_save, self.control.should_evaluate
+        self.control.should_save = self.control.should_evaluate = False
+        if self.state.global_step == self.state.max_steps:
+            self.control.should_log = True  # the last step ends an interval, be it a short one
+        what_is_due()
+        with self.run.clock.paused():
+            if saves:
+                self._save_step(what_is_due)
+            if evaluates:
+                try:
+                    self.control.should_evaluate = True
+                    what_is_due()
+                except ValidationStopped:
+                    self.control.should_evaluate = False
+                    if not saves:
+                        self._save_step(what_is_due)
+                    self.control.should_training_stop = True
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_step(self, what_is_due: Callable[[], None]) -> None:
         self._refuse_broken_weights()
-        is_writer, step = self.args.should_save, self.state.global_step
-        facts = {**self.run.facts, "seconds": self.run.clock.seconds}
-        target = self.run.folder / f"checkpoint-{step}"
-        with self.run.clock.paused(), written_whole(target, is_writer=is_writer) as partial:
+        facts = self._facts()
+        target = self.run.folder / f"checkpoint-{self.state.global_step}"
+        finished = self.run.scratch / target.name
+        with saying_why(target, GO_ON):
+            self.control.should_save = True
+            what_is_due()
             self.accelerator.wait_for_everyone()
-            self._saving_to = partial.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_to = None
-            self.accelerator.wait_for_everyone()
-            if is_writer:
-                # A pickle of the TrainingArguments, which nothing here reads: recipe.yaml says it, and can be
-                # trusted.
-                (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                seal(partial, facts)
-        if is_writer:
-            prune(self.run.folder, step, self.run.keep_checkpoints)
+            if self.args.should_save:
+                # A pickle of the TrainingArguments, which nothing here reads: recipe.yaml says the same, and is safe.
+                (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                seal(finished, facts)
+                if (aside := make_way(target)) and self.run.reporter is not None:
+                    self.run.reporter.say(f"{target} was not a complete checkpoint; it is {aside.name} now")
+                move_whole(finished, target)
+                prune(self.run.folder, self.state.global_step, self.run.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self) -> Facts:
+        interval = self.run.interval.model_copy(update={"loss": self._mean_over_processes(self.run.interval.loss)})
+        return self.run.facts.model_copy(update={"seconds": self.run.clock.seconds, "interval": interval})
+
+    def _mean_over_processes(self, value: float) -> float:
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean").item()
 
     def save_final_model(self, target: Path) -> None:
         """Save the model and its tokenizer, for `from_pretrained`, whole or not at all."""
-        with written_whole(target, is_writer=self.args.should_save) as partial:
+        self._refuse_broken_weights()
+        finished = self.run.scratch / target.name
+        with saying_why(target, GO_ON):
             self.accelerator.wait_for_everyone()
-            self.save_model(str(partial))
+            self.save_model(str(finished))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                move_whole(finished, target)
 
     # ---- 3. looking ----------------------------------------------------------------------------------------
 
@@ -162,7 +223,7 @@ class RunTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss; in a step that will be shown, look at the routing too."""
-        step = self.state.global_step + 1
+        step, interval = self.state.global_step + 1, self.run.interval
         shown = step == 1 or step % self.args.logging_steps == 0 or step == self.state.max_steps
         look = self._routes and shown
         inputs = {**inputs, **self.objective.inputs, **({"output_routing": True} if look else {})}
@@ -170,17 +231,17 @@ class RunTrainer(Trainer):
         self._step_beside = step
         if drawn is not None:
             name, second = drawn
-            inputs["beside"] = {**self._prepare_inputs(second), "output_routing": True}
+            inputs["beside"] = {**send_to_device(second, self.args.device), "output_routing": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._collapse_term += self._part_of_step() * _collapse_term(outputs)
+        interval.collapse_term += self._part_of_step() * _collapse_term(outputs)
         if drawn is not None:
             # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
             # was; this one is a mean of its own.
             loss = loss - (self.args.world_size - 1) * outputs.beside.loss
             look_beside = (outputs.beside.routing, outputs.beside.meta_gate)
             second_loss, second_term = outputs.beside.loss.item(), _collapse_term(outputs.beside)
-            self._collapse_term += second_term
-            self._beside.append((name, {"loss": second_loss + second_term, **mean_gate([look_beside])}))
+            interval.collapse_term += second_term
+            interval.beside.append((name, {"loss": second_loss + second_term, **mean_gate([look_beside])}))
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
         return (loss, outputs) if return_outputs else loss
@@ -189,35 +250,30 @@ class RunTrainer(Trainer):
         """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""
         return self.args.world_size if self.model_accepts_loss_kwargs else 1 / self.args.gradient_accumulation_steps
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # The last step ends an interval, be it a short one.
-        if self.state.global_step == self.state.max_steps:
-            self.control.should_log = True
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Make the Trainer's figures a record; its closing summary, which has no loss of its own, is none."""
+        """Make a record of the Trainer's figures; its closing summary, which has no loss of its own, is none.
+
+        The loss is the run's own sum, because the Trainer's forgets on resume what came before the checkpoint.
+        """
         if "loss" not in logs:
             return
-        step, seconds = self.state.global_step, self.run.clock.seconds
-        last_step, last_seconds = self._last_look
-        self._last_look = (step, seconds)
-        speed = (step - last_step) * self.run.tokens_per_step / max(seconds - last_seconds, 1e-9)
-        # A penalty is no nats of a prediction. With several processes the Trainer's loss is the mean of all, and these
-        # are the main one's own.
-        added = sum(figures["loss"] for _, figures in self._beside) - self._collapse_term
-        added /= max(1, step - last_step)
+        step, seconds, interval = self.state.global_step, self.run.clock.seconds, self.run.interval
+        steps = max(1, step - interval.step)
+        # A penalty is not part of the nats of a prediction. With several processes the loss is the mean of all, and
+        # these are the main one's own.
+        added = sum(figures["loss"] for _, figures in interval.beside) - interval.collapse_term
         record: dict[str, Any] = {
             **self._place("train"),
-            "tokens_per_second": speed,
-            **self.objective.figures_of(logs["loss"] - added),
+            "tokens_per_second": steps * self.run.tokens_per_step / max(seconds - interval.seconds, 1e-9),
+            **self.objective.figures_of((self._mean_over_processes(interval.loss) - added) / steps),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
         }
-        if self._beside:
-            record["tasks"] = describe_tasks(self._beside)
+        if interval.beside:
+            record["tasks"] = describe_tasks(interval.beside)
         self._publish(record, self._seen)
-        self._seen, self._beside, self._collapse_term = [], [], 0.0
+        self._seen = []
+        self.run.interval = Interval(step=step, seconds=seconds)
 
     def _place(self, kind: str) -> dict[str, Any]:
         step = self.state.global_step
@@ -231,6 +287,7 @@ class RunTrainer(Trainer):
     def _publish(self, record: dict[str, Any], seen: list[Any]) -> None:
         if seen:
             record |= describe_routing(seen, self.model.config.hidden_size)
+        self.run.last[record["kind"]] = record
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     # ---- 4. validation -------------------------------------------------------------------------------------
@@ -238,40 +295,60 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure on the validation rows; every process goes through all of them and sees the same."""
+        """Measure on the validation rows; every process goes through all of them and sees the same.
+
+        Raises:
+            ValidationStopped: on Ctrl-C; nothing is recorded.
+        """
         self._refuse_broken_weights()
+        reporter = self.run.reporter
+        shown: AbstractContextManager[Callable[[int], None]] = nullcontext(lambda rows: None)
+        if reporter is not None:
+            shown = reporter.validating(self.objective)
+
+        def progress(rows: int) -> None:
+            advance(rows)
+            if self.run.stop.heard:
+                raise ValidationStopped
+
         # A loader draws a seed even if it shuffles nothing; a look must not move the dropout after it.
-        with self.run.clock.paused(), torch.random.fork_rng(devices=[]):
+        with self.run.clock.paused(), torch.random.fork_rng(devices=[]), shown as advance:
             figures, looks = self.objective.evaluate(
-                self.model, batch_size=self.args.per_device_eval_batch_size, output_routing=self._routes
+                self.model,
+                batch_size=self.args.per_device_eval_batch_size,
+                output_routing=self._routes,
+                progress=progress,
             )
-        self._publish({**self._place("validation"), **figures}, looks)
+            self._publish({**self._place("validation"), **figures}, looks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
-    # ---- 5. resuming ---------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Before the first step, of a resumed run too."""
+        # The Trainer takes the intervals of logging and saving from the checkpoint; the user may have changed them.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        step = self.state.global_step
+        is_due = step == self.state.max_steps or (step > 0 and step % self.state.eval_steps == 0)
+        if is_due and self.run.last.get("validation", {}).get("step") != step:
+            try:
+                self.evaluate()
+            except ValidationStopped:
+                raise KeyboardInterrupt from None  # the checkpoint is there, and no step was begun
 
-    def load_finished(self, checkpoint: Path) -> None:
-        """Put the weights of a run's last checkpoint into the model, with nothing left to train."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    def finish(self, checkpoint: Path) -> None:
+        """Take up a run after its last step, with nothing left to train: the model has its weights already."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        progress = super()._init_training_state(max_steps, *args, **kwargs)
-        # The Trainer takes the intervals of logging and saving from the checkpoint; the user may have changed
-        # them.
-        self.state.compute_steps(self.args, max_steps)
-        self._last_look = (self.state.global_step, self.run.clock.seconds)
-        return progress
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
-        if missing or load_result.unexpected_keys:
-            raise UserError(
-                f"the checkpoint does not fit the model: missing {sorted(missing)}, "
-                f"unknown {sorted(load_result.unexpected_keys)}; was it written by another version?"
-            )
-        self.model.tie_weights()
+class _Begin(TrainerCallback):
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin()
 
 
 def _collapse_term(outputs: Any) -> float:
