@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_a_wrong_command_line_is_caught(line: str, complaint: str) -> None:
     (found,) = command_lines(f"```sh\n{line}\n```")
     with pytest.raises(Exception, match=complaint):
         parse(found)
+
+
+# Files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    named = re.findall(r"`((?:\w+/)+[\w-]+\.(?:py|yaml|json|md))`", text)
+    missing = [name for name in named if not any((base / name).is_file() for base in (ROOT, ROOT / "src/chiaroscuro"))]
+    modules = set(re.findall(r"python -m ([a-z_0-9.]+[a-z0-9])", text)) - {"chiaroscuro"}
+    missing += [name for name in modules if find_spec(name) is None]
+    assert not missing
 
 
 # Figures
