@@ -1,6 +1,7 @@
 """Draw the pictures of README and the site: `python docs/pictures.py`, and `… pictures.py RUN` for the routed text.
 
-RUN is a run's folder, such as the `runs/quickstart/small` that `make quickstart` leaves.
+RUN is a run's folder, such as the `runs/quickstart/small` that `make quickstart` leaves. The committed picture is of
+`chiaroscuro train recipes/small.yaml trainer.tokens=286_720`, 140 steps.
 """
 
 import sys
