@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV) (once; about a minute, or as long as the download takes)"
 	@[ -e $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(PIP) '$(TORCH)'
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[lab,dev]'
 	@mv $(UNFINISHED) $(STAMP) && touch $(STAMP)
 
 # Triton is large, and only the tests of the GPU's kernels want it on a machine that has none.

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """A mistake in what the user asked for. The message is one line and says what to do."""
 
 
+class LabMissing(UserError, ImportError):
+    """A part of chiaroscuro was imported that needs the packages of `chiaroscuro[lab]`."""
+
+
 def suggest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the closest known one, if any is close, and then all of them."""
     names = sorted(known)

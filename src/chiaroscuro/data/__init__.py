@@ -1,5 +1,6 @@
 """From a name to what a model trains on: corpora, tokenizers, token files, blocks; `data.tasks` has labelled texts."""
 
+import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.data.blocks import TokenBlocks
 from chiaroscuro.data.corpora import Corpus, check_source, load_corpus
 from chiaroscuro.data.storage import default_cache_dir

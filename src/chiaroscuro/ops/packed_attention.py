@@ -120,7 +120,7 @@ class _TiledAttention(torch.autograd.Function):
     """PyTorch's flash attention for CPUs, tile by tile. Kept for the backward: what came in, the output, log Σ exp."""
 
     @staticmethod
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def forward(
         ctx: Any,
         query: Tensor,
@@ -156,8 +156,8 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @torch.compiler.disable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch._disable_dynamo
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, visible, output, normaliser = ctx.saved_tensors
         to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
         for tile in ctx.tiles:

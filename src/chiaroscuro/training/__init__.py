@@ -1,5 +1,6 @@
 """Training: a recipe, `transformers.Trainer`, and a folder with everything that a run leaves."""
 
+import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.training.callbacks import MoveThresholds
 from chiaroscuro.training.checkpoints import save_whole
 from chiaroscuro.training.recipe import Recipe

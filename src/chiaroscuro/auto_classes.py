@@ -1,0 +1,71 @@
+"""The Auto classes of transformers learn our models by name, whether they are imported before chiaroscuro or after it.
+
+`AutoConfig.register` takes a class, and to have the class is to import transformers and the whole model: seconds, for a
+user of `chiaroscuro.ops` who needs neither. For its own models transformers keeps tables of names, and imports a model
+when it is asked for. Ours are entered there as soon as the modules that hold the tables are imported.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MODEL_TYPE = "chiar"
+CONFIG = "ChiarConfig"
+CONFIGS = "transformers.models.auto.configuration_auto"
+MODELS = "transformers.models.auto.modeling_auto"
+MAPPINGS = {
+    "MODEL_MAPPING": "ChiarModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "ChiarForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "ChiarForSequenceClassification",
+}
+
+
+def register() -> None:
+    """Enter our names into the tables, now or when transformers' modules are imported."""
+    for name in (CONFIGS, MODELS):
+        module = sys.modules.get(name)
+        if module is not None:
+            _enter_names(module)
+    sys.meta_path.insert(0, _Watcher())
+
+
+class _Watcher(MetaPathFinder):
+    """Enters our names into a module of tables right after it was executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in (CONFIGS, MODELS):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _NamesEntered(spec.loader)
+        return spec
+
+
+class _NamesEntered(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _enter_names(module)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)  # `inspect` asks a loader for the source
+
+
+def _enter_names(module: ModuleType) -> None:
+    mappings = {"CONFIG_MAPPING": CONFIG} if module.__name__ == CONFIGS else MAPPINGS
+    for mapping, name in mappings.items():
+        getattr(module, f"{mapping}_NAMES")[MODEL_TYPE] = name
+        table = getattr(module, mapping)
+        table._modules[MODEL_TYPE] = sys.modules["chiaroscuro"]  # where it looks up the name
+        if module.__name__ == MODELS:
+            table._reverse_config_mapping[CONFIG] = MODEL_TYPE
