@@ -47,7 +47,7 @@ bench: install ## run every benchmark; the figures land in benchmarks/results
 	@for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 site: install ## build the documentation into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf $(BIN) $(VENV) build dist site src/*.egg-info

@@ -1,6 +1,6 @@
 """How a model routes whole batches: the share of each operator, the entropies, and the mean gate, layer by layer.
 
-Entropies are given as quantiles at [`PROBABILITIES`][], beside those of white noise of the same width: an entropy means
+Entropies are given as quantiles at `PROBABILITIES`, beside those of white noise of the same width: an entropy means
 nothing without them. Layers are numbered from 1, as in the paper.
 """
 
