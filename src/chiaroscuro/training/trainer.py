@@ -199,7 +199,7 @@ class RunTrainer(Trainer):
     def _mean_over_processes(self, value: float) -> float:
         if self.args.world_size == 1:
             return value
-        return self.accelerator.reduce(torch.tensor(value, device=self.args.device), "mean").item()
+        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.args.device), "mean").item()
 
     def save_final_model(self, target: Path) -> None:
         """Save the model and its tokenizer, for `from_pretrained`, whole or not at all."""
