@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,7 +121,6 @@ def whole_folder(target: Path, *, advice: str = ELSEWHERE) -> Iterator[Path]:
     """
     unfinished = _beside(target)
     with saying_why(target, advice):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process that had the same id
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
@@ -138,7 +138,7 @@ def move_whole(folder: Path, target: Path) -> None:
     """
     for path in [*folder.rglob("*"), folder]:
         _sync(path)  # or a power cut could leave the new name on files that were never written
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = _beside(target)
     replaces = os.path.lexists(target)
     if replaces:  # a folder can be renamed to a free name only
         os.replace(target, old)
@@ -153,8 +153,8 @@ def move_whole(folder: Path, target: Path) -> None:
 
 
 def _beside(target: Path) -> Path:
-    # The process id keeps two writers apart. Not `tempfile`, whose files only their owner may read.
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Drawn anew, to keep two writers apart. Not by `tempfile`, whose files only their owner may read.
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def _sync(path: Path) -> None:

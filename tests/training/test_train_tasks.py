@@ -147,6 +147,15 @@ def test_looking_more_often_moves_no_weight(run: Go, whole_run: TrainResult) -> 
     assert_same_bits(whole_run.model, run(**often)[0].model)
 
 
+def test_validation_can_be_capped(run: Go, whole_run: TrainResult) -> None:
+    capped, _ = run(trainer__validation_tokens=3 * 20 - 1)
+    assert_same_bits(whole_run.model, capped.model)
+    model = AutoModelForSequenceClassification.from_pretrained(capped.model)
+    rows = rows_of("validation")
+    loss, accuracy = measured(model, LabelledRows("first", rows.identity, rows.table.select(range(3)), rows.length))
+    assert capped.validation_loss == pytest.approx(loss, rel=1e-5) and capped.accuracy == pytest.approx(accuracy)
+
+
 def test_accumulation_is_one_large_batch(run: Go, tmp_path: Path) -> None:
     # No dropout, and thresholds that don't move: the gradient depends on weights and rows alone.
     model = {

@@ -1,14 +1,13 @@
 """From a recipe to a trained model in a folder.
 
-    <output_dir>/recipe.yaml      the recipe, every default filled in
-                 metrics.jsonl    a record per look (see records.py)
+    <output_dir>/recipe.yaml      the recipe, with every default filled in
+                 metrics.jsonl    the records (see records.py)
                  tensorboard/     the same, for TensorBoard
                  checkpoint-N/    what a resume needs, after step N
                  model/           the trained model and its tokenizer, for from_pretrained
 
-A resumed run ends with the weights of one that was never interrupted, bit for bit on a CPU. So whatever would
-move the weights, from the learning rate to the corpus, must be what it was when the run began; else resuming
-is refused.
+A resumed run ends with the weights of one that was never interrupted, bit for bit on a CPU. So everything that moves
+the weights, from the learning rate to the corpus, must be what it was when the run began, or the resume is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -68,15 +67,14 @@ class TrainResult:
         model: The trained model, for `from_pretrained`.
         parameters: Its number of parameters.
         steps: Optimizer steps taken, over all parts of an interrupted run.
-        tokens: What was read in them, batch by sequence length: the padding of shorter texts is among it.
+        tokens: Tokens read in them, the padding of shorter texts included.
         seconds: Time spent on them, without validation and saving.
         tokens_per_second: tokens / seconds.
-        train_loss: Nats per prediction (a token, or the label of a text), mean over the steps between the last two
-            looks.
-        validation_loss: Nats per prediction over the validation split.
+        train_loss: Nats per prediction (a token, or the label of a text), mean over the steps of the last record.
+        validation_loss: Nats per prediction over the validation rows.
         perplexity: exp(validation_loss); None for a task with labels.
-        bits_per_byte: The same in bits per UTF-8 byte of text; None likewise.
-        accuracy: Share of the validation rows whose label was told; None for language modelling.
+        bits_per_byte: The validation loss in bits per UTF-8 byte of text; None likewise.
+        accuracy: Share of right predictions over the validation rows; None for language modelling.
     """
 
     folder: Path
@@ -93,7 +91,7 @@ class TrainResult:
     accuracy: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the result with paths as text and without what does not apply, ready for JSON."""
+        """The result ready for JSON: paths as text, and without the fields that don't apply."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
@@ -284,7 +282,7 @@ def _refuse_used_folder(folder: Path) -> None:
 
 
 def _was_begun(folder: Path) -> bool:
-    """Whether a run, or a sweep on its behalf, wrote the recipe there: its records, or the sweep's log, came first."""
+    """Whether a run, or a sweep for it, wrote the recipe there: its records, or the sweep's log, are written first."""
     if (folder / _METRICS).is_file():
         return True
     try:
@@ -364,7 +362,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _refuse_data_parallel(processes: PartialState) -> None:
-    """Refuse several GPUs in one process: torch's DataParallel, whose copies forget their buffers."""
+    """Refuse several GPUs in one process: that is torch's DataParallel, whose replicas lose their buffers."""
     if processes.num_processes == 1 and torch.cuda.device_count() > 1:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs and one process: start with torchrun --nproc-per-node "
@@ -373,7 +371,7 @@ def _refuse_data_parallel(processes: PartialState) -> None:
 
 
 def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
-    """As many rows as make whole steps, so that every step learns from the same number of them."""
+    """The rows that fill whole steps, so that every step learns from the same number of them."""
     count = len(cast(Sized, rows))
     if count < sequences:
         raise UserError(
@@ -384,14 +382,14 @@ def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
 
 
 def _baseline_of(recipe: Recipe, facts: Facts, console: Console) -> str | None:
-    """The folder of the model whose embeddings the thresholds are of; trained first where the recipe names none."""
+    """The folder of the model whose embeddings give the thresholds; trained first if the recipe names none."""
     if not recipe.uses_baseline or recipe.calibration is None:
         return None
     if recipe.calibration.baseline is not None:
         return recipe.calibration.baseline
     its = recipe.baseline()
     folder = Path(its.trainer.output_dir)
-    # Interrupted, it goes on by itself: the user resumes the whole, of which this is a part.
+    # If it was interrupted, it goes on without being asked: the user resumes the whole run, of which it is a part.
     if (folder / _RECIPE).is_file():
         its.refuse_to_resume(Recipe.load(folder / _RECIPE))
     if not (folder / "model" / "config.json").is_file():
@@ -468,4 +466,4 @@ def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> Tr
             report_to="none",
         )
     except ValueError as error:
-        raise UserError(f"this machine can't train so: {' '.join(str(error).split())}") from None
+        raise UserError(f"this machine can't carry out the recipe: {' '.join(str(error).split())}") from None
