@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import datasets
@@ -176,6 +177,16 @@ def test_a_name_of_nothing(source, cache, monkeypatch) -> None:
 
 def test_a_file_in_place_of_a_folder(folder, cache) -> None:
     assert "is a file, not a folder" in refuse(folder / "train.txt", cache)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.parquet"])
+def test_a_pipe_in_place_of_a_file_or_a_folder(tmp_path, cache, name) -> None:
+    os.mkfifo(tmp_path / name)
+    # Without the check, the reader would get from this thread an end of file instead of waiting for ever.
+    threading.Thread(target=lambda: (tmp_path / name).open("wb").close(), daemon=True).start()
+    assert f"{name} can't be read: it is no file, but a folder, a pipe or a device" in refuse(tmp_path, cache)
+    assert "is a pipe or a device, not a folder" in refuse(tmp_path / name, cache)
+    assert "is a pipe or a device, not a folder" in refuse("/dev/null", cache)
 
 
 def test_a_folder_without_a_train_split(tmp_path, cache) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiaroscuro.data import default_cache_dir
-from chiaroscuro.data.storage import fingerprint, whole_file, writing_to
+from chiaroscuro.data.storage import cached_file, fingerprint, writing_to
 from chiaroscuro.errors import UserError
 
 PARTS = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.one_of(st.none(), st.integers(), st.text()))
@@ -35,7 +35,7 @@ def test_the_folder_and_its_variable(monkeypatch) -> None:
 
 def test_a_file_appears_when_it_is_whole(tmp_path) -> None:
     target = tmp_path / "new" / "file"
-    with whole_file(target) as temporary:
+    with cached_file(target) as temporary:
         temporary.write_text("half")
         assert temporary.parent == target.parent and not target.exists()
         temporary.write_text("whole")
@@ -47,7 +47,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path) -> None:
 def test_a_failure_leaves_the_old_file(tmp_path, error) -> None:
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(type(error)), whole_file(target) as temporary:
+    with pytest.raises(type(error)), cached_file(target) as temporary:
         temporary.write_text("half")
         raise error
     assert target.read_text() == "old"
@@ -58,7 +58,7 @@ def test_a_full_disk_in_one_line(tmp_path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         pytest.raises(UserError, match=r"cache folder .*No space left on device; make room"),
-        whole_file(tmp_path / "f"),
+        cached_file(tmp_path / "f"),
     ):
         raise full
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,9 @@
 """Tokenizers: lossless, of the size asked for, the same every time, and found again."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from chiaroscuro.data import load_corpus, load_tokenizer, tokenizers
 from chiaroscuro.data.tokenizers import END_OF_TEXT
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import whole_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +38,41 @@ def test_size_and_special_tokens(small) -> None:
     assert len(small("The quick brown fox").input_ids) < len("The quick brown fox")
 
 
-def test_a_text_with_few_repetitions_gives_fewer_tokens(corpus_of, tmp_path) -> None:
-    tokenizer = load_tokenizer("bpe:5000", corpus_of(["abab", "abab"]), tmp_path)
-    assert set(tokenizer.get_vocab()) > {"ab", "abab", "Ċ"}
-    assert len(tokenizer) == 256 + 1 + 2
+def test_a_text_with_few_repetitions_gives_fewer_tokens_and_a_warning(corpus_of, tmp_path, caplog) -> None:
+    for _ in ("trained", "found in the cache"):
+        tokenizer = load_tokenizer("bpe:5000", corpus_of(["abab", "abab"]), tmp_path)
+        assert set(tokenizer.get_vocab()) > {"ab", "abab", "Ċ"}
+        assert len(tokenizer) == 256 + 1 + 2
+        (record,) = caplog.records
+        assert record.message == "the tokenizer bpe:5000 has only 259 tokens: the text has too few repetitions for more"
+        caplog.clear()
+    load_tokenizer("bpe:259", corpus_of(["abab", "abab"]), tmp_path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_disk_that_is_full_at_the_tokenizer(small, corpus, tmp_path, room) -> None:
+    with full_disk_after(room), pytest.raises(UserError, match=r"cannot write .*: File too large; ") as caught:
+        load_tokenizer("bpe:300", corpus, tmp_path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("*/*"))
+    with (
+        full_disk_after(room),
+        pytest.raises(UserError, match=r"cannot write .*/model: File too large; ") as caught,
+        whole_folder(tmp_path / "model") as folder,
+    ):
+        small.save_pretrained(folder)
+    assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
+@contextmanager
+def full_disk_after(size: int) -> Iterator[None]:
+    """As good as a full disk: a write beyond the first bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_8192_tokens_from_the_documentation(cache) -> None:

@@ -19,6 +19,7 @@ import datasets
 from chiaroscuro.data.python_docs import python_documents
 from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
 from chiaroscuro.errors import UserError
+from chiaroscuro.hub import cache_if_unreachable
 
 SPLITS = ("train", "validation", "test")
 
@@ -172,8 +173,9 @@ def find_folder(name: str, wanted: str) -> Path | None:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)
-    if os.path.isfile(path):
-        raise UserError(f"{name!r} is a file, not a folder; {wanted}")
+    if os.path.exists(path):
+        kind = "file" if os.path.isfile(path) else "pipe or a device"
+        raise UserError(f"{name!r} is a {kind}, not a folder; {wanted}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no such folder: {name!r}; {wanted}")
     return None
@@ -220,6 +222,8 @@ def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> 
     """
     digests = hashlib.sha256()
     for file in files:
+        if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
+            raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
         try:
             with file.open("rb") as stream:
                 digests.update(hashlib.file_digest(stream, "sha256").digest())
@@ -242,13 +246,14 @@ def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> 
 
 
 def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datasets.Dataset]:
-    try:
-        loaded = datasets.load_dataset(hub_name, config)
-    except Exception as error:  # network, Hub and data fail with errors of every family
-        raise UserError(
-            f"could not load the corpus {name!r} from the Hugging Face Hub ({one_line(error)}); there is no "
-            "folder of that name either; check the name and the network, or give a folder"
-        ) from error
+    with cache_if_unreachable(hub_name) as unreachable:
+        try:
+            loaded = datasets.load_dataset(hub_name, config)
+        except Exception as error:  # network, Hub and data fail with errors of every family
+            raise UserError(
+                f"could not load the corpus {name!r} from the Hugging Face Hub ({unreachable or one_line(error)}); "
+                "there is no folder of that name either; check the name and the network, or give a folder"
+            ) from error
     return {split: loaded[split] for split in SPLITS if split in loaded}
 
 

@@ -1,20 +1,19 @@
-"""Where prepared data is kept, under which name, and how it gets there whole.
+"""Where prepared data is kept, and under which name.
 
-Every file here can be made again from its source, so the rules are few: a name is a fingerprint of everything
-that decides the content (a stale file is then never found, instead of having to be recognised), and a file
-appears whole or not at all. Two processes that start together may both do the work; they write the same
-bytes, and the last one wins.
+Everything here can be made again from its source, so the rules are few. A name is a fingerprint of all that decides
+the content, so an outdated file is never found and need not be recognised. A file appears whole or not at all: two
+processes that start together may both do the work; they write the same bytes, and the last one wins.
 """
 
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import whole_file, why_not_written
 
 
 def default_cache_dir() -> Path:
@@ -28,30 +27,8 @@ def fingerprint(**parts: str | int | None) -> str:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Say in one line that a disk is full or a folder can't be written.
-
-    Raises:
-        UserError: instead of an OSError in the block, or an error that a library made of one.
-
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause = root_cause(error)
-        if not (isinstance(cause, OSError) and cause.errno):  # without a number it is no news from the system
-            raise
-        raise UserError(
-            f"cannot write to the cache folder {folder}: {one_line(cause)}; "
-            "make room there, or name another folder in CHIAROSCURO_CACHE"
-        ) from error
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside `target` to write to; it becomes `target` when the block ends well.
+def cached_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; it becomes `target`, in a folder that may be new, when the block succeeds.
 
     Raises:
         UserError: the folder can't be made or written, or the disk is full.
@@ -59,12 +36,30 @@ def whole_file(target: Path) -> Iterator[Path]:
     """
     with writing_to(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            yield temporary
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(target) as unfinished:
+            yield unfinished
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Say in one line that a disk is full or a cache folder can't be written.
+
+    Raises:
+        UserError: instead of an error of the file system in the block, or one that a library made of it.
+
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(error)
+        # An OSError without a number is not from the file system, but a library's complaint about a broken file.
+        reason = None if isinstance(cause, OSError) and not cause.errno else why_not_written(cause)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write to the cache folder {folder}: {reason}; make room there, or name another folder in "
+            "CHIAROSCURO_CACHE"
+        ) from error
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, 
 
 from chiaroscuro.data.corpora import Corpus, find_folder
 from chiaroscuro.data.progress import patient_bar
-from chiaroscuro.data.storage import default_cache_dir, fingerprint, one_line, whole_file
+from chiaroscuro.data.storage import cached_file, default_cache_dir, fingerprint, one_line
 from chiaroscuro.errors import UserError
+from chiaroscuro.hub import cache_if_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     Args:
         source: one of
 
-            - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train
-              split and kept. It has fewer than N tokens only where the text has too few repetitions to merge;
+            - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train split and
+              kept. Where the text has too few repetitions for N tokens, a warning says how many there are;
             - `words`: every word between white space in the corpus' train split is a token, made once and kept. Other
               words are `<unk>`, and the white space is lost: for the languages of tasks, such as ListOps;
             - a folder: what `save_pretrained` writes, or GPT-2's `vocab.json` and `merges.txt`;
@@ -88,6 +89,12 @@ def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTraine
         raise UserError(f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'")
     key = fingerprint(corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__)
     backend = _kept(cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json", lambda: _train(int(size), corpus))
+    if backend.get_vocab_size() < int(size):
+        logger.warning(
+            "the tokenizer %s has only %s tokens: the text has too few repetitions for more",
+            name,
+            f"{backend.get_vocab_size():,}",
+        )
     return _wrapped(backend)
 
 
@@ -101,7 +108,7 @@ def _kept(path: Path, train: Callable[[], Tokenizer]) -> Tokenizer:
     backend = _read(path) if path.exists() else None
     if backend is None:
         backend = train()
-        with whole_file(path) as temporary:
+        with cached_file(path) as temporary:
             temporary.write_text(backend.to_str())
     return backend
 
@@ -178,10 +185,11 @@ def _from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_pretrained(name: str, failure: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the network, the Hub and the file formats fail with errors of every family
-        raise UserError(f"{failure} ({one_line(error)}); {WANTED_TOKENIZERS}") from error
+    with cache_if_unreachable(name) as unreachable:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # the network, the Hub and the file formats fail with errors of every family
+            raise UserError(f"{failure} ({unreachable or one_line(error)}); {WANTED_TOKENIZERS}") from error
 
 
 def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chiaroscuro.data.corpora import Corpus
 from chiaroscuro.data.progress import patient_bar
-from chiaroscuro.data.storage import default_cache_dir, fingerprint, whole_file
+from chiaroscuro.data.storage import cached_file, default_cache_dir, fingerprint
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.errors import UserError
 
@@ -126,7 +126,7 @@ def _write(
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     count = size = 0
     bar = patient_bar(f"tokenising {name}", corpus.splits[split].data.nbytes)
-    with whole_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
+    with cached_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
         for ids, text_bytes in _encode(corpus, split, backend, end):
             if ids.size and ids.max() >= vocab_size:
                 raise UserError(f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; mend it")
@@ -142,7 +142,7 @@ def _write(
         "bytes": size,
         "vocab_size": vocab_size,
     }
-    with whole_file(path.with_suffix(".json")) as temporary:
+    with cached_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
     return TokenFile(name, path, count, dtype.str, size)
 

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.hub import cache_if_unreachable
 from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
@@ -55,12 +56,14 @@ def load_checkpoint_config(name: str) -> PreTrainedConfig:
 
     """
     path = find_checkpoint(name)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except UserError as error:
-        raise UserError(f"{path}/config.json: {error}") from None
-    except Exception as error:  # a file that is no configuration fails in as many ways as there are such files
-        raise UserError(f"{path}/config.json can't be read, it is missing or damaged: {_one_line(error)}") from None
+    with cache_if_unreachable(path) as unreachable:
+        try:
+            return AutoConfig.from_pretrained(path)
+        except UserError as error:
+            raise UserError(f"{path}/config.json: {error}") from None
+        except Exception as error:  # a file that is no configuration fails in as many ways as there are such files
+            why = f": {unreachable}" if unreachable else f", it is missing or damaged: {_one_line(error)}"
+            raise UserError(f"{path}/config.json can't be read{why}") from None
 
 
 def load_checkpoint(name: str) -> PreTrainedModel:
@@ -76,25 +79,27 @@ def load_checkpoint(name: str) -> PreTrainedModel:
 
     """
     path = find_checkpoint(name)
+    kind = str(next(iter(load_checkpoint_config(name).architectures or [""])))
     verbosity = logging.get_verbosity()
     # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
     logging.set_verbosity_error()
-    try:
-        kind = str(next(iter(load_checkpoint_config(name).architectures or [""])))
-        cls: Any = AutoModelForCausalLM
-        if kind == ChiarForMixedTasks.__name__:  # a language model too, which no Auto class knows with its heads
-            cls = ChiarForMixedTasks
-        elif kind.endswith("ForSequenceClassification"):
-            cls = AutoModelForSequenceClassification
-        loaded: Any = cls.from_pretrained(
-            path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
-        )
-    except UserError:
-        raise
-    except Exception as error:  # see above; SafetensorError, OSError and RuntimeError are the usual ones
-        raise UserError(f"{path} can't be loaded, a file is missing or damaged: {_one_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
+    with cache_if_unreachable(path) as unreachable:
+        try:
+            cls: Any = AutoModelForCausalLM
+            if kind == ChiarForMixedTasks.__name__:  # a language model too, which no Auto class knows with its heads
+                cls = ChiarForMixedTasks
+            elif kind.endswith("ForSequenceClassification"):
+                cls = AutoModelForSequenceClassification
+            loaded: Any = cls.from_pretrained(
+                path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+            )
+        except UserError:
+            raise
+        except Exception as error:  # see above; SafetensorError, OSError and RuntimeError are the usual ones
+            why = f": {unreachable}" if unreachable else f", a file is missing or damaged: {_one_line(error)}"
+            raise UserError(f"{path} can't be loaded{why}") from None
+        finally:
+            logging.set_verbosity(verbosity)
     model, info = loaded
     # transformers fills what is missing with random numbers and warns; a model that is half random is no model.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -119,10 +124,12 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the one that the model was "
             "trained with (the author's models: GPT-2's) into it"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} has no tokenizer that can be read: {_one_line(error)}") from None
+    with cache_if_unreachable(path) as unreachable:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            why = unreachable or _one_line(error)
+            raise UserError(f"{path} has no tokenizer that can be read: {why}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{path} has a {type(tokenizer).__name__}: need one of the tokenizers library (a tokenizer.json)"

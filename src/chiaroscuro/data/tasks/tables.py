@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from chiaroscuro.data.storage import one_line, whole_file
+from chiaroscuro.data.storage import cached_file, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def kept_table(
             return datasets.Dataset.from_file(str(path))
         except Exception as error:  # pyarrow's errors are of every family
             logger.warning("making again: the cached table %s can't be read (%s)", path, one_line(error))
-    with whole_file(path) as temporary:
+    with cached_file(path) as temporary:
         writer = ArrowWriter(path=str(temporary), features=features)
         for batch in make():
             writer.write_batch(batch)
