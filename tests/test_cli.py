@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.cli import main
 from chiaroscuro.data import load_corpus, load_tokenizer
 from chiaroscuro.model.calibration import paper_thresholds
+from chiaroscuro.report.performance_terminal import print_performance
 
 SENTENCES = [
     "the light falls on the table",
@@ -236,6 +238,79 @@ def test_benchmark_measures_what_it_is_asked_for(run: Run, tmp_path: Path) -> No
     ]
     code, again, _ = run("benchmark", *small, *cells)
     assert code == 0 and "wrote" in again
+    for line in ("prefill", "full attention", "Hugging Face Llama", "routed, ρ = 0.5"):
+        assert f"\n{line}" in again
+    assert "1.00× [1.00]" in again
+
+
+def test_tables_fit_into_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for length in ("256", "1000000000"):
+        _, out, _ = run("flops", "v2-400m", "--length", length)
+        tables = out[: out.index("\nAt T")] if "\nAt T" in out else out
+        assert max(map(len, tables.splitlines())) <= 80 and "…" not in tables
+        for name in ("attention projections", "paper, multiply-adds"):
+            assert f"\n {name}" in tables
+
+
+def test_the_benchmark_s_table_fits_too(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = {"task": "train", "candidate": "Hugging Face Llama", "median": 0.4655, "ratio": 10.5, "predicted": 12.25}
+    found = {"cells": [cell | {"length": 2**n} for n in range(8, 15)]}
+    print_performance(found, Console(width=80))
+    out = capsys.readouterr().out
+    assert out.count("466 ms 10.50× [12.25]") == 7 and max(map(len, out.splitlines())) <= 80
+
+
+def test_the_profiler_is_quiet() -> None:
+    """It writes to the file descriptor, which no capturing of ours sees; so in a process of its own."""
+    code = (
+        "import torch; from chiaroscuro.analysis.speed import profile_by_kind; profile_by_kind(lambda: torch.ones(2))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["--version"], ["trian"], ["evaluate"], ["flops", "small", "--length", "0"]],
+)
+def test_help_and_a_mistake_wait_for_no_library(arguments: list[str]) -> None:
+    code = "import sys, atexit; atexit.register(lambda: print('HEAVY' * ('torch' in sys.modules)))"
+    code += f"; sys.argv = ['chiaroscuro', *{arguments}]; from chiaroscuro.__main__ import main; main()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode in (0, 2) and "HEAVY" not in found.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["flops", "small", option] for option in ("--length", "--vocabulary")),
+        *(
+            ["benchmark", "--task", "forward", option]
+            for option in ("--length", "--layers", "--width", "--heads", "--vocabulary", "--tokens")
+        ),
+        *(["task", "listops-flat", option] for option in ("--examples", "--heldout")),
+        *(["evaluate", "RUN", option] for option in ("--length", "--stride", "--batch-size")),
+        ["generate", "RUN", "light", "--top-k"],
+        ["calibrate", "RUN", "--output", "out", "--tokens"],
+        ["sweep", "GOOD", "--jobs"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:1] + arguments[-1:]),
+)
+@pytest.mark.parametrize("size", ["1" + "0" * 12, "1" + "0" * 30])
+def test_a_size_beyond_all_machines_is_one_line(
+    arguments: list[str], size: str, run: Run, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*[places.get(argument, argument) for argument in arguments], size)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_benchmark_beyond_the_memory_is_refused(run: Run, tmp_path: Path) -> None:
+    large = ["--layers", "1024", "--width", "131072", "--length", "256", "--task", "forward"]
+    code, out, err = run("benchmark", *large, "--output", tmp_path / "out")
+    assert (code, out) == (2, "") and "GiB or more, and this machine has" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -484,6 +559,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a width the heads don't divide": (["train", "GOOD", "model.hidden_size=130"], "num_attention_heads=4"),
     "a sequence too long": (["train", "GOOD", "data.sequence_length=5000"], "max_position_embeddings=1024"),
     "an unknown tokenizer": (["train", "GOOD", "tokenizer=bpe:12"], "bpe:12"),
+    "a tokenizer too large": (["train", "GOOD", "tokenizer=bpe:1000000000000"], "258 to 1,048,576 after 'bpe:'"),
     "nothing to resume": (["train", "GOOD", "--resume"], "holds no run to resume"),
     "neither preset nor checkpoint": (["flops", "smal"], "is not a preset"),
     "a length of nothing": (["flops", "small", "--length", "0"], "--length"),

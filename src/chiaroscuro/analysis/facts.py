@@ -1,6 +1,7 @@
 """What a checkpoint is, in numbers."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import chiaroscuro.model
+from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
 
@@ -23,6 +25,21 @@ def count_parameters(config: PreTrainedConfig) -> int | None:
         return None
     with torch.device("meta"):
         return cls(config).num_parameters()
+
+
+def refuse_beyond_memory(needed: float, what: str) -> None:
+    """Refuse what needs more bytes than the machine has, before an attempt at it stops the machine.
+
+    Raises:
+        UserError: saying how much is needed and how much there is.
+
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{what} needs {needed / 2**30:,.0f} GiB or more, and this machine has {there / 2**30:,.0f} GiB of memory: "
+            "take something smaller"
+        )
 
 
 def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:

@@ -186,6 +186,7 @@ KINDS = {
 
 def profile_by_kind(work: Work) -> dict[str, float]:
     """Seconds of one run by kind of operation, on a CPU, without what an operation spends in those that it calls."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes two lines to standard error at each use
     work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()

@@ -90,7 +90,7 @@ def benchmark(
         int, typer.Option(help="B·T, tokens of a step; a single sequence if T is larger.", min=1, max=2**24)
     ] = 8192,
     seconds: Annotated[
-        float, typer.Option(help="Time for each task and length, in which the models take turns.", min=0)
+        float, typer.Option(help="Time for each task and length, in which the models take turns.", min=0, max=10**6)
     ] = 20.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

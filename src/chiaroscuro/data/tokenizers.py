@@ -29,6 +29,9 @@ UNKNOWN_WORD = "<unk>"
 # All 256 bytes, the end of text, and one merge: with fewer there is a text that can't be written, or no BPE.
 SMALLEST_VOCABULARY = 256 + 1 + 1
 
+# The trainer reserves memory for as many tokens as it is asked for, and aborts the process where that fails.
+LARGEST_VOCABULARY = 2**20
+
 # More than any text has: all its words are taken.
 MANY_WORDS = 2**31
 
@@ -85,8 +88,12 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
 
 
 def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
-    if not (size.isascii() and size.isdecimal()) or int(size) < SMALLEST_VOCABULARY:
-        raise UserError(f"the tokenizer {name!r} needs a whole number of at least {SMALLEST_VOCABULARY} after 'bpe:'")
+    known = size.isascii() and size.isdecimal() and len(size) < 10
+    if not known or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
+        raise UserError(
+            f"the tokenizer {name!r} needs a whole number from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY:,} after "
+            "'bpe:'"
+        )
     key = fingerprint(corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__)
     backend = _kept(cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json", lambda: _train(int(size), corpus))
     if backend.get_vocab_size() < int(size):

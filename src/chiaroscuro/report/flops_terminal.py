@@ -5,27 +5,34 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Of so many operations, and how they are called.
+_UNITS = {1e9: "GFLOP", 1e12: "TFLOP", 1e15: "PFLOP", 1e18: "EFLOP", 1e21: "ZFLOP"}
+
 
 def print_flops(figures: dict[str, Any], console: Console) -> None:
     """Print what `describe_flops` gives, of the model that `figures["model"]` names."""
     length, share = figures["length"], figures["share"]
     what = f"{figures['model']}, T = {length:,}, ρ = {share:g}, context {figures['attention_context']}, "
     console.print(f"{what}{figures['execution']} execution; one sequence\n", highlight=False)
-    table = Table("exact, GFLOP", box=None)
-    for column in ("forward", "full attention", "training", "full attention"):
-        table.add_column(column, justify="right")
     counted = figures["by_operator"]
     columns = [counted[step][whose] for step in ("forward", "training") for whose in ("ours", "full attention")]
+    unit = _unit(max(sum(column.values()) for column in columns))
+    table = Table(f"exact, {_UNITS[unit]}", box=None)
+    for column in ("forward", "full attention", "training", "full attention"):
+        table.add_column(column, justify="right")
     for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(_giga(column.get(name)) for column in columns))
-    table.add_row("total", *(_giga(sum(column.values())) for column in columns), style="bold")
+        table.add_row(name, *(_in(unit, column.get(name)) for column in columns))
+    table.add_row("total", *(_in(unit, sum(column.values())) for column in columns), style="bold")
     console.print(table)
+    compared = [c for steps in figures["protocols"].values() for c in steps.values()]
+    unit = _unit(max(c["baseline"] for c in compared))
     table = Table("protocol", "step", box=None)
-    for column in ("10⁹", "full attention", "times less", "saved"):
+    for column in (_UNITS[unit], "full attention", "times less", "saved"):
         table.add_column(column, justify="right")
     for protocol, steps in figures["protocols"].items():
         for step, c in steps.items():
-            numbers = (_giga(c["flops"]), _giga(c["baseline"]), f"{c['ratio']:.2f}", f"{c['saving']:.1%}")
+            ratio = "∞" if c["ratio"] is None else f"{c['ratio']:.2f}"
+            numbers = (_in(unit, c["flops"]), _in(unit, c["baseline"]), ratio, f"{c['saving']:.1%}")
             table.add_row("paper, multiply-adds" if protocol == "paper" else protocol, step, *numbers)
     console.print()
     console.print(table)
@@ -60,5 +67,10 @@ def explain(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _giga(number: float | None) -> str:
-    return "–" if number is None else f"{number / 1e9:,.2f}"
+def _unit(largest: float) -> float:
+    """The unit in which the largest number has five digits before its point at most, so that a table stays narrow."""
+    return next((unit for unit in _UNITS if largest < 1e5 * unit), max(_UNITS))
+
+
+def _in(unit: float, number: float | None) -> str:
+    return "–" if number is None else f"{number / unit:,.2f}"

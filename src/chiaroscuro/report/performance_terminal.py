@@ -12,7 +12,7 @@ TITLES = {
     "decode": "decoding",
     "memory": "peak memory of a training step",
 }
-_NAME, _CELL = 20, 17
+_NAME, _CELL = 18, 20
 
 
 def print_performance(found: Mapping[str, Any], console: Console) -> None:

@@ -14,17 +14,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from chiaroscuro.analysis.routing import RoutingTrace
 from chiaroscuro.files import write_bytes
+from chiaroscuro.report.fonts import Fonts, fonts_for
 from chiaroscuro.report.palette import OperatorStyle, operator_styles
 from chiaroscuro.report.visible import label
 
 _LABELLED_TOKENS = 60
-_FONT = "DejaVu Sans"  # comes with matplotlib
 _INK, _NULL, _THRESHOLD, _AMBER = "#241d14", "#3f5f8a", "#a32a20", "#e59a1c"
 # Shadow to light, without hue, so that the operators' colours beside it stay apart from it.
 _ENTROPY_MAP = LinearSegmentedColormap.from_list("chiaroscuro", ["#14110d", "#59544d", "#a8a298", "#f4f1ea"])
@@ -53,7 +52,8 @@ def draw_routing(trace: RoutingTrace) -> Figure:
     map_axes, share_axes, spread_axes = figure.subplots(
         1, 3, sharey=True, width_ratios=[width - 5.5, 1.3, 2.7], gridspec_kw={"wspace": 0.03}
     )
-    norm = _draw_map(map_axes, trace, styles, labelled)
+    fonts = fonts_for(label(piece) for piece in trace.tokens) if labelled else fonts_for(())
+    norm = _draw_map(map_axes, trace, styles, fonts if labelled else None)
     _draw_shares(share_axes, trace, styles)
     _draw_spread(spread_axes, trace)
     for axes in (map_axes, share_axes, spread_axes):
@@ -82,6 +82,8 @@ def draw_routing(trace: RoutingTrace) -> Figure:
         title += f", gate of layer 1: g = {np.mean(trace.meta_gate):.3f}"
         if len(trace.meta_gate) > 1:
             title += f" ({min(trace.meta_gate):.3f}–{max(trace.meta_gate):.3f})"
+    if fonts.note:
+        title += f"; {fonts.note}"
     figure.suptitle(title, fontsize=9, color=_INK, x=0.008, ha="left")
     return figure
 
@@ -103,7 +105,7 @@ def _colour(name: str, style: OperatorStyle) -> str:
     return _AMBER if name == "attention" else style.ink
 
 
-def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle], labelled: bool) -> Normalize:
+def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle], fonts: Fonts | None) -> Normalize:
     layers, tokens = len(trace.layers), len(trace.tokens)
     entropies = np.array([layer.entropy for layer in trace.layers])
     # The outermost percent would take the contrast from all the others.
@@ -124,11 +126,12 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
     )
     axes.set_yticks(range(layers), [str(index + 1) for index in range(layers)])
     axes.set_ylabel("layer", fontsize=8, color=_INK)
-    if labelled:
-        axes.set_xticks(np.arange(tokens) + 0.5, [_shown(piece) for piece in trace.tokens], rotation=90)
+    if fonts:
+        names = [_cut(fonts.drawable(label(piece))) for piece in trace.tokens]
+        axes.set_xticks(np.arange(tokens) + 0.5, names, rotation=90)
         for text in axes.get_xticklabels():
             # A text may hold dollar signs: it is no formula.
-            text.set(fontsize=7.5, fontfamily=_FONT, parse_math=False)
+            text.set(fontsize=7.5, fontfamily=list(fonts.families), parse_math=False)
     else:
         axes.set_xlabel("token, in the order of the text", fontsize=8, color=_INK)
     return norm
@@ -175,8 +178,5 @@ def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
 
 
-def _shown(piece: str) -> str:
-    """Write a token as an axis label: short, a box for what the font lacks (drawing that would warn)."""
-    glyphs = get_font(findfont(_FONT)).get_charmap()
-    text = "".join(char if ord(char) in glyphs else "□" for char in label(piece))
+def _cut(text: str) -> str:
     return text if len(text) <= 14 else text[:13] + "…"

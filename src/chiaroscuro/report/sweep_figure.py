@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
+from chiaroscuro.report.fonts import Fonts, fonts_for
 from chiaroscuro.report.palette import blend
 
 _INK, _GRID, _BASELINE = "#241d14", "#d9d2c5", "#2b4c9b"
@@ -65,19 +66,26 @@ def draw_curves(found: Mapping[str, Any]) -> bytes:
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     baseline = next(variant for variant in variants if variant["name"] == found["baseline"])
+    fonts = _fonts(found)
     for axes, variant in zip(panels, variants, strict=False):
         for run in baseline["runs"]:
             _draw_curve(axes, run, metric, color=_BASELINE, linewidth=0.8, linestyle="--")
         if variant is not baseline:
             for run in variant["runs"]:
                 _draw_curve(axes, run, metric, color=_shade(run, found), linewidth=1.4, marker="o", markersize=2.5)
-        axes.set_title(variant["name"], loc="left", color=_INK, fontsize=8)
+        name = fonts.drawable(variant["name"])
+        axes.set_title(name, loc="left", color=_INK, fontsize=8, fontfamily=list(fonts.families), parse_math=False)
         _dress_curves(axes, metric)
     for axes in panels[len(variants) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"step; dashed: {found['baseline']}", color=_INK, fontsize=9)
+    dashed = f"step; dashed: {fonts.drawable(found['baseline'])}"
+    figure.supxlabel(dashed, color=_INK, fontsize=9, fontfamily=list(fonts.families), parse_math=False)
     figure.supylabel(metric, color=_INK, fontsize=9)
     return _as_png(figure)
+
+
+def _fonts(found: Mapping[str, Any]) -> Fonts:
+    return fonts_for(variant["name"] for variant in found["variants"])
 
 
 def _as_png(figure: Figure) -> bytes:
@@ -132,13 +140,16 @@ def _dress(axes: Axes, found: Mapping[str, Any]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
     axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.set_yticks(range(len(variants)), [variant["name"] for variant in variants])
+    fonts = _fonts(found)
+    families = list(fonts.families)
+    axes.set_yticks(range(len(variants)), [fonts.drawable(variant["name"]) for variant in variants])
+    for text in axes.get_yticklabels():
+        text.set(fontfamily=families, parse_math=False)
     better = "more is better" if metric == "accuracy" else "less is better"
     seeds = f"{len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"
     axes.set_xlabel(f"{metric} of the last validation ({better})", color=_INK, fontsize=9)
-    axes.set_title(
-        f"{seeds}: points, mean and 95% interval; dashed: {found['baseline']}", loc="left", color=_INK, fontsize=9
-    )
+    title = f"{seeds}: points, mean and 95% interval; dashed: {fonts.drawable(found['baseline'])}"
+    axes.set_title(title, loc="left", color=_INK, fontsize=9, fontfamily=families, parse_math=False)
     axes.grid(axis="x", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, labelsize=8, colors=_INK)

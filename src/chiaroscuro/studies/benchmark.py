@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from chiaroscuro.analysis.facts import refuse_beyond_memory
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops, count_llama_flops
 from chiaroscuro.analysis.speed import (
     Work,
@@ -129,6 +130,10 @@ class Plan:
         if self.device not in ("cpu", "cuda") or self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--device {self.device} --dtype {self.dtype}: choose cpu or cuda, float32 or bfloat16")
         self.config(BASELINE)  # which checks itself
+        # A weight and an activation of each layer, in the smaller type: more than this is needed in any case.
+        weights = 12 * self.layers * self.width**2 + self.vocabulary * self.width
+        activations = self.layers * self.width * max(self.tokens, *self.lengths)
+        refuse_beyond_memory(2 * (weights + activations), "such a model and batch")
 
     def batch(self, length: int) -> int:
         """B."""
