@@ -152,6 +152,9 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(ValueError, match="a bug") as caught, whole_folder(tmp_path / "model"):
         raise ValueError("a bug")
     assert not isinstance(caught.value, UserError)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "here" / "model"):  # a read that failed is no write
+        (tmp_path / "data.txt").read_text()
 
 
 # One holder

@@ -180,9 +180,15 @@ def saying_why(target: Path, advice: str = ELSEWHERE) -> Iterator[None]:
         yield
     except Exception as error:
         reason = why_not_written(error)
-        if reason is None:
+        if reason is None or _is_of_another_place(error, target):
             raise
         raise UserError(f"cannot write {target}: {reason}; {advice}") from error
+
+
+def _is_of_another_place(error: Exception, target: Path) -> bool:
+    """Whether an OSError names a file that is not near the target, such as one that could not be read."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and not Path(os.path.realpath(name)).is_relative_to(os.path.realpath(target.parent))
 
 
 def why_not_written(error: BaseException) -> str | None:

@@ -490,7 +490,7 @@ def test_a_checkpoint_that_does_not_fit_the_model(run: Go, tmp_path: Path, monke
         run(resume=True)
 
 
-def test_a_checkpoint_of_version_0_1_is_resumed(
+def test_an_older_checkpoint_is_resumed(
     run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_at(monkeypatch, 6, break_off)
@@ -507,6 +507,8 @@ def test_interrupted_before_anything_was_saved(run: Go, monkeypatch: pytest.Monk
     interrupt_at(monkeypatch, 2, break_off)
     with pytest.raises(TrainingInterrupted, match="with nothing saved; start again without --resume"):
         run()
+    with pytest.raises(UserError, match="holds no checkpoint yet; leave out --resume to start again"):
+        run(resume=True)
     run()
 
 
@@ -602,7 +604,7 @@ def test_the_first_ctrl_c_says_at_once_what_happens(run: Go, monkeypatch: pytest
     interrupt_at(monkeypatch, 7, press)
     with pytest.raises(TrainingInterrupted):
         run(console=console)
-    said = "stopping as soon as the step in hand is finished and saved; Ctrl-C again stops at once"
+    said = "stopping once the step in hand is finished and saved; Ctrl-C again stops at once"
     assert seen[0].splitlines()[-1] == said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

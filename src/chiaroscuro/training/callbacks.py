@@ -168,7 +168,7 @@ class StopOnSignal(TrainerCallback):
         self.heard = True
         signal.signal(number, self._usual[number])
         with suppress(RuntimeError):  # a line was being printed: the stream takes no other inside it
-            self._say("stopping as soon as the step in hand is finished and saved; Ctrl-C again stops at once")
+            self._say("stopping once the step in hand is finished and saved; Ctrl-C again stops at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if asked to."""

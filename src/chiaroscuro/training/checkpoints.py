@@ -59,7 +59,7 @@ class Facts(BaseModel):
         tokens: The identity of the data: changes with the text, its labels and the tokenizer.
         processes: How many processes trained.
         seconds: The seconds trained, without validation and saving.
-        interval: Since the last training record; None in checkpoints of version 0.1.
+        interval: Since the last training record; None in older checkpoints.
     """
 
     tokens: str

@@ -253,6 +253,8 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
     recipe.refuse_to_resume(Recipe.load(folder / _RECIPE))
     refuse_foreign_scratch(folder)
     found = newest_complete(folder, say)
+    if found is None and not named_like_checkpoints(folder) and not (folder / "model").exists():
+        raise UserError(f"trainer.output_dir={folder} holds no checkpoint yet; leave out --resume to start again")
     if found is None:
         raise UserError(f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder")
     return found
@@ -333,7 +335,7 @@ def _refuse_other_weights(checkpoint: Path, model: PreTrainedModel) -> None:
 def _interval_of(checkpoint: Checkpoint | None) -> Interval:
     if checkpoint is None:
         return Interval()
-    # A checkpoint of version 0.1 doesn't say: its run's next record is of the steps after it alone.
+    # An older checkpoint doesn't say: the next record is of the steps after it alone.
     return checkpoint.facts.interval or Interval(step=checkpoint.step, seconds=checkpoint.facts.seconds)
 
 
