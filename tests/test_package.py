@@ -48,6 +48,23 @@ def test_the_model_brings_no_laboratory() -> None:
     assert not {"datasets", "pydantic", *(f"chiaroscuro.{room}" for room in rooms)} & set(run.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--help", ""),
+        ("trian x", "error: No such command 'trian'"),
+        ("info nowhere/at/all", "error: no such checkpoint: nowhere/at/all"),
+        ("generate nowhere/at/all hello", "error: no such checkpoint: nowhere/at/all"),
+        ("train nowhere.yaml", "error: recipe nowhere.yaml can't be read: No such file or directory"),
+    ],
+)
+def test_help_and_a_wrong_name_wait_for_no_import(arguments: str, message: str) -> None:
+    leave = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    run = python(f"{leave}from chiaroscuro.__main__ import main; sys.argv[1:] = {arguments.split()}; main()")
+    assert run.returncode == (2 if message else 0)
+    assert run.stderr.startswith(message) and run.stdout.endswith("False\n"), run.stderr + run.stdout
+
+
 CONFIG = "config = AutoConfig.for_model('chiar', vocab_size=9, hidden_size=8, num_attention_heads=2)"
 MODELS = "AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification"
 BUILT = f"{CONFIG}; print(*(type(auto.from_config(config)).__name__ for auto in ({MODELS})))"

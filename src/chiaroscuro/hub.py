@@ -1,13 +1,41 @@
-"""The Hugging Face Hub without retries: asked once whether it answers, and if not, only the local cache is read."""
+"""Models by name: a folder, or a name on the Hugging Face Hub.
+
+The Hub is asked once whether it answers; if it doesn't, only the local cache is read. Nothing here imports PyTorch or
+transformers, so that the command line can refuse a wrong name without waiting for them.
+"""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from chiaroscuro.errors import UserError
 
 SECONDS = 5.0
 """How long to wait for an answer, unless HF_HUB_ETAG_TIMEOUT is set."""
+
+
+def find_checkpoint(name: str) -> str:
+    """The folder or Hub name that `from_pretrained` is to load.
+
+    Args:
+        name: a folder with config.json, a run's folder (its `model/` is meant), or a Hub name `owner/name`.
+
+    Raises:
+        UserError: there is no such folder, or no model in it.
+
+    """
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    if folder.exists():
+        raise UserError(f"{name} holds no model: expected config.json and model.safetensors in it or in {name}/model")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists():
+        return name
+    raise UserError(f"no such checkpoint: {name}; give a model's folder, a run's folder, or a Hub name owner/name")
 
 
 @contextmanager

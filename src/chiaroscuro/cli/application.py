@@ -18,6 +18,7 @@ import typer
 from chiaroscuro import plugins
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_place
+from chiaroscuro.hub import find_checkpoint
 
 app = typer.Typer(
     name="chiaroscuro",
@@ -86,6 +87,18 @@ def refuse_empty(name: str) -> str:
     return name
 
 
+def _refuse_missing_checkpoint(name: str) -> str:
+    find_checkpoint(refuse_empty(name))
+    return name
+
+
+def refuse_missing_recipe(name: str) -> str:
+    """Refuse a recipe that doesn't exist, before seconds of imports."""
+    if not Path(refuse_empty(name)).exists():
+        raise UserError(f"recipe {name} can't be read: No such file or directory")
+    return name
+
+
 def refuse_bad_place(file: Path | None) -> Path | None:
     """Refuse a file that can't be written, before the work for it is done."""
     if file is not None:
@@ -103,7 +116,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         help="A model's folder, a run's folder (its model/ is taken), or a Hub name owner/name.",
-        callback=refuse_empty,
+        callback=_refuse_missing_checkpoint,
     ),
 ]
 Source = Annotated[

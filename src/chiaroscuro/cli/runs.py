@@ -6,13 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_empty
+from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_missing_recipe
 from chiaroscuro.errors import UserError
 
 
 @command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=refuse_empty)],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=refuse_missing_recipe)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Fields to change: model.attention_share=0.1 trainer.seed=1 …"),

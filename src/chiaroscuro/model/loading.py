@@ -17,32 +17,11 @@ from transformers import (
 from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.hub import cache_if_unreachable
+from chiaroscuro.hub import cache_if_unreachable, find_checkpoint
 from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 """The files that make a tokenizer; what else it may have says how to use them."""
-
-
-def find_checkpoint(name: str) -> str:
-    """The folder or Hub name that `from_pretrained` is to load.
-
-    Args:
-        name: a folder with config.json, a run's folder (its `model/` is meant), or a Hub name `owner/name`.
-
-    Raises:
-        UserError: there is no such folder, or no model in it.
-
-    """
-    folder = Path(name).expanduser()
-    for candidate in (folder, folder / "model"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    if folder.exists():
-        raise UserError(f"{name} holds no model: expected config.json and model.safetensors in it or in {name}/model")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists():
-        return name
-    raise UserError(f"no such checkpoint: {name}; give a model's folder, a run's folder, or a Hub name owner/name")
 
 
 def load_checkpoint_config(name: str) -> PreTrainedConfig:
