@@ -192,7 +192,7 @@ def test_lists_and_what_no_folder_may_be_called_have_names_in_the_grid(write: Ca
         ({"variants": {"plain": {"trainer.stepz": 1}}}, "variant 'plain': trainer.stepz=1: unknown field"),
         ({"variants": {"plain": {}, "x": {"model.router": "magic"}}}, "variant 'x': model: unknown router 'magic'"),
         ({"variants": {"plain": {}, "x": {"tokenizer.size": 1}}}, "variant 'x': tokenizer.size=1"),
-        ({"variants": {"plain": {}, "x": {"trainer.": 1}}}, "'trainer.' has not the form section.field"),
+        ({"variants": {"plain": {}, "x": {"trainer.": 1}}}, "'trainer.' is not of the form section.field"),
         ({"variants": {"plain": {}, "x": {"trainer.warmup_steps": 12}}}, "variant 'x': trainer.warmup_steps=12"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_mistake_is_one_line_and_nothing_runs(
 def test_a_variant_said_twice_is_a_mistake(write: Callable[..., Path]) -> None:
     path = write()
     path.write_text(path.read_text().replace("  other:", "  plain: {}\n  other:"))
-    with pytest.raises(UserError, match="'plain' is said more than once"):
+    with pytest.raises(UserError, match="'plain' is given more than once"):
         Sweep.load(path)
 
 

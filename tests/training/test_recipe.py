@@ -238,15 +238,18 @@ def test_a_mistake_is_one_line_that_names_it(content: dict[str, Any], fragments:
     ("text", "overrides", "fragment"),
     [
         (None, [], "can't be read: No such file"),
-        ("model: {preset: small", [], "is no valid YAML"),
+        ("model: {preset: small", [], "is not valid YAML"),
         ("- 1\n- 2\n", [], "has no sections"),
         ("", [], "has no sections"),
-        ("trainer: {steps: 1}\ntrainer: {steps: 2}\n", [], "'trainer' is said more than once"),
-        ("model: {preset: small}\n", ["trainer.steps"], "has not the form section.field=value"),
-        ("model: {preset: small}\n", ["=3"], "has not the form"),
+        ("trainer: {steps: 1}\ntrainer: {steps: 2}\n", [], "'trainer' is given more than once"),
+        ("model: {preset: small}\n", ["trainer.steps"], "is not of the form section.field=value"),
+        ("model: {preset: small}\n", ["=3"], "is not of the form"),
         ("model: {preset: small}\n", ["model.preset.name=3"], "'preset' holds 'small'"),
-        ("model: {preset: small}\n", ["trainer.betas=[0.9"], "is no valid YAML"),
-        ("model: !!python/object/apply:os.getcwd []\n", [], "is no valid YAML"),
+        ("model: {preset: small}\n", ["trainer.betas=[0.9"], "is not valid YAML"),
+        ("trainer: {steps: 2001-99-99}\n", [], "is not valid YAML"),
+        ("model: " + "[" * 5000, [], "is not valid YAML"),
+        ("model: {preset: small}\n", ["trainer.steps=" + "1" * 5000], "is not valid YAML"),
+        ("model: !!python/object/apply:os.getcwd []\n", [], "is not valid YAML"),
     ],
 )
 def test_a_file_or_override_that_is_none(tmp_path: Path, text: str | None, overrides: list[str], fragment: str) -> None:
@@ -257,6 +260,14 @@ def test_a_file_or_override_that_is_none(tmp_path: Path, text: str | None, overr
         Recipe.load(path, overrides)
     assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_number_of_tokens_is_too_large_to_count() -> None:
+    tokens = 2**63 - 1  # beyond what a float holds exactly
+    content = with_changes(trainer={"output_dir": "x", "tokens": tokens, "batch_size": 1})
+    assert 0 <= Recipe.from_dict(content).steps() * 256 - tokens < 256
+    with pytest.raises(UserError, match=r"trainer.tokens=1000.*: input should be less than 9223372036854775808"):
+        Recipe.from_dict(trainer(tokens=10**400, steps=None))
 
 
 def test_a_warm_up_without_end_is_refused() -> None:

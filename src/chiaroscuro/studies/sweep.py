@@ -96,7 +96,7 @@ class SweepFile(Section):
                 if dotted in _OURS:
                     raise ValueError(f"variant {name!r}: {dotted} is set by the sweep; remove it")
                 if not all(dotted.split(".")):
-                    raise ValueError(f"variant {name!r}: {dotted!r} has not the form section.field")
+                    raise ValueError(f"variant {name!r}: {dotted!r} is not of the form section.field")
         if self.baseline not in changes:
             raise ValueError(f"baseline={self.baseline!r} is no variant; there are {', '.join(changes)}")
         return self

@@ -9,7 +9,6 @@ Two of YAML's traps are closed here. A key that is given twice is refused, where
 number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
 """
 
-import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from chiaroscuro.data.tasks import ClassificationTask, Task, TextTask, make_task
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model.config import ChiarConfig
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -233,8 +232,7 @@ class Recipe(Section):
             recipe = cls.model_validate(content)
         except ValidationError as error:
             raise UserError(one_line(error, content)) from None
-        # An impossible model should be said before minutes go into a tokenizer: any vocabulary does for the
-        # check.
+        # An impossible model should be refused before minutes go into a tokenizer. Any vocabulary does for the check.
         recipe.build_config(vocab_size=256, thresholds=(0.0, 1.0) if recipe.uses_baseline else None)
         return recipe
 
@@ -271,7 +269,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _as_long_as_the_text(cls, content: Any) -> Any:
-        """Let the tasks of a mixture be cut where the text is, unless they say otherwise."""
+        """Give the tasks of a mixture the sequence length of the text, unless they have their own."""
         try:
             length, tasks = content["data"]["sequence_length"], content["mixture"]["tasks"]
             tasks = {name: {"sequence_length": length, **data} for name, data in tasks.items()}
@@ -350,21 +348,21 @@ class Recipe(Section):
 
         Args:
             world_size: The processes.
-            rows: Sequences of the train split, for a run that is so many epochs long.
+            rows: Sequences of the train split, which a length in epochs depends on.
 
         Raises:
-            UserError: if the warm-up would not end before the run, or it is so many epochs of nobody knows what.
+            UserError: if the warm-up would not end before the run, or the length is in epochs and `rows` is not given.
         """
         if self.trainer.epochs is not None:
             if rows is None:
                 raise UserError(
-                    f"trainer.epochs={self.trainer.epochs} is so many steps as the data have, which are not known yet: "
-                    "set trainer.steps or trainer.tokens instead"
+                    f"trainer.epochs={self.trainer.epochs}: the steps of an epoch are not known before the data are "
+                    "loaded; set trainer.steps or trainer.tokens instead"
                 )
             steps = self.trainer.epochs * (rows // self.sequences_per_step(world_size))
         else:
             wanted = self.trainer.tokens or 0
-            steps = self.trainer.steps or math.ceil(wanted / self.tokens_per_step(world_size))
+            steps = self.trainer.steps or -(-wanted // self.tokens_per_step(world_size))
         if self.trainer.warmup_steps >= steps:
             raise UserError(
                 f"trainer.warmup_steps={self.trainer.warmup_steps} is not shorter than the {steps} steps of "
@@ -390,15 +388,15 @@ class Recipe(Section):
         return self.trainer.batch_size * self.trainer.gradient_accumulation * world_size
 
     def tokens_per_step(self, world_size: int = 1) -> int:
-        """Tokens that one optimizer step reads, over all processes: the padding of shorter texts is among them."""
+        """Tokens that one optimizer step reads, over all processes, the padding of shorter texts included."""
         return self.sequences_per_step(world_size) * self.data.sequence_length
 
     def to_yaml(self) -> str:
-        """Write the recipe with every default filled in, as YAML that `load` reads back."""
+        """The recipe with every default filled in, as YAML that `load` reads back."""
         return yaml.safe_dump(self._content(), sort_keys=False)
 
     def _content(self) -> dict[str, Any]:
-        """All fields but those that are empty; the model's too where it says so, as over a preset's that are not."""
+        """All fields that are not null, and those of the model that are given as null, to override a preset's."""
         content = self.model_dump(mode="json", exclude_none=True)
         content["model"] |= {name: None for name, value in (self.model.model_extra or {}).items() if value is None}
         return content
@@ -417,7 +415,7 @@ class Recipe(Section):
         """
         now, then = _flat(self.model_dump(mode="json")), _flat(begun.model_dump(mode="json"))
         for name in dict.fromkeys([*now, *then]):
-            # Over a preset null is a value, and not to say a field another.
+            # In the model section null overrides a preset, which is not the same as leaving the field out.
             unsaid = "not said" if name.startswith("model.") else None
             was, is_now = then.get(name, unsaid), now.get(name, unsaid)
             if name not in self._FREE_ON_RESUME and was != is_now:
@@ -431,13 +429,15 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, that knows 2e-3 for a number and refuses a key said twice."""
+    """PyYAML's safe loader, which takes 2e-3 for a number and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is said more than once", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is given more than once", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -449,8 +449,9 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, what: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds nothing but plain data
-    except yaml.YAMLError as error:
-        raise UserError(f"{what} is no valid YAML: {' '.join(str(error).split())}") from None
+    # Beside its own errors PyYAML lets through those of a date such as 2001-99-99, a number of 5000 digits, and depth.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml(path: Path, what: str, needs: str) -> dict[str, Any]:
@@ -459,15 +460,15 @@ def read_yaml(path: Path, what: str, needs: str) -> dict[str, Any]:
     Args:
         path: The file.
         what: What it is, for messages: "recipe".
-        needs: The sections that it can't do without, likewise.
+        needs: The sections that it must have, for messages too.
 
     Raises:
-        UserError: if it can't be read, is no YAML, says a key twice, or has no sections.
+        UserError: if it can't be read, is not valid YAML, has a key twice, or has no sections.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"{what} {path} can't be read: {reason}") from None
     content = _parse(text, f"{what} {path}")
     if not isinstance(content, dict):
@@ -479,11 +480,11 @@ def override_field(content: dict[str, Any], override: str) -> None:
     """Put `section.field=value` into `content`, the value read as YAML.
 
     Raises:
-        UserError: if it has another form, or the value is no YAML.
+        UserError: if it has another form, or the value is not valid YAML.
     """
     name, equals, value = override.partition("=")
     if not equals or not all(name.split(".")):
-        raise UserError(f"override {override!r} has not the form section.field=value")
+        raise UserError(f"override {override!r} is not of the form section.field=value")
     set_field(content, name, _parse(value, f"override {override!r}"))
 
 
@@ -530,13 +531,12 @@ def one_line(
     sections: Mapping[str, type[BaseModel]] = _SECTIONS,
     what: str = "recipe",
 ) -> str:
-    """Put the first of pydantic's findings as `section.field=value: what is wrong`.
+    """The first of pydantic's findings as `section.field=value: what is wrong`.
 
     Args:
         error: What pydantic found.
         content: What it was given.
-        sections: The model of every section that has fields, by its dotted name; the whole file under "", and under
-            `*` what may have any name.
+        sections: The class of every section, by its dotted name; the whole file is "", and `*` stands for any name.
         what: What the file is.
     """
     first = error.errors(include_url=False)[0]
