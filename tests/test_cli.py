@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -453,6 +454,47 @@ def test_tokenisation_is_parallel_unless_the_user_says_otherwise() -> None:
     for environment, answer in ((usual, "None"), (usual | {"TOKENIZERS_PARALLELISM": "false"}, "false")):
         found = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
         assert found.stdout == f"{answer}\n", found.stderr
+
+
+SOUND = {
+    "kind": "train",
+    "step": 1,
+    "gate": 0.5,
+    "layers": [{"layer": 1, "operators": ["dct", "attention"], "share": [0.5, 0.5], "entropy": [0.1, 0.2, 0.3]}],
+}
+LAYER = SOUND["layers"][0]
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [
+        *(("gates", {"gate": value}) for value in ("x", [1], {})),
+        *(("gates", {"tasks": value}) for value in (5, {"a": 5}, {"a": {"gate": "x"}})),
+        *(("collapse", {"layers": value}) for value in (5, [5], [{}], [LAYER, LAYER])),
+        *(("collapse", {"layers": [LAYER | {"share": value}]}) for value in (5, [0.5], ["a", None], [None, 0.5])),
+        *(("collapse", {"layers": [LAYER | {"operators": value}]}) for value in (5, ["dct"], [])),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_record_is_one_line(
+    command: str, damage: dict[str, Any], place: int, run: Run, tmp_path: Path
+) -> None:
+    records = [SOUND | {"step": 1}, SOUND | {"step": 2}]
+    records[place] |= damage
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    code, out, err = run(command, tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1), (out, err)
+    assert "is damaged" in err or "is something else" in err
+
+
+@pytest.mark.parametrize("value", [-1, 1e30, True, [[5]], {"a": 1}, "ChiarForCausalLM"])
+def test_architectures_that_name_no_class(value: Any, run: Run, run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": value}))
+    for command in ("info", "flops"):
+        code, out, err = run(command, tmp_path / "model")
+        assert (code, out, err.count("\n")) == (2, "", 1) and "architectures=" in err
 
 
 def test_generate_says_why_it_stopped_early(run: Run, run_folder: Path) -> None:

@@ -338,6 +338,25 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         assert_refused("no state dict under 'model'", tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to_sparse_csr(),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: tensor.to(torch.float8_e4m3fn),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.nested.nested_tensor(list(tensor)),
+    ],
+    ids=["sparse", "csr", "quantised", "8 bits", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore")  # what PyTorch has to say on such tensors
+def test_tensors_that_are_no_plain_arrays(make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    weights = theirs()
+    path = saved(tmp_path, weights | {"token_emb.weight": make(weights["token_emb.weight"].detach().clone())})
+    assert_refused(r"sparse, quantised, nested or without values: token_emb\.weight", path)
+
+
 class Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark

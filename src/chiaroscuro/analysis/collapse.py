@@ -75,11 +75,13 @@ def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) ->
         floor: The least share of an operator that survives.
 
     Raises:
-        UserError: if no layer of the run had a choice.
+        UserError: if no layer of the run had a choice, or a record is damaged.
 
     Source: arXiv 2606.08327, "operator collapse"; U is what its regulariser rewards.
     """
     looks = [record for record in records if record["kind"] == "train" and record.get("layers")]
+    for look in looks:
+        _refuse_damaged(look, looks[0])
     chosen = [i for i, layer in enumerate(looks[0]["layers"]) if len(layer["operators"]) > 1] if looks else []
     if not chosen:
         raise UserError("no layer of this run has a choice of operators, so none can collapse")
@@ -105,6 +107,21 @@ def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) ->
         collapsed=tuple(name for name in operators if name not in alive),
         floor=floor,
     )
+
+
+def _refuse_damaged(look: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Refuse a record whose layers are not the first one's, or whose shares are not a number for each operator."""
+    try:
+        menus = [[(layer["layer"], list(layer["operators"])) for layer in each["layers"]] for each in (look, first)]
+        shares = [layer["share"] for layer in look["layers"]]
+        whole = all(
+            len(share) == len(menu) > 0 and all(isinstance(part, (int, float)) for part in share)
+            for share, (_, menu) in zip(shares, menus[0], strict=True)
+        )
+    except (TypeError, KeyError):
+        whole = False
+    if not whole or menus[0] != menus[1]:
+        raise UserError(f"the record of step {look['step']} is damaged: its layers are not those of a run")
 
 
 def utilisation(share: Sequence[float]) -> float:

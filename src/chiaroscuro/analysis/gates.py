@@ -37,20 +37,27 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
         records: The run's, oldest first; those of training count.
 
     Raises:
-        UserError: if the model has no MetaRouter.
+        UserError: if the model has no MetaRouter, or a record is damaged.
 
     Source: arXiv 2606.08327, v2, MetaRouter and mixed training.
     """
     looks: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if record["kind"] == "train":
-            seen = {TEXT: record, **record.get("tasks", {})}
-            for task, figures in seen.items():
-                if figures.get("gate") is not None:
-                    looks.setdefault(task, []).append((record["step"], figures["gate"]))
+            for task, gate in _gates(record).items():
+                looks.setdefault(task, []).append((record["step"], gate))
     if not looks:
         raise UserError("this run's model has no MetaRouter, so there is no gate to follow")
     return {task: _task_gate(each) for task, each in looks.items()}
+
+
+def _gates(record: Mapping[str, Any]) -> dict[str, float]:
+    """The gates that a record has, by task."""
+    each = {TEXT: record, **record.get("tasks", {})}
+    gates = {task: figures["gate"] for task, figures in each.items() if figures.get("gate") is not None}
+    if not all(isinstance(gate, (int, float)) for gate in gates.values()):
+        raise UserError(f"the record of step {record['step']} is damaged: a gate in it is not a number")
+    return gates
 
 
 def _task_gate(looks: Sequence[tuple[int, float]]) -> TaskGate:

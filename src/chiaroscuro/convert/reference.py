@@ -147,8 +147,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise UserError("holds no state dict under 'model', as the author's checkpoints do")
+    if unfit := [name for name, value in weights.items() if not _is_plain(value)]:
+        raise UserError(f"holds tensors that are sparse, quantised, nested or without values: {_listed(unfit)}")
     settings = loaded.get("cfg")
     return dict(weights), dict(settings) if isinstance(settings, dict) else {}
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor is an ordinary array of numbers, of 16 bits or more where they are real."""
+    dense = value.layout is torch.strided and not (value.is_quantized or value.is_nested or value.is_meta)
+    return dense and not (value.is_floating_point() and value.element_size() < 2)
 
 
 def _build(

@@ -37,7 +37,11 @@ def load_checkpoint_config(name: str) -> PreTrainedConfig:
     path = find_checkpoint(name)
     with cache_if_unreachable(path) as unreachable:
         try:
-            return AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path)
+            named = config.architectures or []
+            if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+                raise UserError(f"architectures={named!r}: must be a list of names of classes")
+            return config
         except UserError as error:
             raise UserError(f"{path}/config.json: {error}") from None
         except Exception as error:  # a file that is no configuration fails in as many ways as there are such files
@@ -58,7 +62,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
 
     """
     path = find_checkpoint(name)
-    kind = str(next(iter(load_checkpoint_config(name).architectures or [""])))
+    kind, *_ = load_checkpoint_config(name).architectures or [""]
     verbosity = logging.get_verbosity()
     # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
     logging.set_verbosity_error()
