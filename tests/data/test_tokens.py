@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -233,3 +235,30 @@ def test_wikitext_2_end_to_end(cache, tmp_path, name) -> None:
         # Piece by piece or all at once: only a run of white space at a seam can come out otherwise.
         whole = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
         assert abs(file.count - whole) <= len(text) // corpora.PIECE_CHARACTERS
+
+
+COUNT_THREADS = """
+import os
+from pathlib import Path
+from chiaroscuro.data import load_corpus, load_tokenizer, tokenize_corpus
+
+folder = Path({folder!r})
+corpus = load_corpus(folder, folder)
+before = len(os.listdir("/proc/self/task"))
+tokenize_corpus(corpus, load_tokenizer("bpe:300", corpus, folder), folder)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.parametrize(("users", "parallel"), [(None, True), ("false", False)])
+def test_all_cores_tokenise_unless_the_user_says_otherwise(folder, tmp_path, users, parallel) -> None:
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("threads are counted as Linux shows them")
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    environment |= {"TOKENIZERS_PARALLELISM": users} if users else {}
+    script = COUNT_THREADS.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) >= len(os.sched_getaffinity(0))) == parallel

@@ -5,6 +5,7 @@ Oracle: the task's own rows, and accuracy and loss counted here position by posi
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_the_other_commands_know_it(copied: TrainResult, run: Callable[..., tupl
     assert code == 0, "it is a language model like any other"
     code, _, err = run("calibrate", copied.folder, "--output", copied.folder / "calibrated")
     assert code == 2 and "name a text with --data" in err
+
+
+def test_a_command_imports_it() -> None:
+    ask = [sys.executable, "-m", "chiaroscuro", "--import", "examples.copying", "task", "copying", "length=3"]
+    ask += ["train_examples=30", "heldout_examples=5", "--json"]
+    done = subprocess.run(ask, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["task"] == "copying"
 
 
 def test_full_attention_in_a_llama_learns_it_too(tmp_path: Path) -> None:

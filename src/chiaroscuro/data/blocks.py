@@ -1,8 +1,8 @@
 """Blocks of tokens to train and evaluate on.
 
-A model that reads T tokens predicts T tokens: those one further. So blocks are T + 1 tokens long and overlap
-by one, and every token of a split is predicted exactly once, save the very first, and at the end those
-(fewer than T) that fill no block.
+A model that reads T tokens predicts T tokens, each the next one. So blocks are T + 1 tokens long and overlap by one,
+and every token of a split is predicted exactly once, except the very first and, at the end, those (fewer than T) that
+don't fill a block.
 """
 
 import numpy as np
@@ -16,16 +16,16 @@ from chiaroscuro.errors import UserError
 
 
 class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
-    """Block i is the tokens i·S … i·S + T: the first T are the input, the last T what to predict.
+    """Block i holds the tokens i·S … i·S + T: the first T are the input, the last T the targets.
 
     With S = T these are the paper's blocks. With a smaller stride S the blocks overlap more, and every block but the
-    first predicts only its last S tokens, so that each token is still predicted once, with at least T − S tokens
-    before it: a fairer figure for a model that is to read long texts, at T / S times the work.
+    first predicts only its last S tokens. Each token is still predicted once, but with at least T − S tokens before
+    it: a fairer figure for a model that is meant for long texts, at T / S times the work.
 
     Args:
-        tokens: a split, tokenised.
-        length: T, how many tokens the model reads at once.
-        stride: S, from 1 to T; T unless given.
+        tokens: a tokenised split.
+        length: T, the number of tokens that the model reads at once.
+        stride: S, from 1 to T; T by default.
 
     Raises:
         UserError: T is less than 1, the stride is not in 1 … T, or the split is shorter than one block.
@@ -50,9 +50,9 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
         return (self.tokens.count - 1 - self.length) // self.stride + 1
 
     def __getitem__(self, index: int) -> dict[str, Int64[Tensor, " length"]]:
-        """Return input_ids, labels (the same: Hugging Face models shift them) and shift_labels, the next.
+        """Return `input_ids`, `labels` (the same: Hugging Face models shift them) and `shift_labels`, the next tokens.
 
-        What the block before has predicted already is −100 in shift_labels: not to be predicted.
+        In `shift_labels` a token that an earlier block predicts is −100: it is left out of the loss.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")

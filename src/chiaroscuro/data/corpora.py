@@ -1,7 +1,7 @@
 """Text to train on, by name: `python-docs`, a folder, or a data set of the Hugging Face Hub.
 
-Whatever the source, a corpus is the same thing: splits named train, validation and perhaps test, each a
-`datasets.Dataset` with one column "text". So nothing after this file knows where a text came from.
+Every corpus has the same form, wherever it came from: splits named train, validation and perhaps test, each a
+`datasets.Dataset` with one column "text".
 """
 
 import hashlib
@@ -23,15 +23,14 @@ from chiaroscuro.hub import cache_if_unreachable
 
 SPLITS = ("train", "validation", "test")
 
-# How many characters of rows are tokenised as one text. Long enough that the seams, where a token can't reach
-# across a newline, don't matter (one in some ten thousand tokens); short enough that all cores have one to
-# work on.
+# How many characters of rows are tokenised as one text. Long enough that the boundaries, which no token crosses, don't
+# matter (one in about ten thousand tokens); short enough to give work to all cores.
 PIECE_CHARACTERS = 65_536
 
-# Where each split of python-docs ends, in per cent of the documents.
+# Where each split of python-docs ends, in percent of the documents.
 SHARES = {"train": 90, "validation": 95, "test": 100}
 
-# Below this many bytes of text, datasets' progress bars would only flash.
+# For fewer bytes of text than this, datasets' progress bars would only flash.
 SMALL = 20_000_000
 
 FILE_NAME = re.compile(r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl)")
@@ -56,15 +55,14 @@ Separator = Literal["newline", "eos"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Splits of text, and how their rows make one text.
+    """Splits of text, and how their rows are joined.
 
     Attributes:
         name: what the user called it.
         description: where the text is from, in one line.
-        splits: "train", "validation" and perhaps "test"; the column "text" has a row each.
-        separator: what stands between rows. "newline": the rows are lines and joined by newlines, as the
-            paper does with WikiText. "eos": the rows are documents that have nothing to do with
-            each other, and the tokenizer's end-of-sequence token follows each.
+        splits: "train", "validation" and perhaps "test", with the column "text".
+        separator: what joins the rows. "newline": the rows are lines, joined by newlines, as the paper does with
+            WikiText. "eos": the rows are independent documents, each followed by the tokenizer's end-of-sequence token.
         fingerprint: changes with any row of any split, and with the separator.
 
     """
@@ -76,11 +74,11 @@ class Corpus:
     fingerprint: str
 
     def pieces(self, split: str) -> Iterator[str]:
-        """Yield a split's text in the pieces that a tokenizer sees as one text each.
+        """Yield a split's text in pieces, each of which is tokenised as one text.
 
-        With separator "eos", a piece is a document. With "newline", it is whole rows, a newline after each,
-        until there are `PIECE_CHARACTERS` of them; joined, the pieces of a text file are the file (a newline
-        added at its end if it had none).
+        With separator "eos", a piece is a document. With "newline", it is whole rows, each followed by a newline, with
+        at least `PIECE_CHARACTERS` characters in all; the pieces of a text file, joined, are the file (with a newline
+        at its end).
         """
         rows = (row for batch in self.splits[split].iter(batch_size=1000) for row in batch["text"])
         if self.separator == "eos":
@@ -107,20 +105,20 @@ def load_corpus(
 
             - `python-docs`: the documentation of the running Python (`python_documents`), split by
               document;
-            - a folder: `train.txt`, `validation.txt` (or `valid.txt`, `val.txt`) and, if there is one,
-              `test.txt`. Each line is a row. `.parquet` and `.jsonl` work too, with a column "text", and so
-              do parts (`train-0.txt`, `train-1.txt`, in the order of their names);
-            - `owner/name` or `owner/name:config`: a data set of the Hugging Face Hub, with a column "text".
-              Rows stay as the Hub has them: WikiText's end in a newline there, and joining adds another.
-        cache_dir: where files of a folder are kept as Arrow tables; [`default_cache_dir`][] if not given. A
-            Hub data set goes to the Hugging Face cache, where other programs find it too.
-        needed: the splits without which it is an error: what training needs. Any one will do where none is named.
+            - a folder: `train.txt`, `validation.txt` (or `valid.txt`, `val.txt`) and optionally `test.txt`. Each line
+              is a row. `.parquet` and `.jsonl` files with a column "text" work too, and so do parts (`train-0.txt`,
+              `train-1.txt`, in the order of their names);
+            - `owner/name` or `owner/name:config`: a data set of the Hugging Face Hub with a column "text". Its rows
+              are left as they are: WikiText's end in a newline, and joining adds another.
+        cache_dir: where the files of a folder are kept as Arrow tables; [`default_cache_dir`][] by default. A Hub data
+            set goes to the Hugging Face cache, which other programs share.
+        needed: the splits that must be there, by default those that training needs.
 
     Returns:
-        The corpus, memory-mapped where it came from files.
+        The corpus, memory-mapped if it came from files.
 
     Raises:
-        UserError: there is no such source, or it lacks a split, a file, the column "text", or any text.
+        UserError: there is no such source, or it lacks a split, the column "text", or any text.
 
     """
     name = str(source)
@@ -136,7 +134,7 @@ def load_corpus(
 
 
 def check_source(name: str | None) -> None:
-    """Raise a UserError if a source can only be a folder, and there is none of that name; nothing is loaded."""
+    """Raise a UserError if a source can only be a folder and there is no folder of that name; nothing is loaded."""
     if name is not None:
         find_folder(name, WANTED_SOURCES)
 
@@ -148,12 +146,12 @@ def read_splits(
 
     Args:
         name: a folder, or `owner/name` or `owner/name:config`.
-        cache_dir: where files of a folder are kept as Arrow tables.
-        wanted: what the name should be; it ends the message where it is nothing of the kind.
+        cache_dir: where the files of a folder are kept as Arrow tables.
+        wanted: what the name should be, for the end of an error message.
         needed: splits that a folder must have.
 
     Raises:
-        UserError: there is no such source, it can't be read, or a folder lacks a split that is needed.
+        UserError: there is no such source, it can't be read, or a folder lacks a needed split.
 
     """
     if folder := find_folder(name, wanted):
@@ -164,10 +162,10 @@ def read_splits(
 
 
 def find_folder(name: str, wanted: str) -> Path | None:
-    """Return the folder of that name, or None where there is none and the name may mean something else.
+    """Return the folder of that name, or None if there is none and the name may mean something else.
 
     Raises:
-        UserError: it is a file, or it can only be a path and leads nowhere; `wanted` ends the message.
+        UserError: it is a file, or it can only be a path and does not exist; the message ends in `wanted`.
 
     """
     path = os.path.expanduser(name)
@@ -182,7 +180,7 @@ def find_folder(name: str, wanted: str) -> Path | None:
 
 
 def _python_docs_splits() -> dict[str, datasets.Dataset]:
-    """Split by a hash of each document's name: a document stays in its split when others come and go."""
+    """Split by a hash of each document's name: a document stays in its split when others are added or removed."""
     rows: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name, text in python_documents().items():
         place = int.from_bytes(hashlib.sha256(f"python-docs/{name}".encode()).digest()[:8]) % 100
@@ -216,9 +214,9 @@ def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[st
 def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> datasets.Dataset:
     """Read the files of one split as a memory-mapped table.
 
-    Through `Dataset.from_*` and not `load_dataset("text")`, which reports each use to the Hub. datasets knows
-    a file by its path and time; a folder named by the files' content makes sure that another text is never
-    taken for this one.
+    By `Dataset.from_*` and not by `load_dataset("text")`, which reports each use to the Hub. datasets identifies a file
+    by its path and modification time; a folder named by the files' content makes sure that another text is never taken
+    for this one.
     """
     digests = hashlib.sha256()
     for file in files:
@@ -238,7 +236,7 @@ def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> 
             return READERS[format](paths, split=datasets.Split(split), cache_dir=str(table_dir))
     except UserError:
         raise
-    except Exception as error:  # a broken file fails with errors of datasets, pyarrow and the json module
+    except Exception as error:  # a damaged file raises errors of datasets, pyarrow and the json module
         wanted = "text in UTF-8" if format == "txt" else f"a {format} file with a column 'text'"
         raise UserError(
             f"{', '.join(paths)} can't be read ({one_line(root_cause(error))}); it must be {wanted}"
@@ -249,7 +247,7 @@ def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datas
     with cache_if_unreachable(hub_name) as unreachable:
         try:
             loaded = datasets.load_dataset(hub_name, config)
-        except Exception as error:  # network, Hub and data fail with errors of every family
+        except Exception as error:  # the network, the Hub and the data raise errors of many kinds
             raise UserError(
                 f"could not load the corpus {name!r} from the Hugging Face Hub ({unreachable or one_line(error)}); "
                 "there is no folder of that name either; check the name and the network, or give a folder"
@@ -258,7 +256,7 @@ def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datas
 
 
 def _checked(name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str]) -> dict[str, datasets.Dataset]:
-    """Return the splits with the column "text" alone, if they are all that is needed."""
+    """Return the splits with the column "text" alone, after checking that none is missing."""
     for split in needed:
         if split not in splits:
             raise UserError(
@@ -283,7 +281,7 @@ def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:
 
 
 def hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:
-    """Return a fingerprint of the content: a text moved to another folder stays the same corpus."""
+    """Return a fingerprint of the content: a text that is moved to another folder remains the same corpus."""
     digest = hashlib.sha256(separator.encode())
     for split, rows in splits.items():
         digest.update(f"/{split}".encode())
@@ -302,7 +300,7 @@ def hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) ->
 
 @contextmanager
 def _quiet_datasets(quiet: bool) -> Iterator[None]:
-    """Keep datasets' progress bars away from work that is over at once."""
+    """Switch off datasets' progress bars for work that takes no time."""
     quiet = quiet and not datasets.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""A progress bar for work that turns out to be long."""
+"""A progress bar for work that may take long."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-# Seconds of work before a progress bar is worth its place.
+# Seconds of work before the bar is shown.
 PATIENCE = 2.0
 
 
 @contextmanager
 def patient_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that counts work done; from `PATIENCE` on, a bar on standard error shows it.
+    """Give a function to call with the amount of work done; after `PATIENCE` seconds a bar appears on standard error.
 
     Args:
         description: what is being done.
-        total: how much there is to do, in the unit that the function is called with.
+        total: the amount of work, in the unit that the function is called with.
 
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -33,5 +33,5 @@ def patient_bar(description: str, total: int) -> Iterator[Callable[[int], None]]
     try:
         yield advance
     finally:
-        if progress.live.is_started:  # else stopping prints an empty line
+        if progress.live.is_started:  # otherwise stopping it would print an empty line
             progress.stop()

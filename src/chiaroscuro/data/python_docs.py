@@ -1,12 +1,12 @@
 """English prose that every machine with Python already has: Python's own documentation.
 
-Two sources, both part of the standard library: the chapters behind `help("assert")` (`pydoc_data.topics`),
-and the docstrings of the library's modules. Together about 2 MB of text that people wrote for people, so the
-quickstart trains on real language and downloads nothing.
+It has two parts, both in the standard library: the chapters behind `help("assert")` (`pydoc_data.topics`), and the
+docstrings of the modules. Together they are about 2 MB of prose, so the quickstart trains on real language and
+downloads nothing.
 
-The docstrings are read from the source files by `ast`. Importing the modules instead would run them, and
-would give another text on another platform. The text still differs a little between Python versions, so
-numbers compare only within one; the corpus says which one it is.
+The docstrings are read from the source files with `ast`. Importing the modules would run them, and would give another
+text on another platform. The text differs a little between Python versions, so figures can be compared only within one;
+the corpus' description names it.
 """
 
 import ast
@@ -19,11 +19,10 @@ from pathlib import Path
 
 from chiaroscuro.errors import UserError
 
-# Shorter docstrings ("Return the name.") are labels rather than prose.
+# Shorter docstrings, such as "Return the name.", are hardly prose.
 SHORTEST_DOCSTRING = 40
 
-# What is not the library itself: other people's packages, and the tests, programs and bundles that ship
-# beside it.
+# What is not the library itself: installed packages, and the tests, programs and bundles that come with it.
 SKIPPED_FOLDERS = frozenset(
     {
         "site-packages",
@@ -43,13 +42,12 @@ SKIPPED_FOLDERS = frozenset(
 def python_documents() -> dict[str, str]:
     """Return the documents, by name (`topic:assert`, `module:email.message`).
 
-    A topic is one document, and so is a module: its docstrings in the order of the source, blank lines
-    between. A docstring that an earlier module has word for word (inherited and copied methods have many) is
-    left out.
+    A topic is one document, and so is a module: its docstrings in the order of the source, separated by blank lines. A
+    docstring that an earlier module has word for word (many inherited and copied methods do) is left out.
 
     Raises:
-        UserError: this Python came without its topics or without the source files of its library. Half the
-            text would train just as well and compare with nothing.
+        UserError: this Python came without its topics or without the source files of its library. Half of the text
+            would be a corpus too, but not one to compare figures on.
 
     """
     documents = {f"topic:{name}": text.strip() for name, text in sorted(_topics().items())}
@@ -82,9 +80,9 @@ def _topics() -> dict[str, str]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Yield a source file's docstrings, unindented, in the order in which they stand there."""
+    """Yield a source file's docstrings, unindented, in the order of the file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "invalid escape sequence", in other people's strings
+        warnings.simplefilter("ignore")  # such as "invalid escape sequence"
         try:
             tree = ast.parse(path.read_bytes())
         except SyntaxError:  # a template of source code, not source code

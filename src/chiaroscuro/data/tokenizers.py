@@ -1,7 +1,7 @@
-"""A tokenizer by name: `bpe:8192` or `words` made here, a local folder, or one of the Hugging Face Hub.
+"""A tokenizer by name: `bpe:8192` or `words`, which are trained here, a local folder, or a Hugging Face Hub name.
 
-All come out as the same class, `transformers.PreTrainedTokenizerFast`, so that it is saved beside the model's
-weights and `AutoTokenizer` finds it there.
+All are of one class, `transformers.PreTrainedTokenizerFast`, so they are saved beside the model's weights, where
+`AutoTokenizer` finds them.
 """
 
 import logging
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN_WORD = "<unk>"
 
-# All 256 bytes, the end of text, and one merge: with fewer there is a text that can't be written, or no BPE.
+# All 256 bytes, the end of text, and one merge: with fewer, some text has no tokens, or there is no BPE.
 SMALLEST_VOCABULARY = 256 + 1 + 1
 
 # The trainer reserves memory for as many tokens as it is asked for, and aborts the process where that fails.
 LARGEST_VOCABULARY = 2**20
 
-# More than any text has: all its words are taken.
+# More than any text has, so that all words get a token.
 MANY_WORDS = 2**31
 
-# Counts up when the training below changes, so that an old tokenizer is not taken for a new one.
+# To be raised when the training below changes, so that an old tokenizer is not taken for a new one.
 FORMAT = 1
 
-# Read once, because from then on this process sets the variable itself.
+# Read at import, because `all_cores` sets the variable.
 USERS_PARALLELISM = os.environ.get("TOKENIZERS_PARALLELISM")
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
@@ -53,18 +53,18 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
 
             - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train split and
               kept. Where the text has too few repetitions for N tokens, a warning says how many there are;
-            - `words`: every word between white space in the corpus' train split is a token, made once and kept. Other
-              words are `<unk>`, and the white space is lost: for the languages of tasks, such as ListOps;
+            - `words`: every word of the corpus' train split, delimited by white space, is a token. Other words are
+              `<unk>`, and the white space is lost. It is meant for tasks with a language of their own, such as ListOps;
             - a folder: what `save_pretrained` writes, or GPT-2's `vocab.json` and `merges.txt`;
             - a name on the Hugging Face Hub.
         corpus: what `bpe:N` and `words` are trained on.
-        cache_dir: where these are kept; [`default_cache_dir`][] if not given.
+        cache_dir: where these two are kept; [`default_cache_dir`][] by default.
 
     Returns:
-        The tokenizer. Where it has no padding token of its own, that is its end-of-sequence token.
+        The tokenizer. If it has no padding token, its end-of-sequence token serves as one.
 
     Raises:
-        UserError: there is no such tokenizer, N is no size for one, or it has no fast version.
+        UserError: there is no such tokenizer, N is too small or no number, or the tokenizer has no fast version.
 
     """
     tokenizer: PreTrainedTokenizerBase
@@ -134,13 +134,13 @@ def _wrapped(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 def _read(path: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exceptions
+    except Exception as error:  # tokenizers raises bare Exceptions
         logger.warning("training again: the cached tokenizer %s can't be read (%s)", path, one_line(error))
         return None
 
 
 def _train(size: int, corpus: Corpus) -> Tokenizer:
-    """Train a byte-level BPE as GPT-2's: lossless, no unknown token, words split by GPT-2's pattern."""
+    """Train a byte-level BPE like GPT-2's: lossless, without an unknown token, words split by GPT-2's pattern."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -149,7 +149,7 @@ def _train(size: int, corpus: Corpus) -> Tokenizer:
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,  # its own bar writes empty lines to standard output
+        show_progress=False,  # its bar writes empty lines to standard output
     )
     return _trained_on(corpus, f"bpe:{size}", backend, trainer)
 
@@ -183,7 +183,7 @@ def _from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
     if vocabulary.is_file() and merges.is_file():
         try:
             return GPT2Tokenizer(vocab=str(vocabulary), merges=str(merges))
-        except Exception as error:  # the Rust side raises bare Exceptions
+        except Exception as error:  # tokenizers raises bare Exceptions
             raise UserError(
                 f"the tokenizer in {name!r} can't be read ({one_line(error)}); "
                 "vocab.json and merges.txt must be GPT-2's or shaped like them"
@@ -195,12 +195,12 @@ def _from_pretrained(name: str, failure: str) -> PreTrainedTokenizerBase:
     with cache_if_unreachable(name) as unreachable:
         try:
             return AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # the network, the Hub and the file formats fail with errors of every family
+        except Exception as error:  # the network, the Hub and the files raise errors of many kinds
             raise UserError(f"{failure} ({unreachable or one_line(error)}); {WANTED_TOKENIZERS}") from error
 
 
 def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the tokenizer's core that neither pads nor truncates, as using the tokenizer may have made it do."""
+    """A copy of the tokenizer's core that neither pads nor truncates, whatever calls of the tokenizer have set."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
@@ -209,11 +209,11 @@ def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Let `tokenizers` use its threads inside the block, and no longer after it.
+    """Let `tokenizers` use one thread for each core inside the block.
 
-    A process that used these threads and then forks (as every DataLoader with workers does) is warned about a
-    deadlock unless the variable says what it wants. Afterwards it says "false", which is safe in the forked
-    processes; a value that the user has set stays.
+    A process that has used these threads and then forks, as a DataLoader with workers does, prints a warning about
+    deadlocks unless TOKENIZERS_PARALLELISM is set. After the block it is "false", which is safe in forked processes. A
+    value that the user has set is left alone.
     """
     if USERS_PARALLELISM is not None:
         yield

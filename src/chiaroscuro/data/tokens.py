@@ -1,8 +1,11 @@
-"""A corpus as numbers: each split tokenised once, into one flat file that is mapped into memory.
+"""A tokenised corpus: each split is tokenised once, into one flat file that is mapped into memory.
 
-The file is nothing but the ids, one after the other, 2 bytes each (4 where the vocabulary needs them):
-WikiText-103 is 240 MB that every process of a run shares and no process loads. A small JSON file beside it
-says how many they are and how many bytes of text they stand for, which turns a loss into bits per byte.
+The file holds nothing but the ids, one after the other, 2 bytes each (4 if the vocabulary needs them): WikiText-103
+takes 240 MB, which all processes of a run share. A small JSON file beside it says how many ids there are, and how many
+bytes of text they stand for, which turns a loss into bits per byte.
+
+Not a table of `datasets.map`: blocks run across the rows of a text, and `map`, which sees a batch of rows at a time,
+would drop the tokens at the end of each batch.
 """
 
 import json
@@ -26,10 +29,10 @@ from chiaroscuro.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Counts up when the files or the way a text is cut into pieces change.
+# To be raised when the files, or the way a text is cut into pieces, change.
 FORMAT = 1
 
-# Pieces that go to the threads at once. More would only cost memory: encodings are fifty times their ids.
+# Pieces that are tokenised at once. More would only cost memory: an encoding takes fifty times the memory of its ids.
 BATCH = 32
 
 
@@ -40,9 +43,9 @@ class TokenFile:
     Attributes:
         name: which split of which corpus, in words.
         path: the file of ids.
-        count: how many ids.
+        count: the number of ids.
         dtype: their type, "<u2" or "<u4" on most machines.
-        bytes: how many UTF-8 bytes of text they stand for; an end-of-sequence token between documents stands
+        bytes: the number of UTF-8 bytes of text that they stand for; an end-of-sequence token between documents stands
             for none.
 
     """
@@ -55,42 +58,42 @@ class TokenFile:
 
     @cached_property
     def tokens(self) -> UInt[np.ndarray, " count"]:
-        """The ids, mapped from the file when first asked for."""
+        """The ids, mapped from the file on first use."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def __getstate__(self) -> dict[str, object]:
-        # A memory map pickles as a copy of all it shows; a DataLoader's worker gets the path instead.
+        # A memory map is pickled as a copy of its content; a DataLoader's worker gets the path instead.
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
 
 def tokenize_corpus(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache_dir: Path | None = None
 ) -> dict[str, TokenFile]:
-    """Tokenise each split of a corpus, or find it done.
+    """Tokenise each split of a corpus, or take it from the cache.
 
-    The text is the corpus' pieces ([`Corpus.pieces`][]), each tokenised as one text without added tokens;
-    where the corpus' separator is "eos", the tokenizer's end-of-sequence token follows each. With a
-    byte-level tokenizer the ids decode to exactly that text.
+    Each of the corpus' pieces ([`Corpus.pieces`][]) is tokenised as one text, without special tokens; if the corpus'
+    separator is "eos", the tokenizer's end-of-sequence token follows each. With a byte-level tokenizer the ids decode
+    to exactly the text.
 
     Args:
         corpus: the text.
-        tokenizer: the tokenizer; its limits on length, padding and truncation don't matter here.
+        tokenizer: the tokenizer; its settings for length, padding and truncation have no effect here.
         cache_dir: where the files are kept, under a fingerprint of text, tokenizer and separator;
-            [`default_cache_dir`][] if not given.
+            [`default_cache_dir`][] by default.
 
     Returns:
         A token file for each split.
 
     Raises:
-        UserError: documents need an end-of-sequence token and the tokenizer has none; it gives ids beyond its
-            own size; the cache folder can't be written or the disk is full.
+        UserError: documents need an end-of-sequence token and the tokenizer has none; it gives ids beyond its own size;
+            the cache folder can't be written, or the disk is full.
 
     """
     backend = bare_backend(tokenizer)
     end = tokenizer.eos_token_id if corpus.separator == "eos" else None
     if corpus.separator == "eos" and end is None:
         raise UserError(
-            f"the corpus {corpus.name!r} has documents, and the tokenizer no end-of-sequence token to set "
+            f"the corpus {corpus.name!r} has documents, and the tokenizer has no end-of-sequence token to put "
             "between them; choose another tokenizer, such as 'bpe:8192'"
         )
     serialised = backend.to_str()
@@ -105,7 +108,7 @@ def tokenize_corpus(
 
 
 def _find(name: str, path: Path) -> TokenFile | None:
-    """Return what an earlier run left, unless it was cut short, as by a copy that broke off."""
+    """Return the file of an earlier run, unless it is incomplete, as after an interrupted copy."""
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
         return None
@@ -129,7 +132,7 @@ def _write(
     with cached_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
         for ids, text_bytes in _encode(corpus, split, backend, end):
             if ids.size and ids.max() >= vocab_size:
-                raise UserError(f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; mend it")
+                raise UserError(f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; repair it")
             stream.write(ids.astype(dtype).data)
             count += ids.size
             size += text_bytes
@@ -150,7 +153,7 @@ def _write(
 def _encode(
     corpus: Corpus, split: str, backend: Tokenizer, end: int | None
 ) -> Iterator[tuple[UInt[np.ndarray, " tokens"], int]]:
-    """Yield the ids of a batch of pieces, and how many UTF-8 bytes of text they are."""
+    """Yield the ids of a batch of pieces, and the number of UTF-8 bytes of their text."""
     pieces = corpus.pieces(split)
     while batch := list(islice(pieces, BATCH)):
         with all_cores():

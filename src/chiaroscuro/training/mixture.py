@@ -1,7 +1,7 @@
-"""Mixed training: now and then a step learns from one more batch, of another task.
+"""Mixed training: in some steps, the model learns from one more batch, of another task.
 
-Which step has one, and of which rows, hangs on the seed and the step's number alone. So a run that is resumed goes on
-with the batches that it would have had, with nothing to save and nothing to skip.
+Which steps, and which rows, depends on the seed and the step's number alone. So a resumed run gets the batches that an
+uninterrupted one would have had, without any state to save.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from chiaroscuro.errors import UserError
 
 
 class Mixture:
-    """With a probability of `ratio`, a step has a batch of one of the tasks, each as likely as the other.
+    """With probability `ratio`, a step has a batch of one of the tasks, all equally likely.
 
     Args:
-        rows: how many rows each task has to learn from.
+        rows: the number of train rows of each task.
         ratio: from 0 to 1; the paper's is 0.25.
-        batch_size: rows of a batch, on each device.
+        batch_size: rows of a batch on each device.
         seed: of the draws.
 
     Raises:
@@ -38,11 +38,11 @@ class Mixture:
         self.seed = seed
 
     def at(self, step: int, rank: int = 0) -> tuple[str, list[int]] | None:
-        """The task that a step has a batch of, and its rows; None where it has none.
+        """The task and the rows of a step's batch, or None if the step has none.
 
         Args:
-            step: its number.
-            rank: which of several processes asks: all get the same task, each its own rows.
+            step: the number of the step.
+            rank: of the process: all processes get the same task, each its own rows.
 
         """
         draw = Random(f"task {self.seed} {step}")

@@ -48,15 +48,15 @@ Look = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """What there is to learn, and from what.
+    """What to learn, and from what.
 
     Attributes:
         tokenizer: of the texts.
         train: the rows to learn from.
         validation: the rows to measure on.
-        identity: changes with the texts, their labels and the tokenizer: what a resumed run must find again.
+        identity: changes with the texts, their labels and the tokenizer; a resumed run must have the same.
         summary: the data in a few words, for the terminal.
-        validation_texts: what the validation rows are of, as text.
+        validation_texts: the texts of the validation rows.
 
     """
 
@@ -69,21 +69,21 @@ class Objective(ABC):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the forward is given beside a batch."""
+        """The arguments of the forward beside a batch."""
         return {}
 
     @property
     @abstractmethod
     def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Makes a batch of rows."""
+        """Makes a batch of a list of rows."""
 
     @abstractmethod
     def build_model(self, config: Any) -> PreTrainedModel:
-        """An untrained model for it."""
+        """An untrained model."""
 
     @abstractmethod
     def figures_of(self, loss: float) -> dict[str, float]:
-        """What a record of a training step says of its loss."""
+        """The figures of a training step's record, from its loss."""
 
     @abstractmethod
     def evaluate(
@@ -102,13 +102,13 @@ class Objective(ABC):
         return len(self.validation)
 
     def beside(self, step: int, rank: int) -> tuple[str, dict[str, Any]] | None:
-        """What a step learns from beside its rows: a task, and the arguments of a second forward; here nothing."""
+        """A second forward of a step: the name of its task, and its arguments; None by default."""
         return None
 
 
 @dataclass(frozen=True)
 class LanguageModelling(Objective):
-    """To predict every token of a text from those before it."""
+    """Predict every token of a text from those before it."""
 
     validation: TokenBlocks
 
@@ -116,7 +116,7 @@ class LanguageModelling(Objective):
     def load(
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "LanguageModelling":
-        """The recipe's text, in blocks, by its tokenizer or the one that is given."""
+        """The recipe's text in blocks, tokenised by its tokenizer or the given one."""
         corpus = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
@@ -128,23 +128,23 @@ class LanguageModelling(Objective):
             tokenizer=tokenizer,
             train=TokenBlocks(splits["train"], length),
             validation=TokenBlocks(validation, length),
-            identity=splits["train"].path.stem,  # named by the text and the tokenizer
+            identity=splits["train"].path.stem,  # a fingerprint of text and tokenizer
             summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
             validation_texts=corpus.splits["validation"]["text"],
         )
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """No cache: the model's use_cache is for those who generate with it; training would fill one for nothing."""
+        """No KV cache: the config's `use_cache` is meant for generation."""
         return {"use_cache": False}
 
     @property
     def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """All blocks are of one length."""
+        """All blocks have the same length."""
         return default_data_collator
 
     def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
-        """A causal language model, ours or the one that ours is compared with."""
+        """A causal language model: a CHIAR-Former, or the Llama that it is compared with."""
         return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
 
     def figures_of(self, loss: float) -> dict[str, float]:
@@ -159,7 +159,7 @@ class LanguageModelling(Objective):
         output_routing: bool,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
-        """Exact over tokens, and as bits per byte."""
+        """Loss and perplexity over all tokens, and bits per byte."""
         seen = evaluate_blocks(
             model, self.validation, batch_size=batch_size, output_routing=output_routing, progress=progress
         )
@@ -168,11 +168,11 @@ class LanguageModelling(Objective):
 
 @dataclass(frozen=True)
 class Classification(Objective):
-    """To tell the label of a text.
+    """Predict the label of a text.
 
     Attributes:
         task: the texts and their labels.
-        head: which head is to tell them, where a model has several.
+        head: the name of the head, if the model has several.
 
     """
 
@@ -184,7 +184,7 @@ class Classification(Objective):
     def load(
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "Classification":
-        """The recipe's task, cut at its sequence length, by its tokenizer or the one that is given."""
+        """The recipe's task, truncated to its sequence length, tokenised by its tokenizer or the given one."""
         task = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
         rows = tokenize_task(task, tokenizer, recipe.data.sequence_length, cache_dir)
@@ -201,22 +201,22 @@ class Classification(Objective):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The head, where there is a choice."""
+        """The head, if there is a choice."""
         return {} if self.head is None else {"task": self.head}
 
     @property
     def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Padded to the longest of the batch."""
+        """Padded to the longest row of the batch."""
         return PadToLongest(self.tokenizer.pad_token_id)
 
     def build_model(self, config: ChiarConfig) -> PreTrainedModel:
-        """A classifier that knows its labels' names."""
+        """A classifier, with its labels' names in the config."""
         config.id2label = dict(enumerate(self.task.labels))
         config.label2id = {name: label for label, name in config.id2label.items()}
         return ChiarForSequenceClassification(config)
 
     def figures_of(self, loss: float) -> dict[str, float]:
-        """The loss alone: of so few rows an accuracy says little."""
+        """The loss alone: the accuracy of so few rows says little."""
         return {"loss": loss}
 
     def evaluate(
@@ -242,7 +242,7 @@ class Classification(Objective):
 
 @dataclass(frozen=True)
 class TargetPrediction(Objective):
-    """To predict the targets of a sequence, at the positions that have one."""
+    """Predict the target of every position that has one."""
 
     validation: TokenRows
 
@@ -250,7 +250,7 @@ class TargetPrediction(Objective):
     def load(
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "TargetPrediction":
-        """The recipe's task, by its tokenizer or the one that is given."""
+        """The recipe's task, tokenised by its tokenizer or the given one."""
         task = recipe.data.build_task().load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
         rows = tokenize_targets(task, tokenizer, recipe.data.sequence_length, cache_dir)
@@ -271,7 +271,7 @@ class TargetPrediction(Objective):
 
     @property
     def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Padded to the longest of the batch."""
+        """Padded to the longest row of the batch."""
         return PadToLongest(self.tokenizer.pad_token_id)
 
     def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
@@ -304,11 +304,11 @@ class TargetPrediction(Objective):
 
 @dataclass(frozen=True)
 class MixedTraining(LanguageModelling):
-    """To model a text, and now and then one of several tasks beside it, all with one tokenizer and through one trunk.
+    """Model a text, and in some steps one of several tasks beside it, all with one tokenizer and one trunk.
 
     Attributes:
-        tasks: what there is beside the text, by the recipe's names.
-        mixture: which step learns from which.
+        tasks: the tasks beside the text, by the recipe's names.
+        mixture: which step learns from which task.
 
     """
 
@@ -338,7 +338,7 @@ class MixedTraining(LanguageModelling):
         )
 
     def build_model(self, config: ChiarConfig) -> PreTrainedModel:  # type: ignore[override]
-        """A language model with a head for every task that has labels."""
+        """A language model with a head for each classification task."""
         labelled = {name: task for name, task in self.tasks.items() if isinstance(task, Classification)}
         config.task_labels = {name: len(task.task.labels) for name, task in labelled.items()}
         return ChiarForMixedTasks(config)
@@ -360,7 +360,7 @@ class MixedTraining(LanguageModelling):
         output_routing: bool,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
-        """The text's figures, and under `tasks` those of every other, with its gate."""
+        """The text's figures, and under `tasks` those of every task, with its gate."""
         how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
         figures, looks = super().evaluate(model, **how)
         others = {}
@@ -390,15 +390,15 @@ def _first_rows(rows: Rows, recipe: Recipe) -> Rows:
 
 
 def load_objective(recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Objective:
-    """What the recipe says is to be learnt, its data loaded, tokenised and kept in the cache.
+    """The objective of a recipe, with its data loaded, tokenised and kept in the cache.
 
     Args:
         recipe: what to learn.
-        cache_dir: where what took time is kept.
-        tokenizer: instead of the recipe's.
+        cache_dir: where prepared data is kept.
+        tokenizer: used instead of the recipe's.
 
     Raises:
-        UserError: the data or the tokenizer can't be had.
+        UserError: the data or the tokenizer can't be loaded.
     """
     if recipe.mixture is not None:
         return MixedTraining.load(recipe, cache_dir, tokenizer)

@@ -1,8 +1,8 @@
 """IMDB: film reviews, negative or positive (Maas et al. 2011).
 
-The set has 25,000 reviews to train on and 25,000 to test with, as many of either kind, and no validation split. Ours
-is a tenth of the training reviews, 1,250 of each kind: those whose text has the smallest hash. So they are the same in
-whatever order or from whatever place the reviews come, and a review that is there twice stays on one side.
+The data set has 25,000 reviews for training and 25,000 for testing, half of them positive, and no validation split.
+Ours is a tenth of the training reviews, 1,250 of each label: those whose text has the smallest hash. So the split does
+not depend on the source or the order of the reviews, and a duplicated review stays on one side.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from chiaroscuro.errors import UserError
 LABELS = ("negative", "positive")
 UNLABELLED = -1
 HELD_OUT = 10
-"""One in so many training reviews is held out for validation."""
+"""One training review in this many is held out for validation."""
 
 WANTED = "the task imdb is read from a folder with train.parquet and test.parquet, or from a Hub name"
 
@@ -70,7 +70,7 @@ class Imdb(ClassificationTask):
 
 
 def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows that have a label, and of their columns these two."""
+    """The rows that have a label, with the columns "text" and "label"."""
     if "label" not in rows.column_names:
         raise UserError(
             f"the {split} split of {source!r} has no column 'label', only {', '.join(rows.column_names)}; rename one"
@@ -85,12 +85,12 @@ def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Datas
     for label, name in enumerate(LABELS):
         if label not in labels:
             raise UserError(f"the {split} split of {source!r} has no {name} row (label {label})")
-    whole = [int(label) for label in labels]  # floats they are where the column once held a NaN
+    whole = [int(label) for label in labels]  # they are floats if the column once held a NaN
     return rows.select_columns("text").add_column("label", whole).select(kept)
 
 
 def _hold_out(source: str, rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train and validation rows: of either label one in `HELD_OUT`, at least one text and not all, by their hashes."""
+    """Train and validation rows: one in `HELD_OUT` of each label by hash, at least one text and never all of them."""
     labels = rows["label"][:]
     digests = [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]]
     held: set[int] = set()
@@ -99,10 +99,10 @@ def _hold_out(source: str, rows: datasets.Dataset) -> tuple[datasets.Dataset, da
         *others, _ = sorted({digests[i] for i in own})
         if not others:
             raise UserError(
-                f"the train split of {source!r} has one {name} text (label {label}) alone: need two that differ, one "
+                f"the train split of {source!r} has one {name} text (label {label}) only: give two different ones, one "
                 "for validation, or a validation split of its own"
             )
         last = min(digests[own[max(1, len(own) // HELD_OUT) - 1]], others[-1])
-        held.update(i for i in own if digests[i] <= last)  # all that have this text, not the first of them alone
+        held.update(i for i in own if digests[i] <= last)  # every row with this text, not the first alone
     kept = [i for i in range(len(rows)) if i not in held]
     return rows.select(kept), rows.select(sorted(held))

@@ -1,18 +1,16 @@
-"""ListOps: small sums in brackets, whose value is a digit.
+"""ListOps: nested operations on digits, whose value is a digit.
 
     [MAX 2 9 [MIN 4 7 ] 0 ]        → 9
 
-The label of an expression is its value, so there are ten. Two kinds are generated here, from a seed, and no expression
-stands in two splits or twice in one:
+The label of an expression is its value, so there are ten labels. Two kinds are generated, from a seed:
 
-- *flat*, the paper's: one list of 4 to 8 digits under MAX, MIN, MEAN or MEDIAN. No bracket in a bracket:
-  it asks for counting, not for structure.
+- *flat*, the paper's: one list of 4 to 8 digits under MAX, MIN, MEAN or MEDIAN, without nesting.
 - *nested*, Long Range Arena's (arXiv 2011.04006): MAX, MIN, MED and SUM_MOD (the sum modulo 10) of 2 to 10 arguments,
-  each a digit or, one in four, again an expression, to a depth of 10. There an expression has 500 to 2,000 tokens;
-  here, at any limit, between a quarter of it and all of it.
+  each a digit or, with probability 1/4, an expression itself, to a depth of 10. There an expression has 500 to 2,000
+  tokens; here, for any limit, between a quarter of it and all of it.
 
-A mean, and the median of an even number of digits, are rounded down, as both sources do. Every bracket, operator and
-digit is a word of its own but for the opening bracket, which belongs to its operator.
+A mean, and the median of an even number of digits, are rounded down, as both sources do. Digits and closing brackets
+are words; an opening bracket and its operator are one word.
 """
 
 from collections.abc import Callable
@@ -119,7 +117,7 @@ class NestedListops(ClassificationTask, GeneratedTask):
         def node(depth: int) -> int:
             if len(words) >= self.max_length:
                 raise _TooLong
-            # The outermost node is an operator: a digit alone would be too short.
+            # The root is an operator: a digit alone would be too short.
             if depth == DEPTH or (depth > 1 and random.random() >= NESTED_SHARE):
                 value = below(random, 10)
                 words.append(str(value))
@@ -141,4 +139,4 @@ class NestedListops(ClassificationTask, GeneratedTask):
 
 
 class _TooLong(Exception):
-    """The expression that is being drawn has passed the limit."""
+    """The expression has passed the limit."""

@@ -21,25 +21,23 @@ from chiaroscuro.data.tasks.task import LabelledTexts, TokenTargets
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.errors import UserError
 
-# Counts up when the tables or what is put into them change.
+# To be raised when the tables, or what is put into them, change.
 FORMAT = 1
 
 # The target of a position where nothing is to be predicted: what PyTorch's cross-entropy leaves out.
 IGNORED = -100
 
-# Texts that go to the threads at once.
+# Texts that are tokenised at once.
 BATCH = 256
 
 
 class LabelledRows(Dataset[dict[str, Any]]):
-    """Row i is a text's first T tokens, `input_ids`, and its label, `labels`.
-
-    What comes after the T-th token is cut off: a review, say, is judged by how it begins.
+    """Row i holds the first T tokens of a text, `input_ids`, and its label, `labels`; longer texts are truncated.
 
     Args:
         name: which split of which task, in words.
         identity: changes with the texts, their labels and the tokenizer.
-        table: the columns "input_ids", of whole texts, and "label".
+        table: with the columns "input_ids", of whole texts, and "label".
         length: T.
 
     Raises:
@@ -64,12 +62,12 @@ class LabelledRows(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> Int[np.ndarray, " rows"]:
-        """How many tokens each text has, before it is cut."""
+        """The number of tokens of each text before truncation."""
         return arrow.list_value_length(self.table.data.column("input_ids")).to_numpy()
 
     @property
     def share_cut(self) -> float:
-        """The share of the texts that are longer than T."""
+        """The share of texts that are longer than T."""
         return float((self.lengths > self.length).mean())
 
 
@@ -85,7 +83,7 @@ class TokenRows(Dataset[dict[str, Any]]):
         length: T, the most tokens that a row may have.
 
     Raises:
-        UserError: a row is longer: cut, it would lose what is to be predicted.
+        UserError: a row is longer; truncated, it would lose targets.
 
     """
 
@@ -162,14 +160,14 @@ def _padded(rows: list[list[int]], padding: int) -> Int[Tensor, "batch time"]:
 def tokenize_task(
     task: LabelledTexts, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path | None = None
 ) -> dict[str, LabelledRows]:
-    """Tokenise each split of a task, without special tokens, or find it done.
+    """Tokenise each split of a task, without special tokens, or take it from the cache.
 
     Args:
         task: the texts.
-        tokenizer: the tokenizer; its limits on length, padding and truncation don't matter here.
-        length: T, where a text is cut. What is kept is of whole texts, so that another T costs nothing.
-        cache_dir: where the tables are kept, under a fingerprint of task and tokenizer; [`default_cache_dir`][] if not
-            given.
+        tokenizer: the tokenizer; its settings for length, padding and truncation have no effect here.
+        length: T, where a text is truncated. Whole texts are kept, so that another T costs nothing.
+        cache_dir: where the tables are kept, under a fingerprint of task and tokenizer; [`default_cache_dir`][] by
+            default.
 
     Raises:
         UserError: a text has no tokens, or the cache folder can't be written.
@@ -185,7 +183,7 @@ def tokenize_task(
 def tokenize_targets(
     task: TokenTargets, tokenizer: PreTrainedTokenizerFast, length: int, cache_dir: Path | None = None
 ) -> dict[str, TokenRows]:
-    """Turn the words and targets of each split into the tokenizer's ids, or find it done.
+    """Turn the words and targets of each split into the tokenizer's ids, or take them from the cache.
 
     Args:
         task: the sequences.

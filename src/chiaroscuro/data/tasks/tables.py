@@ -1,4 +1,8 @@
-"""Rows that took time to make, kept as a memory-mapped Arrow table."""
+"""Rows that take time to make, kept as a memory-mapped Arrow table.
+
+`Dataset.map` and `Dataset.from_generator` keep tables too. But there a damaged table is an error on every later use,
+until it is deleted by hand; here it is made again.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,12 +20,12 @@ logger = logging.getLogger(__name__)
 def kept_table(
     path: Path, features: datasets.Features, make: Callable[[], Iterator[dict[str, list[Any]]]]
 ) -> datasets.Dataset:
-    """Return the table in `path`; where there is none, or none that can be read, it is made and kept.
+    """Return the table in `path`; if it is missing or damaged, make it and keep it.
 
     Args:
-        path: the file, whose name is a fingerprint of all that decides the rows.
-        features: the columns' types.
-        make: yields the rows, in batches.
+        path: the file, named by a fingerprint of all that decides the rows.
+        features: the types of the columns.
+        make: yields the rows in batches.
 
     Raises:
         UserError: the folder can't be written or the disk is full.
@@ -30,7 +34,7 @@ def kept_table(
     if path.exists():
         try:
             return datasets.Dataset.from_file(str(path))
-        except Exception as error:  # pyarrow's errors are of every family
+        except Exception as error:  # pyarrow raises errors of many kinds
             logger.warning("making again: the cached table %s can't be read (%s)", path, one_line(error))
     with cached_file(path) as temporary:
         writer = ArrowWriter(path=str(temporary), features=features)
