@@ -1,4 +1,4 @@
-"""What a model trains on: corpora, tokenizers, token files, blocks; [`chiaroscuro.data.tasks`][] has the tasks."""
+"""What a model trains on: corpora, tokenizers, token files, blocks; `chiaroscuro.data.tasks` has the tasks."""
 
 import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.data.blocks import TokenBlocks

@@ -62,7 +62,7 @@ def _architecture(section: Any) -> str:
 
 
 class DataSection(Section):
-    """What to learn, and from what: the name of a task ([`chiaroscuro.data.tasks`][]) and the options of this task.
+    """What to learn, and from what: the name of a task (`chiaroscuro.data.tasks`) and the options of this task.
 
     A sequence has `sequence_length` tokens. A text to be modelled is cut into blocks of this length; of a text to be
     classified, the first `sequence_length` tokens are read. Options that are not given get the task's defaults.
