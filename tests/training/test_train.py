@@ -627,6 +627,25 @@ def test_the_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     assert all(record["tokens_per_second"] > 0 for record in second if record["kind"] == "train")
 
 
+def test_a_resumed_run_looks_and_saves_as_often_as_it_is_told_now(
+    run: Go, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 7, break_off)
+    with pytest.raises(TrainingInterrupted):
+        run()
+    often = {"trainer__log_every": 3, "trainer__save_every": 5, "trainer__evaluate_every": 9}
+    resumed, _ = run(resume=True, **often, trainer__keep_checkpoints=9)
+    assert kinds(resumed.folder)[3:] == [
+        *(("train", step) for step in (6, 9)),
+        ("validation", 9),
+        *(("train", 12), ("validation", 12)),
+    ]
+    assert {path.name for path in resumed.folder.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (4, 5, 10, 12)
+    }
+    assert_same_bits(whole.model, resumed.model)
+
+
 def test_the_result_is_what_the_run_knows(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiaroscuro.training.run.read_records", only_before(read_records))
     result, _ = run()
