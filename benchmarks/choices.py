@@ -2,9 +2,9 @@
 
     python -m benchmarks.choices
 
-Where a docstring says that one way takes a third of another's time, this is the command that says so. Each choice is a
-set of ways to do the same work, the chosen one first. They take turns on one thread, so that what else the machine does
-hits all alike, and what counts is the ratio of the medians. Prints a table and writes benchmarks/results/choices.json.
+Where a docstring says that one way takes a third of another's time, this command measured it. Each choice is a set of
+ways to do the same work, the chosen one first. They take turns on one thread, so that other load on the machine affects
+all alike; what counts is the ratio of the medians. Prints a table and writes benchmarks/results/choices.json.
 """
 
 import json

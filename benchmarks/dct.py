@@ -1,6 +1,6 @@
 """The DCT pair against one through a transform of length 2d, and its two ways, matrix product and FFT, compared.
 
-Measured in one process, the candidates taking turns so that what else the machine does hits all alike:
+Measured in one process, on one thread. The candidates take turns, so that other load on the machine affects all alike:
 
 1. `idct(dct(x))` at (8, 256, 1024) float32 against the same through a transform of length 2d, which is what one
    writes with `torch.fft` at hand: mirror, rfft, twiddle, and back. It has its tables ready, as ours has.
@@ -33,7 +33,6 @@ RESULTS = Path(__file__).parent / "results" / "dct.json"
 SHAPE = (8, 256, 1024)
 LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 TOKENS = 2048
-THREADS = (1, 2)
 SECONDS = 3.0
 """How long a set of candidates takes turns."""
 
@@ -69,7 +68,7 @@ def shown(timing: Timing) -> str:
 
 
 def check(pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], x: Tensor) -> None:
-    """Hold a candidate to scipy: fast and wrong is not fast."""
+    """Compare a candidate with scipy before it is timed."""
     forward, inverse = pair
     exact = torch.from_numpy(scipy.fft.dct(x.double().numpy(), type=2, norm="ortho", axis=-1))
     torch.testing.assert_close(forward(x).double(), exact, rtol=0, atol=1e-4)
@@ -88,57 +87,46 @@ def pair_and_backward(way: Callable[..., Tensor], x: Tensor, gradient: Tensor) -
         pair(way, x.requires_grad_()).backward(gradient)
 
 
-def compare_pairs() -> dict[int, dict[str, Timing]]:
+def compare_pairs() -> dict[str, Timing]:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     double = DoubleLength(SHAPE[-1])
     check((dct, idct), x)
     check((double.dct, double.idct), x)
+    candidates = {"ours": lambda: idct(dct(x)), "length 2d": lambda: double.idct(double.dct(x))}
+    return take_turns(candidates, SECONDS, rehearse=True)
+
+
+def find_crossing() -> dict[int, dict[str, Timing]]:
     results = {}
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        candidates = {"ours": lambda: idct(dct(x)), "length 2d": lambda: double.idct(double.dct(x))}
-        results[threads] = take_turns(candidates, SECONDS, rehearse=True)
-    return results
-
-
-def find_crossing() -> dict[int, dict[int, dict[str, Timing]]]:
-    results: dict[int, dict[int, dict[str, Timing]]] = {threads: {} for threads in THREADS}
     for width in LENGTHS:
         x, gradient = torch.randn(2, TOKENS, width, generator=torch.Generator().manual_seed(width))
         for way in WAYS.values():
             check((way, partial(way, inverse=True)), x)
-        for threads in THREADS:
-            torch.set_num_threads(threads)
-            forward = {name: partial(pair, way, x) for name, way in WAYS.items()}
-            both = {f"{name}, backward": partial(pair_and_backward, way, x, gradient) for name, way in WAYS.items()}
-            results[threads][width] = take_turns(forward | both, SECONDS / 3, rehearse=True)
+        forward = {name: partial(pair, way, x) for name, way in WAYS.items()}
+        both = {f"{name}, backward": partial(pair_and_backward, way, x, gradient) for name, way in WAYS.items()}
+        results[width] = take_turns(forward | both, SECONDS / 3, rehearse=True)
     return results
 
 
-def show(
-    pairs: dict[int, dict[str, Timing]], crossing: dict[int, dict[int, dict[str, Timing]]], console: Console
-) -> None:
-    table = Table(title=f"idct(dct(x)) at {SHAPE} float32: ms, median (middle half)")
-    for column in ("threads", "ours", "length 2d", "times faster"):
-        table.add_column(column, justify="right")
-    for threads, timings in pairs.items():
-        ratio = timings["length 2d"].median / timings["ours"].median
-        table.add_row(str(threads), shown(timings["ours"]), shown(timings["length 2d"]), f"{ratio:.2f}")
-    console.print(table)
+def ratio(timings: dict[str, Timing], slower: str, faster: str) -> float:
+    return timings[slower].median / timings[faster].median
+
+
+def show(pairs: dict[str, Timing], crossing: dict[int, dict[str, Timing]], console: Console) -> None:
+    console.print(f"idct(dct(x)) at {SHAPE} float32, ms: " + ", ".join(f"{n} {shown(t)}" for n, t in pairs.items()))
+    console.print(f"ours is {ratio(pairs, 'length 2d', 'ours'):.2f} times as fast")
     table = Table(title=f"the pair on {TOKENS} tokens: the FFT's time over the matrix product's")
-    for column in ("d", *(f"{what}, threads: {n}" for n in THREADS for what in ("forward", "and backward"))):
+    for column in ("d", "forward", "with backward"):
         table.add_column(column, justify="right")
-    for width in LENGTHS:
-        cells = [crossing[threads][width] for threads in THREADS]
-        ratios = [
-            cell["fft" + end].median / cell["matrix" + end].median for cell in cells for end in ("", ", backward")
-        ]
-        table.add_row(str(width), *(f"{ratio:.2f}" for ratio in ratios))
+    for width, timings in crossing.items():
+        ratios = ratio(timings, "fft", "matrix"), ratio(timings, "fft, backward", "matrix, backward")
+        table.add_row(str(width), *(f"{figure:.2f}" for figure in ratios))
     console.print(table)
     console.print(f"MATRIX_UP_TO is {spectral.MATRIX_UP_TO}")
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     keep_freed_memory()
     with torch.no_grad():
         pairs, crossing = compare_pairs(), find_crossing()
@@ -146,14 +134,11 @@ def main() -> None:
     result = {
         "machine": machine(),
         "shape": SHAPE,
-        "pair_seconds": {n: {name: asdict(t) for name, t in row.items()} for n, row in pairs.items()},
-        "times_faster": {n: row["length 2d"].median / row["ours"].median for n, row in pairs.items()},
+        "pair_seconds": {name: asdict(timing) for name, timing in pairs.items()},
+        "times_faster": ratio(pairs, "length 2d", "ours"),
         "matrix_up_to": spectral.MATRIX_UP_TO,
         "crossing_tokens": TOKENS,
-        "crossing_seconds": {
-            n: {d: {name: asdict(t) for name, t in row.items()} for d, row in rows.items()}
-            for n, rows in crossing.items()
-        },
+        "crossing_seconds": {d: {name: asdict(t) for name, t in row.items()} for d, row in crossing.items()},
     }
     write_text(RESULTS, json.dumps(result, indent=2) + "\n")
 

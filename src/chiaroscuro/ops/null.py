@@ -1,7 +1,7 @@
-"""The null: the spectral entropy of white noise, which every entropy of a model is to be held against.
+"""The null: the spectral entropy of white noise, with which every entropy of a model is to be compared.
 
-An orthonormal transform of independent Gaussians is independent Gaussians, so the null needs no transform: draw the
-coefficients and take the entropy.
+An orthonormal transform of independent Gaussians gives independent Gaussians, so the null needs no transform: draw the
+coefficients and take their entropy.
 """
 
 import math
@@ -33,7 +33,7 @@ def null_entropy_mean(width: int) -> float:
 def null_entropy_quantiles(
     width: int, probabilities: Sequence[float], spectrum: Spectrum = "orthonormal"
 ) -> Float[Tensor, " probabilities"]:
-    """Quantiles of H over white noise, from 8192 draws of a fixed seed: the same numbers at every call.
+    """Quantiles of H over white noise, from 8192 draws with a fixed seed: the same numbers at every call.
 
     Args:
         width: d, the number of coefficients.
@@ -47,7 +47,7 @@ def null_entropy_quantiles(
 
 @lru_cache(maxsize=16)
 def _null_draws(width: int, spectrum: Spectrum) -> Tensor:
-    # Its own generator and the CPU, so that neither a seed, a default device nor inference mode changes the table.
+    # A generator of its own, on the CPU, outside inference mode: neither a seed nor a default device changes the table.
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(_SEED)
         coefficients = torch.randn(_DRAWS, width, generator=generator, device="cpu", dtype=torch.float32)

@@ -1,24 +1,24 @@
-"""The spectral path on a GPU: one kernel reads x once and writes its entropy and its filtered form.
+"""Spectral mixing and entropy on a GPU: one kernel reads x once and writes the filtered vectors and their entropy.
 
-A DCT, an entropy, a filter and a DCT back are some twenty passes over memory when each is a call of its own. Here a
-program takes a tile of 2048 numbers, 8 tokens of width 256 or one of width 2048, and keeps them in registers and
-shared memory from the first step to the last. The forward reads x and writes y and H; the backward reads x and ∂y,
-transforms x again, which is cheaper than to have kept its spectrum, and writes ∂x.
+As separate calls, a DCT, an entropy, a filter and an inverse DCT make some twenty passes over memory. Here a program
+takes a tile of 2048 numbers, 8 tokens of width 256 or one of width 2048, and keeps them in registers and shared memory
+from the first step to the last. The forward reads x and writes y and H; the backward reads x and ∂y, transforms x
+again, which is cheaper than keeping its spectrum, and writes ∂x.
 
-The transform is Makhoul's, as in `spectral.py`, with its Fourier transform of length d = d₁ d₂ in two factors: with
+The transform is Makhoul's, as in `ops/spectral.py`, with its Fourier transform of length d = d₁ d₂ in two factors: with
 n = n₁ d₂ + n₂ and k = k₁ + d₁ k₂,
 
     X_k = Re Σ_{n₂} e^{−iψ(n₂, k₂)} e^{−iφ(k₁, n₂)} Σ_{n₁} e^{−2πi n₁ k₁ / d₁} v_n,
     φ = 2π n₂ k₁ / d + π k₁ / 2d,   ψ = 2π n₂ k₂ / d₂ + π k₂ / 2d₂,
 
-two small real matrix products with cosines and sines on either side of a turn. The inverse is the transpose, the same
-steps backwards. Ordered so that the first product is from the left and the second from the right, neither needs its
-operand transposed. d₁ and d₂ are at most 64; below 16, the least that a matrix unit takes, they are filled up with
-zeros, so narrow tokens do more than they must.
+two small real matrix products with cosines and sines, and a rotation between them. The inverse is the transpose, the
+same steps backwards. The first product is from the left and the second from the right, so neither needs its operand
+transposed. d₁ and d₂ are at most 64. Below 16, the smallest size that a matrix unit takes, they are padded with zeros,
+so narrow tokens cost more than they need to.
 
-What it costs, per token of b-byte numbers: a transform has 4 d (d₁ + d₂) FLOPs, 2^18 at d = 1024 and 2^21 at d = 4096,
-where a matrix product has 2 d². The forward does two for 2 b d bytes, the backward three for 3 b d. The products are of
-float32 numbers that go through the matrix units in three parts of 10 bits ("tf32x3"), so they keep float32's precision.
+The cost per token of b-byte numbers: a transform takes 4 d (d₁ + d₂) FLOPs, 2^18 at d = 1024 and 2^21 at d = 4096; a
+matrix product would take 2 d². The forward does two transforms per 2 b d bytes, the backward three per 3 b d. The
+float32 numbers go through the matrix units in three parts of 10 bits ("tf32x3"), which keeps float32's precision.
 """
 
 import math
@@ -36,23 +36,23 @@ from chiaroscuro.ops.spectral import EPSILON, Spectrum, check_filter, check_spec
 _EPSILON = tl.constexpr(EPSILON)
 
 TILE = 2048
-"""Numbers a program holds at a time, unless one token is wider: with twice as many a thread's registers overflow."""
+"""Numbers per program, unless one token is wider. With twice as many, a thread's registers overflow."""
 
 PROGRAMS = 512
-"""At most so many programs share the backward, a few to a processor. Each sums its own ∂w over its tiles."""
+"""Most programs in a backward, a few per processor. Each sums its own ∂w over its tiles."""
 
 LAUNCH = {"num_warps": 4, "num_stages": 1}
-"""Loads are not run ahead of the loop: at d = 4096 that takes more shared memory than a processor has."""
+"""One stage: loading ahead of the loop would take more shared memory at d = 4096 than a processor has."""
 
 
 def spectral_mix_with_entropy(
     x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"], spectrum: Spectrum = "orthonormal"
 ) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch"]]:
-    """`chiaroscuro.ops.spectral.spectral_mix_with_entropy`, by the kernels of this file.
+    """`chiaroscuro.ops.spectral.spectral_mix_with_entropy`, computed by the kernels of this file.
 
     Args:
         x: token vectors in float32, bfloat16 or float16, at least one; the width a power of two from 16 to 4096.
-        weight: the filter w, one gain a frequency.
+        weight: the filter w, one gain per frequency.
         spectrum: as in `spectral_entropy`.
 
     Returns:
@@ -68,7 +68,7 @@ def spectral_mix_with_entropy(
     return mixed.view(x.shape), entropy.view(x.shape[:-1])
 
 
-# Operators of their own, which torch.compile calls and doesn't look into: it needs nothing of them but their shapes.
+# Custom operators: torch.compile calls them without tracing into them, and only needs the shapes of their results.
 @torch.library.custom_op("chiaroscuro::spectral_mix_with_entropy", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, spectrum: str) -> tuple[Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
@@ -118,7 +118,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _sizes(width: int) -> dict[str, int]:
-    """d, d₁ and d₂; P and Q, these with their zeros; R, the tokens of a tile."""
+    """d, d₁ and d₂; P and Q, d₁ and d₂ padded; R, the tokens of a tile."""
     d1 = 2 ** math.ceil(math.log2(width) / 2)
     p, q = max(d1, 16), max(width // d1, 16)
     return {"D": width, "D1": d1, "D2": width // d1, "P": p, "Q": q, "R": max(1, TILE // (p * q))}
@@ -126,9 +126,9 @@ def _sizes(width: int) -> dict[str, int]:
 
 @lru_cache(maxsize=64)
 def _tables(width: int, device: torch.device) -> Tensor:
-    """Cosines and sines of 2π n₁k₁/d₁ (P × P), of φ (P × Q) and of ψ (Q × Q), one after another.
+    """Cosines and sines of 2π n₁k₁/d₁ (P × P), of φ (P × Q) and of ψ (Q × Q), concatenated.
 
-    ψ's are scaled by √(2/d); what the zeroth frequency needs besides is `_scale`'s.
+    Those of ψ are scaled by √(2/d); `_scale` adds the factor of the zeroth frequency.
     """
     sizes = _sizes(width)
     d1, d2, p, q = (sizes[name] for name in ("D1", "D2", "P", "Q"))
@@ -146,7 +146,7 @@ def _tables(width: int, device: torch.device) -> Tensor:
 
 
 # The kernels. A tile of R tokens is v_n as P × (R·Q), n₁ down, token and n₂ across; its spectrum is P × R × Q, k₁ by
-# token by k₂. `no_type_check`: what they take are no Python objects.
+# token by k₂. `no_type_check`: their arguments are not Python objects.
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def _places(
     Q: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Where a tile's v_n lie in memory: v = (x_0, x_2, …, x_3, x_1)."""
+    """The memory offsets of a tile's v_n, and a mask: v = (x_0, x_2, …, x_3, x_1)."""
     n1, column = tl.arange(0, P)[:, None], tl.arange(0, R * Q)[None, :]
     row, n2 = tile * R + column // Q, column % Q
     n = n1 * D2 + n2
@@ -281,7 +281,7 @@ def _places(
 @triton.jit
 @no_type_check
 def _frequencies(D1: tl.constexpr, D2: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-    """Which k stands where, and where one does."""
+    """The frequency k at each place of a tile, and a mask of the places that have one."""
     k1, k2 = tl.arange(0, P)[:, None, None], tl.arange(0, Q)[None, None, :]
     return k1 + D1 * k2, (k1 < D1) & (k2 < D2)
 
@@ -296,14 +296,14 @@ def _scale(k):
 @triton.jit
 @no_type_check
 def _counts(k, REFERENCE: tl.constexpr):
-    """How often a frequency's power counts: in the reference spectrum the zeroth's does twice."""
+    """The weight of a frequency's power: in the reference spectrum the zeroth counts twice."""
     return tl.where((k == 0) & REFERENCE, 2.0, 1.0)
 
 
 @triton.jit
 @no_type_check
 def _shares(spectrum, k, REFERENCE: tl.constexpr):
-    """Each frequency's share p of its token's power, and that power with ε."""
+    """Each frequency's share p of its token's power, and that power plus ε."""
     power = spectrum * spectrum * _counts(k, REFERENCE)
     total = tl.sum(tl.sum(power, 2), 0)[None, :, None] + _EPSILON
     return power / total, total
