@@ -130,7 +130,7 @@ def test_results_of_another_plan_are_neither_mixed_in_nor_lost(measured: tuple[d
     assert results.read_bytes() == before
     broken = measured[1] / "broken.json"
     broken.write_text('{"plan": ')
-    with pytest.raises(UserError, match="no results file"):
+    with pytest.raises(UserError, match="not a results file"):
         run_benchmark(PLAN, broken, measured[1] / "other.md", Console(quiet=True))
 
 

@@ -181,7 +181,7 @@ def test_lists_and_what_no_folder_may_be_called_have_names_in_the_grid(write: Ca
         ({"seeds": []}, "seeds=[]"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: each once"),
         ({"seeds": [0.5]}, "valid integer"),
-        ({"baseline": "plane"}, "baseline='plane' is no variant; there are plain, other"),
+        ({"baseline": "plane"}, "baseline='plane' is not a variant; the variants are plain, other"),
         ({"variants": {}}, "nothing to run"),
         ({"grid": {"trainer.clip": []}}, "at least 1 item"),
         ({"variants": {"plain": {}, "x": {"data.source": "./nowhere"}}}, "variant 'x': no such folder: './nowhere'"),

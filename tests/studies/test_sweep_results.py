@@ -209,7 +209,7 @@ def test_a_llama_is_counted_too_and_routes_nothing(tmp_path: Path) -> None:
 
 def test_a_run_without_a_finite_result_is_none(tmp_path: Path) -> None:
     config = ChiarConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(UserError, match="perplexity is no finite number"):
+    with pytest.raises(UserError, match="perplexity is not finite"):
         collect_figures(run_of(tmp_path, config, "ChiarForCausalLM", perplexity=None))
 
 

@@ -16,15 +16,15 @@ from chiaroscuro.model.evaluation_mode import evaluation_mode
 
 @dataclass(frozen=True)
 class ClassificationEvaluation:
-    """How well a model tells the labels of a split.
+    """How well a model classifies the rows of a split.
 
     Attributes:
         loss: mean negative log-likelihood of the right label, in nats.
         accuracy: the share of rows whose likeliest label is the right one.
-        interval: Wilson's 95% interval of that share. It knows of the chance in which rows there are, and not of that
-            in the training: for that, train with several seeds.
+        interval: Wilson's 95% interval of that share. It covers the chance of which rows were drawn, not that of the
+            training: for that, train with several seeds.
         rows: how many rows there were.
-        routings: `outputs.routing` and `outputs.meta_gate` of every batch, where they were asked for.
+        routings: `outputs.routing` and `outputs.meta_gate` of every batch, if they were asked for.
 
     """
 
@@ -84,12 +84,12 @@ def evaluate_rows(
         rows: the texts and their labels; a dataset with a length.
         collate: turns a list of rows into a batch of tensors, with `labels` (B,) among them.
         batch_size: rows at once.
-        output_routing: keep what was routed where (a CHIAR-Former alone can say).
+        output_routing: keep the routing of every batch; only a CHIAR-Former has one.
         progress: called with the number of rows after every batch.
-        inputs: what else the forward is given, as the name of the task where a model has several.
+        inputs: further arguments of the forward, such as the name of the task if the model has several.
 
     Raises:
-        UserError: the loss is no finite number.
+        UserError: the loss is not finite.
 
     """
     loss, correct, count, routings = _measured(
@@ -119,7 +119,7 @@ def evaluate_targets(
         progress: see there.
 
     Raises:
-        UserError: the loss is no finite number.
+        UserError: the loss is not finite.
 
     """
     loss, correct, count, routings = _measured(
@@ -163,7 +163,7 @@ def _measured(
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The shares p for which |correct / n − p| ≤ z √(p (1 − p) / n), n the total, z the normal quantile of the level.
 
-    It keeps within 0 and 1, and has a width even where all or none are correct. Source: Wilson 1927.
+    It stays between 0 and 1, and has a width even if all or none are correct. Source: Wilson 1927.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, spread = correct / total, z * z / total

@@ -1,8 +1,8 @@
-"""Which operators are left of a menu when training is over.
+"""Which operators of a menu are still in use when training is over.
 
-The paper trains three operators, finds that one of them gets next to no tokens, and builds its model from the other
-two. Whether that happened in a run is told by the records that it left: the share of the tokens that each operator got,
-look by look. Thresholds that follow the data pin these shares, so only soft, hard or fixed thresholds can collapse.
+The paper trains three operators, finds that one of them gets almost no tokens, and builds its model from the other two.
+The records of a run tell whether that happened: each has the share of the tokens that every operator got. Thresholds
+that follow the data fix these shares, so only soft or hard routing or fixed thresholds can collapse.
 """
 
 import math
@@ -25,11 +25,11 @@ class LayerCollapse:
     Attributes:
         layer: Its number, from 1.
         operators: Its menu, in order of cost.
-        share: At every look, of each operator.
-        utilisation: U = −Σ_k ḡ_k log ḡ_k / log K at every look, ḡ the shares of K operators: 1 where all get the same,
-            0 where one gets all.
-        final_share: Mean share over the last tenth of the looks.
-        surviving: The menu's operators whose final share is not below the floor.
+        share: Of each operator, in every record.
+        utilisation: U = −Σ_k ḡ_k log ḡ_k / log K in every record, ḡ the shares of K operators: 1 if all get the same
+            share, 0 if one gets all tokens.
+        final_share: Mean share over the last tenth of the records.
+        surviving: The operators whose final share is not below the floor.
     """
 
     layer: int
@@ -42,15 +42,15 @@ class LayerCollapse:
 
 @dataclass(frozen=True)
 class CollapseTrace:
-    """A run over training.
+    """The routing of a run over its training.
 
     Attributes:
-        steps: Of every look.
-        layers: Those with a choice.
-        operators: All that are on one of their menus.
-        share: At every look, of each of these over all tokens of all routed layers.
-        final_share: Mean over the last tenth of the looks.
-        collapsed: Those that survive on no menu.
+        steps: The step of every record.
+        layers: The layers that have a choice.
+        operators: All operators on their menus.
+        share: Of each of these in every record, over all tokens of all routed layers.
+        final_share: Mean over the last tenth of the records.
+        collapsed: The operators that survive on no menu.
         floor: The share below which an operator counts as collapsed.
     """
 
@@ -63,7 +63,7 @@ class CollapseTrace:
     floor: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as plain data, ready for JSON."""
+        """The trace as plain data, ready for JSON."""
         return asdict(self)
 
 
@@ -71,13 +71,13 @@ def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) ->
     """Follow the operators' shares over a run.
 
     Args:
-        records: The run's, oldest first; those of training that say how it routed count.
-        floor: The least share of an operator that survives.
+        records: Of the run, oldest first. Those of training steps that have routing are used.
+        floor: An operator with a smaller final share has collapsed.
 
     Raises:
         UserError: if no layer of the run had a choice, or a record is damaged.
 
-    Source: arXiv 2606.08327, "operator collapse"; U is what its regulariser rewards.
+    Source: arXiv 2606.08327, "operator collapse"; its regulariser rewards a large U.
     """
     looks = [record for record in records if record["kind"] == "train" and record.get("layers")]
     for look in looks:
@@ -125,7 +125,7 @@ def _refuse_damaged(look: Mapping[str, Any], first: Mapping[str, Any]) -> None:
 
 
 def utilisation(share: Sequence[float]) -> float:
-    """−Σ_k ḡ_k log ḡ_k / log K, of two shares or more; 0 log 0 = 0."""
+    """−Σ_k ḡ_k log ḡ_k / log K for two or more shares, with 0 log 0 = 0."""
     return sum(-part * math.log(part) for part in share if part > 0) / math.log(len(share))
 
 

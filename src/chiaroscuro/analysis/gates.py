@@ -1,7 +1,7 @@
-"""Where the MetaRouter's gate goes over training, task by task.
+"""How the MetaRouter's gate moves over training, task by task.
 
-The paper's settles near 0.22 in mixed training, and is to tell text from symbols. A run that learned several tasks has
-g of each in its records; one that learned a single task has that one.
+The paper's gate settles near 0.22 in mixed training, where it is meant to distinguish text from symbols. The records of
+a run have g of every task that it learned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class TaskGate:
-    """One task.
+    """The gate of one task.
 
     Attributes:
-        steps: Of every look at it.
-        gate: Mean g of the batches since the look before.
-        final: Mean over the last tenth of the looks.
+        steps: The step of every record that has it.
+        gate: Mean g of the batches since the record before.
+        final: Mean over the last tenth of these records.
     """
 
     steps: list[int]
@@ -34,7 +34,7 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
     """Follow g over a run, by task: the text first, under the name `text`, then those of the mixture.
 
     Args:
-        records: The run's, oldest first; those of training count.
+        records: Of the run, oldest first; those of training steps are used.
 
     Raises:
         UserError: if the model has no MetaRouter, or a record is damaged.
@@ -67,5 +67,5 @@ def _task_gate(looks: Sequence[tuple[int, float]]) -> TaskGate:
 
 
 def gates_as_dict(gates: Mapping[str, TaskGate]) -> dict[str, Any]:
-    """Give them as plain data, ready for JSON."""
+    """The gates as plain data, ready for JSON."""
     return {task: asdict(gate) for task, gate in gates.items()}

@@ -49,10 +49,10 @@ class Evaluation:
     Attributes:
         loss: mean negative log-likelihood per predicted token, in nats.
         perplexity: exp(loss).
-        bits_per_byte: bits per UTF-8 byte of the text, loss / ln 2 · (tokens of the split / bytes of the split): what
-            compares models with different tokenizers.
+        bits_per_byte: bits per UTF-8 byte of the text, loss / ln 2 · (tokens of the split / bytes of the split). It is
+            comparable between models with different tokenizers.
         tokens: how many tokens were predicted.
-        routings: `outputs.routing` and `outputs.meta_gate` of every batch, where they were asked for.
+        routings: `outputs.routing` and `outputs.meta_gate` of every batch, if they were asked for.
 
     """
 
@@ -87,11 +87,11 @@ def evaluate_blocks(
         model: any causal language model; put into evaluation mode and back.
         blocks: the text, cut into blocks.
         batch_size: blocks at once.
-        output_routing: keep what was routed where (a CHIAR-Former alone can say).
+        output_routing: keep the routing of every batch; only a CHIAR-Former has one.
         progress: called with the number of blocks after every batch.
 
     Raises:
-        UserError: the loss is no finite number.
+        UserError: the loss is not finite.
 
     """
     total, count, routings = 0.0, 0, []

@@ -1,4 +1,4 @@
-"""How much the rbf operator mixes, and how much of that is the future: the weights that tokens give each other."""
+"""How much the rbf operator mixes tokens, by the weights that tokens give each other, and how much of it is leakage."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -17,18 +17,19 @@ from chiaroscuro.ops import causal_mask, fourier_features, rbf_weights
 def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[int, dict[str, float]]:
     """The diagonal of A = softmax(φ φᵀ) in every layer that has rbf on its menu, at the layer's own input.
 
-    1 is the identity, which mixes nothing; a token that weighs all n tokens that it sees alike gives itself 1/n. Where
-    no operator before rbf has mixed tokens, copies of one word are one vector and share the weight, which mixes nothing
-    either. Without padding, and over all tokens, whichever of them the router gave to rbf.
+    1 is the identity, which mixes nothing; a token that gives all n tokens in its view the same weight gives itself
+    1/n. If no operator before rbf has mixed tokens, all copies of a word have the same vector and share the weight,
+    which mixes nothing either. The batches have no padding, and all tokens count, whether or not the router sends them
+    to rbf.
 
     Args:
         model: a CHIAR-Former with rbf on a menu.
         batches: `input_ids` (B, T).
 
     Returns:
-        By layer number: `mean` over the tokens, `uniform` (what it would be were all weighed alike) and `smallest`;
-        `copies`, the weight on a token and all its copies together; and `later`, that on all later tokens which are no
-        copies; means over the tokens.
+        By layer number: `mean` over the tokens, `uniform` (the mean if all weights were equal) and `smallest`;
+        `copies`, the weight of a token and all its copies together; and `later`, the weight of all later tokens that
+        are not copies. The last two are means over the tokens.
 
     Raises:
         UserError: no layer has rbf, or there is no batch.

@@ -1,7 +1,7 @@
-"""Where a model spends attention on one text: per layer and token, the operator and the entropy behind it.
+"""Where a model spends attention on one text: the operator and the entropy of every token in every layer.
 
-A `RoutingTrace` is plain numbers and strings, so that whatever draws it (`chiaroscuro.report`) needs no
-model, and a test can write one by hand.
+A `RoutingTrace` holds plain numbers and strings, so it can be drawn (`chiaroscuro.report`) without a model, and a test
+can write one by hand.
 """
 
 import math
@@ -36,12 +36,12 @@ class LayerTrace:
 
     @property
     def routed(self) -> bool:
-        """Whether the layer has a choice: a menu of one operator is no routing."""
+        """Whether the layer has a choice: more than one operator on its menu."""
         return len(self.operators) > 1
 
     @property
     def finite_thresholds(self) -> tuple[float, ...]:
-        """The thresholds that can be drawn: one at infinity sends every token the same way."""
+        """The thresholds that can be drawn, without those at infinity."""
         return tuple(filter(math.isfinite, self.thresholds))
 
     @property
@@ -77,7 +77,7 @@ class RoutingTrace:
 
     @property
     def depth(self) -> tuple[int, ...]:
-        """(T,) in how many routed layers each token got the menu's costliest operator, mostly attention."""
+        """(T,) in how many routed layers each token got the costliest operator of the menu, usually attention."""
         routed = [self.layers[index] for index in self.routed_layers]
         return tuple(
             sum(layer.operator_index[token] == len(layer.operators) - 1 for layer in routed)
@@ -85,9 +85,9 @@ class RoutingTrace:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the trace as JSON types, to 6 decimals: float32 holds no more of an entropy near 0.87.
+        """The trace as JSON types, to 6 decimals, which is all that float32 holds of an entropy near 0.87.
 
-        A threshold at infinity (a share of 0 or 1) is null: JSON has no infinity.
+        A threshold at infinity (a share of 0 or 1) is null, since JSON has no infinity.
         """
         return {
             "tokens": list(self.tokens),
@@ -109,9 +109,9 @@ class RoutingTrace:
 
 
 def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> RoutingTrace:
-    """Run the model once over the text and note what every layer did with every token.
+    """Run the model once over a text and record what every layer did with every token.
 
-    No special token is added: the trace is of the text alone. The model is left in the mode it came in.
+    No special tokens are added. The model's training or evaluation mode is restored.
 
     Args:
         model: a CHIAR-Former with or without a head.
@@ -141,7 +141,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             "use the tokenizer the model was trained with"
         )
 
-    with evaluation_mode(model), torch.no_grad():  # the trunk, as no head says anything of the routing
+    with evaluation_mode(model), torch.no_grad():  # the trunk alone: the heads have no part in the routing
         output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
 
     layers = tuple(
@@ -168,7 +168,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
 
 
 def refuse_broken_text(text: str) -> None:
-    """Refuse what no tokenizer takes: halves of surrogate pairs, as Python makes them of bytes that are no UTF-8.
+    """Refuse text that no tokenizer takes: lone surrogates, which Python makes of bytes that are not UTF-8.
 
     Raises:
         UserError: naming the first such character.
@@ -181,7 +181,7 @@ def refuse_broken_text(text: str) -> None:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], tuple[str, ...]]:
-    """Give the ids and the piece of text that each token stands for: every character in exactly one piece."""
+    """The ids, and the piece of text that each token stands for; every character is in exactly one piece."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = encoded["input_ids"]
@@ -191,8 +191,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
         whole = text
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # Bytes that are no character yet decode to a trailing U+FFFD: they wait for the token that completes
-        # it.
+        # The bytes of an unfinished character decode to a trailing U+FFFD; the token that completes it gets the
+        # character.
         prefixes = [str(tokenizer.decode(ids[:count])) for count in range(1, len(ids) + 1)]
         ends = [len(prefix.rstrip("\ufffd")) for prefix in prefixes]
         whole = prefixes[-1] if prefixes else ""

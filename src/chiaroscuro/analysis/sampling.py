@@ -24,7 +24,7 @@ class Continuation:
         text: without the prompt.
         tokens: how many tokens that is.
         seconds: the time it took.
-        full: whether it stopped because the model reads no more, before it had written as many as asked.
+        full: whether it stopped at the model's longest sequence, before it had written as many tokens as asked.
 
     """
 
@@ -53,16 +53,16 @@ def continue_text(
     top_k: int = 50,
     seed: int = 0,
 ) -> Continuation:
-    """Continue a prompt, by draws of a seed or greedily at temperature 0.
+    """Continue a prompt by sampling, or greedily at temperature 0.
 
     Args:
         model: any causal language model; its cache is used where it has one.
         tokenizer: the model's.
         prompt: the text to continue.
-        max_new_tokens: how many tokens at most; fewer where the text ends or the model's longest sequence is reached.
+        max_new_tokens: at most this many tokens; fewer if the text ends or the model's longest sequence is reached.
         temperature: divides the logits, `COLDEST` or more; 0 takes the likeliest token.
-        top_k: draw from so many likeliest tokens; 0 for all.
-        seed: of the draws.
+        top_k: sample from this many likeliest tokens; 0 for all.
+        seed: seed of the sampling.
 
     Raises:
         UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence; the
@@ -80,7 +80,7 @@ def continue_text(
     if not (temperature == 0 or COLDEST <= temperature < math.inf):
         raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
     sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    generating: Any = model  # PreTrainedModel has no generate of its own to name, only those that mix it in
+    generating: Any = model  # for mypy: PreTrainedModel itself has no generate
     start = time.perf_counter()
     with torch.inference_mode():
         answer = generating.generate(

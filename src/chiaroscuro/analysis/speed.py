@@ -1,8 +1,8 @@
-"""How long models take at the same work, and how much memory: timed in turn, in one process.
+"""How much time and memory models take for the same work, measured in turn in one process.
 
-An absolute time says little on a machine that does other things too, and a fair comparison of two runs one after the
-other not much more. So candidates take turns at the same work, round after round, and what is reported are medians
-with their middle half, and ratios of medians.
+On a machine that does other work too, an absolute time says little, and so do two measurements one after the other. So
+the candidates take turns at the same work, round after round. Reported are medians, their middle half (the quartiles),
+and ratios of medians.
 """
 
 import os
@@ -34,7 +34,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one candidate: the median over its turns, and the middle half."""
+    """Seconds of one candidate: the median over its turns, and the quartiles."""
 
     median: float
     lower: float
@@ -45,14 +45,14 @@ class Timing:
 def take_turns(
     candidates: Mapping[str, Work], seconds: float, turns: int = 3, rehearse: bool = False
 ) -> dict[str, Timing]:
-    """Time each candidate again and again, one after the other, until the time is up.
+    """Time the candidates in turn, again and again, until the time is up.
 
     Args:
-        candidates: what to run, by name. Each runs once before any clock does.
-        seconds: how long to go on.
-        turns: how many each has at least, whatever the time; 2 or more.
-        rehearse: run a candidate before each of its turns too: for work of milliseconds, which would pay for the
-            caches as the candidate before it left them.
+        candidates: what to run, by name. Each runs once before the timing starts.
+        seconds: how long to continue.
+        turns: the least number of turns of each, whatever the time; 2 or more.
+        rehearse: also run a candidate before each of its turns. For work of milliseconds, which would otherwise start
+            with the caches as the candidate before left them.
 
     """
     for run in candidates.values():
@@ -76,7 +76,7 @@ def take_turns(
 
 
 def forward_pass(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
-    """A prefill: all layers and a cache of the sequences, logits of their last tokens alone."""
+    """A prefill: all layers fill a cache; logits are made for the last token only."""
     model.eval()
 
     @torch.no_grad()
@@ -101,10 +101,10 @@ def training_step(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Wor
 
 @torch.no_grad()
 def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
-    """`DECODED` tokens one after another on a cache of `ids`, which is cropped again.
+    """Decode `DECODED` tokens one after another on a cache of `ids`, then crop the cache to what it was.
 
-    A CHIAR-Former, and so the baseline, has its own cache, which does not copy itself at every token; another model
-    has transformers' `DynamicCache`, which does. The tokens are given, not sampled: every candidate reads the same.
+    A CHIAR-Former, and so the baseline, has a cache of its own, which is not copied at every token; another model has
+    transformers' `DynamicCache`, which is. The tokens are given, not sampled, so every candidate reads the same.
     """
     model.eval()
     cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)
@@ -121,10 +121,10 @@ def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
 
 
 def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Work]:
-    """A routed pre-norm block on x as a whole, and of it what routing by entropy and the spectral operator cost.
+    """A routed pre-norm block on x, and the part of it that routing by entropy and the spectral operator cost.
 
-    That is the transform and the entropy of every token, the choice, and the filter and the way back for the tokens
-    that take it; with their gradients, in training. Without gradients these three stand alone too.
+    This part is the transform and the entropy of every token, the choice, and the filter and inverse transform of the
+    tokens that take it; in training with their gradients. Without gradients the three steps are timed separately, too.
     """
     block.train(training)
     inputs = x.detach().requires_grad_(training)
@@ -185,7 +185,7 @@ KINDS = {
 
 
 def profile_by_kind(work: Work) -> dict[str, float]:
-    """Seconds of one run by kind of operation, on a CPU, without what an operation spends in those that it calls."""
+    """Seconds of one run by kind of operation on a CPU, each operation without those that it calls."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes two lines to standard error at each use
     work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -198,16 +198,15 @@ def profile_by_kind(work: Work) -> dict[str, float]:
 
 
 def peak_memory(make: Callable[[], Work]) -> int:
-    """Bytes at the highest, above what the process held before: of making some work, and of running it once.
+    """Peak memory in bytes of preparing some work and running it once, above what the process held before.
 
-    To be called once in a process that has done nothing else yet: memory that was used and given back before would
-    be used again, and not seen.
+    Call it once in a fresh process: memory that was used and freed before would be used again, and not be counted.
 
     Args:
         make: builds the model and gives the work.
 
     Raises:
-        UserError: no GPU, and no /proc either, which is where Linux says it.
+        UserError: there is no GPU, and no /proc, from which Linux's figures are read.
 
     """
     if torch.cuda.is_available():
@@ -218,7 +217,7 @@ def peak_memory(make: Callable[[], Work]) -> int:
         return torch.cuda.max_memory_allocated() - before
     before = _status("VmRSS")
     run = make()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far: calibration is not the step's
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak: calibration is no part of the step
     run()
     return _status("VmHWM") - before
 
@@ -234,13 +233,13 @@ def _status(field: str) -> int:
 
 
 def _finish() -> None:
-    """A GPU answers before it is done."""
+    """Wait for the GPU, which runs asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """The machine that the measurements are made on."""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
     )

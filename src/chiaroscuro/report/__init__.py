@@ -1,3 +1,3 @@
-"""What one looks at: the routing of a text in the terminal, as a page, as a figure."""
+"""Tables, pictures and pages: they show what was measured, and compute nothing."""
 
 import chiaroscuro.lab  # noqa: F401

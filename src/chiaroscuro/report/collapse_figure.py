@@ -1,6 +1,6 @@
-"""Shares over training, as a plot: a panel a routed layer, an area an operator, and the utilisation as a line.
+"""Shares over training as a plot: a panel per routed layer, an area per operator, and the utilisation as a line.
 
-Areas, because shares make up a whole: an operator that collapses is a band that thins out and is gone.
+Areas, because shares add up to 1: an operator that collapses is a band that thins out and disappears.
 """
 
 import io

@@ -1,11 +1,11 @@
-"""The count of operations in the terminal: what, under which protocol, and how much of it routing can save at all."""
+"""The operation counts in the terminal: by operator, by protocol, and how much routing can save at all."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-# Of so many operations, and how they are called.
+# Units of operations, and their names.
 _UNITS = {1e9: "GFLOP", 1e12: "TFLOP", 1e15: "PFLOP", 1e18: "EFLOP", 1e21: "ZFLOP"}
 
 
@@ -40,17 +40,16 @@ def print_flops(figures: dict[str, Any], console: Console) -> None:
 
 
 def explain(figures: dict[str, Any]) -> str:
-    """What can be saved here, beside what the paper claims of this size, and from where on its 35% can be had."""
+    """What can be saved here, what the paper claims for this size, and from which length on its 35% is reached."""
     part, target = figures["attention_part"], figures["target"]
     length, share = figures["length"], figures["share"]
     saved = figures["protocols"]["exact"]["training"]["saving"]
     claim = f"The paper claims to save {figures['claimed']} of all operations (v2). " if figures["claimed"] else ""
     lines = [
-        f"{claim}At T = {length:,} all of attention, projections and scores, is "
-        f"{part['of_a_layer']:.1%} of a full-attention layer and {part['of_the_model']:.1%} of the model with its "
-        f"head: without any attention no more than that is saved, and at ρ = {share:g} it is {saved:.1%}. (The paper's "
-        "formula counts multiply-adds of attention alone, over all pairs of tokens, and takes no keys and values from "
-        "tokens that are not routed.)"
+        f"{claim}At T = {length:,} attention, projections and scores together, is {part['of_a_layer']:.1%} of a "
+        f"full-attention layer and {part['of_the_model']:.1%} of the model with its head. No routing can save more "
+        f"than that; at ρ = {share:g} it saves {saved:.1%}. (The paper's formula counts only the multiply-adds of "
+        "attention, over all pairs of tokens, and no keys and values of tokens that are not routed.)"
     ]
     shortest, largest = figures["shortest_length"], figures["largest_share"]
     where = f"{target:.0%} of a training step"

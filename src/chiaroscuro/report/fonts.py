@@ -1,7 +1,7 @@
-"""Fonts for text from outside: whatever script it is in, it is drawn by an installed font, or spelled out.
+"""Fonts for text in any script: an installed font draws it, or its characters are spelled out.
 
-Matplotlib brings DejaVu Sans, which has no Chinese, Japanese, Korean or many other characters. Where an installed font
-has them it is used for these characters; a character that no font has is written as its number, `U+4E00`.
+Matplotlib brings DejaVu Sans, which has no Chinese, Japanese, Korean or many other characters. If an installed font has
+them, it is used for these characters; a character that no font has is written as its code point, `U+4E00`.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from functools import cache
 from matplotlib.font_manager import findfont, fontManager, get_font
 
 USUAL = "DejaVu Sans"
-# These have a glyph for a character and yet don't show it: boxes, private meanings, bitmaps that Agg can't draw.
+# These fonts claim characters that they don't draw: boxes, private meanings, bitmaps that Agg can't draw.
 _UNFIT = ("Last Resort", "STIXNonUnicode", "STIXSize", "cm", "Noto Color Emoji", "Apple Color Emoji")
 
 
@@ -20,7 +20,7 @@ class Fonts:
     """The fonts of a picture.
 
     Attributes:
-        families: for matplotlib's `fontfamily`, in the order in which they are asked for a character.
+        families: for matplotlib's `fontfamily`, in order of preference.
         missing: the characters that none of them has.
     """
 
@@ -28,17 +28,17 @@ class Fonts:
     missing: frozenset[str]
 
     def drawable(self, text: str) -> str:
-        """The text with a number in the place of every character that no font has."""
+        """The text, with the code point in place of every character that no font has."""
         return "".join(f"U+{ord(char):04X}" if char in self.missing else char for char in text)
 
     @property
     def note(self) -> str:
-        """What a picture says of the characters that are missing; empty if none is."""
+        """What a picture says about missing characters; empty if there are none."""
         return "U+…: a character that no installed font has" if self.missing else ""
 
 
 def fonts_for(texts: Iterable[str]) -> Fonts:
-    """Choose the fonts that some texts need: DejaVu Sans, and as few others as have the rest of the characters."""
+    """Choose the fonts that some texts need: DejaVu Sans, and as few others as possible for the rest."""
     needed = {char for text in texts for char in text if ord(char) not in _characters(findfont(USUAL))}
     families = [USUAL]
     while needed:

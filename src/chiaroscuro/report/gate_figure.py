@@ -1,4 +1,4 @@
-"""The MetaRouter's gate over training, a line a task."""
+"""The MetaRouter's gate over training, one line per task."""
 
 import io
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from chiaroscuro.analysis.gates import TaskGate
 PUBLISHED = 0.22
 """Where the paper's g settles."""
 _INK = "#241d14"
-# Ultramarine, madder, ochre, malachite, umber; a dash of its own for each, since colours alone are lost on some.
+# Ultramarine, madder, ochre, malachite, umber; each with its own dashes, for readers who don't distinguish the colours.
 _LINES = (("#1f3a93", "-"), ("#a32a20", "--"), ("#b07a12", "-."), ("#2f6b4f", ":"), ("#6b4a2b", (0, (5, 1))))
 
 

@@ -1,4 +1,4 @@
-"""The style sheet and the script of the routing page (`routing_html`), as they go into it."""
+"""The style sheet and the script of the routing page (see `routing_html`)."""
 
 STYLE = """
 :root{--ink:#241d14;--quiet:#6a5f50;--hair:#d9cdb8;--raised:#fffdf8;--wash:#ffc24a;--null:#3f5f8a;

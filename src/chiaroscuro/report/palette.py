@@ -1,9 +1,9 @@
-"""One look for every picture of a routing: which colour, which sign for which operator.
+"""The colours and signs of the operators, the same in every picture.
 
 Chiaroscuro is painting by light and dark: the cheap operator stays in the shadow, attention is where the
 light falls. The pigments are an old master's: bone black, lead-tin yellow, verdigris, vermilion, lapis
-lazuli, madder. Each operator has a sign besides its colour, since colours alone say nothing to some readers
-and nothing in a pipe.
+lazuli, madder. Each operator has a sign besides its colour, for readers who don't distinguish the colours, and for
+pipes.
 """
 
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ def operator_styles(trace: RoutingTrace) -> dict[str, OperatorStyle]:
 def styles_of(operators: Iterable[str]) -> dict[str, OperatorStyle]:
     """Choose a style for every operator named: dct first, attention last, the others as they appear.
 
-    The first four others differ in everything; beyond them colours repeat, and only names and letters tell.
+    Of the others the first four differ in colour and sign. Beyond four, colours repeat; names and letters still differ.
     """
     names = dict.fromkeys(operators)
     others = [name for name in names if name not in ("dct", "attention")]

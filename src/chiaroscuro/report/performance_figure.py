@@ -1,7 +1,7 @@
-"""Time over the length of the sequence, as a plot: a panel a task, a line a model, both axes logarithmic.
+"""Time over sequence length as a plot: a panel per task, a line per model, both axes logarithmic.
 
-Full attention bends upwards where the scores begin to cost more than the matrices; what one looks for is how far below
-it the routed models stay, and where they leave it.
+Full attention bends upwards where the scores begin to cost more than the matrix products. The plot shows how far below
+it the routed models stay, and from which length on.
 """
 
 import io
@@ -30,7 +30,7 @@ def draw_performance(cells: Sequence[dict[str, Any]]) -> bytes:
         cells: of a results file of the benchmark.
 
     Returns:
-        A PNG; of the tasks that were measured, the timed ones.
+        A PNG of the timed tasks among those that were measured.
 
     """
     tasks = [task for task in PANELS if any(cell["task"] == task for cell in cells)]

@@ -1,4 +1,4 @@
-"""The benchmark's figures as a page to read."""
+"""The benchmark's figures as a Markdown page."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -98,7 +98,7 @@ def _timing(cell: dict[str, Any]) -> str:
 
 
 def _by_length(cells: list[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
-    """One row a candidate, one column a length."""
+    """A table with a row per candidate and a column per length."""
     lengths = sorted({cell["length"] for cell in cells})
     names = list(dict.fromkeys(cell["candidate"] for cell in cells))
     shown = {(cell["candidate"], cell["length"]): show(cell) for cell in cells}

@@ -16,11 +16,11 @@ _NAME, _CELL = 18, 20
 
 
 def print_performance(found: Mapping[str, Any], console: Console) -> None:
-    """Print what `run_benchmark` gives: of each task a line a model and a column a length.
+    """Print what `run_benchmark` gives: a table per task, with a row per model and a column per length.
 
-    The times are medians. Beside each stands how many times faster than full attention it is (of memory, what part of
-    full attention's it is), and in brackets what the operation counts predict. Profiles and the router's part, which
-    are tables of their own, are in performance.md alone.
+    Times are medians. Each is followed by the speed relative to full attention, and in brackets by the ratio that the
+    operation counts predict; memory by its ratio to full attention's. Profiles and the router's part are in
+    performance.md only.
     """
     at_once = max(1, (console.width - _NAME) // (_CELL + 2))
     for task, title in TITLES.items():

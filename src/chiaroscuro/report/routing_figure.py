@@ -1,8 +1,8 @@
-"""The routing of a text as a figure for a paper or a slide: layers × tokens, and each layer on the whole.
+"""The routing of a text as a figure for a paper or a slide: layers × tokens, and a summary of each layer.
 
-One row a layer, three columns on the same rows: every token's entropy with the operator it got in a stripe
-below, the share per operator, and the distribution of H beside its thresholds and the null. It serves a text
-of any length; the tokens are written below it only where they are legible.
+A row per layer, in three columns: the entropy of every token with its operator in a stripe below, the share per
+operator, and the distribution of H with its thresholds and the null. A text can have any length; its tokens are written
+below as long as they are legible.
 """
 
 import io
@@ -25,9 +25,9 @@ from chiaroscuro.report.visible import label
 
 _LABELLED_TOKENS = 60
 _INK, _NULL, _THRESHOLD, _AMBER = "#241d14", "#3f5f8a", "#a32a20", "#e59a1c"
-# Shadow to light, without hue, so that the operators' colours beside it stay apart from it.
+# From shadow to light, without hue, so that it can't be confused with the operators' colours.
 _ENTROPY_MAP = LinearSegmentedColormap.from_list("chiaroscuro", ["#14110d", "#59544d", "#a8a298", "#f4f1ea"])
-# Below each row of entropies stands the stripe of operators, and a gap before the next row.
+# Below each row of entropies are the stripe of operators and a gap.
 _ROWS_PER_LAYER, _STRIPE_ROWS, _GAP_ROWS = 12, 3, 1
 
 
@@ -38,7 +38,7 @@ def draw_routing(trace: RoutingTrace) -> Figure:
         trace: what to show, of any length.
 
     Returns:
-        A figure on an Agg canvas, known to no global state.
+        A figure on an Agg canvas; pyplot's global state is not touched.
 
     """
     styles = operator_styles(trace)
@@ -101,19 +101,18 @@ def save_png(trace: RoutingTrace, path: str | Path) -> None:
 
 
 def _colour(name: str, style: OperatorStyle) -> str:
-    """Give the operator's colour as an area: ink is for letters, and light has to look like light."""
+    """The operator's colour for an area; its ink is meant for letters."""
     return _AMBER if name == "attention" else style.ink
 
 
 def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle], fonts: Fonts | None) -> Normalize:
     layers, tokens = len(trace.layers), len(trace.tokens)
     entropies = np.array([layer.entropy for layer in trace.layers])
-    # The outermost percent would take the contrast from all the others.
+    # Outliers would leave no contrast for the rest.
     low, high = np.percentile(entropies, [1, 99])
     margin = max(high - low, 1e-3) * 0.02
     norm = Normalize(min(low, trace.null_mean) - margin, max(high, trace.null_mean) + margin)
-    # One picture for all rows, not one mark a token: it stays the same picture when there are thousands of
-    # them.
+    # One image for all rows instead of a mark per token, so thousands of tokens are no problem.
     picture = np.ones((layers, _ROWS_PER_LAYER, tokens, 3))
     picture[:, : -_STRIPE_ROWS - _GAP_ROWS] = _ENTROPY_MAP(norm(entropies))[:, None, :, :3]
     for row, layer in zip(picture, trace.layers, strict=True):
@@ -130,7 +129,7 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
         names = [_cut(fonts.drawable(label(piece))) for piece in trace.tokens]
         axes.set_xticks(np.arange(tokens) + 0.5, names, rotation=90)
         for text in axes.get_xticklabels():
-            # A text may hold dollar signs: it is no formula.
+            # A text may contain dollar signs, which are not formulas.
             text.set(fontsize=7.5, fontfamily=list(fonts.families), parse_math=False)
     else:
         axes.set_xlabel("token, in the order of the text", fontsize=8, color=_INK)

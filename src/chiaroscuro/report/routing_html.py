@@ -1,8 +1,8 @@
 """The routing of a text as one page: no server, no network, nothing to install.
 
-The page is written out whole: text and charts are there without a script. The script only answers the
-reader: it shows one layer instead of all, and the numbers of the token that is hovered or focused. A content
-policy lets the browser run that one script and load nothing, whatever the text holds.
+Text and charts are part of the page and need no script. The script only reacts to the reader: it shows one layer
+instead of all, and the numbers of the token that is hovered or focused. A content security policy allows that one
+script and nothing else, whatever the text contains.
 """
 
 import base64
@@ -17,15 +17,15 @@ from chiaroscuro.report.page import SCRIPT, STYLE
 from chiaroscuro.report.palette import NIGHT, PAPER, OperatorStyle, costliest, operator_styles
 from chiaroscuro.report.visible import harmless
 
-# Charts: x runs over the tokens, y over H. The drawing is stretched to its box, so no text stands in it.
+# Charts: x is the token, y is H. The drawing is stretched to its box, so it contains no text.
 _CHART_HEIGHT = 100
 
 
 def render_html(trace: RoutingTrace) -> str:
-    """Write the page, as a string that holds everything it needs.
+    """The page as a string, with everything it needs.
 
     Args:
-        trace: what to show. Its text may hold anything: it is escaped.
+        trace: what to show. Its text is escaped.
 
     """
     styles = operator_styles(trace)
@@ -80,7 +80,7 @@ of width {trace.width}, {trace.null_mean:.4f}.
 
 
 def _page_data(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> dict[str, Any]:
-    """Collect what the script needs: the trace, operators by number, without the text that the page holds."""
+    """What the script needs: the trace with operators by number, without the text, which is in the page."""
     return {
         "operators": list(styles),
         "null": trace.null_mean,
@@ -98,7 +98,7 @@ def _page_data(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> dict[st
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """Write JSON for inside a script element: without a `<`, nothing in it can end that element."""
+    """JSON for a script element: without `<`, nothing in it can end the element."""
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 
@@ -131,7 +131,7 @@ def _layer_choice(trace: RoutingTrace) -> str:
 
 
 def _legend(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> str:
-    """List the operators with the look of their tokens, and the scale that shows all layers together."""
+    """The operators as their tokens look, and the scale for all layers together."""
     items = "".join(
         f'<li><span class="sample" data-op="{number}">{html.escape(name)}</span></li>'
         for number, name in enumerate(styles)
@@ -149,7 +149,7 @@ def _tokens(trace: RoutingTrace) -> str:
     many = max(1, len(trace.routed_layers))
     spans = []
     for number, (piece, depth) in enumerate(zip(trace.tokens, trace.depth, strict=True)):
-        # What leaves no ink gets a sign from the style sheet, which a copy of the text does not pick up.
+        # A token without visible characters gets a sign by the style sheet, so that copied text doesn't contain it.
         sign = ' data-sign="…"' if not piece else f' data-sign="{"⏎" * piece.count(chr(10))}"' if "\n" in piece else ""
         stop = 0 if number == 0 else -1
         spans.append(
@@ -174,7 +174,7 @@ def _strip(trace: RoutingTrace, index: int, styles: dict[str, OperatorStyle]) ->
 
     marks = []
     for number, name in enumerate(layer.operators):
-        # A path of zero-length strokes: each is a dot, or a square where the line has square ends.
+        # A path of zero-length strokes: each is a dot, or a square if the line has square ends.
         dots = "".join(
             f"M{token + 0.5} {y(layer.entropy[token])}h0"
             for token, operator in enumerate(layer.operator_index)
@@ -196,7 +196,7 @@ aria-label="Entropy of each token in layer {index + 1}">{"".join(marks)}{rules}
 
 
 def _operator(name: str, styles: dict[str, OperatorStyle], layer: LayerTrace) -> str:
-    """Write the attributes that give an element an operator's look, lit where it is the costliest choice."""
+    """The attributes that give an element an operator's look, lit if it is the costliest choice."""
     lit = " data-lit" if layer.routed and name == layer.operators[-1] else ""
     return f'data-op="{list(styles).index(name)}"{lit}'
 

@@ -1,7 +1,6 @@
-"""The routing of a text in the terminal: the text itself, lit where attention fell, and the numbers below it.
+"""The routing of a text in the terminal: the text, highlighted where attention fell, and the numbers below it.
 
-With colours a token's ground shows its operator; without (a pipe, NO_COLOR) brackets do. The legend says
-which.
+A token's background colour shows its operator; without colours (a pipe, NO_COLOR) brackets do. A legend explains them.
 """
 
 import numpy as np
@@ -30,7 +29,7 @@ def print_routing(trace: RoutingTrace, console: Console, *, per_token: bool = Fa
 
     Args:
         trace: what to show.
-        console: where to; its colour system decides between colours and brackets, its width how tables break.
+        console: where to print; it decides between colours and brackets, and how wide tables are.
         per_token: whether to add the entropy of every token in every layer.
 
     """
@@ -46,14 +45,14 @@ def print_routing(trace: RoutingTrace, console: Console, *, per_token: bool = Fa
         console.print(_paragraph(trace, layer, styles, colour), end="\n\n")
     console.print(_layer_table(trace, styles))
     if per_token:
-        # A cell needs 8 columns; a model of many layers is cut into as many tables as the console is wide.
+        # A cell takes 8 columns; the layers are split into tables that fit the console.
         at_once = max(1, (console.width - _LABEL_WIDTH - 10) // 8)
         for first in range(0, len(trace.layers), at_once):
             console.print(_token_table(trace, styles, range(len(trace.layers))[first : first + at_once]))
 
 
 def _menu(layer: LayerTrace) -> str:
-    """Write the menu with the thresholds between its operators: `dct ≤ 0.8650 < attention`."""
+    """The menu with the thresholds between its operators: `dct ≤ 0.8650 < attention`."""
     if len(layer.thresholds) != len(layer.operators) - 1:
         return " · ".join(layer.operators)
     steps = [
@@ -63,16 +62,16 @@ def _menu(layer: LayerTrace) -> str:
 
 
 def _ground(style: OperatorStyle) -> str:
-    """Give a rich style for light and dark terminals: the ground is ours, so the contrast is too."""
+    """A style for light and dark terminals: it sets the background too, so the contrast is known."""
     return "dim" if not style.underline else f"{SHADOW} on {style.glow}"
 
 
 def _marked(piece: str, before: str, after: str, style: str = "") -> Text:
-    """Set a token between two marks, inside the spaces and line breaks around it: the text still flows."""
+    """Put two marks around a token, inside its spaces and line breaks, so that the text still wraps."""
     piece = harmless(piece)
     core = piece.strip()
     if not core:
-        # Nothing to see, yet it was routed: make it visible, and break the line where it breaks it.
+        # A token of spaces or line breaks was routed, too: make it visible, and keep its line breaks.
         core, breaks = (label(piece), "\n" * piece.count("\n")) if before or after else (piece, "")
         return Text.assemble(before, (core, style), after, breaks)
     start = piece.index(core)
@@ -136,7 +135,7 @@ def _layer_table(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> Table
             Text("\n").join(Text(name, style=_name_style(styles[name])) for name in layer.operators),
             "\n".join(str(count) for count in layer.counts),
             "\n".join(f"{share:.1%}" for share in layer.share) if layer.routed else "no choice",
-            # Each τ stands on the line of the operator that begins above it.
+            # Each τ is on the line of the operator that gets the tokens above it.
             "".join(f"\n{threshold:.4f}" for threshold in layer.thresholds),
             f"{np.mean(layer.entropy):.4f}",
             f"{low:.4f}–{high:.4f}",
@@ -168,7 +167,8 @@ def _token_table(trace: RoutingTrace, styles: dict[str, OperatorStyle], indices:
         for index in indices:
             layer = trace.layers[index]
             style = styles[layer.operator(token)]
-            # Four decimals, no zero before the point: H lies in [0, 1], and thresholds differ in the third.
+            # Four decimals, without the zero before the point: H is in [0, 1], and thresholds differ in the third
+            # decimal.
             number = f"{layer.entropy[token]:.4f}".removeprefix("0")
             cells.append(Text.assemble(number, (style.letter, _ground(style))))
         table.add_row(str(token), Text(label(piece)), *cells)

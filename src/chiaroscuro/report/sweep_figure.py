@@ -1,8 +1,8 @@
-"""A sweep as two plots: where its runs ended, and how they came there.
+"""A sweep as two plots: the final values of its runs, and their curves.
 
-Where they ended: a row a variant, a point a seed, the mean with its interval, and the baseline as a line. How they came
-there: a panel a variant, a curve a seed over the validations, and the baseline's beside them. What is of the same seed
-has the same shade, so that the eye can pair it, as the test does.
+The final values: a row per variant, a point per seed, the mean with its interval, and the baseline as a line. The
+curves: a panel per variant, a curve per seed over the validations, and the baseline's curves for comparison. Runs with
+the same seed have the same shade, since the test pairs them.
 """
 
 import io
@@ -20,7 +20,7 @@ from chiaroscuro.report.palette import blend
 
 _INK, _GRID, _BASELINE = "#241d14", "#d9d2c5", "#2b4c9b"
 _FIRST, _LAST = "#7a4700", "#e0b15c"
-# Where one variant is so many times another, a linear axis would press the good ones into one place.
+# If the largest value is this many times the smallest, a linear axis would crowd the good variants together.
 _LOGARITHMIC = 3.0
 _COLUMNS = 4
 

@@ -1,4 +1,4 @@
-"""A sweep's tables: for a page, for a spreadsheet, for a terminal."""
+"""A sweep's tables: as Markdown, as CSV, and for the terminal."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ def write_results(found: dict[str, Any], folder: Path) -> None:
 
 
 def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table's head, and a row a variant, as text."""
+    """The header of the table, and a row per variant, as text."""
     metric = found["metric"]
     head = [
         "variant",
@@ -62,7 +62,7 @@ def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def render_markdown(found: Mapping[str, Any]) -> str:
-    """The tables as a page."""
+    """The tables as a Markdown page."""
     head, rows = table_rows(found)
     seeds = ", ".join(map(str, found["seeds"]))
     of_logarithms = found["metric"] == "perplexity"
@@ -93,7 +93,7 @@ def render_markdown(found: Mapping[str, Any]) -> str:
 
 
 def render_csv(found: Mapping[str, Any]) -> str:
-    """A row a variant, in plain numbers; empty where there is none."""
+    """The table as CSV: a row per variant, plain numbers, empty cells for missing values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     tests = ("kind", *_ENDS, "p")
@@ -118,7 +118,7 @@ def render_csv(found: Mapping[str, Any]) -> str:
 
 
 def print_sweep(found: Mapping[str, Any], console: Console) -> None:
-    """Show the table on a terminal, but for the columns that are too many for one."""
+    """Print the table without the columns that don't fit a terminal."""
     head, rows = table_rows(found)
     table = Table(*(head[i] for i in _ON_TERMINAL), box=None, pad_edge=False)
     for row in rows:
@@ -137,7 +137,7 @@ def _seeds(variant: Mapping[str, Any], asked: int) -> str:
 
 
 def number(value: float, metric: str) -> str:
-    """Show a value of the metric."""
+    """Format a value of the metric."""
     return f"{value:.2%}" if metric == "accuracy" else f"{value:,.2f}"
 
 

@@ -1,4 +1,4 @@
-"""The small tables of the commands, each made of the figures that `--json` prints."""
+"""The small tables of the commands. They show the figures that `--json` prints."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from chiaroscuro.report.visible import harmless
 
 
 def figures_table(figures: Mapping[str, Any]) -> Table:
-    """A line a figure: its name and its value."""
+    """A row per figure: its name and its value."""
     table = Table(box=None, show_header=False)
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), escape(harmless(_shown(value))))
@@ -37,7 +37,7 @@ def evaluation_tables(figures: Mapping[str, Any]) -> list[Table]:
 
 
 def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) -> Table:
-    """A line a layer: the share of each operator and the quantiles of H; the last line is white noise."""
+    """A row per layer: the share of each operator and the quantiles of H; the last row is white noise."""
     table = Table("layer", "share per operator", "H 5 / 50 / 95 %", box=None)
     for layer in layers:
         table.add_row(str(layer["layer"]), shares(layer["operators"], layer["share"]), _three(layer["entropy"]))
@@ -46,7 +46,7 @@ def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) ->
 
 
 def checkpoint_tables(facts: Mapping[str, Any]) -> list[Table]:
-    """What `info` found: the model and its training, and a line a layer."""
+    """What `info` found: the model and its training, and a row per layer."""
     recipe = facts.get("recipe")
     table = Table("layer", "menu", "parameters", "thresholds", "calibrated on steps", box=None)
     for layer in facts["layers"]:
@@ -82,7 +82,7 @@ def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collapse_table(trace: CollapseTrace) -> Table:
-    """A line an operator of each routed layer: its share at both ends of the training, and whether it survived."""
+    """A row per operator of each routed layer: its share at both ends of training, and whether it survived."""
     table = Table("layer", "operator", *_right("share at first", "at the end", "utilisation"), "survives", box=None)
     for layer in trace.layers:
         used = f"{layer.utilisation[0]:.3f} → {layer.utilisation[-1]:.3f}"
@@ -99,7 +99,7 @@ def collapse_table(trace: CollapseTrace) -> Table:
 
 
 def gates_table(gates: Mapping[str, TaskGate]) -> Table:
-    """A line a task: g at both ends of the training."""
+    """A row per task: g at the beginning and the end of training."""
     table = Table("task", *_right("g at first", "at the end", "records"), box=None)
     for task, gate in gates.items():
         table.add_row(task, f"{gate.gate[0]:.3f}", f"{gate.final:.3f}", str(len(gate.gate)))
@@ -107,7 +107,7 @@ def gates_table(gates: Mapping[str, TaskGate]) -> Table:
 
 
 def presets_table(presets: Mapping[str, tuple[str, int]]) -> Table:
-    """A line a preset: its description and its number of parameters."""
+    """A row per preset: its description and its number of parameters."""
     table = Table("preset", "what it is", *_right("parameters"), box=None)
     for name, (description, parameters) in presets.items():
         table.add_row(name, description, f"{parameters / 1e6:,.2f} M")

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-# Of an example's text, as much as two lines of a terminal hold.
+# As much of an example's text as fits two lines of a terminal.
 CHARACTERS = 160
 BAR = 30
 

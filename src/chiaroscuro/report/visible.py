@@ -1,4 +1,4 @@
-"""Text that comes from outside, made visible: no terminal obeys it, and no token of it disappears."""
+"""Text from outside, made safe to print: no terminal obeys it, and no token disappears."""
 
 import re
 
@@ -6,9 +6,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Show control characters as pictures, but for line break and tab, so that no terminal obeys them.
+    """Replace control characters except line break and tab by pictures, so that no terminal obeys them.
 
-    So are the characters that turn the direction of writing, as `⟨U+202E⟩`: they would reorder what stands around them.
+    The characters that change the direction of writing are named, as `⟨U+202E⟩`: they would reorder the text around
+    them.
     """
     return _CONTROL.sub(lambda match: _picture(match[0]), text)
 
@@ -19,5 +20,5 @@ def _picture(char: str) -> str:
 
 
 def label(piece: str) -> str:
-    """Write a token on one line: ␣ space, ⏎ line break, ⇥ tab, … where a neighbour has its character."""
+    """Write a token on one line: ␣ space, ⏎ line break, ⇥ tab, … if its character belongs to a neighbour."""
     return harmless(piece).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "…"

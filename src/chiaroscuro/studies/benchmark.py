@@ -1,9 +1,9 @@
-"""What routing saves, measured: our model against what one would use instead, as figures, a page and a plot.
+"""The benchmark: what routing saves in time and memory, against full attention and a Llama of the same size.
 
-Every candidate has the same layers, width, heads and vocabulary, random weights and random tokens: time does not
-depend on what was learned, and thresholds calibrated on these tokens send the share to attention that is asked for.
-They take turns in one process, task by task and length by length; peak memory is taken in a process of its own each.
-Beside a measured ratio stands the one that the operation counts predict.
+All candidates have the same layers, width, heads and vocabulary. Weights and tokens are random: time does not depend on
+what was learned, and thresholds calibrated on these tokens send the wanted share of them to attention. The candidates
+take turns in one process, task by task and length by length; peak memory is measured in a process of its own each.
+Every measured ratio is given together with the one that the operation counts predict.
 """
 
 import json
@@ -60,8 +60,8 @@ class Candidate:
 
     Attributes:
         kind: our sparse or dense execution, our full-attention baseline, or transformers' Llama.
-        share: ρ, of tokens to attention in the routed layers.
-        context: what they attend to.
+        share: ρ, the share of tokens that goes to attention in the routed layers.
+        context: the tokens that they attend to.
 
     """
 
@@ -71,7 +71,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As tables, plots and results call it."""
+        """Its name in tables, plots and results."""
         if self.kind == "sparse":
             return f"{self.context}, ρ = {self.share:g}"
         return {"dense": "dense execution", "baseline": "full attention", "llama": "Hugging Face Llama"}[self.kind]
@@ -85,16 +85,16 @@ class Plan:
     """What to measure.
 
     Attributes:
-        layers: of every model, as are the next three.
+        layers: layers of every model.
         width: d.
         heads: h.
         vocabulary: V.
-        lengths: T, each with as many sequences as make `tokens`, and one at least.
-        shares: ρ of the sparse candidates, each in every context.
-        contexts: of the sparse candidates.
+        lengths: T. The batch has as many sequences as make `tokens`, at least one.
+        shares: ρ of the sparse candidates, each with every context.
+        contexts: attention contexts of the sparse candidates.
         tasks: some of `"router"`, `"memory"`, `"profile"`, `"train"`, `"forward"` and `"decode"`.
         tokens: B·T.
-        seconds: that the candidates of a length take turns at a task; three turns each are had in any case.
+        seconds: time in which the candidates of a length take turns at a task; each has at least three turns.
         device: `"cpu"` or `"cuda"`.
         dtype: of weights and activations.
 
@@ -114,7 +114,7 @@ class Plan:
     dtype: str = "float32"
 
     def check(self) -> None:
-        """Raise a UserError where this can't be measured."""
+        """Raise a UserError if this can't be measured."""
         if unknown := [task for task in self.tasks if task not in get_args(Task)]:
             raise UserError(f"--task {unknown[0]}: choose among {', '.join(get_args(Task))}")
         if unknown := [context for context in self.contexts if context not in ("all", "routed")]:
@@ -130,7 +130,7 @@ class Plan:
         if self.device not in ("cpu", "cuda") or self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--device {self.device} --dtype {self.dtype}: choose cpu or cuda, float32 or bfloat16")
         self.config(BASELINE)  # which checks itself
-        # A weight and an activation of each layer, in the smaller type: more than this is needed in any case.
+        # A lower bound: all weights, and one activation per layer, in 2 bytes each.
         weights = 12 * self.layers * self.width**2 + self.vocabulary * self.width
         activations = self.layers * self.width * max(self.tokens, *self.lengths)
         refuse_beyond_memory(2 * (weights + activations), "such a model and batch")
@@ -140,12 +140,12 @@ class Plan:
         return max(1, self.tokens // length)
 
     def candidates(self) -> list[Candidate]:
-        """Everything that takes turns, the baseline first."""
+        """All candidates, the baseline first."""
         sparse = [Candidate("sparse", share, context) for context in self.contexts for share in self.shares]  # type: ignore[arg-type]
         return [BASELINE, Candidate("llama"), Candidate("dense", self.shares[0], "all"), *sparse]
 
     def candidates_at_one_share(self) -> list[Candidate]:
-        """Of these, the sparse ones at `SHARE` alone; at the first share where that is none."""
+        """The candidates, but sparse ones only at `SHARE`, or at the first share if that is not among them."""
         share = SHARE if SHARE in self.shares else self.shares[0]
         return [candidate for candidate in self.candidates() if candidate.kind != "sparse" or candidate.share == share]
 
@@ -184,7 +184,7 @@ class Plan:
         return torch.randint(self.vocabulary, (self.batch(length), length), generator=generator).to(self.device)
 
     def build(self, candidate: Candidate, ids: Tensor) -> PreTrainedModel:
-        """A candidate, its thresholds calibrated on the tokens that it will be timed on."""
+        """A candidate, with thresholds calibrated on the tokens that it will be timed on."""
         torch.manual_seed(0)
         dtype = getattr(torch, self.dtype)
         if candidate.kind == "llama":
@@ -197,7 +197,7 @@ class Plan:
         return model
 
     def flops(self, candidate: Candidate, task: str, length: int) -> float:
-        """Of one turn, a token's share."""
+        """Operations of one turn per token."""
         if candidate.kind == "llama":
             if task == "decode":
                 longer, shorter = (count_llama_flops(self.llama_config(), n).total for n in (length + 1, length))
@@ -214,22 +214,22 @@ class Plan:
 def run_benchmark(
     plan: Plan, results: Path, page: Path, console: Console, closing: Callable[[dict[str, Any]], str] = lambda _: ""
 ) -> dict[str, Any]:
-    """Measure what the plan names and `results` lacks; write results after every set of turns, the page at the end.
+    """Measure what the plan asks for and `results` lacks. Write results after every set of turns, the page at the end.
 
-    An interrupted run has its page too, of what was measured.
+    If it is interrupted, the page has what was measured so far.
 
     Args:
         plan: what to measure.
-        results: a JSON file. One of the same plan and machine is continued, another one refused.
-        page: a Markdown file; the plot goes beside it, under the same name with .png.
-        console: where progress and the summary go.
-        closing: from what is in the JSON file, words for the end of the page.
+        results: a JSON file. It is continued if it is of the same plan and machine, else refused.
+        page: a Markdown file; the plot is written beside it, with the suffix .png.
+        console: where the summary is printed.
+        closing: makes the end of the page from the content of the JSON file.
 
     Returns:
         What is in the JSON file.
 
     Raises:
-        UserError: what the plan can't be measured for, or a results file of another plan.
+        UserError: the plan can't be measured, or the results are of another plan or machine.
 
     """
     plan.check()
@@ -237,7 +237,7 @@ def run_benchmark(
         folder.mkdir(parents=True, exist_ok=True)
     found = _begin(plan, results)
     cells: list[dict[str, Any]] = found["cells"]
-    # Length by length, and the long ones last, which take as long as all before them.
+    # Length by length, the long ones last: they take as long as all before them.
     wanted = [("router", width) for width in ROUTER_WIDTHS if "router" in plan.tasks]
     wanted += [(task, length) for length in plan.lengths for task in plan.tasks if task != "router"]
     done = {(cell["task"], cell["length"]) for cell in cells}
@@ -275,7 +275,7 @@ def _begin(plan: Plan, results: Path) -> dict[str, Any]:
         old = json.loads(results.read_text(encoding="utf-8"))
         same = all(old[part] == fresh[part] for part in ("plan", "machine"))
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{results} is no results file of this command: name another place, or remove it") from None
+        raise UserError(f"{results} is not a results file of this command: name another place, or remove it") from None
     if not same:
         raise UserError(f"{results} holds results of another plan or machine: name another place, or remove it")
     return old

@@ -1,7 +1,7 @@
-"""A sweep, from its file to its table: what ran, what came of it, and how sure one can be.
+"""A sweep, from its file to its tables.
 
-The table is written anew after every run, from what the runs' folders hold: a sweep of a day is worth looking at in the
-evening, and a sweep that is done gives its table again without running anything.
+The tables are written again after every run, from the folders of the runs, so an unfinished sweep has tables of what is
+done. A finished sweep writes its tables without running anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ class SweepInterrupted(UserError):
 def run_sweep(
     path: str | Path, console: Console, *, overrides: Sequence[str] = (), jobs: int | None = None
 ) -> dict[str, Any]:
-    """Train what a sweep lacks, and write its tables and plot.
+    """Train the runs that a sweep lacks, and write its tables and plots.
 
     Args:
         path: The sweep's YAML file (see `chiaroscuro.studies.sweep`).
-        console: Where progress goes.
-        overrides: `"section.field=value"`, for the recipe that all runs have in common.
+        console: Where progress is shown.
+        overrides: `"section.field=value"`, changes of the recipe that all runs share.
         jobs: Runs at once; unless given, one per GPU or, where there is none, per core.
 
     Returns:
@@ -40,8 +40,8 @@ def run_sweep(
 
     Raises:
         UserError: before anything runs, if a recipe is impossible, its data are missing, a folder holds another run, or
-            another sweep is at work there. A run that fails is no error here: it is in the table, and in the results
-            under "failed".
+            another sweep is at work there. A run that fails raises nothing: it is listed in the table, and in the
+            results under "failed".
         SweepInterrupted: on Ctrl-C, when the runs at work have saved and stopped.
     """
     sweep = Sweep.load(path, overrides)
@@ -51,7 +51,7 @@ def run_sweep(
         sweep.refuse_other_recipes()
         jobs = jobs or default_jobs()
         with _Board(sweep, jobs, console) as board:
-            board.write()  # what can't be written should fail now, and not when the first run is over
+            board.write()  # if the tables can't be written, fail now and not after the first run
             try:
                 carry_out(board.waiting(), jobs=jobs, lock=lock, watcher=board)
             except KeyboardInterrupt:
@@ -62,7 +62,7 @@ def run_sweep(
 
 
 class _Board:
-    """Shows how the sweep goes, and keeps what came of it."""
+    """Shows the progress of a sweep, and collects its results."""
 
     def __init__(self, sweep: Sweep, jobs: int, console: Console) -> None:
         self.sweep, self.jobs, self.console = sweep, jobs, console
@@ -138,7 +138,7 @@ class _Board:
         return ", ".join(words)
 
     def _left(self) -> float | None:
-        """Seconds to the end, by the pace of what has run: of the same variant where one has, else of all."""
+        """Estimated seconds to the end, by the pace of finished runs of the same variant, or else of all."""
         paces: dict[str, list[float]] = {}
         parts: dict[SweepRun, float] = {}
         for run, figures in self.figures.items():

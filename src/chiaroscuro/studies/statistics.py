@@ -1,7 +1,7 @@
-"""What a few seeds can say: a mean with its interval, and whether two ways to train differ.
+"""Statistics of a few seeds: a mean with its interval, and whether two ways of training differ.
 
-Runs with the same seed share their data's order, and much of their luck with it. So two variants are compared seed by
-seed: the differences spread less than the values, and a difference is seen with fewer runs.
+Runs with the same seed see the data in the same order, so part of their variation is shared. Two variants are therefore
+compared seed by seed: the differences vary less than the values, and fewer runs are needed to see one.
 """
 
 import math
@@ -23,8 +23,8 @@ class Estimate:
     Attributes:
         count: n, the number of values.
         mean: x̄.
-        sd: s, the standard deviation with n − 1; None of one value.
-        low: Lower end of the 95% interval; likewise.
+        sd: s, the standard deviation with n − 1; None for a single value.
+        low: Lower end of the 95% interval; None for a single value.
         high: Upper end.
     """
 
@@ -37,10 +37,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison(Estimate):
-    """A mean difference, and how well it is known.
+    """A mean difference, how well it is known, and whether it is 0.
 
     Attributes:
-        p: Of the hypothesis that the true mean is 0, two-sided; None of one difference, or of several equal ones.
+        p: Two-sided p-value of the hypothesis that the true mean is 0; None for one difference, or for several equal
+            ones.
     """
 
     p: float | None = None
@@ -50,39 +51,38 @@ def estimate(values: Sequence[float]) -> Estimate:
     """x̄ ± t s / √n, with t the 97.5% quantile of Student's distribution with n − 1 degrees of freedom.
 
     Args:
-        values: n of them, one or more, taken to be independent and normal.
+        values: n ≥ 1 values, assumed to be independent and normal.
     """
     count, mean = len(values), float(np.mean(values))
     if count == 1:
         return Estimate(1, mean)
-    sd = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * sd / count**0.5
-    return Estimate(count, mean, sd, mean - half, mean + half)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values))
+    return Estimate(count, mean, float(np.std(values, ddof=1)), mean - half, mean + half)
 
 
 def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
     """The mean difference from a baseline, pair by pair, and the paired t-test, t = x̄ / (s / √n).
 
     Args:
-        values: One of every pair.
-        baseline: The other, in the same order.
+        values: One value of each pair.
+        baseline: The other value of each pair, in the same order.
     """
-    found = estimate(np.subtract(values, baseline).tolist())
+    differences = np.subtract(values, baseline)
+    found = estimate(differences.tolist())
     if found.sd is None or found.sd <= ROUNDING * max(map(abs, (*values, *baseline))):
         return Comparison(**asdict(found))
-    t = abs(found.mean) / (found.sd / found.count**0.5)
-    return Comparison(**asdict(found), p=float(2 * stats.t.sf(t, found.count - 1)))
+    return Comparison(**asdict(found), p=float(stats.ttest_1samp(differences, 0).pvalue))
 
 
 def compare_ratios(values: Sequence[float], baseline: Sequence[float]) -> Comparison:
-    """The ratio to a baseline, pair by pair: `compare` of the logarithms, whose mean and ends are given as ratios.
+    """The mean ratio to a baseline, pair by pair: `compare` of the logarithms, with mean and interval given as ratios.
 
     Args:
-        values: One of every pair, positive; perplexities, say.
-        baseline: The other, in the same order.
+        values: One value of each pair, positive, such as a perplexity.
+        baseline: The other value of each pair, in the same order.
 
     Returns:
-        The geometric mean of the ratios and its interval; `sd` stays that of the logarithms.
+        The geometric mean of the ratios and its interval; `sd` is that of the logarithms.
     """
     log = compare(np.log(values).tolist(), np.log(baseline).tolist())
     low, high = (None if end is None else math.exp(end) for end in (log.low, log.high))

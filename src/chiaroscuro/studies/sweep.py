@@ -1,4 +1,4 @@
-"""Many runs from one page of YAML: named changes of a recipe, each with the same seeds.
+"""A sweep: variants of a recipe, each trained with the same seeds, described in one YAML file.
 
     recipe: ../study.yaml                  # what all runs have in common; seen from the sweep's file
     output_dir: runs/sweeps/routers        # a run lives in output_dir/<variant>/seed-<n>
@@ -11,13 +11,12 @@
       model.attention_context: [all, routed]
       trainer.learning_rate: [1e-3, 2e-3]
 
-Here that makes five variants: `full-attention`, `attention_context=all,learning_rate=0.001`, and so on. The grid starts
-from the recipe as it stands; `variants` are not crossed with it. The sweep itself sets `trainer.seed` and
-`trainer.output_dir`.
+These are five variants: `full-attention`, `attention_context=all,learning_rate=0.001`, and so on. The grid changes the
+recipe as it is; `variants` are not crossed with it. The sweep itself sets `trainer.seed` and `trainer.output_dir`.
 
-A run is a process of its own, `chiaroscuro train`, so that one that fails takes nothing with it. What is done is not
-done again, and what was interrupted goes on: starting the sweep anew is how one resumes it. All seeds' first comes
-before any second, so that a sweep broken off halfway can be read.
+Every run is a process of its own, `chiaroscuro train`, so a failure doesn't affect the others. Finished runs are not
+repeated and interrupted ones are resumed: to resume a sweep, start it again. The first seed of all variants comes
+before the second of any, so the tables of a half-finished sweep already compare all variants.
 """
 
 import copy
@@ -60,17 +59,17 @@ from chiaroscuro.training.records import read_records
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Value = str | int | float | bool | list[Any] | None
 _LOG = "log.txt"
-# A name becomes a folder, and a cell of a table.
+# A name is used as a folder and in tables.
 _NAME = re.compile(r"\w[\w .,=+()-]*")
 _NO_NAME = re.compile(r"[^\w .,=+()-]")
 _OURS = ("trainer.seed", "trainer.output_dir")
-# Libraries that would each start a thread per core, in every one of as many runs as there are cores.
+# Without these, every run would start a thread per core, and there are as many runs as cores.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL = 0.5  # seconds
 
 
 class SweepFile(Section):
-    """What a sweep's file says; see the module's docstring."""
+    """The content of a sweep's file; see the module's docstring."""
 
     recipe: str
     output_dir: str
@@ -98,11 +97,11 @@ class SweepFile(Section):
                 if not all(dotted.split(".")):
                     raise ValueError(f"variant {name!r}: {dotted!r} is not of the form section.field")
         if self.baseline not in changes:
-            raise ValueError(f"baseline={self.baseline!r} is no variant; there are {', '.join(changes)}")
+            raise ValueError(f"baseline={self.baseline!r} is not a variant; the variants are {', '.join(changes)}")
         return self
 
     def changes(self) -> dict[str, dict[str, Any]]:
-        """What every variant changes: those with a name first, then the grid's combinations."""
+        """The changes of every variant: the named variants first, then the combinations of the grid."""
         lasts = [dotted.rpartition(".")[2] for dotted in self.grid]
         labels = {
             dotted: last if lasts.count(last) == 1 else dotted for dotted, last in zip(self.grid, lasts, strict=True)
@@ -112,13 +111,13 @@ class SweepFile(Section):
             point = dict(zip(self.grid, values, strict=True))
             name = ",".join(f"{labels[dotted]}={_shown(value)}" for dotted, value in point.items())
             if name in changes:
-                raise ValueError(f"{name!r} is there twice; name a variant, and every value of the grid, once")
+                raise ValueError(f"{name!r} is there twice; give every variant and every value of the grid once")
             changes[name] = point
         return changes
 
 
 def _shown(value: Any) -> str:
-    """A value as a part of a name: lists in brackets, and a hyphen for what a name can't hold (`bpe:4096`, a path)."""
+    """A value as part of a name: lists in parentheses, other characters as hyphens (`bpe:4096`, a path)."""
     if isinstance(value, list):
         return f"({','.join(map(_shown, value))})"
     return _NO_NAME.sub("-", value) if isinstance(value, str) else json.dumps(value)
@@ -129,10 +128,10 @@ class SweepRun:
     """One variant with one seed.
 
     Attributes:
-        variant: Its name.
-        seed: Of weights, order and dropout.
-        recipe: What it trains.
-        content: The same, as YAML holds it.
+        variant: The name of the variant.
+        seed: The seed of weights, data order and dropout.
+        recipe: The recipe that it trains.
+        content: The recipe as in YAML.
     """
 
     variant: str
@@ -142,25 +141,25 @@ class SweepRun:
 
     @property
     def folder(self) -> Path:
-        """Where it lives."""
+        """The folder of the run."""
         return Path(self.recipe.trainer.output_dir)
 
     @property
     def title(self) -> str:
-        """How it is called in a line of text."""
+        """Its name in messages."""
         return f"{self.variant} seed {self.seed}"
 
     def validations(self) -> list[dict[str, Any]]:
-        """Its validation records so far, oldest first."""
+        """The validation records so far, oldest first."""
         return [record for record in read_records(self.folder / "metrics.jsonl") if record["kind"] == "validation"]
 
     def is_done(self) -> bool:
-        """Whether its last validation and its model are there."""
+        """Whether its last validation and its model exist."""
         seen = self.validations() if (self.folder / "model").is_dir() else []
         return bool(seen) and seen[-1]["step"] == self.recipe.steps()
 
     def last_look(self) -> tuple[int, float]:
-        """(step, seconds trained) of its newest record, from the end of the file alone; (0, 0) where there is none."""
+        """(step, seconds of training) of the newest record, read from the end of the file; (0, 0) if there is none."""
         try:
             with (self.folder / "metrics.jsonl").open("rb") as file:
                 file.seek(0, os.SEEK_END)
@@ -172,18 +171,18 @@ class SweepRun:
             try:
                 record = json.loads(line)
                 return record["step"], record["seconds"]
-            except (ValueError, KeyError, TypeError):  # the first line is cut off, the last may be half-written
+            except (ValueError, KeyError, TypeError):  # the first line is cut off, and the last may be incomplete
                 continue
         return 0, 0.0
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose every run was checked.
+    """A sweep, with the recipe of every run checked.
 
     Attributes:
-        file: What was asked for.
-        changes: By variant, the fields that differ from the recipe.
+        file: The content of the sweep's file.
+        changes: The fields that differ from the recipe, by variant.
         runs: Seed by seed, in the order of the variants.
     """
 
@@ -193,24 +192,24 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where the runs are."""
+        """The folder of the runs."""
         return Path(self.file.output_dir)
 
     @property
     def results(self) -> Path:
-        """Where tables and plot go."""
+        """The folder of the tables and plots."""
         return Path(self.file.results or self.file.output_dir)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
-        """Read a sweep's file, and make and check the recipe of every run.
+        """Read a sweep's file; build and check the recipe of every run.
 
         Args:
             path: The YAML file.
-            overrides: `"section.field=value"`, for the recipe that all runs have in common.
+            overrides: `"section.field=value"`, changes of the recipe that all runs share.
 
         Raises:
-            UserError: if file or recipe can't be read, or say something unknown, missing or impossible.
+            UserError: if the file or the recipe can't be read, or has unknown, missing or impossible fields.
         """
         path = Path(path)
         content = read_yaml(path, "sweep", "recipe:, output_dir:, seeds:, baseline: and variants:")
@@ -224,11 +223,11 @@ class Sweep:
         changes = file.changes()
         runs = [_run(file, recipe, name, fields, seed) for seed in file.seeds for name, fields in changes.items()]
         if len({isinstance(run.recipe.data.build_task(), TextTask) for run in runs}) > 1:
-            raise UserError(f"{path}: some variants model a text and others tell labels, which no figure compares")
+            raise UserError(f"{path}: some variants model a text and others classify, which no metric compares")
         return cls(file, changes, runs)
 
     def refuse_missing_sources(self) -> None:
-        """Raise if a run that is to be trained names a folder of data that isn't there.
+        """Raise if a run that is still to be trained names a data folder that doesn't exist.
 
         Raises:
             UserError: naming the variant and the folder.
@@ -243,7 +242,7 @@ class Sweep:
                         raise UserError(f"variant {run.variant!r}: {error}") from None
 
     def refuse_other_recipes(self) -> None:
-        """Raise if a folder holds a run, finished or to be resumed, that another recipe began.
+        """Raise if a folder holds a run of another recipe, finished or resumable.
 
         Raises:
             UserError: naming the folder, the first field that differs, and both values.
@@ -275,35 +274,35 @@ def _run(file: SweepFile, recipe: Mapping[str, Any], variant: str, changes: Mapp
 
 
 class Watcher(Protocol):
-    """Who wants to know how it goes."""
+    """Is told about the progress of a sweep."""
 
     def started(self, run: SweepRun) -> None:
-        """A run's process has begun."""
+        """A run's process has started."""
 
     def ended(self, run: SweepRun, error: str | None) -> None:
-        """It is over; the error is a line for one that failed."""
+        """The process has ended; `error` is a line if it failed."""
 
     def looked(self) -> None:
         """Some time has passed."""
 
 
 def default_jobs() -> int:
-    """As many runs at once as this process may use GPUs or, where there is none, cores."""
+    """The number of GPUs that this process may use or, without a GPU, of cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return torch.cuda.device_count() or cores
 
 
 def carry_out(runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: Watcher) -> None:
-    """Train the runs, so many at once, in order; one that fails stops no other.
+    """Train the runs in order, `jobs` at once; a run that fails doesn't stop the others.
 
     Args:
-        runs: What to train; those with a checkpoint are resumed.
-        jobs: How many at once. With GPUs each gets one, in turn.
-        lock: What `alone_in` gave.
-        watcher: Told of every start and end.
+        runs: The runs to train; those with a checkpoint are resumed.
+        jobs: Runs at once. Each gets a GPU of its own, if there are any.
+        lock: What `alone_in` gives.
+        watcher: Is told about every start and end.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the runs at work have saved and stopped.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running processes have saved and stopped.
     """
     waiting, free = deque(runs), list(range(jobs))
     devices = _devices()
@@ -328,7 +327,7 @@ def carry_out(runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: Watche
 
 
 def _devices() -> list[str]:
-    """The GPUs by the names that CUDA_VISIBLE_DEVICES knows; where that is set already, those that it leaves."""
+    """The GPUs by the names that CUDA_VISIBLE_DEVICES takes; if it is set, those that it names."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
@@ -337,7 +336,7 @@ def _devices() -> list[str]:
 def _start(run: SweepRun, device: str | None, lock: int) -> subprocess.Popen[bytes]:
     resume = bool(checkpoints(run.folder))
     run.folder.mkdir(parents=True, exist_ok=True)
-    # The recipe as it was when the sweep began, however long ago: a change of its file meanwhile changes no run.
+    # The recipe as it was when the sweep started: later changes of its file don't affect the runs.
     recipe = run.folder / "recipe.yaml"
     write_text(recipe, yaml.safe_dump(run.content, sort_keys=False, allow_unicode=True))
     environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONUNBUFFERED": "1"}
@@ -354,7 +353,7 @@ def _start(run: SweepRun, device: str | None, lock: int) -> subprocess.Popen[byt
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C reaches the sweep alone, which asks each run once to save and stop
+            start_new_session=True,  # Ctrl-C reaches only the sweep, which asks each run once to save and stop
             pass_fds=(lock,),
         )
 
@@ -369,7 +368,7 @@ def _why_failed(run: SweepRun, code: int) -> str | None:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let the runs save and stop; a second Ctrl-C doesn't wait for that."""
+    """Ask the runs to save and stop, and wait for them; a second Ctrl-C kills them."""
     for process in processes:
         process.terminate()
     try:
@@ -383,7 +382,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM is a Ctrl-C, so that the runs are stopped then too."""
+    """Treat SIGTERM like Ctrl-C, so that the runs are stopped, too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

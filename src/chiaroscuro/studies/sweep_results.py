@@ -1,4 +1,4 @@
-"""What a sweep's runs have to say, one by one and side by side, as plain data."""
+"""The results of a sweep: of each run, and of the variants in comparison, as plain data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,22 +21,22 @@ DIVERGED = 30.0
 
 
 def collect_figures(run: SweepRun) -> dict[str, Any]:
-    """What a finished run has to say, ready for JSON.
+    """The results of a finished run, ready for JSON.
 
     Returns:
         The fields of its last validation record; `parameters`; `steps`, `tokens` and `seconds` of training;
         `train_loss`; `share`, the mean over the routed layers of the last operator's; `flops_per_token` of a forward
-        and of a training step (exact protocol, at the run's T and that share; None where nobody counts the model);
+        and of a training step (exact protocol, at the run's T and that share; None if the model can't be counted);
         and `curve`, all its validations.
 
     Raises:
-        UserError: if its perplexity is no finite number, or it diverged.
+        UserError: if its metric is not finite, or it diverged.
     """
     records = read_records(run.folder / "metrics.jsonl")
     last = {record["kind"]: record for record in records}
     seen, trained = last["validation"], last["train"]
     if seen.get(metric_of(seen)) is None:
-        raise UserError(f"its {metric_of(seen)} is no finite number")
+        raise UserError(f"its {metric_of(seen)} is not finite")
     if seen["loss"] > DIVERGED:
         raise UserError(f"its loss is {seen['loss']:.4g} nats: it diverged")
     config = AutoConfig.from_pretrained(run.folder / "model")
@@ -60,18 +60,18 @@ def collect_figures(run: SweepRun) -> dict[str, Any]:
 
 
 def metric_of(figures: Mapping[str, Any]) -> str:
-    """Tell what a run is judged by."""
+    """The name of the metric that a run is judged by."""
     return "accuracy" if "accuracy" in figures else "perplexity"
 
 
 def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[str, float] | None:
-    """Of one token."""
+    """Operations per token."""
     counted = {}
     for step, training in (("forward", False), ("training", True)):
         if isinstance(config, ChiarConfig):
             try:
                 counted[step] = count_flops(config, length, share=share, training=training).total / length
-            except UserError:  # an operator of somebody's own
+            except UserError:  # an operator without a count
                 return None
         elif isinstance(config, LlamaConfig):
             counted[step] = count_llama_flops(config, length, training=training).total / length
@@ -81,18 +81,18 @@ def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[s
 def describe_sweep(
     sweep: Sweep, figures: Mapping[SweepRun, dict[str, Any]], failed: Mapping[SweepRun, str]
 ) -> dict[str, Any]:
-    """Hold the variants side by side.
+    """Compare the variants of a sweep.
 
-    Perplexities are compared by their logarithm, so that the effect is a ratio; accuracies by their difference.
+    Perplexities are compared by their logarithms, so the effect is a ratio; accuracies by their difference.
 
     Args:
-        sweep: What was asked for.
-        figures: What `collect_figures` gave, of the runs that are done.
-        failed: Of those that failed, why.
+        sweep: The sweep.
+        figures: What `collect_figures` gives for the finished runs.
+        failed: Why the failed runs failed.
 
     Returns:
-        `metric`, `baseline`, `seeds`, `failed` (a line each), and `variants`: of each its name, what it changes, its
-        runs, and what they come to: `estimate`, `effect` against the baseline over the seeds that both have,
+        `metric`, `baseline`, `seeds`, `failed` (a line each), and `variants`, each with its name, its changes, its
+        runs, and their summary: `estimate`, `effect` against the baseline over the seeds that both have,
         `seconds_per_step` (median) and `time_ratio`, `flops_ratio`, `parameters`, `layers` (means over the seeds).
     """
     metric = next((metric_of(found) for found in figures.values()), "perplexity")
@@ -168,7 +168,7 @@ def _effect(ours: Sequence[float], theirs: Sequence[float], metric: str) -> dict
 
 
 def _mean_flops(runs: Iterable[dict[str, Any]]) -> dict[str, float] | None:
-    """Over the seeds, whose shares differ where no threshold follows ρ; None where nobody counts the model."""
+    """The mean over the seeds, whose shares differ if thresholds don't follow ρ; None if the model can't be counted."""
     counts = [run["flops_per_token"] for run in runs]
     return {step: mean(count[step] for count in counts) for step in counts[0]} if all(counts) else None
 

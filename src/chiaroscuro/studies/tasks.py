@@ -12,24 +12,24 @@ from chiaroscuro.data.tasks import LabelledTexts, TokenTargets, tokenize_targets
 QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 EXAMPLES = 3
 
-# No row is cut here.
+# No row is cut.
 WHOLE = 2**62
 
 
 def describe_task(
     task: LabelledTexts | TokenTargets, tokenizer: str | None = None, cache_dir: Path | None = None
 ) -> dict[str, Any]:
-    """What one should know of a task before training on it, ready for JSON.
+    """Summarise a task: its rows, labels and lengths, ready for JSON.
 
     Args:
-        task: the task's data; it is tokenised for this, and kept so in the cache.
-        tokenizer: what its lengths are measured in; the task's own unless given.
+        task: the task's data; the tokenised rows are kept in the cache.
+        tokenizer: the tokenizer that measures the lengths; by default the task's own.
         cache_dir: see `tokenize_task`.
 
     Returns:
         For every split its rows, quantiles of the lengths in tokens, and `chance`, the accuracy of a model that always
         predicts the most frequent label or target; for labels also their counts, and for targets how many of them
-        there are (`predictions`). And the first rows of train.
+        there are (`predictions`). Also the first rows of train.
 
     """
     spec = tokenizer or task.tokenizer

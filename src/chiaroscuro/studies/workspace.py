@@ -1,6 +1,6 @@
-"""A trained model together with what lies around it: its tokenizer, its recipe, and the text it was trained on.
+"""A trained model together with its tokenizer, its recipe, and the text that it was trained on.
 
-Commands and studies all begin here:
+Commands and studies start from it:
 
     workspace = Workspace("runs/small", share=0.1)
     corpus, blocks = workspace.blocks("validation")
@@ -39,13 +39,13 @@ from chiaroscuro.training import Recipe
 
 
 class Workspace:
-    """A checkpoint and what belongs to it. Each part is loaded when it is first used, and then kept.
+    """A checkpoint and what belongs to it. Each part is loaded when it is first used.
 
     Args:
-        name: a model's folder, a run's folder (its `model/` is meant), or a Hub name `owner/name`.
-        device: `"cpu"` or `"cuda"`; unless given, `"cuda"` where PyTorch sees a GPU.
+        name: a model's folder, a run's folder (its `model/` is taken), or a Hub name `owner/name`.
+        device: `"cpu"` or `"cuda"`; by default `"cuda"` if PyTorch sees a GPU.
         share: ρ to set before the model is used; the thresholds follow.
-        task: of a run that mixed several tasks, the one to take instead of the text.
+        task: for a run with mixed training, the task to use instead of the text.
 
     Raises:
         UserError: there is no such checkpoint, or no such device.
@@ -88,48 +88,48 @@ class Workspace:
         return load_checkpoint_tokenizer(self.name)
 
     def chiar(self, what: str) -> ChiarPreTrainedModel:
-        """The model, which has to be a CHIAR-Former for `what` is to be done with it."""
+        """The model, which has to be a CHIAR-Former for what is to be done."""
         if not isinstance(self.model, ChiarPreTrainedModel):
             raise UserError(f"{what} needs a CHIAR-Former, and {self.name} is a {type(self.model).__name__}")
         return self.model
 
     def language_model(self, what: str) -> PreTrainedModel:
-        """The model, which must not be a classifier for `what` is to be done with it."""
+        """The model, which has to be a language model for what is to be done."""
         if isinstance(self.model, ChiarForSequenceClassification):
             raise UserError(f"{what} needs a language model, and {self.name} is a classifier of texts")
         return self.model
 
     @property
     def routes(self) -> bool:
-        """Whether the model is a CHIAR-Former, which can say what it routed where."""
+        """Whether the model is a CHIAR-Former, whose routing can be shown."""
         return isinstance(self.model.config, ChiarConfig)
 
     @property
     def head(self) -> str | None:
-        """The head of a model with several that reads the chosen task; None if the task needs none."""
+        """The head for the chosen task in a model with several heads; None if the task has none."""
         heads: Any = self.model.heads if isinstance(self.model, ChiarForMixedTasks) else {}
         return self.task if self.task is not None and self.task in heads else None
 
     @property
     def classifies(self) -> bool:
-        """Whether the model tells the labels of whole texts, so that accuracy is measured, and no perplexity."""
+        """Whether the model classifies whole texts, so that accuracy is measured instead of perplexity."""
         return isinstance(self.model, ChiarForSequenceClassification) or self.head is not None
 
     # ---- how it was trained ----------------------------------------------------------------------------------
 
     @cached_property
     def run(self) -> Path | None:
-        """The folder of the run that the model is a part of; None for a model that lies elsewhere."""
+        """The folder of the run that the model belongs to; None for a model outside a run."""
         folder = Path(self.path)
         return folder.parent if folder.name == "model" or folder.name.startswith("checkpoint-") else None
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        """The recipe of the run, or that of a copy which `calibrate` made; None if there is none.
+        """The recipe of the run, or of the run that a calibrated copy is of; None if there is none.
 
-        With a task, the recipe has that task in the place of the text.
+        If a task was chosen, it takes the place of the text.
         """
-        # A copy has its recipe inside; a file around such a folder would be somebody else's.
+        # A calibrated copy has the recipe inside; a recipe.yaml beside it would not be its own.
         places = [Path(self.path) / "recipe.yaml", *([self.run / "recipe.yaml"] if self.run else [])]
         found = next((place for place in places if place.is_file()), None)
         try:
@@ -146,7 +146,7 @@ class Workspace:
         return recipe.model_copy(update={"data": tasks[self.task], "mixture": None})
 
     def length(self, wanted: int | None = None, most: int | None = None) -> int:
-        """T: as wanted, or the recipe's, or without a recipe the longest that the model reads (and `most` allows)."""
+        """T: as wanted, or the recipe's; without a recipe the longest that the model reads, at most `most`."""
         longest = self.config.max_position_embeddings
         if wanted is not None and wanted > longest:
             raise UserError(
@@ -159,7 +159,7 @@ class Workspace:
     # ---- text and tasks --------------------------------------------------------------------------------------
 
     def corpus(self, split: str, source: str | None = None) -> Corpus:
-        """The text of the recipe, or another source; checked to have the split."""
+        """The text of the recipe, or of another source; it has the split."""
         if source is None:
             if self.recipe is None:
                 raise UserError(
@@ -209,10 +209,10 @@ class Workspace:
         return data
 
     def _from_source(self, source: str | None, load: Any) -> Any:
-        """Load a source; one that the recipe names is looked for where the run was started, too.
+        """Load a source. One that the recipe names is also looked for where the run was started.
 
-        A relative folder in a recipe is relative to the directory in which the run was started. A run's folder and its
-        `trainer.output_dir` tell which one that was.
+        A relative folder in a recipe is relative to the directory in which the run was started. The run's folder and
+        `trainer.output_dir` tell that directory.
         """
         named = self.recipe.data.options.get("source") if self.recipe else None
         if source is not None or not isinstance(named, str):
@@ -231,7 +231,7 @@ class Workspace:
             raise
 
     def _started_in(self) -> Path | None:
-        """The directory in which the run was started; None where its folder does not tell."""
+        """The directory in which the run was started; None if the run's folder doesn't tell."""
         if self.run is None or self.recipe is None:
             return None
         folder, output = self.run.resolve(), Path(self.recipe.trainer.output_dir)
