@@ -130,8 +130,9 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
 
     world = processes.num_processes
     checkpoint = _find_checkpoint(recipe, folder, resume, say)
-    records = [] if checkpoint is None else read_records(folder / _METRICS)
-    records = [record for record in records if checkpoint is not None and record["step"] <= checkpoint.step]
+    records = []
+    if checkpoint is not None:
+        records = [record for record in read_records(folder / _METRICS) if record["step"] <= checkpoint.step]
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
     rows = _whole_steps(objective.train, recipe.sequences_per_step(world))
@@ -141,8 +142,8 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
     if checkpoint is not None:
         _refuse_other_facts(checkpoint, facts)
 
-    finished = checkpoint is not None and checkpoint.step >= steps
     model = _build_model(recipe, objective, baseline)
+    finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
         if finished:
             model = load_checkpoint(str(checkpoint.path))
@@ -165,14 +166,13 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         reporter = None
         if processes.is_main_process:
             reporter = running.enter_context(Reporter(folder, console, tokens_per_step))
-        seconds = checkpoint.facts.seconds if checkpoint else 0.0
         run = Run(
             folder=folder,
             scratch=scratch,
             keep_checkpoints=recipe.trainer.keep_checkpoints,
             tokens_per_step=tokens_per_step,
             facts=facts,
-            clock=Clock(seconds),
+            clock=Clock(checkpoint.facts.seconds if checkpoint else 0.0),
             interval=_interval_of(checkpoint),
             records=records,
             stop=stop,
@@ -200,11 +200,13 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
                     trainer.finish(checkpoint.path)
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-            if run.last.get("validation", {}).get("step") != steps:  # it is a run's last act
-                raise KeyboardInterrupt
-            trainer.save_final_model(folder / "model")
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(_how_to_go_on(folder, trainer.state.global_step, steps)) from None
+            stopped = run.last.get("validation", {}).get("step") != steps  # the last validation ends a run
+            if not stopped:
+                trainer.save_final_model(folder / "model")
+        except KeyboardInterrupt:  # a second Ctrl-C
+            stopped = True
+        if stopped:
+            raise TrainingInterrupted(_how_to_go_on(folder, trainer.state.global_step, steps))
 
     if "train" not in run.last:
         raise UserError(f"{folder / _METRICS} lost its records; the model is complete, in {folder / 'model'}")
