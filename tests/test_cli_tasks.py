@@ -1,4 +1,4 @@
-"""The commands on classification tasks: a task looked at, a classifier trained and measured, each mistake one line.
+"""The commands on classification tasks: `task`, `train` and `evaluate`, and each mistake in one line.
 
 The oracle of a figure is the library's own function on the same rows, tested elsewhere; here counts that the command
 and the data must agree on.

@@ -1,4 +1,4 @@
-"""Text that is hard to keep byte for byte, and the real data where the checkout has it beside itself."""
+"""Text that is hard to keep byte for byte, and the real data in ../shared, if it is there."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
-# Spaces at both ends, empty lines, other scripts, an emoji of four bytes, the end-of-text token spelt out.
+# Spaces at both ends, empty lines, other scripts, an emoji of four bytes, the end-of-text token as text.
 LINES = [
     " = Title = ",
     " ",

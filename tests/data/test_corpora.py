@@ -1,4 +1,4 @@
-"""Corpora: the text comes out byte for byte, and whatever is missing is said in one line."""
+"""Corpora: the text is kept byte for byte, and whatever is missing is an error of one line."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_a_file_in_place_of_a_folder(folder, cache) -> None:
 @pytest.mark.parametrize("name", ["train.txt", "train.parquet"])
 def test_a_pipe_in_place_of_a_file_or_a_folder(tmp_path, cache, name) -> None:
     os.mkfifo(tmp_path / name)
-    # Without the check, the reader would get from this thread an end of file instead of waiting for ever.
+    # Without the check, the reader would get an end of file from this thread instead of waiting for ever.
     threading.Thread(target=lambda: (tmp_path / name).open("wb").close(), daemon=True).start()
     assert f"{name} can't be read: it is no file, but a folder, a pipe or a device" in refuse(tmp_path, cache)
     assert "is a pipe or a device, not a folder" in refuse(tmp_path / name, cache)

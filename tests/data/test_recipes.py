@@ -1,4 +1,4 @@
-"""The recipes of the repository read nothing that a clone doesn't have: Hub names and data that is made on the spot."""
+"""The recipes read nothing outside the clone but data sets of the Hub."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Classification tasks: the right labels, splits that share nothing, the same every time, and rows as numbers.
+"""Tasks: right labels, disjoint splits, reproducible rows, and tokenised rows.
 
 Oracle: `value_of`, which reads an expression of ListOps back by recursion and knows nothing of how it was drawn.
 """
@@ -53,7 +53,7 @@ KINDS = ["listops-flat", "listops-nested"]
 
 
 def value_of(text: str) -> tuple[int, int]:
-    """The value of an expression and its depth, in levels of nodes."""
+    """The value and the depth of an expression."""
     words = text.split(" ")
 
     def read(place: int) -> tuple[int, int, int]:
@@ -402,12 +402,12 @@ def test_a_text_of_no_tokens(tmp_path: Path) -> None:
         LabelledRows("rows", "made up", task.splits["train"], 0)
 
 
-# Tasks of one's own
+# Registered tasks
 
 
 @dataclass(frozen=True)
 class Echo(TokenTask, GeneratedTask):
-    """Each position predicts its own word, but for the first, which predicts nothing; rows of 2 to 5 words."""
+    """Each position predicts its own word, except the first, which predicts nothing; rows of 2 to 5 words."""
 
     train_examples: int = 20
     heldout_examples: int = 4

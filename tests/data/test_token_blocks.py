@@ -15,7 +15,7 @@ from chiaroscuro.errors import UserError
 
 
 def token_file(path: Path, count: int, dtype: type = np.uint16) -> TokenFile:
-    """Write the tokens 0, 1, 2, … so that a token says where it stood."""
+    """Write the tokens 0, 1, 2, …, so that each token is its own position."""
     np.arange(count).astype(dtype).tofile(path)
     return TokenFile("the train split of a test", path, count, np.dtype(dtype).str, 2 * count)
 

@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_at_the_tokenizer(small, corpus, tmp_path, room) -> 
 
 @contextmanager
 def full_disk_after(size: int) -> Iterator[None]:
-    """As good as a full disk: a write beyond the first bytes of a file fails."""
+    """Like a full disk: a write beyond the first bytes of a file fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

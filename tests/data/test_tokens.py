@@ -232,7 +232,7 @@ def test_wikitext_2_end_to_end(cache, tmp_path, name) -> None:
         text = (tmp_path / f"{split}.txt").read_text()
         assert file.bytes == (tmp_path / f"{split}.txt").stat().st_size
         assert tokenizer.decode(file.tokens) == text
-        # Piece by piece or all at once: only a run of white space at a seam can come out otherwise.
+        # Piece by piece or all at once: only a run of white space at a boundary can differ.
         whole = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
         assert abs(file.count - whole) <= len(text) // corpora.PIECE_CHARACTERS
 

@@ -1,4 +1,4 @@
-"""Several tasks through one model: which step learns from what, what is recorded, and that a resumed run ends alike."""
+"""Several tasks in one model: which step learns from what, what is recorded, and that a resumed run ends the same."""
 
 import json
 from collections import Counter

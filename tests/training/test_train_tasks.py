@@ -1,4 +1,4 @@
-"""Training a classifier: the same trainer, so interrupted or not the same bits, and an accuracy that is the rows'.
+"""Training a classifier: a resumed run ends in the same bits, and the accuracy is that of the rows.
 
 The oracles: the uninterrupted run for the resumed one, and accuracy and loss counted here, row by row and unpadded.
 """
