@@ -8,25 +8,19 @@ the custom.
 """
 
 import copy
-import inspect
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import LlamaConfig
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import RBFMixing
+from chiaroscuro.layers import Count, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
+from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.model.config import ChiarConfig
-from chiaroscuro.ops.spectral import FEW, MATRIX_UP_TO
 
 TARGET = 0.35
 """The lower end of the 35–40% that the paper claims to save (v2)."""
-WEIGHING = ("soft", "hard")
-"""The routers that weigh every operator, by a projection of the token and its entropy."""
-RANDOM_FEATURES: int = inspect.signature(RBFMixing).parameters["features"].default
 
 
 @dataclass(frozen=True)
@@ -35,10 +29,16 @@ class FlopCount:
 
     Attributes:
         by_operator: operations by name: the operators, their parts, and what all layers share.
+        of_operators: the part of them that operators do, without routers, feed-forward, MetaRouter and head.
+        numbers_kept: numbers that the operators' caches hold afterwards, for one sequence.
+        published: multiply-adds by the formula of the author's code.
 
     """
 
     by_operator: dict[str, float]
+    of_operators: float = 0.0
+    numbers_kept: float = 0.0
+    published: float = 0.0
 
     @property
     def total(self) -> float:
@@ -74,46 +74,8 @@ def count_flops(
 
     """
     share = _checked(config, length, share)
-    d, once = config.hidden_size, _transform(config.hidden_size)
-    product, transform = (3, 2) if training else (1, 1)
-    weighs = config.router in WEIGHING
-    # The straight-through gradient of the hard router needs every operator's output.
-    everywhere = config.execution == "dense" or (training and config.router == "hard")
-    counted: dict[str, float] = {}
-    for menu in config.menus:
-        routes = len(menu) > 1
-        if routes:
-            _add(counted, "router", product * _projection(config, menu) * length)
-            # The entropy's transform, which the filter takes over. Without a filter a threshold sends no gradient back.
-            _add(counted, "router", (transform if weighs or "dct" in menu else 1) * once * length)
-            if config.router == "permuted":
-                _add(counted, "router", once * length)
-        for k, name in enumerate(menu):
-            n = length * (1.0 if everywhere else _part(menu, k, share))
-            routed = routes and not everywhere and config.attention_context == "routed"
-            keys = n if routed else length
-            pairs = n * ((keys + 1) / 2 if causal else keys)
-            if name == "dct":
-                _add(counted, "dct", transform * once * n * (1 if routes else 2))
-            elif name == "attention":
-                _add(counted, "attention projections", product * 4 * d * d * (n + keys))
-                _add(counted, "attention scores", product * 4 * d * pairs)
-            elif name == "rbf":
-                # Ω is fixed: of its product the backward is one product too.
-                mapped = n if everywhere or routed or not routes else n + keys
-                _add(counted, "rbf", transform * 2 * d * RANDOM_FEATURES * mapped)
-                weighed = pairs if config.rbf_causal else n * keys
-                _add(counted, "rbf", product * 4 * RANDOM_FEATURES * (d * n + 2 * weighed))
-            else:
-                raise UserError(
-                    f"operator {name!r} has no count of operations: count a model of dct, rbf and attention"
-                )
-        _add(counted, "feed-forward", product * _feed_forward(config) * length)
-    if config.meta_router != "none":
-        _add(counted, "meta-router", product * 2 * d * (length if config.meta_router == "causal" else 1))
-    if head and not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        _add(counted, "head", product * 2 * d * config.vocab_size * length)
-    return FlopCount(counted)
+    head = head and not (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    return _count(config, Work(length, length, training=training, causal=causal), share, head)
 
 
 def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None = None) -> FlopCount:
@@ -121,29 +83,41 @@ def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None 
 
     Args and errors as for `count_flops`.
     """
-    share = _checked(config, length, share)
-    d = config.hidden_size
-    once = 2 * d * d if d * d <= FEW else _transform(d)
+    return _count(config, Work(1, 1, past=length), _checked(config, length, share), head=True)
+
+
+def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCount:
+    """Operations of the work on one sequence, summed over layers and operators."""
+    d, length = config.hidden_size, work.length
+    router = config.router_class
+    once = transform_operations(d, length)
+    dense = config.execution == "dense" or (work.training and router.trains_densely)
     counted: dict[str, float] = {}
-    for menu in config.menus:
-        routes, dense = len(menu) > 1, config.execution == "dense"
+    counts: list[Count] = []
+    for menu in config.entries:
+        routes = len(menu) > 1
         if routes:
-            _add(counted, "router", _projection(config, menu) + once * (2 if config.router == "permuted" else 1))
-        for k, name in enumerate(menu):
-            part = 1.0 if dense else _part(menu, k, share)
-            kept = part if routes and config.attention_context == "routed" else 1.0
-            if name == "dct":
-                _add(counted, "dct", once * part * (1 if routes else 2))
-            elif name == "attention":
-                _add(counted, "attention projections", 4 * d * d * (part + kept))
-                _add(counted, "attention scores", 4 * d * part * (kept * length + 1))
-            else:
-                raise UserError(f"operator {name!r} keeps no cache, so no token of it is decoded alone")
-        _add(counted, "feed-forward", _feed_forward(config))
+            _add(counted, "router", router.count(d, len(menu), work) * length)
+            # The entropy's transform, which a filter takes over. A choice by thresholds alone sends no gradient back.
+            learns = router.differentiates_entropy or any(operator.reads_spectrum for operator, _ in menu)
+            _add(counted, "router", (work.transform if learns else 1) * once * length)
+        for k, (operator, options) in enumerate(menu):
+            tokens = length * (1.0 if dense else _part(len(menu), k, share))
+            own = replace(work, tokens=tokens, routed=routes and not dense, spectrum_at_hand=routes)
+            counts.append(operator.count(d, options, own))
+            for name, number in counts[-1].operations.items():
+                _add(counted, name, number)
+        _add(counted, "feed-forward", work.product * _feed_forward(config) * length)
     if config.meta_router != "none":
-        _add(counted, "meta-router", 2 * d)
-    _add(counted, "head", 2 * d * config.vocab_size)
-    return FlopCount(counted)
+        _add(counted, "meta-router", work.product * 2 * d * (length if config.meta_router == "causal" else 1))
+    if head:
+        _add(counted, "head", work.product * 2 * d * config.vocab_size * length)
+    return FlopCount(
+        counted,
+        of_operators=sum(sum(count.operations.values()) for count in counts),
+        numbers_kept=sum(count.numbers_kept for count in counts),
+        published=sum(count.published for count in counts),
+    )
 
 
 def count_llama_flops(
@@ -179,10 +153,10 @@ def count_published_flops(config: ChiarConfig, length: int, *, share: float | No
 
     Source: the author's code; the paper, the tables' column of FLOPs.
     """
-    share = _checked(config, length, share)
-    d = config.hidden_size
-    parts = sum(1.0 if len(menu) == 1 else share for menu in config.menus if "attention" in menu)
-    return FlopCount({"attention": parts * length * (4 * d * d + 2 * length * d)})
+    routed = copy.deepcopy(config)
+    routed.execution = "sparse"  # the formula takes the share of the tokens, whatever is executed
+    counted = _count(routed, Work(length, length), _checked(config, length, share), head=False)
+    return FlopCount({"attention": counted.published})
 
 
 def full_attention(config: ChiarConfig) -> ChiarConfig:
@@ -227,9 +201,8 @@ def saving(config: ChiarConfig, length: int, share: float | None = None) -> floa
 def attention_part(config: ChiarConfig, length: int) -> dict[str, float]:
     """What part of full attention's layer, and of its whole model, is attention: more than that nobody can save."""
     counted = count_flops(full_attention(config), length)
-    attention = sum(number for name, number in counted.by_operator.items() if name.startswith("attention"))
     layers = counted.total - counted.by_operator.get("head", 0.0)
-    return {"of_a_layer": attention / layers, "of_the_model": attention / counted.total}
+    return {"of_a_layer": counted.of_operators / layers, "of_the_model": counted.of_operators / counted.total}
 
 
 def shortest_length(config: ChiarConfig, share: float | None = None, target: float = TARGET) -> int | None:
@@ -249,8 +222,10 @@ def largest_share(config: ChiarConfig, length: int, target: float = TARGET) -> f
     return next((n / 1000 for n in range(1000, -1, -1) if saving(config, length, n / 1000) >= target), None)
 
 
-def _compared(ours: float, baseline: float) -> dict[str, float]:
-    return {"flops": ours, "baseline": baseline, "ratio": baseline / ours, "saving": 1 - ours / baseline}
+def _compared(ours: float, baseline: float) -> dict[str, Any]:
+    """The ratio is None where the protocol counts nothing, as the author's does of a model without attention."""
+    ratio = baseline / ours if ours else None
+    return {"flops": ours, "baseline": baseline, "ratio": ratio, "saving": 1 - ours / baseline}
 
 
 def _checked(config: ChiarConfig, length: int, share: float | None) -> float:
@@ -267,22 +242,11 @@ def _check_length(length: int) -> None:
         raise UserError(f"length {length}: need 1 token or more")
 
 
-def _transform(width: int) -> float:
-    return 2 * width**2 if width <= MATRIX_UP_TO else 2.5 * width * math.log2(width)
-
-
-def _projection(config: ChiarConfig, menu: Sequence[str]) -> float:
-    """What the router's own matrix costs a token, where it has one."""
-    if config.router in WEIGHING:
-        return 2 * (config.hidden_size + 1) * len(menu)
-    return 2 * config.hidden_size if config.router == "learned" else 0
-
-
-def _part(menu: Sequence[str], k: int, share: float) -> float:
-    """The part of the tokens that a menu's k-th operator gets: ρ for the last, the others alike."""
-    if len(menu) == 1:
+def _part(operators: int, k: int, share: float) -> float:
+    """The part of the tokens that the k-th of a menu's operators gets: ρ for the last, the others alike."""
+    if operators == 1:
         return 1.0
-    return share if k == len(menu) - 1 else (1 - share) / (len(menu) - 1)
+    return share if k == operators - 1 else (1 - share) / (operators - 1)
 
 
 def _feed_forward(config: ChiarConfig) -> int:

@@ -15,14 +15,15 @@ class FeedForward(nn.Sequential):
         width: d.
         hidden: m, 4d unless given.
         dropout: in training.
+        bias: whether there are b₁ and b₂.
 
     """
 
     matrices = 2
 
-    def __init__(self, width: int, hidden: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, hidden: int | None = None, dropout: float = 0.0, bias: bool = True) -> None:
         hidden = hidden or self.default_hidden(width)
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+        super().__init__(nn.Linear(width, hidden, bias), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width, bias))
 
     @staticmethod
     def default_hidden(width: int) -> int:
@@ -39,7 +40,7 @@ class GatedFeedForward(nn.Module):
 
     Args:
         width: d.
-        hidden: m, unless given 8/3 d to the nearest multiple of 8: as many parameters as two matrices of 4d.
+        hidden: m; unless given 8/3 d to the nearest multiple of 8, which has as many parameters as two matrices of 4d.
         dropout: in training.
 
     """

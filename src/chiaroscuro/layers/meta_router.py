@@ -4,8 +4,10 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from chiaroscuro.errors import UserError
 
 Pooling = Literal["batch", "sequence", "causal"]
 
@@ -50,17 +52,22 @@ class MetaRouter(nn.Module):
         x: Float[Tensor, "batch time width"],
         attention_mask: Bool[Tensor, "batch time"] | None = None,
         past: tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]] | None = None,
-    ) -> tuple[Float[Tensor, "#batch #time"], tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]]:
+        segments: Int[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "#batch #time"], tuple[Float[Tensor, "batch time width"], Float[Tensor, "batch time"]]]:
         """Gate the tokens; padding is pooled nowhere.
 
         Args:
             x: the embedded tokens.
             attention_mask: true for real tokens.
             past: the sum and the count of the real tokens before x, from an earlier call (causal pooling alone).
+            segments: the document of each token, where a row holds several; then the mean is of its own document.
 
         Returns:
-            g, of shape (1, 1) for `"batch"`, (B, 1) for `"sequence"`, (B, T) for `"causal"`, in x's type; and the sum
-            and the count with x included, to be `past` of the next call.
+            g, of shape (1, 1) for `"batch"`, (B, 1) for `"sequence"`, (B, T) for `"causal"`, in x's type; and the sums
+            and the counts up to and including each token, of which the last are `past` of the next call.
+
+        Raises:
+            UserError: several documents in a row, and pooling over all of them.
 
         """
         real = x.new_ones(x.shape[:2]) if attention_mask is None else attention_mask.to(x.dtype)
@@ -68,6 +75,18 @@ class MetaRouter(nn.Module):
         real = real.float()
         sums = (x.float() * real[..., None]).cumsum(1)
         counts = real.cumsum(1)
+        if segments is not None:
+            if self.pooling != "causal":
+                raise UserError(
+                    f"meta_router={self.pooling!r} pools over whole rows, and position_ids restart within one: it holds "
+                    "several documents; give one document per row, padded"
+                )
+            # What was summed before each document is taken off again.
+            place = torch.arange(x.shape[1], device=x.device).expand_as(segments)
+            begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+            first = torch.where(begins, place, 0).cummax(1).values
+            sums = sums - (sums - x.float() * real[..., None]).gather(1, first[..., None].expand_as(sums))
+            counts = counts - (counts - real).gather(1, first)
         if past is not None:
             sums, counts = sums + past[0][:, None], counts + past[1][:, None]
         total, count = sums[:, -1], counts[:, -1]
@@ -78,4 +97,4 @@ class MetaRouter(nn.Module):
         else:
             mean = (total.sum(0) / count.sum().clamp(min=1))[None, None]
         gate = torch.sigmoid(F.linear(mean.to(self.weight.dtype), self.weight, self.bias))
-        return gate.squeeze(-1).to(x.dtype), (total, count)
+        return gate.squeeze(-1).to(x.dtype), (sums, counts)

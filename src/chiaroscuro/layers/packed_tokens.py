@@ -5,11 +5,14 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
+
 AttentionContext = Literal["all", "routed"]
-"""What routed tokens look at: all tokens, or each other."""
+"""What routed tokens attend to: all tokens, or each other."""
 
 
 @dataclass(frozen=True)
@@ -19,22 +22,41 @@ class PackedTokens:
     Attributes:
         chosen: which they are.
         index: their places in the flattened batch, in order; None where all are chosen, so that nothing is copied.
+        segments: the documents that the tokens belong to, as in `Context`. A sequence, in what follows, is a row or,
+            where there are segments, a document.
 
     """
 
     chosen: Bool[Tensor, "batch time"]
     index: Int[Tensor, " tokens"] | None
+    segments: Int[Tensor, "batch time"] | None = None
 
     @classmethod
-    def of(cls, chosen: Bool[Tensor, "batch time"]) -> "PackedTokens":
+    def of(
+        cls, chosen: Bool[Tensor, "batch time"], segments: Int[Tensor, "batch time"] | None = None
+    ) -> "PackedTokens":
         """Pack those for which `chosen` is true."""
         index = chosen.flatten().nonzero().squeeze(1)
-        return cls(chosen, None if len(index) == chosen.numel() else index)
+        return cls(chosen, None if len(index) == chosen.numel() else index, segments)
+
+    @classmethod
+    def all_of(cls, x: Shaped[Tensor, "batch time *rest"], segments: Tensor | None = None) -> "PackedTokens":
+        """All tokens."""
+        return cls(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None, segments)
+
+    @classmethod
+    def none_of(cls, x: Shaped[Tensor, "batch time *rest"]) -> "PackedTokens":
+        """No token."""
+        empty = torch.empty(0, dtype=torch.long, device=x.device)
+        return cls(torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device), empty)
 
     @cached_property
-    def lengths(self) -> Int[Tensor, " batch"]:
-        """How many of them each row has."""
-        return self.chosen.sum(1)
+    def lengths(self) -> Int[Tensor, " sequences"]:
+        """How many of them each sequence has."""
+        if self.segments is None:
+            return self.chosen.sum(1)
+        number = (_starts(self.segments).flatten().cumsum(0) - 1).view_as(self.segments)
+        return torch.bincount(self.take(number), minlength=int(number[-1, -1]) + 1)
 
     def __len__(self) -> int:
         return self.chosen.numel() if self.index is None else len(self.index)
@@ -62,28 +84,29 @@ class PackedTokens:
             return torch.where(self.chosen[..., None], packed.view_as(x).to(x.dtype), x)
         return x.flatten(0, 1).index_copy(0, self.index, packed.to(x.dtype)).view_as(x)
 
-    def keys(
-        self, context: AttentionContext, attention_mask: Bool[Tensor, "batch keys"] | None = None
-    ) -> "PackedTokens":
-        """What they look at: every real token, or in the `"routed"` context themselves.
-
-        Args:
-            context: `"all"` or `"routed"`.
-            attention_mask: true for real tokens, perhaps over cached ones before these too; all are real unless given.
-
-        """
+    def keys(self, context: AttentionContext, real: Bool[Tensor, "batch time"] | None = None) -> "PackedTokens":
+        """What they attend to: every real token, or in the `"routed"` context themselves."""
         if context == "routed":
             return self
-        if attention_mask is None:
-            return PackedTokens(torch.ones_like(self.chosen), None)
-        return PackedTokens.of(attention_mask[:, -self.chosen.shape[1] :].bool())
+        if real is None:
+            return PackedTokens(torch.ones_like(self.chosen), None, self.segments)
+        return PackedTokens.of(real, self.segments)
 
     def ordinals(self, keys: "PackedTokens") -> Int[Tensor, " tokens"]:
-        """How many of `keys` stand in each token's row up to and with its place."""
-        return self.take(keys.chosen.cumsum(1))
+        """How many of `keys` stand in each token's sequence up to and including its place."""
+        counted = keys.chosen.cumsum(1)
+        if self.segments is not None:
+            before = torch.where(_starts(self.segments), counted - keys.chosen.long(), 0)
+            counted = counted - before.cummax(1).values
+        return self.take(counted)
 
 
 def check_attention_context(context: str) -> None:
-    """Raise ValueError at an unknown context."""
+    """Raise a UserError for an unknown context."""
     if context not in get_args(AttentionContext):
-        raise ValueError(f"attention_context={context!r}: choose 'all' or 'routed'")
+        raise UserError(f"attention_context={context!r}: choose one of {', '.join(get_args(AttentionContext))}")
+
+
+def _starts(segments: Tensor) -> Tensor:
+    """Where a document begins; every row begins one."""
+    return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)

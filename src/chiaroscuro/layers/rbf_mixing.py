@@ -1,98 +1,141 @@
 """Kernel mixing by random Fourier features, the third operator of the paper's v1."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers.attend_packed import attend_packed
+from chiaroscuro.layers.context import Context
+from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
-from chiaroscuro.ops import causal_mask, fourier_features, prefix_attention, rbf_mix
+from chiaroscuro.layers.state import KeptTokens
+from chiaroscuro.ops import fourier_features, rbf_mix
 
 
-class RBFMixing(nn.Module):
-    """W_o A φ with A = softmax(φ φᵀ) and φ(x) = [cos(xΩ/√R), sin(xΩ/√R)], Ω ~ N(0, 2γ) drawn once and kept.
+@dataclass(frozen=True)
+class RBFOptions:
+    """Options of rbf.
 
-    Causal unless told otherwise. As published it has no mask: with `causal=False` a language model **reads the
-    future**, which is of use only to show that it does. A layer that has it can't be cached: every token weighs
-    all tokens before it by their features, which no key-value cache keeps. Source: the paper, v1.
-
-    Args:
-        width: d, the features of a token.
+    Attributes:
         features: R, the number of random frequencies.
         gamma: γ, the kernel's inverse squared length; Ω has variance 2γ.
-        causal: whether a token weighs only itself and those before it.
-        attention_context: where only some tokens are routed here, what they weigh: `"all"` tokens, or the `"routed"`.
-
-    Raises:
-        ValueError: an unknown context.
+        rbf_causal: whether a token weighs only itself and those before it. False is the published form, in which a
+            language model **reads the future**.
+        attention_context: where a layer routes only some tokens here, what they weigh: `"all"` tokens, or the
+            `"routed"` ones.
 
     """
 
+    features: int = 64
+    gamma: float = 1.0
+    rbf_causal: bool = True
+    attention_context: AttentionContext = "all"
+
+    def __post_init__(self) -> None:
+        check_attention_context(self.attention_context)
+        if isinstance(self.features, bool) or not isinstance(self.features, int) or self.features < 1:
+            raise UserError(f"features={self.features!r}: must be a positive whole number")
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
+            raise UserError(f"gamma={self.gamma!r}: must be a positive number")
+
+
+class RBFMixing(Operator):
+    """W_o A φ with A = softmax(φ φᵀ) and φ(x) = [cos(xΩ/√R), sin(xΩ/√R)], Ω ~ N(0, 2γ) drawn once and kept.
+
+    A φ is attention of one head whose queries, keys and values are all φ, with scale 1. So that is how the packed form
+    computes it, and its state in the cache is the φ of the tokens so far. Source: the paper, v1.
+
+    Args:
+        width: d, the features of a token.
+        options: see `RBFOptions`.
+
+    """
+
+    Options = RBFOptions
     cost = 1
-    cacheable = False
+    separates_documents = True
     frequencies: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        features: int = 64,
-        gamma: float = 1.0,
-        causal: bool = True,
-        attention_context: AttentionContext = "all",
-    ) -> None:
-        super().__init__()
-        check_attention_context(attention_context)
-        self.attention_context = attention_context
-        self.causal = causal
-        self.gamma = gamma
-        self.register_buffer("frequencies", torch.empty(width, features))
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.register_buffer("frequencies", torch.empty(width, self.options.features))
         self.reset_parameters()
-        self.out_proj = nn.Linear(2 * features, width)
+        self.out_proj = nn.Linear(2 * self.options.features, width)
 
     def reset_parameters(self) -> None:
         """Draw the frequencies."""
-        nn.init.normal_(self.frequencies, std=math.sqrt(2 * self.gamma))
+        nn.init.normal_(self.frequencies, std=math.sqrt(2 * self.options.gamma))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch time width"],
-        attention_mask: Bool[Tensor, "batch time"] | None = None,
-        routed: Bool[Tensor, "batch time"] | None = None,
-    ) -> Float[Tensor, "batch time width"]:
-        """Mix every token with those that it may see: the dense form.
+    def features_of(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch two_features"]:
+        """φ(x)."""
+        return fourier_features(x, self.frequencies.to(x.dtype))
 
-        Args:
-            x: the tokens.
-            attention_mask: true for real ones.
-            routed: those whose output will be used; in the `"routed"` context the others are weighed by themselves
-                alone.
+    def mix(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        """Mix every token with those that it may see; in the `"routed"` context the others are mixed with themselves.
+
+        Raises:
+            ValueError: a cache together with routed tokens in the `"routed"` context, which only the packed form has.
 
         """
-        weighed = x.new_ones(x.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if routed is not None and self.attention_context == "routed":
-            weighed = weighed & routed
-        mask = causal_mask(weighed, x.shape[1])
-        if not self.causal:
-            mask = mask | weighed[:, None, None, :]
-        return self.out_proj(rbf_mix(self._features(x), mask))
+        time = x.shape[1]
+        features = self.features_of(x)
+        mask = context.mask_over(self._weighed(x, context), time, self.options.rbf_causal)
+        if context.state is None:
+            return self.out_proj(rbf_mix(features, mask))
+        if context.routed is not None and self.options.attention_context == "routed":
+            raise ValueError("a cache in the 'routed' context holds the routed tokens alone: use sparse execution")
+        (kept,) = context.state.update(features[:, None])
+        return self.out_proj(rbf_mix(kept[:, 0], mask))
 
-    def sparse_forward(
-        self,
-        x: Float[Tensor, "batch time width"],
-        tokens: PackedTokens,
-        attention_mask: Bool[Tensor, "batch time"] | None = None,
+    def _weighed(self, x: Tensor, context: Context) -> Tensor:
+        """Which tokens, cached ones included, are weighed by others."""
+        real = context.attention_mask
+        if real is None:
+            real = x.new_ones((len(x), context.past + x.shape[1]), dtype=torch.bool)
+        if context.routed is not None and self.options.attention_context == "routed":
+            real = real & context.routed
+        return real
+
+    def mix_packed(
+        self, x: Float[Tensor, "batch time width"], tokens: PackedTokens, context: Context
     ) -> Float[Tensor, "tokens width"]:
-        """Mix some tokens: rows of A for them alone, in exact arithmetic those of `forward`.
-
-        A is softmax(φ φᵀ) and mixes φ itself: attention of one head whose queries, keys and values are all φ.
-        """
-        keyed = tokens.keys(self.attention_context, attention_mask)
-        query = self._features(tokens.take(x))[:, None]
-        key = query if keyed is tokens else self._features(keyed.take(x))[:, None]
-        visible = tokens.ordinals(keyed) if self.causal else keyed.lengths.repeat_interleave(tokens.lengths)
-        mixed = prefix_attention(query, key, key, tokens.lengths, keyed.lengths, visible, scale=1.0)
+        """Mix some tokens: rows of A for them alone."""
+        keyed = tokens.keys(self.options.attention_context, context.real(x.shape[1]))
+        query = self.features_of(tokens.take(x))[:, None]
+        key = query if keyed is tokens else self.features_of(keyed.take(x))[:, None]
+        visible = None if self.options.rbf_causal else keyed.lengths.repeat_interleave(tokens.lengths)
+        mixed = attend_packed(query, (key,), tokens, keyed, context, scale=1.0, visible=visible)
         return self.out_proj(mixed.flatten(1))
 
-    def _features(self, x: Tensor) -> Tensor:
-        return fourier_features(x, self.frequencies.to(x.dtype))
+    def new_cache(self) -> KeptTokens:
+        """φ of the tokens so far, as keys and values in one."""
+        return KeptTokens()
+
+    @classmethod
+    def uncacheable(cls, options: RBFOptions) -> str:
+        """The published form reads tokens that have not come yet."""
+        return "" if options.rbf_causal else "with rbf_causal=False weighs later tokens too, which a cache has not seen"
+
+    @classmethod
+    def count(cls, width: int, options: RBFOptions, work: Work) -> Count:
+        """φ of what is mixed and weighed, the scores and the average, and the product with W_o."""
+        n, features = work.tokens, options.features
+        routed = work.routed and options.attention_context == "routed"
+        keys = n if routed else work.length
+        past = work.past * (n / work.length if routed else 1.0)
+        causal = work.causal and options.rbf_causal
+        pairs = n * (past + ((max(keys, 1.0) + 1) / 2 if causal else keys))
+        # Ω is fixed, so the backward of its product is one product. Dense execution computes φ once for both.
+        mapped = n + keys if work.routed and not routed else n
+        return Count(
+            {
+                "rbf": work.transform * 2 * width * features * mapped
+                + work.product * 4 * features * (width * n + 2 * pairs)
+            },
+            numbers_kept=2 * features * (past + keys),
+        )

@@ -1,90 +1,146 @@
 """Routers: which operator gets which token.
 
-A router sees a token's vector and its spectral entropy and answers with a tensor: either the operator's index for
-every token (B, T), or a weight for every operator (B, T, K). Most routers are a score per token and thresholds on it
-([`ScoreRouter`][]); only the score differs between them, and those with a score of their own have a file of their own.
+A router sees a token's vector and its spectral entropy, and answers with a `Decision`: the operator's index for every
+token, or a weight for every operator. Most routers are a score per token and thresholds on it (`ScoreRouter`); only the
+score differs between them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers.context import Context
+from chiaroscuro.layers.operator import NoOptions, Work, make_options
 from chiaroscuro.layers.thresholds import QUANTILES, Thresholds
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.ops.spectral import Spectrum
 
 
-def pick_thresholds(operators: tuple[str, ...], low: float, high: float) -> tuple[float, ...]:
-    """The paper's rule for its two thresholds: which of them splits a menu.
+@dataclass(frozen=True)
+class Decision:
+    """What a router decided about a layer's tokens.
 
-    Three operators: both. {dct, attention}: their mean. {dct, rbf} at the low one, {rbf, attention} at the high one.
-    Any other pair splits at the mean.
-
-    Raises:
-        ValueError: a menu of more than three operators, for which two thresholds don't suffice.
-
-    Source: the paper, v1 and v2, routing.
+    Attributes:
+        operator_index: which operator of the menu each token goes to, from 0.
+        score: what the thresholds were compared with, where there are any.
+        scale: what the last operator's output is multiplied by, where the router scales it.
+        weights: a weight for each operator, where every operator runs on every token and the outputs are averaged.
 
     """
-    if len(operators) > 3:
-        raise ValueError(f"two thresholds split at most three operators, the menu has {len(operators)}: {operators}")
-    if len(operators) == 3:
-        return low, high
-    if operators == ("dct", "rbf"):
-        return (low,)
-    if operators == ("rbf", "attention"):
-        return (high,)
-    return ((low + high) / 2,)
+
+    operator_index: Int[Tensor, "batch time"]
+    score: Float[Tensor, "batch time"] | None = None
+    scale: Float[Tensor, "batch time"] | None = None
+    weights: Float[Tensor, "batch time operators"] | None = None
 
 
-class ScoreRouter(nn.Module):
-    """A score per token against K − 1 thresholds: operator k for a token above k of them.
+class Router(nn.Module):
+    """Decides which operator gets which token.
 
-    A subclass says what the score is, and, where it is not H, how it is distributed before any data were seen. The
-    choice has no gradient. A score that is to learn gets one through `scale`.
+    A subclass sets `Options` and the class attributes and writes `forward`; `register_router` gives it a name.
 
     Args:
-        operators: the menu, in order of cost.
         width: d, the features of a token.
-        attention_share: ρ, the share of tokens that running calibration sends to the last operator.
-        thresholds: K − 1 fixed ones, instead of calibrated ones.
-        spectrum: the spectrum whose null the uncalibrated thresholds are of.
+        operators: the menu, names in order of cost.
+        layer: the number of the layer, for a router that draws by it.
+        options: fields of the subclass's `Options`; in a model those not given take the values of the configuration's
+            fields of the same names, if there are any, and else their defaults.
+
+    Raises:
+        UserError: an unknown or impossible option.
 
     """
 
-    scores_entropy = True
-    """Whether the score is a spectral entropy, so that fixed entropy thresholds mean something to it."""
+    Options: ClassVar[type] = NoOptions
+    """A dataclass of the router's options."""
+    one_operator_per_token: ClassVar[bool] = True
+    """False for a router that gives weights in inference too: then execution is dense, and sparse is refused."""
+    trains_densely: ClassVar[bool] = False
+    """Whether training needs every operator's output for every token, though inference does not."""
+    differentiates_entropy: ClassVar[bool] = False
+    """Whether a gradient goes through the entropy."""
 
-    def __init__(
-        self,
-        operators: tuple[str, ...],
-        width: int,
-        attention_share: float = 0.25,
-        thresholds: tuple[float, ...] | None = None,
-        spectrum: Spectrum = "orthonormal",
-    ) -> None:
+    def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
         super().__init__()
+        self.width = width
+        self.operator_names = tuple(operators)
+        self.layer = layer
+        self.options: Any = make_options(type(self), options)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time width"],
+        entropy: Float[Tensor, "batch time"],
+        context: Context | None = None,
+    ) -> Decision:
+        """Decide.
+
+        Args:
+            x: the operators' input.
+            entropy: H(x).
+            context: what else is known about the tokens.
+
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialise parameters and buffers that are the router's own; those of `nn.Linear` need no word here."""
+
+    @classmethod
+    def count(cls, width: int, operators: int, work: Work) -> float:
+        """Operations per token, beside the entropy's transform: those of the router's own products and transforms."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Options of a router by a score.
+
+    Attributes:
+        attention_share: ρ, the share of tokens that calibration sends to the menu's last operator.
+        thresholds: K − 1 fixed thresholds for K operators, instead of calibrated ones.
+        spectrum: the spectrum of the entropy.
+
+    """
+
+    attention_share: float = 0.25
+    thresholds: tuple[float, ...] | None = None
+    spectrum: Spectrum = "orthonormal"
+
+
+class ScoreRouter(Router):
+    """A score per token against K − 1 thresholds: operator k for a token whose score lies above k of them.
+
+    A subclass says what the score is and, where it is not H, how it is distributed before any data were seen. The
+    choice has no gradient. A score that is to be learned gets one through `scale`.
+    """
+
+    Options = ScoreOptions
+    scores_entropy: ClassVar[bool] = True
+    """Whether the score is a spectral entropy, so that fixed entropy thresholds apply to it."""
+
+    def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
+        super().__init__(width, operators, layer, **options)
         # The type is named because a model may be made under a default of bfloat16, which would round the table.
         probabilities = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device="cpu").tolist()
-        null = self.null_quantiles(width, probabilities, spectrum)
-        self.calibration = Thresholds(len(operators), null, attention_share, thresholds)
+        null = self.null_quantiles(probabilities)
+        self.calibration = Thresholds(
+            len(self.operator_names), null, self.options.attention_share, self.options.thresholds
+        )
 
-    def null_quantiles(
-        self, width: int, probabilities: Sequence[float], spectrum: Spectrum
-    ) -> Float[Tensor, " probabilities"]:
-        """Quantiles of the score over white noise, at which an uncalibrated layer stands: here those of H."""
-        return null_entropy_quantiles(width, probabilities, spectrum)
+    def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
+        """Quantiles of the score over white noise, from which an uncalibrated layer starts: here those of H."""
+        return null_entropy_quantiles(self.width, probabilities, self.options.spectrum)
 
     def score(
-        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
+        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
     ) -> Float[Tensor, "batch time"]:
-        """The number that is held against the thresholds.
-
-        A subclass may ask by name for more: `position_ids` and `input_ids`, both (B, T).
-        """
+        """The number that is compared with the thresholds."""
         raise NotImplementedError
 
     def scale(self, score: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"] | None:
@@ -92,66 +148,41 @@ class ScoreRouter(nn.Module):
         return None
 
     def forward(
-        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
-    ) -> Int[Tensor, "batch time"]:
-        """The operator's index for every token."""
-        return self.decide(self.score(x, entropy))
-
-    def decide(self, score: Float[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-        """How many thresholds each score lies above."""
-        return (score[..., None] > self.calibration.values).sum(-1)
+        self,
+        x: Float[Tensor, "batch time width"],
+        entropy: Float[Tensor, "batch time"],
+        context: Context | None = None,
+    ) -> Decision:
+        """Score every token, and count the thresholds that it lies above."""
+        score = self.score(x, entropy, Context() if context is None else context)
+        index = (score[..., None] > self.calibration.values).sum(-1)
+        return Decision(index, score=score, scale=self.scale(score))
 
 
 class ThresholdRouter(ScoreRouter):
     """The paper's default: the score is the spectral entropy H itself."""
 
     def score(
-        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
+        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
     ) -> Float[Tensor, "batch time"]:
         """H."""
         return entropy
 
 
-class SoftRouter(nn.Module):
-    """softmax(W [x, H] + b): every operator runs on every token, and the outputs are averaged by these weights.
+def pick_thresholds(costs: Sequence[float | None], low: float, high: float) -> tuple[float, ...]:
+    """The paper's rule for its two thresholds: which of them splits a menu of operators of these costs.
 
-    So execution is always dense.
+    Three operators: both. Of its three operators, the two cheaper ones (dct and rbf) are split at the low one, the two
+    costlier ones (rbf and attention) at the high one. Any other pair is split at their mean.
 
-    Args:
-        operators: the menu.
-        width: d, the features of a token.
+    Raises:
+        UserError: a menu of more than three operators, for which two thresholds do not suffice.
+
+    Source: the paper, v1 and v2, routing.
 
     """
-
-    one_operator_a_token = False
-
-    def __init__(self, operators: tuple[str, ...], width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width + 1, len(operators))
-
-    def forward(
-        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
-    ) -> Float[Tensor, "batch time operators"]:
-        """A weight for every operator, summing to 1."""
-        return self.proj(torch.cat([x, entropy[..., None].to(x.dtype)], dim=-1)).softmax(-1)
-
-
-class HardRouter(SoftRouter):
-    """The argmax of the soft router's weights, with its gradient passed straight through.
-
-    In training the weights are one-hot in the forward and soft in the backward (which therefore needs every
-    operator's output, so execution is dense); in inference the index alone remains. Straight-through: arXiv 1308.3432.
-    """
-
-    one_operator_a_token = True
-
-    def forward(
-        self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"]
-    ) -> Float[Tensor, "batch time operators"] | Int[Tensor, "batch time"]:
-        """One-hot weights in training, the index of the operator in inference."""
-        soft = super().forward(x, entropy)
-        choice = soft.argmax(-1)
-        if not self.training:
-            return choice
-        # The difference is exactly 0, so the weights are exactly 0 and 1 in any precision.
-        return F.one_hot(choice, soft.shape[-1]).to(soft.dtype) + (soft - soft.detach())
+    if len(costs) > 3:
+        raise UserError(f"two thresholds split at most three operators, the menu has {len(costs)}")
+    if len(costs) == 3:
+        return low, high
+    return {(0, 1): (low,), (1, 2): (high,)}.get(tuple(costs), ((low + high) / 2,))  # type: ignore[arg-type]

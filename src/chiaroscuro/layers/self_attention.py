@@ -1,191 +1,201 @@
-"""The full operator: multi-head causal self-attention with rotary positions."""
+"""The full operator: multi-head causal self-attention with rotary positions and, optionally, grouped heads."""
 
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers.attend_packed import attend_packed
+from chiaroscuro.layers.context import Context
+from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
-from chiaroscuro.ops.attention import AttentionImplementation, attend, causal_mask, rotary_table, rotate
-from chiaroscuro.ops.packed_attention import prefix_attention, prefix_attention_by_rows
+from chiaroscuro.layers.rotary import frequencies_of
+from chiaroscuro.layers.state import KeptTokens
+from chiaroscuro.ops.attention import attend, rotary_table, rotate
 
 
-@runtime_checkable
-class KeyValueStore(Protocol):
-    """What attention from every token needs of a cache: take new keys and values, give all since the beginning."""
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Options of attention; each bears the name of the configuration's field that it defaults to in a model.
 
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-
-
-@runtime_checkable
-class PackedKeyValueStore(Protocol):
-    """What attention from some tokens needs of a cache: rows that each take their own, and give all they have."""
-
-    @property
-    def empty(self) -> bool: ...  # noqa: D102
-    def extend(self, key: Tensor, value: Tensor, chosen: Tensor) -> None: ...  # noqa: D102
-    def rows(self) -> Iterable[tuple[Tensor, Tensor]]: ...  # noqa: D102
-
-
-class SelfAttention(nn.Module):
-    """softmax(q kᵀ / √c) v over h heads of width c = d / h, causal, with rotary positions on q and k.
-
-    Args:
-        width: d, the features of a token.
-        heads: h; must divide d into heads of even width.
-        dropout: on the attention probabilities, in training.
+    Attributes:
+        num_attention_heads: h.
+        num_key_value_heads: heads of keys and values, each shared by h / this many query heads; h unless given.
+        head_dim: c, the width of a head; d / h unless given.
+        bias: whether the projections have biases.
+        attention_dropout: on the attention probabilities, in training.
         rope_theta: the base of the rotary angles.
-        attention_context: where only some tokens are routed here, what they attend to: `"all"` tokens up to their own
-            (the paper), or only the `"routed"` ones among these.
-
-    Raises:
-        ValueError: the heads don't divide the width, or into an odd one; an unknown context.
-
-    Source: arXiv 1706.03762; RoPE arXiv 2104.09864, rotate-half convention.
+        rope_parameters: scaling of the rotary angles as in transformers; where given, `rope_theta` is read from it.
+        max_position_embeddings: the longest sequence, on which some types of scaling depend.
+        attention_context: where a layer routes only some tokens here, what they attend to: `"all"` tokens up to their
+            own (the paper), or only the `"routed"` ones among these.
 
     """
 
+    num_attention_heads: int = 1
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = True
+    attention_dropout: float = 0.0
+    rope_theta: float = 10000.0
+    rope_parameters: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 1024
+    attention_context: AttentionContext = "all"
+
+    def __post_init__(self) -> None:
+        check_attention_context(self.attention_context)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            value = getattr(self, name)
+            optional = name != "num_attention_heads"
+            if not (optional and value is None) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise UserError(f"{name}={value!r}: must be a positive whole number")
+        if not isinstance(self.bias, bool):
+            raise UserError(f"bias={self.bias!r}: must be true or false")
+
+    def widths(self, width: int) -> tuple[int, int, int]:
+        """Heads of the queries, heads of keys and values, and the width of each."""
+        heads = self.num_attention_heads
+        return heads, self.num_key_value_heads or heads, self.head_dim or width // heads
+
+
+class SelfAttention(Operator):
+    """softmax(q kᵀ / √c) v over h heads of width c, causal, with rotary positions on q and k.
+
+    Source: arXiv 1706.03762; RoPE arXiv 2104.09864, rotate-half convention; grouped heads arXiv 2305.13245.
+
+    Args:
+        width: d, the features of a token.
+        options: see `AttentionOptions`.
+
+    Raises:
+        UserError: the heads don't divide the width, or into an odd one; the key-value heads don't divide the heads; an
+            unknown context.
+
+    """
+
+    Options = AttentionOptions
     cost = 2
-    cacheable = True
+    separates_documents = True
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        dropout: float = 0.0,
-        rope_theta: float = 10000.0,
-        attention_context: AttentionContext = "all",
-    ) -> None:
-        super().__init__()
-        check_attention_context(attention_context)
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"width {width} does not divide into {heads} heads of even width")
-        self.heads = heads
-        self.dropout = dropout
-        self.rope_theta = rope_theta
-        self.attention_context = attention_context
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.heads, self.key_value_heads, self.head_width = self.options.widths(width)
+        bias = self.options.bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=bias)
+        self.k_proj = nn.Linear(width, self.key_value_heads * self.head_width, bias=bias)
+        self.v_proj = nn.Linear(width, self.key_value_heads * self.head_width, bias=bias)
+        self.out_proj = nn.Linear(self.heads * self.head_width, width, bias=bias)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch time width"],
-        attention_mask: Bool[Tensor, "batch keys"] | None = None,
-        position_ids: Int[Tensor, "batch time"] | None = None,
-        mask: Bool[Tensor, "batch 1 time keys"] | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: KeyValueStore | None = None,
-        implementation: AttentionImplementation = "sdpa",
-        routed: Bool[Tensor, "batch time"] | None = None,
-    ) -> Float[Tensor, "batch time width"]:
-        """Attend from every token: the dense form.
+    @classmethod
+    def check(cls, width: int, options: AttentionOptions) -> None:
+        """Refuse heads that don't fit."""
+        heads, key_value_heads, head_width = options.widths(width)
+        if options.head_dim is None and width % heads:
+            raise UserError(f"hidden_size={width} is not divisible by num_attention_heads={heads}: change one of them")
+        if head_width % 2:
+            raise UserError(
+                f"hidden_size={width} over num_attention_heads={heads} gives heads of width {head_width}: "
+                "rotary positions need an even width"
+            )
+        if heads % key_value_heads:
+            raise UserError(
+                f"num_attention_heads={heads} is not divisible by num_key_value_heads={key_value_heads}: each of "
+                "these serves the same number of heads"
+            )
+        if options.rope_parameters is not None:
+            longest = options.max_position_embeddings
+            frequencies_of(options.rope_parameters, head_width, longest, longest)
 
-        Args:
-            x: the tokens; with a cache, those that came new.
-            attention_mask: true for real tokens, over the cached ones too.
-            position_ids: each token's position; counted from 0 where not given.
-            mask: `causal_mask` of the attention mask, where the caller has it for all layers.
-            rotary: `rotary_table` of the positions, likewise.
-            cache: keys and values of earlier tokens, which takes up these.
-            implementation: `"sdpa"` or `"eager"`.
-            routed: which tokens' output will be used; in the `"routed"` context the others are not attended to, but
-                by themselves.
+    def mix(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        """Attend from every token.
+
+        In the `"routed"` context tokens that are not routed here are attended to by themselves alone.
 
         Raises:
-            ValueError: a cache with `routed` tokens in the `"routed"` context, which only `sparse_forward` can serve.
+            ValueError: a cache together with routed tokens in the `"routed"` context, which only the packed form has.
 
         """
-        rotary = self._angles(x, position_ids, rotary)
-        if mask is None and attention_mask is not None:
-            mask = causal_mask(attention_mask.bool(), x.shape[1])
-        if routed is not None and self.attention_context == "routed":
-            if cache is not None:
+        mask = context.mask(x.shape[1])
+        if context.routed is not None and self.options.attention_context == "routed":
+            if context.state is not None:
                 raise ValueError("a cache in the 'routed' context holds the routed tokens alone: use sparse execution")
-            mask = causal_mask(routed if attention_mask is None else routed & attention_mask, x.shape[1])
-        query = rotate(self._split(self.q_proj(x)), rotary)
-        key = rotate(self._split(self.k_proj(x)), rotary)
-        value = self._split(self.v_proj(x))
-        if cache is not None:
-            key, value = cache.update(key, value)
-        dropout = self.dropout if self.training else 0.0
-        mixed = attend(query, key, value, mask, dropout, implementation)
+            real = context.real(x.shape[1])
+            mask = context.mask_over(context.routed if real is None else context.routed & real, x.shape[1])
+        table = self._rotary(x, context)
+        query = rotate(_split(self.q_proj(x), self.heads), table)
+        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
+        value = _split(self.v_proj(x), self.key_value_heads)
+        if context.state is not None:
+            key, value = context.state.update(key, value)
+        mixed = attend(query, key, value, mask, self._dropout, context.implementation)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
-    def sparse_forward(
-        self,
-        x: Float[Tensor, "batch time width"],
-        tokens: PackedTokens,
-        attention_mask: Bool[Tensor, "batch keys"] | None = None,
-        position_ids: Int[Tensor, "batch time"] | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: PackedKeyValueStore | None = None,
-        implementation: AttentionImplementation = "sdpa",
+    def mix_packed(
+        self, x: Float[Tensor, "batch time width"], tokens: PackedTokens, context: Context
     ) -> Float[Tensor, "tokens width"]:
-        """Attend from some tokens: queries, output and rows of scores for them alone.
-
-        Args:
-            x: all tokens; with a cache, those that came new.
-            tokens: those that attend, real ones.
-            attention_mask: as in `forward`, as all that is not named here.
-            position_ids: see there.
-            rotary: see there.
-            cache: keys and values of earlier tokens; takes up these: all, or the routed ones.
-            implementation: `"sdpa"` for the fast kernels, `"eager"` for the formula row by row.
-
-        Returns:
-            The tokens' outputs, packed. In exact arithmetic they are `forward`'s.
-
-        """
-        keyed = tokens.keys(self.attention_context, attention_mask)
+        """Attend from some tokens: queries, output and rows of scores for them alone."""
+        state: KeptTokens | None = context.state
+        keyed = tokens.keys(self.options.attention_context, context.real(x.shape[1]))
         if len(keyed) == 0 and not torch.is_grad_enabled():
-            if cache is not None:
-                empty = x.new_empty(0, self.heads, x.shape[-1] // self.heads)
-                cache.extend(empty, empty, keyed.chosen)
+            if state is not None:
+                empty = x.new_empty(0, self.key_value_heads, self.head_width)
+                state.extend(keyed.chosen, empty, empty)
             return x.new_empty(0, x.shape[-1])
-        cos, sin = self._angles(x, position_ids, rotary)
-        queries = tokens.take(x)
-        context = queries if keyed is tokens else keyed.take(x)
-        query = rotate(self._heads(self.q_proj(queries)), (tokens.take(cos), tokens.take(sin)))
-        key = rotate(self._heads(self.k_proj(context)), (keyed.take(cos), keyed.take(sin)))
-        value = self._heads(self.v_proj(context))
-        attention = prefix_attention if implementation == "sdpa" else prefix_attention_by_rows
-        dropout = self.dropout if self.training else 0.0
-        visible = tokens.ordinals(keyed)
-        if cache is None or cache.empty:
-            mixed = attention(query, key, value, tokens.lengths, keyed.lengths, visible, dropout)
-            if cache is not None:
-                cache.extend(key, value, keyed.chosen)
-            return self.out_proj(mixed.flatten(1))
-        cache.extend(key, value, keyed.chosen)
-        counts, new = tokens.lengths.tolist(), keyed.lengths.tolist()
-        outputs = [query[:0]]
-        rows = zip(query.split(counts), visible.split(counts), cache.rows(), new, strict=True)
-        for q, seen, (k, v), m in rows:
-            if len(q) == m == 1:  # the last of its row: it sees all
-                outputs.append(
-                    attend(q.transpose(0, 1)[None], k[None], v[None], None, dropout, implementation)[0, :, 0][None]
-                )
-            elif len(q):
-                sizes = torch.tensor([[len(q)], [k.shape[1]]], device=x.device)
-                seen = seen + k.shape[1] - m
-                outputs.append(attention(q, k.transpose(0, 1), v.transpose(0, 1), sizes[0], sizes[1], seen, dropout))
-        return self.out_proj(torch.cat(outputs).flatten(1))
+        cos, sin = self._rotary(x, context)
+        sources = tokens.take(x)
+        targets = sources if keyed is tokens else keyed.take(x)
+        key = rotate(self.k_proj(targets).unflatten(-1, (self.key_value_heads, -1)), (keyed.take(cos), keyed.take(sin)))
+        value = self.v_proj(targets).unflatten(-1, (self.key_value_heads, -1))
+        query = rotate(self.q_proj(sources).unflatten(-1, (self.heads, -1)), (tokens.take(cos), tokens.take(sin)))
+        mixed = attend_packed(query, (key, value), tokens, keyed, context, dropout=self._dropout)
+        return self.out_proj(mixed.flatten(1))
 
-    def _angles(
-        self, x: Tensor, position_ids: Tensor | None, rotary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        if rotary is not None:
-            return rotary
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return rotary_table(position_ids, x.shape[-1] // self.heads, self.rope_theta)
+    @property
+    def _dropout(self) -> float:
+        return self.options.attention_dropout if self.training else 0.0
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+    def new_cache(self) -> KeptTokens:
+        """Keys and values: of all tokens, or in the `"routed"` context of those that were routed here."""
+        return KeptTokens()
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    @classmethod
+    def count(cls, width: int, options: AttentionOptions, work: Work) -> Count:
+        """Projections of queries, keys, values and outputs, and two products with the scores."""
+        heads, key_value_heads, head_width = options.widths(width)
+        n, queried, kept = work.tokens, heads * head_width, key_value_heads * head_width
+        routed = work.routed and options.attention_context == "routed"
+        keys = n if routed else work.length
+        past = work.past * (n / work.length if routed else 1.0)
+        # A token that attends sees itself, even if fewer than one a sequence does on average.
+        pairs = n * (past + ((max(keys, 1.0) + 1) / 2 if work.causal else keys))
+        return Count(
+            {
+                "attention projections": work.product * 4 * width * (queried * n + kept * keys),
+                "attention scores": work.product * 4 * queried * pairs,
+            },
+            numbers_kept=2 * kept * (past + keys),
+            published=n * (4 * width * width + 2 * work.length * width),
+        )
+
+    def _rotary(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for x's positions, which layers of the same options share."""
+        options = self.options
+        parameters = options.rope_parameters or {"rope_theta": options.rope_theta}
+        key = ("rotary", self.head_width, *sorted((name, str(value)) for name, value in parameters.items()))
+        if key not in context.shared:
+            positions = context.positions(x)
+            frequencies, factor = frequencies_of(
+                parameters, self.head_width, options.max_position_embeddings, context.past + x.shape[1]
+            )
+            context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
+        return context.shared[key]
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Where a score's thresholds stand, and what they were set from: the state of a calibration.
 
-A router by score needs K − 1 thresholds for K operators. They are buffers, so a calibration travels with the weights;
-beside them lies a table of the score's quantiles, so that another share is one look-up away. A forward only reads the
-thresholds and notes scores; they move when `step` is called, once an optimizer step.
+A router by a score needs K − 1 thresholds for K operators. They are buffers, so a calibration is saved with the
+weights. Beside them lies a table of the score's quantiles, so that another share is one look-up away. A forward only
+reads the thresholds and notes scores; they move when `step` is called, once per optimizer step.
 """
 
 import warnings
@@ -13,12 +13,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from chiaroscuro.errors import UserError
+
 QUANTILES = 1001
 """Entries of the table: one for every thousandth of the tokens, from the smallest score to the largest."""
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running table: it forgets by half in 6.6 steps. At 2,000 tokens a step its noise
 is that of about 40,000 tokens: at ρ = 0.25 it moves the share by 0.002 (more where a text's tokens are alike)."""
+
+ATOM = 1e-4
+"""Scores that differ by less than this part of the middle nine tenths of all scores count as one."""
 
 FORGOTTEN = 256
 """Training forwards without a `step` after which there is a warning: more than anyone accumulates in one."""
@@ -43,11 +48,44 @@ def shares_to_thresholds(
     lower = position.floor().long().clamp(max=len(quantiles) - 2)
     table = quantiles.double().cpu()
     thresholds = torch.lerp(table[lower], table[lower + 1], position - lower)
+    thresholds = torch.stack(
+        [_off_atoms(table, place, t) for place, t in zip(position.tolist(), thresholds, strict=True)]
+    )
     if share <= 0:
         thresholds[-1] = torch.inf
     if share >= 1:
         thresholds[:] = -torch.inf
     return thresholds.to(quantiles)
+
+
+def _off_atoms(table: Tensor, position: float, threshold: Tensor) -> Tensor:
+    """The threshold, or where many tokens share one score and it would fall on that, the middle of the nearest gap.
+
+    Tokens of one score, such as all copies of a word in a first layer, differ by rounding alone. A threshold among them
+    would send each where the rounding of that day says.
+    """
+    steps = table.diff()
+    tolerance = ATOM * (table[(len(table) * 19) // 20] - table[len(table) // 20])
+    gaps = (steps > tolerance).nonzero()[:, 0]
+    cell = min(int(position), len(steps) - 1)
+    if len(gaps) == 0 or steps[cell] > tolerance:
+        return threshold
+    nearest = gaps[(gaps + 0.5 - position).abs().argmin()]
+    return (table[nearest] + table[nearest + 1]) / 2
+
+
+def between_scores(
+    scores: Float[Tensor, " tokens"], thresholds: Float[Tensor, " thresholds"]
+) -> Float[Tensor, " thresholds"]:
+    """Each threshold in the middle between the scores around it, so that no score lies exactly on it.
+
+    Where one does, a forward in pieces, whose rounding differs, would route its token otherwise than a whole one.
+    """
+    ordered = scores.to(thresholds).sort().values
+    above = torch.searchsorted(ordered, thresholds, right=True)
+    inside = thresholds.isfinite() & (above > 0) & (above < len(ordered))
+    low, high = ordered[(above - 1).clamp(min=0)], ordered[above.clamp(max=len(ordered) - 1)]
+    return torch.where(inside, (low + high) / 2, thresholds)
 
 
 def quantile_table(scores: Float[Tensor, " tokens"]) -> Float[Tensor, " quantiles"]:
@@ -164,17 +202,33 @@ class Thresholds(nn.Module):
 
     @torch.no_grad()
     def set_from(self, scores: Float[Tensor, " tokens"], share: float) -> None:
-        """Replace the table by that of these scores, and set the thresholds from it."""
+        """Replace the table by that of these scores, and set the thresholds from it.
+
+        Raises:
+            UserError: a score is not finite.
+            ValueError: a share that is not from 0 to 1.
+
+        """
+        if not bool(scores.isfinite().all()):
+            raise UserError(
+                f"{int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite: the model's weights or its "
+                "input hold NaN or infinity, and no threshold can be set from them"
+            )
         table = quantile_table(scores)
-        self.values.copy_(shares_to_thresholds(table, share, self.operators))  # or an error, and nothing is changed
+        thresholds = shares_to_thresholds(table, share, self.operators)  # or an error, and nothing is changed
+        self.values.copy_(between_scores(scores, thresholds))
         self.quantiles.copy_(table)
         self.steps.add_(1)
         self.share = share
 
     @torch.no_grad()
     def note(self, scores: Float[Tensor, "batch time"], real: Bool[Tensor, "batch time"] | None) -> None:
-        """Remember the scores of a forward's real tokens until the next `step`."""
+        """Remember the scores of a forward's real tokens until the next `step`.
+
+        Scores that are not finite are left out: they would spoil the table for good. The loss says that they are there.
+        """
         scores = (scores if real is None else scores[real]).detach().flatten()
+        scores = scores[scores.isfinite()]
         if len(scores):
             table = quantile_table(scores)
             if self._noted is not None:

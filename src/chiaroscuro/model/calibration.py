@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.layers import Context
 from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.model.modeling import ChiarPreTrainedModel
 from chiaroscuro.ops import spectral_entropy
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -66,17 +67,17 @@ def calibrate(
             ids = ids.to(model.device)
             x = base.embed(ids)
             context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
-            states.append((x, context, base.gate(x, context["attention_mask"])))
+            states.append((x, context, base.gate(x, context)))
         if not states:
             raise UserError("calibrate got no batches: give at least one with some tokens")
-        masks = [context["attention_mask"] for _, context, _ in states]
+        masks = [context.attention_mask for _, context, _ in states]
         if not any(mask is None or mask.any() for mask in masks):
             raise UserError("calibrate got padding alone: give batches with some real tokens")
         # Checks the share and the model; the thresholds that it sets are replaced below.
         model.set_attention_share(model.config.attention_share if share is None else share)
         for i in range(len(base.layers)):
             if i in layers:
-                scores = [_real_scores(base.blocks[i].route(x, **c), c) for x, c, _ in states]
+                scores = [_real_scores(base.blocks[i].route(x, c), c) for x, c, _ in states]
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
@@ -122,6 +123,6 @@ def paper_thresholds(
     return float(low), float(high)
 
 
-def _real_scores(routing: Any, context: Mapping[str, Any]) -> Tensor:
-    real = context["attention_mask"]
+def _real_scores(routing: Any, context: Context) -> Tensor:
+    real = context.attention_mask
     return routing.score.flatten() if real is None else routing.score[real]

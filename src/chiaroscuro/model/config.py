@@ -7,20 +7,22 @@ A model is a list of layers and a layer is a menu of operators, so one class is 
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from inspect import get_annotations
 from typing import Any, Literal, get_args
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedConfig
 
-from chiaroscuro.errors import UserError
-from chiaroscuro.layers import ScoreRouter, find_operator, find_router, pick_thresholds
+from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.layers import Operator, Router, ScoreRouter, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
+from chiaroscuro.layers.norms import NormType
+from chiaroscuro.layers.operator import make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
-from chiaroscuro.layers.registry import asked_names
+from chiaroscuro.layers.registry import Entry, split_entry
 from chiaroscuro.ops.spectral import Spectrum
 
 ClassifierPooling = Literal["mean", "last"]
@@ -29,6 +31,7 @@ ClassifierHead = Literal["linear", "mlp"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "feed_forward": get_args(FeedForwardKind),
     "norm": get_args(NormPlacement),
+    "norm_type": get_args(NormType),
     "meta_router": ("none", *get_args(Pooling)),
     "spectrum": get_args(Spectrum),
     "calibration": ("running", "fixed"),
@@ -51,6 +54,8 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "hidden_dropout", "attention_dropout")
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
 _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
+    "_commit_hash",
+    "rope_scaling",
     "_name_or_path",
     "_attn_implementation",
     "attn_implementation",
@@ -62,6 +67,10 @@ _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
 }
 
 
+_SAVED = "_saved_by_chiaroscuro"
+"""Marks the fields that `from_dict` passes to the constructor, among which unknown names are no mistake."""
+
+
 class ChiarConfig(PreTrainedConfig):
     """The configuration of a CHIAR-Former.
 
@@ -70,27 +79,36 @@ class ChiarConfig(PreTrainedConfig):
         hidden_size: d, the features of a token.
         num_hidden_layers: L; the number of menus where `operators` is given.
         num_attention_heads: h; must divide d into heads of even width.
+        num_key_value_heads: heads of keys and values, each shared by h / this many query heads; h unless given.
+        head_dim: c, the width of a head; d / h unless given.
+        bias: whether attention's projections and the gelu feed-forward have biases. (Llama: false.)
         feed_forward: `"gelu"` (the paper: two matrices and their biases) or `"swiglu"` (Llama's: three matrices).
         intermediate_size: the feed-forward's width; unless given 4d, of swiglu 8/3 d, which has as many parameters.
         max_position_embeddings: the longest sequence that the model takes.
         rope_theta: the base of the rotary angles.
+        rope_parameters: scaling of the rotary angles as in transformers, such as `{"rope_type": "linear", "factor": 2.0}`.
+            A `rope_theta` in it counts for more than the field's.
         hidden_dropout: on embeddings, sub-layer outputs and inside the feed-forward, in training.
         attention_dropout: on attention probabilities, in training.
-        norm: `"pre"` (y = x + op(LN(x))) or `"post"` (the paper: y = LN(x + op(x))).
+        norm: `"pre"` (y = x + op(N(x))) or `"post"` (the paper: y = N(x + op(x))).
+        norm_type: N, `"layer"` (LayerNorm) or `"rms"` (RMSNorm, Llama's).
+        norm_epsilon: what N adds to the variance; 1e-5 for LayerNorm and 1e-6 for RMSNorm unless given.
         embedding_norm: a LayerNorm without parameters on the embeddings. Without it a layer that adds LN(x) repairs
             their small scale, and a comparison with a model that has no such layer is not fair.
         operators: a menu for every layer: lists of `"dct"`, `"rbf"`, `"attention"` or registered names, in order of
-            cost. Unless given: dct first, attention last, dct or attention in between.
+            cost. An entry may be a mapping from the name to options of that operator alone,
+            `["dct", {"attention": {"num_attention_heads": 2}}]`; options left out take the values of the fields of the
+            same names. Unless given: dct first, attention last, dct or attention in between.
         router: which operator gets which token. By a score against thresholds: `"threshold"` (the spectral entropy),
             `"permuted"` (that of shuffled features), `"random"` (a hash of layer, position and token), `"learned"`
             (a projection, which scales the last operator's output too). By weights: `"soft"`, `"hard"`. Or a
-            registered name.
+            registered name, or as in a menu a mapping from the name to options.
         router_seed: of what `"random"` and `"permuted"` draw.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
         attention_context: what a routed token attends to: `"all"` tokens up to its own (the paper), or only the
             `"routed"` ones among them, itself included: ρ² of the scores and ρ of the keys and values.
-        execution: `"sparse"` runs every operator on its own tokens alone; `"dense"` runs each on all tokens and drops
-            what was not asked for, which computes the same and saves nothing. Unless given: sparse wherever a token
+        execution: `"sparse"` runs each operator on its own tokens alone; `"dense"` runs each on all tokens and drops
+            what was not asked for, which computes the same and saves nothing. Unless given: sparse wherever each token
             gets one operator; dense for `router="soft"`. `router="hard"` trains densely under both.
         calibration: `"running"` moves the thresholds towards ρ while training; `"fixed"` leaves them as given.
         rbf_causal: whether rbf masks later tokens. False is the published form, in which a token **reads the future**.
@@ -102,8 +120,8 @@ class ChiarConfig(PreTrainedConfig):
         spectrum: `"orthonormal"`, or `"reference"` to route as the author's code does.
         collapse_penalty: λ; the training loss gets −λ Σ_layers (entropy of the mean router weights). For soft and hard.
         task_labels: of `ChiarForMixedTasks`, how many labels each classification task has, by its name.
-        use_cache: whether generation caches. Unless given: where the model can. `meta_router="batch"` or `"sequence"`
-            and menus with `"rbf"` can't.
+        use_cache: whether generation caches. Unless given: where the model can. With `meta_router="batch"` or
+            `"sequence"` it can't, nor with an operator that keeps no state.
         tie_word_embeddings: the LM head shares the embedding's weights.
         classifier_pooling: what a classifier of texts scores: the `"mean"` of the real tokens, or the `"last"` of them.
         classifier_head: what scores it: `"linear"`, or `"mlp"`, the author's: d → d, GELU, dropout, d → labels.
@@ -124,16 +142,22 @@ class ChiarConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_hidden_layers: int | None = None
     num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = True
     feed_forward: FeedForwardKind = "gelu"
     intermediate_size: int | None = None
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
+    rope_parameters: dict[str, Any] | None = None
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     norm: NormPlacement = "pre"
+    norm_type: NormType = "layer"
+    norm_epsilon: float | None = None
     embedding_norm: bool = True
-    operators: list[list[str]] | None = None
-    router: str = "threshold"
+    operators: list[list[Any]] | None = None
+    router: Entry = "threshold"
     router_seed: int = 0
     attention_share: float = 0.25
     attention_context: AttentionContext = "all"
@@ -155,8 +179,17 @@ class ChiarConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields, and check."""
-        self.refuse_unknown(kwargs, library=_LIBRARY_FIELDS)
-        super().__post_init__(**kwargs)
+        if not kwargs.pop(_SAVED, False):
+            self.refuse_unknown(kwargs, library=_LIBRARY_FIELDS)
+        for field in get_annotations(ChiarConfig):
+            value = getattr(self, field, None)
+            if isinstance(value, np.generic):  # a NumPy scalar is a number like any other, but JSON doesn't know it
+                setattr(self, field, value.item())
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
+            raise UserError(f"rope_parameters={self.rope_parameters!r}: give a mapping, as transformers has it")
+        self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
+        super().__post_init__(**kwargs)  # fills in rope_parameters
+        self.rope_theta = (self.rope_parameters or {})["rope_theta"]
         if self.operators is None:
             layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             self._check_number("num_hidden_layers", layers)
@@ -176,7 +209,7 @@ class ChiarConfig(PreTrainedConfig):
         if self.meta_router is None:
             self.meta_router = "causal" if self.routed_layers else "none"
         if self.execution is None:
-            self.execution = "sparse" if _one_operator_a_token(self.router) else "dense"
+            self.execution = "sparse" if _router_class(self.router).one_operator_per_token else "dense"
         # Whether the model can be cached is known once the rest is known to be possible.
         cached = self.use_cache
         self.use_cache = False if cached is None else cached
@@ -198,9 +231,7 @@ class ChiarConfig(PreTrainedConfig):
 
         """
         if name not in _PRESETS:
-            close = get_close_matches(str(name), _PRESETS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"unknown preset {name!r}: {hint}known are {', '.join(_PRESETS)}")
+            raise UserError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
         fields = copy.deepcopy(_PRESETS[name][1])
         layers, menus = changes.get("num_hidden_layers"), fields["operators"]
         if isinstance(layers, int) and layers > 0 and "operators" not in changes:
@@ -225,10 +256,40 @@ class ChiarConfig(PreTrainedConfig):
         """Every preset's name and a line on what it is."""
         return {name: description for name, (description, _) in _PRESETS.items()}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does. What a saved config has beside our fields is kept: only a constructor's is an error."""
+        return super().from_dict({**config_dict, _SAVED: True}, **kwargs)
+
     @property
     def menus(self) -> list[list[str]]:
-        """`operators`, which construction has filled in."""
-        return self.operators or []
+        """The names of `operators`, which construction has filled in."""
+        return [[split_entry(entry)[0] for entry in menu] for menu in self.operators or []]
+
+    @property
+    def entries(self) -> list[list[tuple[type[Operator], Any]]]:
+        """For each layer, the class and the options of each operator on its menu.
+
+        Raises:
+            UserError: an unknown operator or option, or an impossible one.
+
+        """
+        fields = self.fields()
+        found = []
+        for menu in self.operators or []:
+            named = [(find_operator(name), options) for name, options in map(split_entry, menu)]
+            found.append([(cls, make_options(cls, with_defaults(cls, options, fields))) for cls, options in named])
+        return found
+
+    @property
+    def router_class(self) -> type[Router]:
+        """The class of the router."""
+        return _router_class(self.router)
+
+    def fields(self, layer: int | None = None) -> dict[str, Any]:
+        """Our fields by name, and of a layer its fixed `thresholds`: what operators and routers are built with."""
+        fields = {name: getattr(self, name) for name in get_annotations(ChiarConfig) if name[0] != "_"}
+        return fields if layer is None else fields | {"thresholds": self.thresholds_of(layer)}
 
     @property
     def routed_layers(self) -> list[int]:
@@ -236,11 +297,12 @@ class ChiarConfig(PreTrainedConfig):
         return [i for i, menu in enumerate(self.menus) if len(menu) > 1]
 
     def thresholds_of(self, layer: int) -> tuple[float, ...] | None:
-        """The fixed thresholds of a layer's menu; None where they are calibrated."""
-        if self.entropy_thresholds is None or self.operators is None:
+        """The fixed thresholds of a layer's menu; None where they are calibrated or there is no choice."""
+        menu = self.menus[layer]
+        if self.entropy_thresholds is None or len(menu) == 1:
             return None
         low, high = self.entropy_thresholds
-        return pick_thresholds(tuple(self.operators[layer]), low, high)
+        return pick_thresholds([find_operator(name).cost for name in menu], low, high)
 
     def check(self) -> None:
         """Raise a UserError for the first thing that is impossible; the model runs it on what was changed since."""
@@ -253,7 +315,9 @@ class ChiarConfig(PreTrainedConfig):
         for field in ("hidden_dropout", "attention_dropout"):
             if getattr(self, field) == 1:
                 raise UserError(f"{field}=1 drops everything: must be below 1")
-        for field in ("embedding_norm", "rbf_causal", "tie_word_embeddings", "use_cache"):
+        if self.norm_epsilon is not None and not (_is_finite(self.norm_epsilon) and self.norm_epsilon > 0):
+            raise UserError(f"norm_epsilon={self.norm_epsilon!r}: must be a positive number")
+        for field in ("bias", "embedding_norm", "rbf_causal", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
         for field in _CHOICES:
@@ -292,31 +356,30 @@ class ChiarConfig(PreTrainedConfig):
                 "give one menu a layer"
             )
         for i, menu in enumerate(self.operators):
-            if not all(isinstance(name, str) for name in menu):
-                raise UserError(f"operators[{i}]={menu}: a menu is a list of names, such as ['dct', 'attention']")
-            if not menu or len(set(menu)) < len(menu):
-                raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
+            named: list[str] = []
             try:
-                costs = [getattr(find_operator(name), "cost", None) for name in menu]
+                named = [split_entry(entry)[0] for entry in menu]
+                costs = [find_operator(name).cost for name in named]
             except UserError as error:
                 raise UserError(f"operators[{i}]={menu}: {error}") from None
+            if not menu or len(set(named)) < len(named):
+                raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
             ranked = [cost for cost in costs if cost is not None]
             if ranked != sorted(ranked):
                 raise UserError(f"operators[{i}]={menu}: list the cheapest operator first (dct, rbf, attention)")
-        if any("attention" in menu for menu in self.operators):
-            heads, width = self.num_attention_heads, self.hidden_size
-            if width % heads:
-                raise UserError(
-                    f"hidden_size={width} is not divisible by num_attention_heads={heads}: change one of them"
-                )
-            if (width // heads) % 2:
-                raise UserError(
-                    f"hidden_size={width} over num_attention_heads={heads} gives heads of width {width // heads}: "
-                    "rotary positions need an even width"
-                )
+        fields = self.fields()
+        for i, menu in enumerate(self.operators):
+            for name, options in map(split_entry, menu):
+                cls = find_operator(name)
+                try:
+                    cls.check(self.hidden_size, make_options(cls, with_defaults(cls, options, fields)))
+                except UserError as error:
+                    # What a field of the model is to blame for is said once for all layers.
+                    raise UserError(f"operators[{i}]={menu}: {error}") from None if options else error
 
     def _check_router(self) -> None:
-        by_score = _routes_by_score(self.router)
+        router, by_score = self.router_class, _routes_by_score(self.router)
+        make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
             if self.calibration == "running":
@@ -352,7 +415,7 @@ class ChiarConfig(PreTrainedConfig):
                 f"collapse_penalty={self.collapse_penalty} with operators={self.operators}, no layer of which has "
                 "a choice to penalise: drop collapse_penalty"
             )
-        if not _one_operator_a_token(self.router):
+        if not router.one_operator_per_token:
             if self.execution == "sparse":
                 raise UserError(
                     f"execution='sparse' with router={self.router!r}, which needs every operator's output for every "
@@ -370,20 +433,11 @@ class ChiarConfig(PreTrainedConfig):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
         if self.attention_context == "routed" and self.execution == "dense" and self.routed_layers:
             return "attention_context='routed' under execution='dense', whose keys are of all tokens"
-        for i, menu in enumerate(self.menus):
-            for name in menu:
-                if not getattr(find_operator(name), "cacheable", False):
-                    return f"operators[{i}]={menu}: {name!r} weighs all earlier tokens anew and can't be cached"
-            if sum(self._keeps_keys(name) for name in menu) > 1:
-                return f"operators[{i}]={menu}: two operators that keep keys, and a layer's cache has room for one"
+        for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
+            for name, (cls, options) in zip(menu, entries, strict=True):
+                if reason := cls.uncacheable(options):
+                    return f"operators[{i}]={menu}: {name!r} {reason}"
         return ""
-
-    def keeps_keys(self, menu: list[str]) -> bool:
-        """Whether a layer of this menu needs a key-value cache: whether any of its operators asks for one."""
-        return any(self._keeps_keys(name) for name in menu)
-
-    def _keeps_keys(self, name: str) -> bool:
-        return "cache" in asked_names(find_operator(name).forward)
 
     def _check_number(self, field: str, value: Any) -> None:
         whole = field in _INTEGERS
@@ -406,19 +460,17 @@ class ChiarConfig(PreTrainedConfig):
         fields = get_annotations(ChiarConfig)
         for name, value in changes.items():
             if name not in fields and name not in library:
-                close = get_close_matches(name, fields, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see help(ChiarConfig) for the fields"
-                raise UserError(f"unknown field {name}={value!r}: {hint}")
+                raise UserError(f"unknown field {name}={value!r}: {suggest(name, fields)}")
 
 
-def default_operators(layers: int) -> list[list[str]]:
+def default_operators(layers: int) -> list[list[Any]]:
     """The paper's pattern: dct first, a choice in between, full attention last (one layer: a choice)."""
     if layers == 1:
         return [["dct", "attention"]]
     return [["dct"], *[["dct", "attention"] for _ in range(layers - 2)], ["attention"]]
 
 
-def _as_menus(operators: Any) -> list[list[str]]:
+def _as_menus(operators: Any) -> list[list[Any]]:
     well_formed = isinstance(operators, Sequence) and not isinstance(operators, str) and len(operators) > 0
     if not well_formed or not all(isinstance(menu, Sequence) and not isinstance(menu, str) for menu in operators):
         raise UserError(f"operators={operators!r}: give a list of menus, one a layer, such as [['dct'], ['attention']]")
@@ -441,14 +493,11 @@ def _routes_by_entropy(router: Any) -> bool:
     return issubclass(cls, ScoreRouter) and cls.scores_entropy
 
 
-def _one_operator_a_token(router: Any) -> bool:
-    return getattr(_router_class(router), "one_operator_a_token", True)
-
-
-def _router_class(router: Any) -> type[Any]:
-    if not isinstance(router, str):
-        raise UserError(f"router={router!r}: give a name, such as 'threshold'")
-    return find_router(router)
+def _router_class(router: Any) -> type[Router]:
+    try:
+        return find_router(split_entry(router)[0])
+    except UserError as error:
+        raise UserError(f"router={router!r}: {error}") from None
 
 
 def _is_number(value: Any) -> bool:

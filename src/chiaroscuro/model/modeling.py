@@ -1,11 +1,11 @@
 """`ChiarModel` and `ChiarForCausalLM`, as Hugging Face classes.
 
-The model knows the batch, the padding and the cache; a layer knows only its tokens. What is the same for all layers,
-the mask and the rotary angles, is computed here once.
+The model knows the batch, the padding, the documents in a row and the cache; its layers learn of them by a `Context`.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -15,26 +15,33 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
+    Context,
     MetaRouter,
-    PermutedRouter,
-    RBFMixing,
+    Operator,
     RoutedBlock,
+    Router,
     Routing,
     ScoreRouter,
-    SpectralMixing,
     Thresholds,
+    build_block,
 )
+from chiaroscuro.layers.norms import make_norm
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
-from chiaroscuro.ops import causal_mask, linear_cross_entropy, rotary_table
+from chiaroscuro.ops import linear_cross_entropy
 
 GATED_LAYER = 0
 """The layer that the MetaRouter gates: the first, which the paper counts as layer 1."""
+
+
+class ChiarLayer(GradientCheckpointingLayer, RoutedBlock):
+    """A routed block in a model: activation checkpointing can run it a second time in the backward."""
 
 
 _SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -48,7 +55,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
     config: ChiarConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RoutedBlock"]  # noqa: RUF012 (transformers reads it so)
+    _no_split_modules = ["ChiarLayer"]  # noqa: RUF012 (transformers reads it so)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["calibration"]  # noqa: RUF012
     _supports_sdpa = True
@@ -59,12 +66,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, SpectralMixing):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, MetaRouter | PermutedRouter | RBFMixing | Thresholds):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | Operator | Router | MetaRouter | Thresholds):
             module.reset_parameters()
 
     @classmethod
@@ -84,7 +86,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         if changed("router", "router_seed"):
             for module in model.modules():
-                if isinstance(module, PermutedRouter | Thresholds):
+                if isinstance(module, Router | Thresholds):
                     module.reset_parameters()
         for thresholds in model.thresholds().values():
             if not thresholds.running:
@@ -133,7 +135,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             UserError: the share is no such number, or no layer routes by a score.
 
         """
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
             raise UserError(f"attention share {share!r}: must be a number from 0 to 1")
         layers = self.thresholds()
         if not layers:
@@ -148,7 +150,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         self.config.calibration, self.config.entropy_thresholds = "running", None
 
     def step_calibration(self) -> None:
-        """Move the thresholds of running calibration: call it once after every optimizer step.
+        """Move the thresholds of running calibration: call it once after each optimizer step.
 
         A training forward only notes the scores that it routed by. So gradient checkpointing recomputes the same
         routing, a batch's later tokens decide nothing about its earlier ones, and processes agree.
@@ -170,29 +172,10 @@ class ChiarModel(ChiarPreTrainedModel):
         if config.meta_router is not None and config.meta_router != "none":
             self.meta_router = MetaRouter(config.hidden_size, config.meta_router)
         self.layers = nn.ModuleList(
-            RoutedBlock(
-                config.hidden_size,
-                menu,
-                heads=config.num_attention_heads,
-                feed_forward=config.feed_forward,
-                hidden=config.intermediate_size,
-                norm=config.norm,
-                router=config.router,
-                attention_share=config.attention_share,
-                thresholds=config.thresholds_of(i) if len(menu) > 1 else None,
-                spectrum=config.spectrum,
-                dropout=config.hidden_dropout,
-                attention_dropout=config.attention_dropout,
-                rope_theta=config.rope_theta,
-                execution=config.execution or "sparse",
-                attention_context=config.attention_context,
-                rbf_causal=config.rbf_causal,
-                layer=i,
-                router_seed=config.router_seed,
-            )
-            for i, menu in enumerate(config.menus)
+            build_block(config.hidden_size, menu, config.fields(i), i, ChiarLayer)
+            for i, menu in enumerate(config.operators or [])
         )
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = make_norm(config.norm_type, config.hidden_size, config.norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -241,22 +224,28 @@ class ChiarModel(ChiarPreTrainedModel):
         elif not use_cache and past_key_values is not None:
             raise UserError("past_key_values with use_cache=False: drop one of them")
         cache = self.check_cache(past_key_values) if use_cache else None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.embed(input_ids, inputs_embeds)
         context = self.prepare(x, attention_mask, position_ids, cache, input_ids)
-        gate = self.gate(x, context["attention_mask"], cache)
-        hidden_states = [x]
+        gate = self.gate(x, context, cache)
+        wants_routing = output_routing or self.penalises()
+        hidden_states: list[Tensor] = []
         routings: list[Routing | None] = []
         for i in range(len(self.layers)):
+            if output_hidden_states:
+                hidden_states.append(x)
             x, routing = self.run_layer(i, x, gate, context, cache, output_routing)
-            hidden_states.append(x)
-            routings.append(routing)
+            if wants_routing:
+                routings.append(routing)
         if cache is not None:
-            cache.tokens_seen += x.shape[1]
+            cache.tokens_seen, cache.rows = cache.tokens_seen + x.shape[1], x.shape[0]
+        x = self.norm(x)
         return ChiarModelOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=x,
             past_key_values=cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            routing=tuple(routings) if output_routing or self.penalises() else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            routing=tuple(routings) if wants_routing else None,
             meta_gate=gate if output_routing else None,
         )
 
@@ -283,65 +272,85 @@ class ChiarModel(ChiarPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: ChiarCache | None = None,
         input_ids: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """What all layers share: padding, mask, positions and their angles, the attention implementation, token ids."""
-        batch, time, width = x.shape
+    ) -> Context:
+        """What all layers share: padding, positions, documents, the attention implementation, token ids.
+
+        Documents in one row are told by positions that restart, as transformers' `DataCollatorWithFlattening` makes
+        them; a padded row holds one document.
+        """
+        batch, time, _ = x.shape
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if time == 0:
-            raise UserError(f"an input of shape {tuple(x.shape[:2])} has no tokens: give at least one a row")
+            raise UserError(f"an input of shape {tuple(x.shape[:2])} has no tokens: give at least one per row")
         if seen + time > self.config.max_position_embeddings:
             raise UserError(
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
                 "shorten the sequence, or configure the model for longer ones"
             )
         if attention_mask is None and past_key_values is not None and past_key_values.padded:
-            raise UserError("this cache was begun with an attention_mask: go on giving one, over cached and new tokens")
+            raise UserError(
+                "this cache was begun with an attention_mask: pass one again, over the cached and the new tokens"
+            )
         if attention_mask is not None:
-            if attention_mask.shape != (batch, seen + time):
-                raise UserError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {seen + time}), "
-                    "a row for every sequence, over cached and new tokens"
-                )
-            attention_mask = attention_mask.bool()
-            if past_key_values is not None or self.config.execution == "sparse":
-                padded = not attention_mask.all()  # which waits for the device: not asked where nobody needs it
-                if past_key_values is not None:
-                    past_key_values.padded = padded
-                if self.config.execution == "sparse" and not padded:
-                    attention_mask = None  # nothing is padded, so nothing need be packed
+            attention_mask = self._checked_mask(attention_mask, batch, seen + time, past_key_values)
+        segments = None
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(seen, seen + time, device=x.device)[None]
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
-        position_ids = position_ids.expand(batch, -1)
-        mask = None
-        if attention_mask is not None and any(block.asks_for("mask") for block in self.blocks):
-            mask = causal_mask(attention_mask, time)
-        rotated = any(block.asks_for("rotary") for block in self.blocks)
-        head_width = width // self.config.num_attention_heads
-        return {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "mask": mask,
-            "rotary": rotary_table(position_ids, head_width, self.config.rope_theta) if rotated else None,
-            "implementation": self.config._attn_implementation,
-            "input_ids": input_ids,
-        }
+        elif attention_mask is None and seen == 0:
+            segments = self._segments(position_ids.expand(batch, -1), past_key_values)
+        return Context(
+            attention_mask=attention_mask,
+            position_ids=position_ids.expand(batch, -1),
+            past=seen,
+            input_ids=input_ids,
+            segments=segments,
+            implementation=self.config._attn_implementation or "sdpa",
+        )
 
-    def gate(
-        self, x: Tensor, attention_mask: Tensor | None, past_key_values: ChiarCache | None = None
+    def _checked_mask(
+        self, attention_mask: Tensor, batch: int, keys: int, past_key_values: ChiarCache | None
     ) -> Tensor | None:
+        """The mask as booleans; None where sparse execution is spared it, because nothing is padded."""
+        if attention_mask.shape != (batch, keys):
+            raise UserError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {keys}), "
+                "a row for each sequence, over cached and new tokens"
+            )
+        attention_mask = attention_mask.bool()
+        if torch.compiler.is_compiling() or (past_key_values is None and self.config.execution == "dense"):
+            return attention_mask  # whether anything is padded is data: a compiler can't ask, and dense need not
+        padded = bool(~attention_mask.all())
+        if past_key_values is not None:
+            past_key_values.padded = padded
+        return attention_mask if padded or self.config.execution == "dense" else None
+
+    def _segments(self, position_ids: Tensor, past_key_values: ChiarCache | None) -> Tensor | None:
+        """The document of each token; None where no position restarts."""
+        restarts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+        if torch.compiler.is_compiling():
+            return restarts.cumsum(1)
+        if not bool(restarts.any()):
+            return None
+        if past_key_values is not None:
+            raise UserError(
+                "position_ids restart within a row, so it holds several documents, which a cache can't continue: pass "
+                "use_cache=False"
+            )
+        return restarts.cumsum(1)
+
+    def gate(self, x: Tensor, context: Context, past_key_values: ChiarCache | None = None) -> Tensor | None:
         """The MetaRouter's g of the embedded tokens, continued from the cache; None without a MetaRouter."""
         if self.meta_router is None:
             return None
-        past = None if past_key_values is None else past_key_values.meta_state
+        past = None if past_key_values is None else past_key_values.meta_state.last
         if past is not None and len(past[1]) != len(x):
-            raise UserError(f"the cache holds {len(past[1])} rows, the input has {len(x)}: need as many")
-        real = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
-        gate, state = self.meta_router(x, real, past)
+            raise UserError(f"the cache holds {len(past[1])} rows, the input has {len(x)}: the two must match")
+        gate, sums = self.meta_router(x, context.real(x.shape[1]), past, context.segments)
         if past_key_values is not None:
-            past_key_values.meta_state = state
+            past_key_values.meta_state.extend(*sums)
         return gate
 
     def run_layer(
@@ -349,24 +358,20 @@ class ChiarModel(ChiarPreTrainedModel):
         index: int,
         x: Tensor,
         gate: Tensor | None,
-        context: dict[str, Any],
+        context: Context,
         past_key_values: ChiarCache | None = None,
         output_routing: bool = False,
     ) -> tuple[Tensor, Routing | None]:
         """One layer on its input, gated if it is the gated one; in training it notes the scores for calibration."""
         layer = self.layers[index]
-        context = context | {"output_routing": output_routing}
         if past_key_values is not None:
-            context["cache"] = past_key_values.layers[index]
-        if self.gradient_checkpointing and self.training:
-            y, routing = self._gradient_checkpointing_func(partial(layer.__call__, **context), x)
-        else:
-            y, routing = layer(x, **context)
+            context = replace(context, cache=past_key_values.states[index])
+        y, routing = layer(x, context, output_routing)
         # Noted here and not in the layer, which gradient checkpointing runs a second time. What is generated is no text
         # to follow.
         notes = self.training and past_key_values is None
         if notes and isinstance(layer.router, ScoreRouter) and layer.router.calibration.running:
-            layer.router.calibration.note(routing.score, context["attention_mask"])
+            layer.router.calibration.note(routing.score, context.real(x.shape[1]))
         if gate is not None and index == GATED_LAYER:
             y = gate[..., None] * y + (1 - gate[..., None]) * x
         return y, routing

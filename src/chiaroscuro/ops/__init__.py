@@ -1,6 +1,6 @@
 """Pure functions on tensors: the operators' arithmetic, without parameters and without a config."""
 
-from chiaroscuro.ops.attention import attend, causal_mask, rotary_table, rotate
+from chiaroscuro.ops.attention import attend, attend_to_all, causal_mask, rotary_frequencies, rotary_table, rotate
 from chiaroscuro.ops.linear_cross_entropy import linear_cross_entropy
 from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
 from chiaroscuro.ops.packed_attention import prefix_attention
@@ -19,6 +19,7 @@ from chiaroscuro.ops.spectral import (
 
 __all__ = [
     "attend",
+    "attend_to_all",
     "causal_mask",
     "dct",
     "entropy_of_spectrum",
@@ -31,6 +32,7 @@ __all__ = [
     "prefix_attention",
     "rbf_mix",
     "rbf_weights",
+    "rotary_frequencies",
     "rotary_table",
     "rotate",
     "spectral_coefficients",

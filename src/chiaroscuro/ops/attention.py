@@ -14,25 +14,38 @@ from torch import Tensor
 AttentionImplementation = Literal["sdpa", "eager"]
 
 
-def rotary_table(
-    position_ids: Int[Tensor, "batch time"], head_width: int, theta: float = 10000.0
-) -> tuple[Float[Tensor, "batch time head_width"], Float[Tensor, "batch time head_width"]]:
-    """Cosines and sines of the angles t · θ^(−2i/c) for position t and pair i, each pair's angle in both halves.
-
-    Computed in float32 whatever the model's type: in bfloat16 positions above 256 would fall together.
+def rotary_frequencies(head_width: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
+    """θ^(−2i/c) for each pair i of the c features of a head, in radians per position.
 
     Raises:
         ValueError: the head's width is odd.
 
-    Source: RoFormer, arXiv 2104.09864, in the rotate-half convention.
+    Source: RoFormer, arXiv 2104.09864.
 
     """
     if head_width % 2:
         raise ValueError(f"rotary positions turn pairs of features: head width {head_width} is odd")
-    pair = torch.arange(0, head_width, 2, dtype=torch.float32, device=position_ids.device)
-    angle = position_ids[..., None].float() * theta ** (-pair / head_width)
+    return theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width)
+
+
+def rotary_table(
+    position_ids: Int[Tensor, "batch time"], frequencies: Float[Tensor, " pairs"], factor: float = 1.0
+) -> tuple[Float[Tensor, "batch time head_width"], Float[Tensor, "batch time head_width"]]:
+    """Cosines and sines of the angles t · f_i for position t and pair i, each pair's angle in both halves.
+
+    Computed in float32 whatever the model's type: in bfloat16 positions above 256 would fall together.
+
+    Args:
+        position_ids: t.
+        frequencies: f, of `rotary_frequencies` or scaled ones.
+        factor: on cosine and sine, which some scaled kinds have.
+
+    Source: RoFormer, arXiv 2104.09864, in the rotate-half convention.
+
+    """
+    angle = position_ids[..., None].float() * frequencies
     angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def rotate(
@@ -58,17 +71,18 @@ def causal_mask(keys_real: Bool[Tensor, "batch keys"], query_length: int) -> Boo
 
 def attend(
     query: Float[Tensor, "batch heads query head_width"],
-    key: Float[Tensor, "batch heads keys head_width"],
-    value: Float[Tensor, "batch heads keys head_width"],
-    mask: Bool[Tensor, "batch 1 query keys"] | None = None,
+    key: Float[Tensor, "batch key_heads keys head_width"],
+    value: Float[Tensor, "batch key_heads keys head_width"],
+    mask: Bool[Tensor, "batch 1 #query keys"] | None = None,
     dropout: float = 0.0,
     implementation: AttentionImplementation = "sdpa",
 ) -> Float[Tensor, "batch heads query head_width"]:
     """softmax(q kᵀ / √c + mask) v, causal.
 
     Args:
-        query: one a token that attends; the last T of the S positions.
-        key: one a position, those of the cache first.
+        query: one for each token that attends; the last T of the S positions.
+        key: one for each position, those of the cache first. Their heads divide the queries' heads, and each serves as
+            many of them in turn.
         value: likewise.
         mask: which key each query sees (`causal_mask`); None where no row is padded: then it is plainly causal.
         dropout: the probability with which an attention weight is dropped. The caller passes 0 outside training.
@@ -83,16 +97,43 @@ def attend(
             f"attention implementation {implementation!r}: choose one of {', '.join(get_args(AttentionImplementation))}"
         )
     queries, keys = query.shape[-2], key.shape[-2]
-    if mask is None and 1 < queries < keys:
-        mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and queries == 1 and queries != keys:
+        # The heads of a group as so many queries of one head, so that no key is repeated.
+        folded = query.view(len(query), key.shape[1], -1, query.shape[-1])
+        return attend_to_all(folded, key, value, mask, dropout, implementation).view_as(query)
     if implementation == "sdpa":
-        # One query may see every key, so a mask would only cost: is_causal is for the square case alone.
+        if mask is None and queries != keys:
+            if queries == 1:
+                return attend_to_all(query, key, value, None, dropout, implementation)
+            mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
         return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p=dropout, is_causal=mask is None and queries > 1
+            query, key, value, mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
         )
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is None:
         mask = causal_mask(torch.ones(1, keys, dtype=torch.bool, device=query.device), queries)
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return attend_to_all(query, key, value, mask, dropout, implementation)
+
+
+def attend_to_all(
+    query: Float[Tensor, "batch heads query head_width"],
+    key: Float[Tensor, "batch heads keys head_width"],
+    value: Float[Tensor, "batch heads keys head_width"],
+    mask: Bool[Tensor, "batch 1 #query keys"] | None = None,
+    dropout: float = 0.0,
+    implementation: AttentionImplementation = "sdpa",
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads query head_width"]:
+    """`attend` without a causal order: every query sees every key, or those that the mask says.
+
+    Args and errors are as for `attend`; `scale` replaces 1/√c.
+    """
+    if implementation == "sdpa":
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
+    scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(value.dtype)
-    return F.dropout(weights, dropout) @ value
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1, dtype=wide).to(value.dtype), dropout) @ value

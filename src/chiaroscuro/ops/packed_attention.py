@@ -1,6 +1,6 @@
 """Attention from some tokens to what came before them, in rows of different length, without padding.
 
-Routing leaves every row of a batch with another number of tokens that attend. So queries and keys come packed: all
+Routing leaves each row of a batch with a different number of tokens that attend. So queries and keys come packed: all
 rows' tokens one after another, and the rows' lengths beside them. A query sees the first so many keys of its row:
 1, 2, 3, … where the routed tokens attend to each other, its own position where they attend to everything. One
 function serves both, a cache of earlier keys, and rows that are padded, and none of it ever holds queries × keys.
@@ -27,8 +27,8 @@ CHUNK = 64
 
 def prefix_attention(
     query: Float[Tensor, "queries heads head_width"],
-    key: Float[Tensor, "keys heads head_width"],
-    value: Float[Tensor, "keys heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
     query_lengths: Int[Tensor, " rows"],
     key_lengths: Int[Tensor, " rows"],
     visible: Int[Tensor, " queries"],
@@ -39,7 +39,8 @@ def prefix_attention(
 
     Args:
         query: the queries, row after row.
-        key: the keys, row after row.
+        key: the keys, row after row. Their heads divide the queries' heads, and each serves as many of them in turn;
+            no key is repeated for that.
         value: likewise.
         query_lengths: how many queries each row has; may be 0.
         key_lengths: how many keys.
@@ -52,7 +53,13 @@ def prefix_attention(
     if dropout:
         return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, dropout, scale)
     if query.device.type == "cpu":
-        return _TiledAttention.apply(query, key, value, query_lengths, key_lengths, visible, scale)
+        # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into
+        # the queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
+        grouped = query.unflatten(1, (key.shape[1], -1)).unbind(2)
+        outputs = [
+            _TiledAttention.apply(heads, key, value, query_lengths, key_lengths, visible, scale) for heads in grouped
+        ]
+        return torch.stack(outputs, 2).flatten(1, 2) if len(outputs) > 1 else outputs[0]
     if query.device.type == "cuda":
         # Not at the top: it imports this module, and loads torch.compile's code generator, which a CPU has no use for.
         from chiaroscuro.ops import packed_attention_cuda
@@ -65,8 +72,8 @@ def prefix_attention(
 
 def prefix_attention_by_rows(
     query: Float[Tensor, "queries heads head_width"],
-    key: Float[Tensor, "keys heads head_width"],
-    value: Float[Tensor, "keys heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
     query_lengths: Int[Tensor, " rows"],
     key_lengths: Int[Tensor, " rows"],
     visible: Int[Tensor, " queries"],
@@ -80,11 +87,11 @@ def prefix_attention_by_rows(
     for q, k, v, seen in zip(
         query.split(queries), key.split(keys), value.split(keys), visible.split(queries), strict=True
     ):
-        scores = torch.einsum("qhc,khc->hqk", q, k) * scale
+        scores = torch.einsum("qhgc,khc->hgqk", q.unflatten(1, (k.shape[1], -1)), k) * scale
         hidden = torch.arange(len(k), device=k.device) >= seen[:, None]
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=wide).to(v.dtype)
-        rows.append(torch.einsum("hqk,khc->qhc", F.dropout(weights, dropout), v))
+        rows.append(torch.einsum("hgqk,khc->qhgc", F.dropout(weights, dropout), v).flatten(1, 2))
     return torch.cat(rows)
 
 

@@ -34,8 +34,8 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False, fullgrap
 @torch.compiler.disable
 def prefix_attention(
     query: Float[Tensor, "queries heads head_width"],
-    key: Float[Tensor, "keys heads head_width"],
-    value: Float[Tensor, "keys heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
     query_lengths: Int[Tensor, " rows"],
     key_lengths: Int[Tensor, " rows"],
     visible: Int[Tensor, " queries"],
@@ -64,6 +64,7 @@ def prefix_attention(
             _fill(value, keys),
             block_mask=mask,
             scale=1 / math.sqrt(width) if scale is None else scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     return output[0].transpose(0, 1)[: len(query), :, :width]
 

@@ -16,12 +16,12 @@ def fourier_features(
 
 
 def rbf_mix(
-    features: Float[Tensor, "batch time features"], mask: Bool[Tensor, "#batch 1 time time"]
+    features: Float[Tensor, "batch keys features"], mask: Bool[Tensor, "#batch 1 time keys"]
 ) -> Float[Tensor, "batch time features"]:
-    """A φ with A = softmax(φ φᵀ), each token's row over the tokens that `mask` lets it see.
+    """A φ with A = softmax(φ φᵀ), for the last T of the tokens, each one's row over those that `mask` lets it see.
 
     Raises:
-        ValueError: the mask is not one T × T table a row.
+        ValueError: the mask is not T × S with T ≤ S, the number of tokens.
 
     Source: the paper, v1, RBF kernel mixing. The published form has no mask and so reads the future.
 
@@ -30,14 +30,15 @@ def rbf_mix(
 
 
 def rbf_weights(
-    features: Float[Tensor, "batch time features"], mask: Bool[Tensor, "#batch 1 time time"]
-) -> Float[Tensor, "batch time time"]:
+    features: Float[Tensor, "batch keys features"], mask: Bool[Tensor, "#batch 1 time keys"]
+) -> Float[Tensor, "batch time keys"]:
     """A of `rbf_mix`, in float32 or wider; arguments and errors are the same."""
-    time = features.shape[-2]
-    if mask.shape[-2:] != (time, time):
+    keys, (queries, width) = features.shape[-2], mask.shape[-2:]
+    if width != keys or queries > keys:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, features {tuple(features.shape)}: need (…, {time}, {time})"
+            f"mask has shape {tuple(mask.shape)}, features {tuple(features.shape)}: need a mask of (…, T, {keys}) "
+            f"with T up to {keys}"
         )
-    scores = features @ features.transpose(-1, -2)
+    scores = features[:, keys - queries :] @ features.transpose(-1, -2)
     wide = torch.promote_types(scores.dtype, torch.float32)
     return scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1, dtype=wide)

@@ -1,0 +1,147 @@
+"""What a layer knows about its tokens beside their vectors: one typed object, given to operators and routers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chiaroscuro.layers.state import LayerStates
+from chiaroscuro.ops import (
+    entropy_of_spectrum,
+    has_kernel,
+    spectral_coefficients,
+    spectral_filter,
+    spectral_mix_with_entropy,
+)
+from chiaroscuro.ops.attention import AttentionImplementation, causal_mask
+from chiaroscuro.ops.spectral import Spectrum
+
+
+class Spectra:
+    """The DCT of a layer's input and what follows from it, each computed once, for the router and the operators.
+
+    Args:
+        x: the operators' input.
+        spectrum: of the entropy.
+        differentiable: whether the entropy needs a gradient. A choice by thresholds has none.
+        filter: the one filter that some operator of the layer applies to the coefficients, if exactly one does. Where
+            there is a kernel for it, entropy and filtered tokens come from one pass over x.
+
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "batch time width"],
+        spectrum: Spectrum = "orthonormal",
+        *,
+        differentiable: bool = False,
+        filter: Float[Tensor, " width"] | None = None,
+    ) -> None:
+        self.x = x
+        self.spectrum = spectrum
+        self.differentiable = differentiable
+        self._filter = filter if filter is not None and filter.device == x.device and has_kernel(x) else None
+        self._coefficients: Tensor | None = None
+        self._of_kernel: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def coefficients(self) -> Float[Tensor, "batch time width"]:
+        """DCT(x)."""
+        if self._coefficients is None:
+            self._coefficients = spectral_coefficients(self.x)
+        return self._coefficients
+
+    def entropy(self) -> Float[Tensor, "batch time"]:
+        """H(x)."""
+        if self._filter is not None:
+            entropy = self._by_kernel(self._filter)[1]
+            return entropy if self.differentiable else entropy.detach()
+        coefficients = self.coefficients if self.differentiable else self.coefficients.detach()
+        return entropy_of_spectrum(coefficients, self.spectrum)
+
+    def filtered(self, weight: Float[Tensor, " width"]) -> Float[Tensor, "batch time width"]:
+        """iDCT(DCT(x) ⊙ w), in x's type."""
+        if weight is self._filter:
+            return self._by_kernel(weight)[0]
+        return spectral_filter(self.coefficients, weight).to(self.x.dtype)
+
+    def filtered_at(
+        self, weight: Float[Tensor, " width"], index: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens width"]:
+        """`filtered` of some tokens of the flattened batch alone; of all where the index is None."""
+        if weight is self._filter:  # filtering the other tokens too costs a kernel less than reading x again
+            mixed = self._by_kernel(weight)[0].flatten(0, 1)
+            return mixed if index is None else mixed.index_select(0, index)
+        return spectral_filter(self.coefficients.flatten(0, 1), weight, index).to(self.x.dtype)
+
+    def _by_kernel(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self._of_kernel is None:
+            self._of_kernel = spectral_mix_with_entropy(self.x, weight, self.spectrum)
+        return self._of_kernel
+
+
+@dataclass(frozen=True)
+class Context:
+    """What operators and routers may read beside x. All of it is optional for a layer that is used alone.
+
+    Attributes:
+        attention_mask: True for real tokens, over the cached and the new ones; None where nothing is padded.
+        position_ids: each new token's position; counted from 0 where not given.
+        past: how many tokens of each row came before the new ones, padding included.
+        input_ids: the new tokens' ids, where the model was given ids.
+        segments: the number of the document that each token belongs to, rising within a row, where a row holds several
+            documents that must not see each other. Never together with cached tokens.
+        implementation: of attention, `"sdpa"` or `"eager"`.
+        cache: the states of this layer's operators; None where nothing is cached.
+        state: the state of the operator that is being run, from `cache`.
+        spectra: the DCT of the layer's input, shared by the router and the operators.
+        routed: in dense execution, the tokens whose output of this operator will be used.
+        shared: things that are the same for all layers of one forward, computed by the first layer that needs them.
+
+    """
+
+    attention_mask: Bool[Tensor, "batch keys"] | None = None
+    position_ids: Int[Tensor, "batch time"] | None = None
+    past: int = 0
+    input_ids: Int[Tensor, "batch time"] | None = None
+    segments: Int[Tensor, "batch time"] | None = None
+    implementation: AttentionImplementation = "sdpa"
+    cache: LayerStates | None = None
+    state: Any = None
+    spectra: Spectra | None = None
+    routed: Bool[Tensor, "batch time"] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def real(self, time: int) -> Bool[Tensor, "batch time"] | None:
+        """Which of the `time` new tokens are real; None where all are."""
+        return None if self.attention_mask is None else self.attention_mask[:, -time:]
+
+    def positions(self, x: Float[Tensor, "batch time width"]) -> Int[Tensor, "batch time"]:
+        """The position of each new token."""
+        if self.position_ids is not None:
+            return self.position_ids
+        return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+    def mask(self, time: int) -> Bool[Tensor, "batch 1 time keys"] | None:
+        """Which keys each new token sees: causal, real, of its own document. None where it is causal alone."""
+        if self.attention_mask is None and self.segments is None:
+            return None
+        if "mask" not in self.shared:
+            self.shared["mask"] = self.mask_over(self.attention_mask, time)
+        return self.shared["mask"]
+
+    def mask_over(
+        self, keys: Bool[Tensor, "batch keys"] | None, time: int, causal: bool = True
+    ) -> Bool[Tensor, "batch 1 time keys"]:
+        """The mask where only some tokens serve as keys; a token that is none of them sees itself alone."""
+        if keys is None:
+            assert self.segments is not None
+            keys = torch.ones_like(self.segments, dtype=torch.bool)
+        mask = causal_mask(keys, time)
+        if not causal:
+            mask = mask | keys[:, None, None, :]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return mask
