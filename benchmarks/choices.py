@@ -28,7 +28,7 @@ from torch import Tensor
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.speed import Timing, Work, machine, peak_memory, take_turns
 from chiaroscuro.files import write_text
-from chiaroscuro.layers import PackedTokens, RoutedBlock
+from chiaroscuro.layers import PackedTokens, RoutedBlock, build_block
 from chiaroscuro.ops import linear_cross_entropy, packed_attention, prefix_attention
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
@@ -106,7 +106,8 @@ def allocators() -> dict[str, Work]:
 def layer_and_tokens() -> tuple[RoutedBlock, Tensor]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return RoutedBlock(WIDTH, heads=HEADS).eval(), normal(TOKENS // 1024, 1024, WIDTH)
+    block = build_block(WIDTH, ["dct", "attention"], {"num_attention_heads": HEADS})
+    return block.eval(), normal(TOKENS // 1024, 1024, WIDTH)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.layers import MetaRouter
 
 POOLINGS = ("causal", "sequence", "batch")
@@ -75,10 +76,11 @@ def test_continued_it_is_as_in_one_go(time: int, cuts: set[int], padded: bool, s
     edges = [0, *sorted(c for c in cuts if c < time), time]
     state, gates = None, []
     for start, end in pairwise(edges):
-        gate, state = router(x[:, start:end], None if real is None else real[:, start:end], state)
+        past = None if state is None else (state[0][:, -1], state[1][:, -1])
+        gate, state = router(x[:, start:end], None if real is None else real[:, start:end], past)
         gates.append(gate)
     torch.testing.assert_close(torch.cat(gates, 1), whole)
-    torch.testing.assert_close(state, whole_state)
+    torch.testing.assert_close((state[0][:, -1], state[1][:, -1]), (whole_state[0][:, -1], whole_state[1][:, -1]))
 
 
 @torch.no_grad()
@@ -103,7 +105,8 @@ def test_it_learns() -> None:
 def test_a_long_prefix_in_bfloat16_keeps_counting() -> None:
     router = trained("causal").bfloat16()
     x = torch.ones(1, 2000, 5, dtype=torch.bfloat16)
-    gate, (total, count) = router(x)
+    gate, (sums, counts) = router(x)
+    total, count = sums[:, -1], counts[:, -1]
     assert gate.dtype == torch.bfloat16 and (gate == gate[0, 0]).all()
     assert float(count) == 2000 and torch.equal(total, torch.full((1, 5), 2000.0))
 
@@ -111,3 +114,17 @@ def test_a_long_prefix_in_bfloat16_keeps_counting() -> None:
 def test_an_unknown_pooling(unchecked: None) -> None:
     with pytest.raises(ValueError, match="choose one of 'batch', 'sequence', 'causal'"):
         MetaRouter(5, "mean")  # type: ignore[arg-type]
+
+
+def test_documents_in_one_row_are_pooled_apart() -> None:
+    router, x = trained("causal"), draw(0, 1, 9, 5)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
+    gate, _ = router(x, segments=segments)
+    alone = [router(part)[0] for part in (x[:, :3], x[:, 3:5], x[:, 5:])]
+    torch.testing.assert_close(gate, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("pooling", ["batch", "sequence"])
+def test_pooling_over_rows_refuses_documents(pooling: str) -> None:
+    with pytest.raises(UserError, match="position_ids restart within one"):
+        MetaRouter(5, pooling)(draw(0, 1, 4, 5), segments=torch.tensor([[0, 0, 1, 1]]))

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from chiaroscuro.layers import FeedForward, GatedFeedForward, RBFMixing, SelfAttention, SpectralMixing
+from chiaroscuro.layers import (
+    Context,
+    FeedForward,
+    GatedFeedForward,
+    RBFMixing,
+    SelfAttention,
+    Spectra,
+    SpectralMixing,
+)
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
-from chiaroscuro.layers.self_attention import KeyValueStore
-from chiaroscuro.ops import causal_mask, dct, fourier_features, idct, rotary_table
+from chiaroscuro.ops import dct, fourier_features, idct
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -40,20 +47,6 @@ def as_torchs(ours: SelfAttention, width: int) -> nn.MultiheadAttention:
     return theirs
 
 
-class Store:
-    """The simplest cache: everything so far, along the time axis."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is not None:
-            key_states = torch.cat([self.kept[0], key_states], -2)
-            value_states = torch.cat([self.kept[1], value_states], -2)
-        self.kept = key_states, value_states
-        return self.kept
-
-
 # DCT
 
 
@@ -64,7 +57,7 @@ def test_spectral_mixing(width: int, seed: int) -> None:
     shake(layer, seed)
     expected = idct(dct(x.double()) * layer.weight.double()).float()
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(layer(x, dct(x)), layer(x))  # the router's coefficients serve as well
+    assert torch.equal(layer(x, Context(spectra=Spectra(x))), layer(x))  # the router's transform serves as well
 
 
 def test_spectral_mixing_in_bfloat16() -> None:
@@ -84,53 +77,56 @@ def test_spectral_mixing_in_bfloat16() -> None:
 def test_self_attention_is_pytorchs_where_positions_are_alike(
     heads: int, time: int, implementation: str, seed: int
 ) -> None:
-    layer, x = shake(SelfAttention(16, heads), seed), draw(seed, 2, time, 16)
+    layer, x = shake(SelfAttention(16, num_attention_heads=heads), seed), draw(seed, 2, time, 16)
     theirs = as_torchs(layer, 16)
     future = torch.ones(time, time, dtype=torch.bool).triu(1)
     everywhere = torch.zeros(2, time, dtype=torch.long)
-    ours = layer(x, position_ids=everywhere, implementation=implementation)
+    ours = layer(x, Context(position_ids=everywhere, implementation=implementation))
     torch.testing.assert_close(ours, theirs(x, x, x, attn_mask=future)[0], rtol=1e-4, atol=1e-5)
     # Padded on the left by none, one, two tokens; what stands at padding is of no account.
     real = torch.arange(time) >= torch.tensor([[0], [min(2, time - 1)]])
-    ours = layer(x, real, position_ids=everywhere, implementation=implementation)
+    ours = layer(x, Context(attention_mask=real, position_ids=everywhere, implementation=implementation))
     theirs_padded = theirs(x, x, x, attn_mask=future, key_padding_mask=~real)[0]
     torch.testing.assert_close(ours[real], theirs_padded[real], rtol=1e-4, atol=1e-5)
     assert ours.isfinite().all()
 
 
 def test_positions_matter_by_their_differences() -> None:
-    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+    layer, x = shake(SelfAttention(16, num_attention_heads=2)), draw(1, 2, 6, 16)
     counted = torch.arange(6).expand(2, -1)
-    torch.testing.assert_close(layer(x), layer(x, position_ids=counted))
-    torch.testing.assert_close(layer(x), layer(x, position_ids=counted + 100), rtol=1e-3, atol=1e-4)
-    assert (layer(x) - layer(x, position_ids=counted * 3)).abs().max() > 1e-3
-    slow = shake(SelfAttention(16, 2, rope_theta=10.0))
+    torch.testing.assert_close(layer(x), layer(x, Context(position_ids=counted)))
+    torch.testing.assert_close(layer(x), layer(x, Context(position_ids=counted + 100)), rtol=1e-3, atol=1e-4)
+    assert (layer(x) - layer(x, Context(position_ids=counted * 3))).abs().max() > 1e-3
+    slow = shake(SelfAttention(16, num_attention_heads=2, rope_theta=10.0))
     assert (layer(x) - slow(x)).abs().max() > 1e-3
 
 
-def test_what_the_caller_has_already_serves_as_well() -> None:
-    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+def test_layers_share_the_mask_and_the_table() -> None:
+    layer, x = shake(SelfAttention(16, num_attention_heads=2)), draw(1, 2, 6, 16)
     real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    table = rotary_table(torch.arange(6).expand(2, -1), 8)
-    assert torch.equal(layer(x, mask=causal_mask(real, 6), rotary=table), layer(x, real))
+    context = Context(attention_mask=real)
+    assert torch.equal(layer(x, context), layer(x, context))
+    kept = dict(context.shared)
+    assert len(kept) == 2  # a mask and a table of angles
+    layer(x, context)
+    assert all(context.shared[name] is value for name, value in kept.items())
 
 
 @pytest.mark.parametrize("steps", [[6], [1] * 6, [3, 1, 2]])
 def test_continued_from_a_cache(steps: list[int]) -> None:
-    layer, x = shake(SelfAttention(16, 2)), draw(1, 2, 6, 16)
+    layer, x = shake(SelfAttention(16, num_attention_heads=2)), draw(1, 2, 6, 16)
     real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
-    store, outputs, seen = Store(), [], 0
-    assert isinstance(store, KeyValueStore)
+    state, outputs, seen = layer.new_cache(), [], 0
     for new in steps:
         ids = torch.arange(seen, seen + new).expand(2, -1)
         part = x[:, seen : seen + new]
         seen += new
-        outputs.append(layer(part, real[:, :seen], position_ids=ids, cache=store))
-    torch.testing.assert_close(torch.cat(outputs, 1)[real], layer(x, real)[real])
+        outputs.append(layer(part, Context(attention_mask=real[:, :seen], position_ids=ids, state=state)))
+    torch.testing.assert_close(torch.cat(outputs, 1)[real], layer(x, Context(attention_mask=real))[real])
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    layer, x = shake(SelfAttention(16, 2, dropout=0.5)), draw(1, 2, 6, 16)
+    layer, x = shake(SelfAttention(16, num_attention_heads=2, attention_dropout=0.5)), draw(1, 2, 6, 16)
     assert torch.equal(layer(x), layer(x))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
@@ -138,8 +134,8 @@ def test_dropout_acts_in_training_alone() -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(16, 3), (12, 4)])
 def test_heads_that_do_not_fit(width: int, heads: int) -> None:
-    with pytest.raises(ValueError, match=f"width {width} does not divide into {heads} heads of even width"):
-        SelfAttention(width, heads)
+    with pytest.raises(ValueError, match=r"is not divisible by num_attention_heads=3|need an even width"):
+        SelfAttention(width, num_attention_heads=heads)
 
 
 # RBF
@@ -162,18 +158,19 @@ def test_rbf_is_causal_unless_told_otherwise() -> None:
     x = draw(0, 2, 6, 8) * 0.2  # near each other, so that they do mix
     causal = shake(RBFMixing(8))
     assert torch.equal(causal(x)[:, :4], causal(change_the_end(x))[:, :4])
-    leaking = shake(RBFMixing(8, causal=False))
+    leaking = shake(RBFMixing(8, rbf_causal=False))
     assert (leaking(x)[:, :4] - leaking(change_the_end(x))[:, :4]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_rbf_does_not_weigh_padding(causal: bool) -> None:
-    layer, x = shake(RBFMixing(8, causal=causal)), draw(0, 2, 6, 8) * 0.2
+    layer, x = shake(RBFMixing(8, rbf_causal=causal)), draw(0, 2, 6, 8) * 0.2
     real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
     hidden = torch.where(real[..., None], x, x + 3)
-    torch.testing.assert_close(layer(x, real)[real], layer(hidden, real)[real])
-    assert (layer(x)[real] - layer(x, real)[real]).abs().max() > 1e-4
-    assert layer(hidden, real).isfinite().all()
+    padded = Context(attention_mask=real)
+    torch.testing.assert_close(layer(x, padded)[real], layer(hidden, padded)[real])
+    assert (layer(x)[real] - layer(x, padded)[real]).abs().max() > 1e-4
+    assert layer(hidden, padded).isfinite().all()
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 4.0])

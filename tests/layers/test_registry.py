@@ -1,6 +1,8 @@
 """Operators and routers from outside the package, and what may not be registered."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,15 @@ from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
+    Context,
+    Decision,
+    Operator,
     RoutedBlock,
+    Router,
     ScoreRouter,
     SelfAttention,
+    Work,
+    build_block,
     find_operator,
     find_router,
     register_operator,
@@ -29,46 +37,50 @@ def registries_as_before() -> Iterator[None]:
         registry.update(before)
 
 
-class Doubling(nn.Module):
-    """Asks for nothing but the tokens."""
+class Doubling(Operator):
+    """Looks at one token at a time."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, context: Context) -> Tensor:
         return 2 * x
 
 
-class Shifting(nn.Module):
-    """Asks for a size, the padding and the coefficients, without defaults."""
+class Shifting(Operator):
+    """Has a parameter and an option, and reads the padding and the coefficients."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.ones(width))
+    @dataclass(frozen=True)
+    class Options:
+        by: float = 1.0
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, coefficients: Tensor) -> Tensor:
-        torch.testing.assert_close(coefficients, dct(x))
-        self.saw = attention_mask
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.shift = nn.Parameter(torch.full((width,), self.options.by))
+
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        torch.testing.assert_close(context.spectra.coefficients, dct(x))
+        self.saw = context.attention_mask
         return x + self.shift
 
 
-class EveryOther(nn.Module):
-    """A router that gives indices and asks for nothing."""
+class EveryOther(Router):
+    """A router that gives indices."""
 
-    def forward(self, x: Tensor, entropy: Tensor) -> Tensor:
-        return (torch.arange(x.shape[1]) % 2).expand(x.shape[0], -1)
+    def forward(self, x: Tensor, entropy: Tensor, context: Context | None = None) -> Decision:
+        return Decision((torch.arange(x.shape[1]) % 2).expand(x.shape[0], -1))
 
 
-class Halves(nn.Module):
-    """A router that gives weights and asks for the menu."""
+class Halves(Router):
+    """A router that gives weights."""
 
-    def __init__(self, operators: tuple[str, ...]) -> None:
-        super().__init__()
-        self.count = len(operators)
+    one_operator_per_token = False
 
-    def forward(self, x: Tensor, entropy: Tensor) -> Tensor:
-        return x.new_full((*x.shape[:2], self.count), 1 / self.count)
+    def forward(self, x: Tensor, entropy: Tensor, context: Context | None = None) -> Decision:
+        count = len(self.operator_names)
+        weights = x.new_full((*x.shape[:2], count), 1 / count)
+        return Decision(weights.argmax(-1), weights=weights)
 
 
 class ByFirstFeature(ScoreRouter):
-    def score(self, x: Tensor, entropy: Tensor) -> Tensor:
+    def score(self, x: Tensor, entropy: Tensor, context: Context) -> Tensor:
         return x[..., 0]
 
 
@@ -86,7 +98,7 @@ def test_operators_and_an_index_router_from_outside() -> None:
     register_operator("doubling", Doubling)
     register_operator("shifting", Shifting)
     register_router("every-other", EveryOther)
-    block = without_feed_forward(RoutedBlock(8, ("doubling", "shifting"), router="every-other"))
+    block = without_feed_forward(build_block(8, ("doubling", "shifting"), {"router": "every-other"}))
     x = noise()
     source = block.operator_norms["input"](x)
     y, routing = block(x)
@@ -99,10 +111,10 @@ def test_operators_and_an_index_router_from_outside() -> None:
 
 def test_an_operator_alone_gets_what_it_asks_for() -> None:
     register_operator("shifting", Shifting)
-    block = without_feed_forward(RoutedBlock(8, ("shifting",)))
+    block = without_feed_forward(build_block(8, ("shifting",)))
     real = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
     x = noise()
-    y, routing = block(x, real)
+    y, routing = block(x, Context(attention_mask=real))
     assert routing is None and block.operators["shifting"].saw is real
     torch.testing.assert_close(y, x + block.operator_norms["input"](x) + 1)
 
@@ -110,7 +122,7 @@ def test_an_operator_alone_gets_what_it_asks_for() -> None:
 def test_a_router_of_weights_from_outside() -> None:
     register_operator("doubling", Doubling)
     register_router("halves", Halves)
-    block = without_feed_forward(RoutedBlock(8, ("dct", "doubling"), router="halves"))
+    block = without_feed_forward(build_block(8, ("dct", "doubling"), {"router": "halves"}))
     x = noise()
     y, routing = block(x)
     torch.testing.assert_close(y, x + 1.5 * block.operator_norms["input"](x))
@@ -119,7 +131,7 @@ def test_a_router_of_weights_from_outside() -> None:
 
 def test_a_score_from_outside_is_calibrated_like_entropy() -> None:
     register_router("first", ByFirstFeature)
-    block = RoutedBlock(8, ("dct", "attention"), router="first", attention_share=0.5)
+    block = build_block(8, ("dct", "attention"), {"router": "first", "attention_share": 0.5})
     x = noise()
     _, before = block(x)
     torch.testing.assert_close(before.score, block.operator_norms["input"](x)[..., 0])
@@ -130,27 +142,47 @@ def test_a_score_from_outside_is_calibrated_like_entropy() -> None:
     assert torch.equal(after.operator_index, (after.score > block.thresholds).long())
 
 
-@pytest.mark.parametrize(("register", "find"), [(register_operator, find_operator), (register_router, find_router)])
-def test_names(register: object, find: object) -> None:
-    register("mine", Doubling)
-    register("mine", Doubling)  # a cell of a notebook that runs twice
-    assert find("mine") is Doubling
-    with pytest.raises(UserError, match="'mine' is taken by Doubling: choose another name"):
-        register("mine", EveryOther)
+@pytest.mark.parametrize(
+    ("register", "find", "cls", "other"),
+    [
+        (register_operator, find_operator, Doubling, Shifting),
+        (register_router, find_router, EveryOther, Halves),
+    ],
+)
+def test_names(register: Any, find: Any, cls: Any, other: Any) -> None:
+    register("mine", cls)
+    register("mine", cls)  # a cell of a notebook that runs twice
+    assert find("mine") is cls
+    with pytest.raises(UserError, match=f"'mine' is taken by {cls.__name__}: choose another name"):
+        register("mine", other)
     with pytest.raises(UserError, match="did you mean 'mine'"):
         find("mime")
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("register", [register_operator, register_router])
-def test_what_is_no_name_and_what_is_no_module(register: object) -> None:
+@pytest.mark.parametrize(
+    ("register", "cls", "base"), [(register_operator, Doubling, "Operator"), (register_router, Halves, "Router")]
+)
+def test_what_is_no_name_and_what_is_no_operator_or_router(register: Any, cls: Any, base: str) -> None:
     for name in ("", None, 3, "a.b", "keys"):
         with pytest.raises(UserError, match="give a string without dots"):
-            register(name, Doubling)
-    for cls in (Doubling(), dict, len):
-        with pytest.raises(UserError, match=r"is not a subclass of torch\.nn\.Module"):
-            register("mine", cls)
+            register(name, cls)
+    for wrong in (nn.Linear, dict, len, Doubling(4) if base == "Operator" else Halves(4, ("dct", "attention"))):
+        with pytest.raises(UserError, match=rf"is not a subclass of chiaroscuro\.layers\.{base}"):
+            register("mine", wrong)
     assert "mine" not in OPERATORS and "mine" not in ROUTERS
+
+
+def test_an_operator_says_what_it_lacks() -> None:
+    operator = Doubling(4)
+    with pytest.raises(NotImplementedError, match="Doubling keeps no state"):
+        operator.new_cache()
+    assert "has no new_cache" in Doubling.uncacheable(operator.options)
+    with pytest.raises(UserError, match=r"Doubling has no count of operations: write its count\(\)"):
+        Doubling.count(4, operator.options, Work(8, 8))
+    with pytest.raises(UserError, match="unknown option by=2 of Doubling: it has no options"):
+        Doubling(4, by=2)
+    assert Shifting(4, by=3.0).shift.tolist() == [3.0] * 4
 
 
 def test_what_is_built_in_is_taken() -> None:
@@ -163,6 +195,6 @@ def test_what_is_built_in_is_taken() -> None:
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown operator 'fft': known are attention, dct, rbf"):
-        RoutedBlock(8, ("fft",))
+        build_block(8, ("fft",))
     with pytest.raises(UserError, match="unknown router 'softt': did you mean 'soft'"):
-        RoutedBlock(8, router="softt")
+        build_block(8, ("dct", "attention"), {"router": "softt"})

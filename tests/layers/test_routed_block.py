@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chiaroscuro.layers import RoutedBlock
-from chiaroscuro.model.cache import GrowingLayer
+from chiaroscuro import UserError
+from chiaroscuro.layers import Context, LayerStates, RoutedBlock, SelfAttention, SpectralMixing, build_block
 from chiaroscuro.ops import spectral_entropy
 
 WIDTH = 16
@@ -31,7 +31,7 @@ def block_by_tokens(block: RoutedBlock, x: Tensor, real: Tensor) -> tuple[Tensor
     source = block.operator_norms["input"](x) if pre else x
     outputs = []
     for name in block.operator_names:
-        mixed = block.operators[name](source) if name == "dct" else block.operators[name](source, real)
+        mixed = block.operators[name](source, Context(attention_mask=real))
         outputs.append(x + mixed if pre else block.operator_norms[name](x + mixed))
     entropy = spectral_entropy(source, block.spectrum)
     rows = []
@@ -45,8 +45,9 @@ def block_by_tokens(block: RoutedBlock, x: Tensor, real: Tensor) -> tuple[Tensor
                 index = sum(entropy[b, t].item() > threshold for threshold in block.thresholds.tolist())
                 given = torch.eye(len(outputs))[index]
             else:
-                answer = block.router(source, entropy)[b, t]
-                given = answer if answer.is_floating_point() else torch.eye(len(outputs))[answer]
+                decision = block.router(source, entropy)
+                index = decision.operator_index[b, t]
+                given = torch.eye(len(outputs))[index] if decision.weights is None else decision.weights[b, t]
             weights[b, t] = given.detach()
             token = sum(given[k] * outputs[k][b, t] for k in range(len(outputs)))
             fed = block.feed_forward(block.feed_forward_norm(token) if pre else token)
@@ -62,7 +63,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 def make(menu: tuple[str, ...], seed: int = 0, **options: object) -> RoutedBlock:
     torch.manual_seed(seed)
     # A share of a half uses every operator of a menu, on what is near white noise.
-    block = RoutedBlock(WIDTH, menu, heads=2, **{"attention_share": 0.5, **options})
+    block = build_block(WIDTH, menu, {"num_attention_heads": 2, "attention_share": 0.5, **options})
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -117,7 +118,7 @@ def test_dense_execution_is_the_oracle_forward_and_gradient(case: dict) -> None:
         block.zero_grad()
         inputs = x.clone().requires_grad_()
         if ours:
-            y, routing = block(inputs, real if case["padded"] else None, output_routing=True)
+            y, routing = block(inputs, Context(attention_mask=real if case["padded"] else None), output_routing=True)
         else:
             y, weights = block_by_tokens(block, inputs, real)
         (y * direction).sum().backward()
@@ -145,7 +146,9 @@ def test_what_stands_at_padding_changes_nothing(case: dict, fill: float) -> None
     block = make(case["menu"], case["seed"], **{k: case[k] for k in ("norm", "router", "spectrum")}).eval()
     x, real = draw(case["seed"], 2, 6, WIDTH), padding(2, 6, case["seed"])
     other = torch.where(real[..., None], x, fill + draw(case["seed"] + 1, 2, 6, WIDTH))
-    (y, routing), (y_other, routing_other) = (block(z, real, output_routing=True) for z in (x, other))
+    (y, routing), (y_other, routing_other) = (
+        block(z, Context(attention_mask=real), output_routing=True) for z in (x, other)
+    )
     torch.testing.assert_close(y[real], y_other[real])
     assert y_other.isfinite().all()
     torch.testing.assert_close(routing.share, routing_other.share)
@@ -160,7 +163,7 @@ def test_what_stands_at_padding_changes_nothing(case: dict, fill: float) -> None
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_alone_is_routed_nowhere(router: str) -> None:
     block = make(("dct", "attention"), router=router)
-    y, routing = block(draw(0, 1, 3, WIDTH), torch.zeros(1, 3, dtype=torch.bool))
+    y, routing = block(draw(0, 1, 3, WIDTH), Context(attention_mask=torch.zeros(1, 3, dtype=torch.bool)))
     assert torch.equal(routing.share, torch.zeros(2)) and y.isfinite().all()
 
 
@@ -168,7 +171,8 @@ def test_padding_alone_is_routed_nowhere(router: str) -> None:
 @pytest.mark.parametrize("menu", MENUS)
 def test_the_routing_alone_is_that_of_the_forward(menu: tuple[str, ...], norm: str) -> None:
     block, x, real = make(menu, norm=norm).eval(), draw(0, 2, 6, WIDTH), padding(2, 6, 0)
-    alone, (_, within) = block.route(x, real), block(x, real, output_routing=True)
+    context = Context(attention_mask=real)
+    alone, (_, within) = block.route(x, context), block(x, context, output_routing=True)
     for field in ("entropy", "operator_index", "share"):
         assert torch.equal(getattr(alone, field), getattr(within, field))
 
@@ -198,10 +202,10 @@ def test_norms_and_parameters_by_placement() -> None:
     """Pre has one norm for all operators; post one each, as the paper's code."""
     assert set(make(("dct", "attention"), norm="pre").operator_norms) == {"input"}
     assert set(make(("dct", "attention"), norm="post").operator_norms) == {"dct", "attention"}
-    block = make(("dct",), hidden=24)
+    block = make(("dct",), intermediate_size=24)
     assert block.feed_forward[0].out_features == 24
     assert make(("dct",)).feed_forward[0].out_features == 4 * WIDTH
-    assert make(("dct",), feed_forward="swiglu", hidden=24).feed_forward.up.out_features == 24
+    assert make(("dct",), feed_forward="swiglu", intermediate_size=24).feed_forward.up.out_features == 24
 
 
 def test_thresholds_and_shares_reach_the_router() -> None:
@@ -233,22 +237,23 @@ def test_attention_looks_back_in_a_routed_layer_too() -> None:
 def test_continued_from_a_cache_the_mask_covers_the_earlier_tokens_too(norm: str) -> None:
     block, x = make(("dct", "attention"), norm=norm).eval(), draw(0, 2, 6, WIDTH)
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
-    whole, routing = block(x, real)
-    store, parts = GrowingLayer(), []
+    whole, routing = block(x, Context(attention_mask=real))
+    states, parts = LayerStates(), []
     for start, end in ((0, 3), (3, 4), (4, 6)):
         ids = torch.arange(start, end).expand(2, -1)
-        y, part = block(x[:, start:end], real[:, :end], position_ids=ids, cache=store)
+        context = Context(attention_mask=real[:, :end], position_ids=ids, past=start, cache=states)
+        y, part = block(x[:, start:end], context)
         parts.append(y)
         assert torch.equal(part.operator_index, routing.operator_index[:, start:end])
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
 
 
 def test_dropout_acts_on_both_sublayers_in_training_alone() -> None:
-    block, x = make(("dct",), dropout=0.5), draw(0, 2, 6, WIDTH)
+    block, x = make(("dct",), hidden_dropout=0.5), draw(0, 2, 6, WIDTH)
     assert not torch.equal(block(x)[0], block(x)[0])
     block.eval()
     assert torch.equal(block(x)[0], block(x)[0])
-    assert make(("attention",), attention_dropout=0.3).operators["attention"].dropout == 0.3
+    assert make(("attention",), attention_dropout=0.3).operators["attention"].options.attention_dropout == 0.3
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -261,14 +266,40 @@ def test_bfloat16_runs_with_a_float32_entropy(router: str, norm: str) -> None:
 
 
 def test_what_a_block_refuses(unchecked: None) -> None:
-    with pytest.raises(ValueError, match="feed_forward='relu': choose 'gelu' or 'swiglu'"):
+    with pytest.raises(UserError, match="feed_forward='relu': choose one of gelu, swiglu"):
         make(("dct",), feed_forward="relu")
-    with pytest.raises(ValueError, match="norm='middle': choose 'pre' or 'post'"):
-        RoutedBlock(WIDTH, norm="middle")  # type: ignore[arg-type]
-    for menu in ((), ("dct", "dct")):
-        with pytest.raises(ValueError, match="names at least one operator, and none twice"):
-            RoutedBlock(WIDTH, menu)
+    with pytest.raises(UserError, match="norm='middle': choose one of pre, post"):
+        make(("dct",), norm="middle")
+    with pytest.raises(UserError, match="norm_type='batch': choose one of layer, rms"):
+        make(("dct",), norm_type="batch")
+    with pytest.raises(UserError, match="execution='fast': choose one of sparse, dense"):
+        make(("dct",), execution="fast")
+    with pytest.raises(UserError, match="has at least one operator"):
+        make(())
+    with pytest.raises(UserError, match="names 'dct' twice"):
+        make(("dct", "dct"))
     with pytest.raises(ValueError, match="need 1, in rising order"):
-        RoutedBlock(WIDTH, thresholds=(0.8, 0.9))
+        make(("dct", "attention"), thresholds=(0.8, 0.9))
     with pytest.raises(ValueError, match="must be from 0 to 1"):
-        RoutedBlock(WIDTH, attention_share=1.5)
+        make(("dct", "attention"), attention_share=1.5)
+
+
+def test_a_block_takes_modules() -> None:
+    dct, attention = SpectralMixing(WIDTH), SelfAttention(WIDTH, num_attention_heads=2)
+    block = RoutedBlock(WIDTH, {"attention": attention}, None, torch.nn.Identity())
+    x = draw(0, 2, 6, WIDTH)
+    after = x + attention(block.operator_norms["input"](x))
+    torch.testing.assert_close(block(x)[0], after + block.feed_forward_norm(after))
+    with pytest.raises(UserError, match="a router exactly where it has several"):
+        RoutedBlock(WIDTH, {"dct": dct, "attention": attention}, None, torch.nn.Identity())
+
+
+def test_an_entry_of_a_menu_has_options_of_its_own() -> None:
+    block = make(("dct", {"attention": {"num_attention_heads": 4, "bias": False}}))
+    attention = block.operators["attention"]
+    assert attention.heads == 4 and attention.q_proj.bias is None
+    assert make(("dct", {"attention": None})).operators["attention"].heads == 2
+    with pytest.raises(UserError, match="unknown option heads=4 of SelfAttention: did you mean 'head_dim'"):
+        make(({"attention": {"heads": 4}},))
+    with pytest.raises(UserError, match="give a name such as 'attention', or one with options"):
+        make(({"attention": {}, "dct": {}},))

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chiaroscuro import UserError
-from chiaroscuro.layers import LearnedRouter, PermutedRouter, RandomRouter, RoutedBlock, ThresholdRouter
+from chiaroscuro.layers import (
+    Context,
+    LearnedRouter,
+    PermutedRouter,
+    RandomRouter,
+    RoutedBlock,
+    ThresholdRouter,
+    build_block,
+)
 from chiaroscuro.ops import spectral_entropy
 
 MENU = ("dct", "attention")
@@ -22,7 +30,8 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def hashed(router: RandomRouter, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    return router.score(torch.zeros(*ids.shape, WIDTH), torch.zeros(ids.shape), positions, ids)
+    context = Context(position_ids=positions, input_ids=ids)
+    return router.score(torch.zeros(*ids.shape, WIDTH), torch.zeros(ids.shape), context)
 
 
 def plain_hash(seed: int, layer: int, position: int, token: int) -> float:
@@ -41,7 +50,7 @@ def plain_hash(seed: int, layer: int, position: int, token: int) -> float:
 
 @given(seed=seeds, layer=st.integers(0, 200), position=st.integers(0, 2**20), token=st.integers(0, 2**20))
 def test_the_hash_is_the_one_of_whole_numbers(seed: int, layer: int, position: int, token: int) -> None:
-    router = RandomRouter(MENU, WIDTH, layer=layer, router_seed=seed)
+    router = RandomRouter(WIDTH, MENU, layer=layer, router_seed=seed)
     found = hashed(router, torch.tensor([[token]]), torch.tensor([[position]]))
     assert found.item() == plain_hash(seed, layer, position, token)
     assert 0 <= found.item() < 1
@@ -53,12 +62,12 @@ def test_the_draw_is_uniform_along_each_of_its_parts_and_independent_between_nei
     steps = torch.arange(count)[None]
     still = torch.full((1, count), 7)
     if varied == "token":
-        found = hashed(RandomRouter(MENU, WIDTH), steps, still)[0]
+        found = hashed(RandomRouter(WIDTH, MENU), steps, still)[0]
     elif varied == "position":
-        found = hashed(RandomRouter(MENU, WIDTH), still, steps)[0]
+        found = hashed(RandomRouter(WIDTH, MENU), still, steps)[0]
     else:
         name = {"layer": "layer", "seed": "router_seed"}[varied]
-        routers = (RandomRouter(MENU, WIDTH, **{name: value}) for value in range(count))
+        routers = (RandomRouter(WIDTH, MENU, **{name: value}) for value in range(count))
         found = torch.stack([hashed(router, still[:, :1], still[:, :1])[0, 0] for router in routers])
     # Kolmogorov–Smirnov at 0.1%: 1.95 / √n; the correlation of neighbours has a standard deviation of 1 / √n.
     ordered = found.sort().values
@@ -68,22 +77,22 @@ def test_the_draw_is_uniform_along_each_of_its_parts_and_independent_between_nei
 
 def test_uncalibrated_it_already_sends_the_share() -> None:
     for share in (0.0, 0.25, 0.8, 1.0):
-        router = RandomRouter(MENU, WIDTH, attention_share=share)
+        router = RandomRouter(WIDTH, MENU, attention_share=share)
         ids = torch.arange(20_000)[None]
-        taken = router.decide(hashed(router, ids)).float().mean().item()
+        taken = (hashed(router, ids)[..., None] > router.calibration.values).sum(-1).float().mean().item()
         assert taken == pytest.approx(share, abs=0.015)
         assert 0 < taken < 1 or share in (0, 1)
 
 
 def test_positions_are_counted_from_zero_where_none_are_given() -> None:
     ids = torch.randint(0, 50, (2, 9))
-    router = RandomRouter(MENU, WIDTH)
+    router = RandomRouter(WIDTH, MENU)
     assert torch.equal(hashed(router, ids), hashed(router, ids, torch.arange(9).expand(2, -1)))
 
 
 def test_embeddings_alone_are_not_enough() -> None:
     with pytest.raises(UserError, match="router='random' draws by token id: give input_ids"):
-        RandomRouter(MENU, WIDTH).score(torch.zeros(1, 2, WIDTH), torch.zeros(1, 2))
+        RandomRouter(WIDTH, MENU).score(torch.zeros(1, 2, WIDTH), torch.zeros(1, 2), Context())
 
 
 # Shuffled features
@@ -91,28 +100,28 @@ def test_embeddings_alone_are_not_enough() -> None:
 
 @given(seed=seeds, spectrum=st.sampled_from(["orthonormal", "reference"]))
 def test_permuted_is_h_of_the_features_in_another_order(seed: int, spectrum: str) -> None:
-    router = PermutedRouter(MENU, WIDTH, spectrum=spectrum, router_seed=seed)
+    router = PermutedRouter(WIDTH, MENU, spectrum=spectrum, router_seed=seed)
     x = draw(seed, 2, 5, WIDTH)
     order = router.permutation.tolist()
     assert sorted(order) == list(range(WIDTH))
     shuffled = torch.stack([x[..., feature] for feature in order], dim=-1)
-    torch.testing.assert_close(router.score(x, torch.zeros(2, 5)), spectral_entropy(shuffled, spectrum))
+    torch.testing.assert_close(router.score(x, torch.zeros(2, 5), Context()), spectral_entropy(shuffled, spectrum))
 
 
 def test_the_permutation_is_the_seeds_and_no_other_draw_moves_it() -> None:
     torch.manual_seed(1)
-    first = PermutedRouter(MENU, 64, router_seed=3).permutation
+    first = PermutedRouter(64, MENU, router_seed=3).permutation
     torch.manual_seed(2)
-    assert torch.equal(PermutedRouter(MENU, 64, router_seed=3).permutation, first)
-    assert not torch.equal(PermutedRouter(MENU, 64, router_seed=4).permutation, first)
+    assert torch.equal(PermutedRouter(64, MENU, router_seed=3).permutation, first)
+    assert not torch.equal(PermutedRouter(64, MENU, router_seed=4).permutation, first)
     assert not torch.equal(first, torch.arange(64))
 
 
 def test_it_scores_white_noise_as_h_does() -> None:
     x = draw(0, 1, 20_000, WIDTH)
-    permuted = PermutedRouter(MENU, WIDTH)
-    assert torch.equal(permuted.calibration.values, ThresholdRouter(MENU, WIDTH).calibration.values)
-    share = permuted(x, torch.zeros(x.shape[:2])).float().mean().item()
+    permuted = PermutedRouter(WIDTH, MENU)
+    assert torch.equal(permuted.calibration.values, ThresholdRouter(WIDTH, MENU).calibration.values)
+    share = permuted(x, torch.zeros(x.shape[:2])).operator_index.float().mean().item()
     assert share == pytest.approx(0.25, abs=0.01)
 
 
@@ -121,7 +130,11 @@ def test_it_scores_white_noise_as_h_does() -> None:
 
 def learned_block(share: float, norm: str, execution: str, seed: int = 0) -> RoutedBlock:
     torch.manual_seed(seed)
-    block = RoutedBlock(WIDTH, MENU, heads=2, router="learned", attention_share=share, norm=norm, execution=execution)
+    block = build_block(
+        WIDTH,
+        MENU,
+        {"num_attention_heads": 2, "router": "learned", "attention_share": share, "norm": norm, "execution": execution},
+    )
     torch.nn.init.normal_(block.router.proj.weight, std=WIDTH**-0.5)
     return block
 
@@ -170,8 +183,8 @@ def test_thresholds_and_scale_leave_nothing_routed_at_a_share_of_one() -> None:
 
 def test_uncalibrated_it_stands_where_a_new_model_sends_the_share() -> None:
     torch.manual_seed(0)
-    router = LearnedRouter(MENU, 256, attention_share=0.25)
+    router = LearnedRouter(256, MENU, attention_share=0.25)
     torch.nn.init.normal_(router.proj.weight, std=0.02)
     torch.nn.init.zeros_(router.proj.bias)
     x = torch.nn.functional.layer_norm(draw(3, 1, 20_000, 256), (256,))
-    assert router(x, torch.zeros(1, 20_000)).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert router(x, torch.zeros(1, 20_000)).operator_index.float().mean().item() == pytest.approx(0.25, abs=0.05)

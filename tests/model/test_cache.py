@@ -23,22 +23,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, set_seed
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, register_operator
-from chiaroscuro.layers import SelfAttention
+from chiaroscuro.layers import Context, KeptTokens, Operator, SelfAttention
 from chiaroscuro.layers.registry import OPERATORS
-from chiaroscuro.model.cache import GrowingLayer
+from chiaroscuro.model.cache import REMEMBERED
 
 ATOL = 1e-4
 TIME = 14
 CONTEXTS = ["all", "routed"]
 
 
-class Doubling(nn.Module):
+class Doubling(Operator):
     """A user's operator: per token, so it needs no cache, and says so."""
 
-    cacheable = True
-
-    def forward(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, context: Context) -> Tensor:
         return 2 * x
+
+    def new_cache(self) -> None:
+        return None
 
 
 class Attention2(SelfAttention):
@@ -130,11 +131,16 @@ def test_pieces_equal_the_whole_with_operators_of_a_user() -> None:
 
 
 @pytest.mark.usefixtures("operators")
-def test_two_operators_that_keep_keys_share_no_layer_s_cache() -> None:
-    menus = [["dct"], ["attention", "attention2"]]
-    with pytest.raises(UserError, match=r"use_cache=True with operators\[1\].*two"):
-        shrunk("small", operators=menus, num_hidden_layers=2, use_cache=True)
-    assert shrunk("small", operators=menus, num_hidden_layers=2).use_cache is False
+def test_every_operator_of_a_layer_has_a_state_of_its_own() -> None:
+    menus = [["dct", "rbf"], ["attention", "attention2"], ["rbf", "attention"], ["dct", "rbf", "attention"]]
+    for context in CONTEXTS:
+        model = build(shrunk("small", operators=menus, attention_context=context))
+        check_pieces(model)
+        cache = model(tokens(0)).past_key_values
+        kept = [{name: state is not None for name, state in layer.states.items()} for layer in cache.states]
+        assert kept[0] == {"dct": False, "rbf": True}
+        assert kept[1] == {"attention": True, "attention2": True} and kept[2] == {"rbf": True, "attention": True}
+        assert cache.layers[0].keys.shape[1] == 1 and cache.layers[1].keys is None
 
 
 def test_every_router_has_a_config_with_and_without_a_metarouter() -> None:
@@ -148,10 +154,10 @@ def test_a_layer_of_dct_alone_keeps_nothing() -> None:
     cache = model(tokens(0, 2, 6)).past_key_values
     assert isinstance(cache, ChiarCache)
     assert cache.layers[0].keys is None
-    assert [layer.lengths for layer in cache.layers[1:]] == [[6, 6]] * 3
-    assert [[tuple(k.shape) for k, _ in layer.rows()] for layer in cache.layers[1:]] == [[(2, 6, 16)] * 2] * 3
+    assert [state.lengths for state in states(cache)] == [[6, 6]] * 3
+    assert [tuple(layer.keys.shape) for layer in cache.layers[1:]] == [(2, 2, 6, 16)] * 3
     assert [cache.get_seq_length(i) for i in range(4)] == [6] * 4
-    total, count = cache.meta_state
+    total, count = cache.meta_state.last
     assert tuple(total.shape) == (2, 32)
     assert count.tolist() == [6.0, 6.0]
 
@@ -161,6 +167,11 @@ def test_a_model_of_dct_alone_is_cached_too() -> None:
     check_pieces(model)
     cache = model(tokens(0)).past_key_values
     assert all(layer.keys is None for layer in cache.layers)
+
+
+def states(cache: ChiarCache) -> list[KeptTokens]:
+    """The states of the layers' attentions, of those that have one."""
+    return [layer.states["attention"] for layer in cache.states if "attention" in layer.states]
 
 
 # What generation does to a cache
@@ -228,11 +239,37 @@ def test_crop_removes_no_more_than_there_is_and_adds_nothing(wrong: int) -> None
     assert cache.get_seq_length() == 8
 
 
-def test_a_causal_metarouter_s_sum_can_not_be_cropped() -> None:
-    cache = filled(build(shrunk("small")), tokens(0, 2, 8))
-    assert not cache.is_croppable
-    with pytest.raises(UserError, match="causal MetaRouter and can't be cropped"):
-        cache.crop(-1)
+@pytest.mark.parametrize("pieces", [[8], [3, 3, 1, 1]])
+def test_a_causal_metarouter_s_sums_are_cropped_too(pieces: list[int]) -> None:
+    model, ids, other = build(shrunk("small")), tokens(0, 2, 8), tokens(1, 2, 3)
+    cache = ChiarCache(model.config)
+    for piece in ids.split(pieces, dim=1):
+        continued(model, cache, piece)
+    assert cache.is_croppable
+    cache.crop(-3)
+    wanted = model(torch.cat([ids[:, :5], other], dim=1), use_cache=False).logits[:, 5:]
+    torch.testing.assert_close(continued(model, cache, other), wanted, atol=ATOL, rtol=0)
+    cache.crop(-8)
+    assert cache.get_seq_length() == 0 and cache.meta_state.last is None
+
+
+def test_a_causal_metarouter_remembers_its_last_sums_alone() -> None:
+    model = build(shrunk("small", max_position_embeddings=3 * REMEMBERED))
+    cache = filled(model, tokens(0, 1, 2 * REMEMBERED))
+    for token in tokens(1, 1, 10).split(1, dim=1):
+        continued(model, cache, token)
+    assert sum(count.shape[1] for _, count in cache.meta_state.parts) < 2 * REMEMBERED
+    with pytest.raises(UserError, match=f"keeps the sums of the last {REMEMBERED} alone"):
+        cache.crop(-2 * REMEMBERED)
+    cache.crop(1 - REMEMBERED)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+def test_drafts_are_accepted_and_rejected_under_the_default_metarouter(options: dict[str, Any]) -> None:
+    model = build(shrunk("small"))
+    assistant = {"assistant_model": build(shrunk("small"), seed=1)} if "assistant_model" in options else {}
+    drafted = generated(model, rows=1, max_new_tokens=24, **(options | assistant))
+    assert torch.equal(drafted, generated(model, rows=1, max_new_tokens=24))
 
 
 # What a layer keeps
@@ -240,7 +277,7 @@ def test_a_causal_metarouter_s_sum_can_not_be_cropped() -> None:
 
 @dataclass
 class PlainLayer:
-    """What a `GrowingLayer` is to be: a list for each row, of the places, keys and values that it keeps."""
+    """What `KeptTokens` is to be: a list for each row, of the places, keys and values that it keeps."""
 
     rows: list[list[tuple[int, Tensor, Tensor]]]
     seen: int = 0
@@ -251,8 +288,8 @@ class PlainLayer:
             row += [(self.seen + t, *next(tokens_kept)) for t, taken in enumerate(takes) if taken]
         self.seen += chosen.shape[1]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        self.seen += tokens_to_remove
+    def crop(self, tokens: int) -> None:
+        self.seen -= tokens
         self.rows = [[token for token in row if token[0] < self.seen] for row in self.rows]
 
     def select(self, indices: list[int]) -> None:
@@ -265,10 +302,7 @@ steps = st.lists(
         st.tuples(st.just("extend"), st.integers(1, 40), shares),
         st.tuples(st.just("update"), st.integers(1, 40), st.none()),
         st.tuples(st.just("crop"), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.none()),
-        st.tuples(
-            st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4), st.none()
-        ),
-        st.tuples(st.just("repeat"), st.integers(1, 2), st.none()),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 99), min_size=1, max_size=4), st.none()),
     ),
     min_size=2,
     max_size=8,
@@ -280,12 +314,12 @@ def test_rows_of_different_lengths_are_kept_in_one_buffer(
     first: float, steps: list[tuple[str, Any, Any]], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    layer, plain = GrowingLayer(), PlainLayer([[], [], []])
+    layer, plain = KeptTokens(), PlainLayer([[], [], []])
     for what, number, share in [("extend", 5, first), *steps]:
         if what == "extend":
             chosen = torch.rand(len(plain.rows), number, generator=generator) < share
             key, value = torch.randn(2, int(chosen.sum()), 2, 4, generator=generator)
-            layer.extend(key, value, chosen)
+            layer.extend(chosen, key, value)
             plain.extend(key, value, chosen)
         elif what == "update":
             if layer.ragged:
@@ -294,39 +328,40 @@ def test_rows_of_different_lengths_are_kept_in_one_buffer(
             layer.update(key.transpose(1, 2), value.transpose(1, 2))
             plain.extend(key.flatten(0, 1), value.flatten(0, 1), torch.ones(len(plain.rows), number).bool())
         elif what == "crop":
-            removed = -round(number * plain.seen)
+            removed = round(number * plain.seen)
             layer.crop(removed)
             plain.crop(removed)
-        elif what == "repeat":
-            layer.batch_repeat_interleave(number)
-            plain.select([i for i in range(len(plain.rows)) for _ in range(number)])
         else:
             indices = [i % len(plain.rows) for i in number]
-            change = layer.reorder_cache if what == "reorder" else layer.batch_select_indices
-            change(torch.tensor(indices))
+            layer.select(torch.tensor(indices))
             plain.select(indices)
-        assert layer.get_seq_length() == plain.seen
+        assert layer.seen == plain.seen
         assert layer.lengths == [len(row) for row in plain.rows]
         assert layer.empty == (not any(plain.rows))
         assert layer.numbers_kept() == 2 * sum(layer.lengths) * 2 * 4
         if layer.empty:
             continue
-        for (key, value), row in zip(layer.rows(), plain.rows, strict=True):
-            assert key.shape == value.shape == (2, len(row), 4)
+        (keys, values), real = layer.rectangle()
+        if real is None:
+            real = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
+        assert real.sum(1).tolist() == layer.lengths
+        for b, row in enumerate(plain.rows):
             for t, (_, wanted_key, wanted_value) in enumerate(row):
-                assert torch.equal(key[:, t], wanted_key)
-                assert torch.equal(value[:, t], wanted_value)
+                assert torch.equal(keys[b, :, t], wanted_key)
+                assert torch.equal(values[b, :, t], wanted_value)
+        for packed, kind in zip(layer.packed(), (1, 2), strict=True):
+            assert torch.equal(packed, torch.stack([token[kind] for row in plain.rows for token in row]))
     while plain.seen:
-        removed = -min(3, plain.seen)
+        removed = min(3, plain.seen)
         layer.crop(removed)
         plain.crop(removed)
         assert layer.lengths == [len(row) for row in plain.rows]
 
 
 def test_rows_of_different_lengths_are_no_rectangle() -> None:
-    layer = GrowingLayer()
-    layer.extend(*torch.zeros(2, 1, 2, 4), torch.tensor([[True], [False]]))
-    with pytest.raises(UserError, match="go on giving one"):
+    layer = KeptTokens()
+    layer.extend(torch.tensor([[True], [False]]), *torch.zeros(2, 1, 2, 4))
+    with pytest.raises(UserError, match="pass one again"):
         layer.update(*torch.zeros(2, 2, 2, 1, 4))
 
 
@@ -337,8 +372,10 @@ class Written(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if "empty" in str(func):
+        if "zeros" in str(func):
             self.buffers += isinstance(out, Tensor) and out.ndim == 4
+        elif "index_put" in str(func):  # gives back all of the buffer that it writes some places of
+            self.numbers += args[2].numel()
         elif isinstance(out, Tensor) and not func.is_view:
             self.numbers += out.numel()
         return out
@@ -346,7 +383,7 @@ class Written(TorchDispatchMode):
 
 def appended(tokens_kept: int, way: str) -> Written:
     """One token at a time: one to every row, in a rectangle or packed, or to the first row alone."""
-    layer = GrowingLayer()
+    layer = KeptTokens()
     rows = 1 if way == "one row" else 2
     key, value = torch.randn(2, rows, 2, 1, 4)
     chosen = torch.tensor([[True], [way == "packed"]])
@@ -355,7 +392,7 @@ def appended(tokens_kept: int, way: str) -> Written:
             if way == "rectangle":
                 layer.update(key, value)
             else:
-                layer.extend(key[:, :, 0], value[:, :, 0], chosen)
+                layer.extend(chosen[:rows], *(x[chosen[:rows, 0], :, 0] for x in (key, value)))
     assert max(layer.lengths) == tokens_kept
     return written
 
@@ -389,9 +426,9 @@ def test_only_routed_tokens_are_kept(share: float) -> None:
     model, ids = routed(share), tokens(0, 3, LENGTH)
     cache = filled(model, ids)
     got = attending(model, ids)
-    dct, *routed_layers, last = cache.layers
-    assert not isinstance(dct, GrowingLayer)
-    assert [layer.lengths for layer in cache.layers[1:]] == got
+    *routed_layers, last = states(cache)
+    assert cache.states[0].states == {"dct": None}
+    assert [layer.lengths for layer in states(cache)] == got
     assert last.lengths == [LENGTH] * 3
     full = 2 * 3 * LENGTH * WIDTH
     for layer, counts in zip(routed_layers, got, strict=False):
@@ -411,10 +448,13 @@ def test_a_padded_row_is_kept_as_the_row_alone() -> None:
         model(ids, attention_mask=mask, past_key_values=cache)
     for b, real in enumerate(mask.bool()):
         alone = filled(model, ids[b : b + 1, real])
-        for together, single in zip(cache.layers[1:], alone.layers[1:], strict=True):
+        for together, single in zip(states(cache), states(alone), strict=True):
             assert [together.lengths[b]] == single.lengths
             if not single.empty:
-                torch.testing.assert_close(list(together.rows())[b], next(single.rows()), atol=ATOL, rtol=0)
+                (kept, _), (wanted, _) = together.rectangle(), single.rectangle()
+                for vectors, others in zip(kept, wanted, strict=True):
+                    own = vectors[b, :, : together.lengths[b]]
+                    torch.testing.assert_close(own, others[0], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -426,8 +466,8 @@ def test_buffers_have_the_type_of_what_is_kept(rows: int) -> None:
         for t in range(TIME):
             model(ids[:, t : t + 1], past_key_values=cache)
             if t == 0:
-                assert any(layer.empty for layer in cache.layers[1:])
-    assert {layer.keys.dtype for layer in cache.layers[1:]} == {torch.bfloat16}
+                assert any(state.empty for state in states(cache))
+    assert {state.buffers[0].dtype for state in states(cache)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("menu", [["attention"], ["dct", "attention"]])
@@ -456,22 +496,25 @@ def attention_calls(model: ChiarForCausalLM) -> Iterator[dict[str, int]]:
         return hook
 
     def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(query: Tensor, *rest: Any) -> Tensor:
+        def counted(query: Tensor, *rest: Any, **named: Any) -> Tensor:
             counts["attends"] += 1
-            return function(query, *rest)
+            return function(query, *rest, **named)
 
         return counted
 
-    module = import_module("chiaroscuro.layers.self_attention")
+    dense, packed = (import_module(f"chiaroscuro.layers.{name}") for name in ("self_attention", "attend_packed"))
     handles = [
         getattr(layer.operators["attention"], name).register_forward_pre_hook(count(name))
         for layer in model.model.layers
         for name in names
         if "attention" in layer.operators
     ]
-    functions = ["attend", "prefix_attention", "prefix_attention_by_rows"]
+    functions = ["attend_to_all", "prefix_attention", "prefix_attention_by_rows"]
     try:
-        with mock.patch.multiple(module, **{name: counting(getattr(module, name)) for name in functions}):
+        with (
+            mock.patch.object(dense, "attend", counting(dense.attend)),
+            mock.patch.multiple(packed, **{name: counting(getattr(packed, name)) for name in functions}),
+        ):
             yield counts
     finally:
         for handle in handles:
@@ -529,9 +572,9 @@ def test_generation_with_and_without_a_cache_of_routed_tokens(name: str, options
 
 def test_guesses_from_the_prompt_are_cropped_from_the_routed_tokens_too() -> None:
     model = routed()
-    with mock.patch.object(GrowingLayer, "crop", autospec=True, side_effect=GrowingLayer.crop) as crop:
+    with mock.patch.object(KeptTokens, "crop", autospec=True, side_effect=KeptTokens.crop) as crop:
         guessing = generated(model, rows=1, max_new_tokens=24, prompt_lookup_num_tokens=3)
-    assert any(call.args[1] < 0 for call in crop.call_args_list)
+    assert any(call.args[1] > 0 for call in crop.call_args_list)
     assert torch.equal(guessing, generated(model, rows=1, max_new_tokens=24))
 
 
@@ -541,7 +584,7 @@ def test_guesses_from_the_prompt_are_cropped_from_the_routed_tokens_too() -> Non
 UNCACHEABLE = {
     "batch": shrunk("small", meta_router="batch"),
     "sequence": shrunk("small", meta_router="sequence"),
-    "rbf": shrunk("v1-three-operator"),
+    "rbf": shrunk("v1-three-operator", rbf_causal=False),
 }
 
 
@@ -600,7 +643,7 @@ def test_a_cache_begun_with_padding_is_not_gone_on_with_without_a_mask(execution
     mask[1, :3] = 0
     cache = ChiarCache(model.config)
     model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
-    with pytest.raises(UserError, match="begun with an attention_mask: go on giving one"):
+    with pytest.raises(UserError, match="begun with an attention_mask: pass one again"):
         model(ids[:, 5:], past_key_values=cache)
     model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
     # A mask that hides nothing need not be gone on with.
@@ -633,24 +676,20 @@ def test_a_cache_begun_in_inference_mode_goes_on_without(context: str) -> None:
         torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 6:], atol=ATOL, rtol=0)
 
 
-class PlainAttention(nn.Module):
+class PlainAttention(Operator):
     """A user's operator that keeps keys and values of all tokens and knows nothing of packed ones."""
 
-    cacheable = True
+    Options = SelfAttention.Options
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.inner = SelfAttention(width, heads)
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.inner = SelfAttention(width, **options)
 
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        mask: Tensor | None = None,
-        rotary: Any = None,
-        cache: Any = None,
-    ) -> Tensor:
-        return self.inner(x, attention_mask=attention_mask, mask=mask, rotary=rotary, cache=cache)
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        return self.inner(x, context)
+
+    def new_cache(self) -> KeptTokens:
+        return self.inner.new_cache()
 
 
 @pytest.mark.parametrize("rows", [1, 3])

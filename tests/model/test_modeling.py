@@ -12,7 +12,7 @@ from small_models import PRESETS, ROUTERS, VOCABULARY, WIDTH, build, shrunk, tok
 from torch import Tensor, nn
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarModel, UserError, calibrate
-from chiaroscuro.layers import HardRouter, SpectralMixing
+from chiaroscuro.layers import Context, HardRouter, SpectralMixing
 from chiaroscuro.model import ChiarCausalLMOutput
 
 ATOL = 1e-5
@@ -36,7 +36,7 @@ def by_hand(model: ChiarForCausalLM, ids: Tensor) -> Tensor:
             mean = x.mean((0, 1), keepdim=True)
         gate = torch.sigmoid((mean * base.meta_router.weight).sum(-1, keepdim=True) + base.meta_router.bias)
     for i, layer in enumerate(base.layers):
-        y, _ = layer(x, input_ids=ids)
+        y, _ = layer(x, Context(input_ids=ids))
         x = gate * y + (1 - gate) * x if i == 0 and base.meta_router is not None else y
     return F.layer_norm(x, x.shape[-1:], base.norm.weight, base.norm.bias) @ base.embed_tokens.weight.T
 

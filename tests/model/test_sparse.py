@@ -16,8 +16,8 @@ from small_models import VOCABULARY, WIDTH, Switches, build, shrunk, tokens
 from torch import Tensor, nn
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
-from chiaroscuro.layers import RoutedBlock, SelfAttention, block, spectral_mixing
-from chiaroscuro.model.cache import GrowingLayer
+from chiaroscuro.layers import Context, KeptTokens, RoutedBlock, SelfAttention, build_block
+from chiaroscuro.layers import context as context_module
 from chiaroscuro.ops import spectral_filter, spectral_mix_with_entropy
 from largest import Largest
 
@@ -217,7 +217,7 @@ def test_an_operator_runs_on_its_own_tokens(
         filtered.append(coefficients.shape[:-1].numel() if index is None else len(index))
         return spectral_filter(coefficients, weight, index)
 
-    monkeypatch.setattr(spectral_mixing, "spectral_filter", counting)
+    monkeypatch.setattr(context_module, "spectral_filter", counting)
     with rows_through(modules) as counts:
         routing = model(ids, attention_mask=mask, output_routing=True, use_cache=False).routing
     for i, menu in enumerate(menus):
@@ -294,8 +294,8 @@ def test_later_tokens_change_no_earlier_logits(context: str, router: str) -> Non
 
 def routed_block(context: str, norm: str = "post", share: float = 0.5, seed: int = 0) -> RoutedBlock:
     torch.manual_seed(seed)
-    options: Any = {"heads": 2, "norm": norm, "attention_share": share, "attention_context": context}
-    return RoutedBlock(WIDTH, ("dct", "attention"), **options).eval().double()
+    options: Any = {"num_attention_heads": 2, "norm": norm, "attention_share": share, "attention_context": context}
+    return build_block(WIDTH, ("dct", "attention"), options).eval().double()
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -308,11 +308,11 @@ def test_the_routed_context_is_attention_over_the_routed_tokens_alone(seed: int,
     block, x = routed_block("routed", norm, seed=seed), draw(seed, 1, 14, WIDTH)
     positions = past + torch.arange(14)[None]
     routed = block.route(x).operator_index[0] == 1
-    y, _ = block(x, position_ids=positions)
-    alone = RoutedBlock(WIDTH, ("attention",), heads=2, norm=norm).eval().double()
+    y, _ = block(x, Context(position_ids=positions))
+    alone = build_block(WIDTH, ("attention",), {"num_attention_heads": 2, "norm": norm}).eval().double()
     alone.load_state_dict(block.state_dict(), strict=False)
     if routed.any():
-        wanted, _ = alone(x[:, routed], position_ids=positions[:, routed])
+        wanted, _ = alone(x[:, routed], Context(position_ids=positions[:, routed]))
         torch.testing.assert_close(y[:, routed], wanted)
 
 
@@ -415,10 +415,10 @@ def test_dropout_of_weights_acts_in_training_alone(context: str) -> None:
 
 
 def test_in_the_routed_context_a_cache_is_for_sparse_execution_alone(unchecked: None) -> None:
-    attention = SelfAttention(WIDTH, 2, attention_context="routed")
+    attention = SelfAttention(WIDTH, num_attention_heads=2, attention_context="routed")
     x = torch.zeros(1, 3, WIDTH)
     with pytest.raises(ValueError, match="use sparse execution"):
-        attention(x, cache=GrowingLayer(), routed=torch.ones(1, 3).bool())
+        attention(x, Context(state=KeptTokens(), routed=torch.ones(1, 3).bool()))
 
 
 # Where a kernel gives filter and entropy at once
@@ -442,10 +442,10 @@ def test_filter_and_entropy_of_one_kernel_are_those_of_two_steps(
         filtered.append(inputs[0].shape)
         return spectral_filter(*inputs)
 
-    monkeypatch.setattr(spectral_mixing, "spectral_filter", filtering)
+    monkeypatch.setattr(context_module, "spectral_filter", filtering)
     for kernel in (False, True):
-        monkeypatch.setattr(block, "has_kernel", lambda x, kernel=kernel: kernel)
-        monkeypatch.setattr(block, "spectral_mix_with_entropy", counted)
+        monkeypatch.setattr(context_module, "has_kernel", lambda x, kernel=kernel: kernel)
+        monkeypatch.setattr(context_module, "spectral_mix_with_entropy", counted)
         model.zero_grad()
         out = model(ids, attention_mask=mask, labels=ids, output_routing=True, use_cache=False)
         out.loss.backward()

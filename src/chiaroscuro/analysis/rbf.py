@@ -10,7 +10,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RBFMixing
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.ops import causal_mask, fourier_features, rbf_weights
+from chiaroscuro.ops import causal_mask, rbf_weights
 
 
 @torch.no_grad()
@@ -49,12 +49,12 @@ def self_weights(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict
             outputs: Any = model.trunk(ids, use_cache=False, output_hidden_states=True)
         for i, block in layers.items():
             x = outputs.hidden_states[i]
-            source = block.operator_norms["input"](x) if block.norm_placement == "pre" else x
+            source = block.operator_input(x)
             rbf = cast(RBFMixing, block.operators["rbf"])
             real = torch.ones_like(ids, dtype=torch.bool, device=x.device)
             mask = causal_mask(real, x.shape[1])
-            mask = mask if rbf.causal else mask | real[:, None, None, :]
-            weights = rbf_weights(fourier_features(source, rbf.frequencies.to(source.dtype)), mask)
+            mask = mask if rbf.options.rbf_causal else mask | real[:, None, None, :]
+            weights = rbf_weights(rbf.features_of(source), mask)
             found[i].append(weights.diagonal(dim1=1, dim2=2).flatten().cpu())
             copies[i].append((weights * same).sum(-1).flatten().cpu())
             later[i].append((weights * ~same).triu(1).sum(-1).flatten().cpu())

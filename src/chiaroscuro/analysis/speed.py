@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import PackedTokens, RoutedBlock
+from chiaroscuro.layers import Context, PackedTokens, RoutedBlock, Spectra
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
-from chiaroscuro.ops import entropy_of_spectrum, spectral_coefficients
 
 DECODED = 16
 """Tokens of a turn in decoding: routing makes one token cheaper than the next, so a turn is the sum over some."""
@@ -140,34 +139,30 @@ def spectral_part(block: RoutedBlock, x: Tensor, training: bool) -> dict[str, Wo
         with torch.set_grad_enabled(training):
             finish(block(inputs)[0])
 
-    router, mixing, first = (
-        cast(Any, block.router),
-        cast(Any, block.operators["dct"]),
-        block.operator_names.index("dct"),
-    )
+    router = cast(Any, block.router)
+    first, mixing = next((k, operator) for k, (_, operator) in enumerate(block.menu) if operator.reads_spectrum)
 
-    def transform() -> Tensor:
-        return spectral_coefficients(source)
+    def transform() -> Spectra:
+        spectra = Spectra(source, block.spectrum)
+        _ = spectra.coefficients  # computed here, and kept
+        return spectra
 
-    def score(coefficients: Tensor) -> Tensor:
-        return entropy_of_spectrum(coefficients.detach(), block.spectrum)
-
-    def mix(coefficients: Tensor, entropy: Tensor) -> Tensor:
-        tokens = PackedTokens.of(router(source, entropy) == first)
-        return mixing.sparse_forward(source, tokens, coefficients)
+    def mix(spectra: Spectra, entropy: Tensor) -> Tensor:
+        tokens = PackedTokens.of(router(source, entropy).operator_index == first)
+        return mixing(source, Context(spectra=spectra), tokens)
 
     def part() -> None:
         with torch.set_grad_enabled(training):
-            coefficients = transform()
-            finish(mix(coefficients, score(coefficients)))
+            spectra = transform()
+            finish(mix(spectra, spectra.entropy()))
 
     works: dict[str, Work] = {"layer": whole, "router and transform": part}
     if not training:
-        coefficients = transform()
+        spectra = transform()
         alone: dict[str, Callable[[], Any]] = {
             "transform": transform,
-            "entropy": partial(score, coefficients),
-            "choice, filter and way back": partial(mix, coefficients, score(coefficients)),
+            "entropy": spectra.entropy,
+            "choice, filter and way back": partial(mix, spectra, spectra.entropy()),
         }
         works |= {name: torch.no_grad()(work) for name, work in alone.items()}
     return works

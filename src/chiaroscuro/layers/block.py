@@ -149,7 +149,7 @@ class RoutedBlock(nn.Module):
         context = Context() if context is None else context
         if context.segments is not None:
             self._refuse_documents()
-        source = self._operator_input(x)
+        source = self.operator_input(x)
         context = replace(context, spectra=self._spectra(source))
         routing = self._route(source, context) if self.router is not None or output_routing else None
         if self._runs_sparsely(routing, context):
@@ -163,7 +163,7 @@ class RoutedBlock(nn.Module):
     def route(self, x: Float[Tensor, "batch time width"], context: Context | None = None) -> Routing:
         """The routing alone, without running an operator: what a calibration needs. Arguments as of `forward`."""
         context = Context() if context is None else context
-        source = self._operator_input(x)
+        source = self.operator_input(x)
         return self._route(source, replace(context, spectra=self._spectra(source)))
 
     @torch.no_grad()
@@ -200,7 +200,8 @@ class RoutedBlock(nn.Module):
         thresholds = self.router.calibration
         thresholds.set_from(real, thresholds.share if share is None else share)
 
-    def _operator_input(self, x: Tensor) -> Tensor:
+    def operator_input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """What router and operators see of the layer's input: its norm, or with post-norm the input itself."""
         return self.operator_norms["input"](x) if self.norm_placement == "pre" else x
 
     def _spectra(self, source: Tensor) -> Spectra:

@@ -78,7 +78,7 @@ class MetaRouter(nn.Module):
         if segments is not None:
             if self.pooling != "causal":
                 raise UserError(
-                    f"meta_router={self.pooling!r} pools over whole rows, and position_ids restart within one: it holds "
+                    f"meta_router={self.pooling!r} pools over rows, and position_ids restart within one: it holds "
                     "several documents; give one document per row, padded"
                 )
             # What was summed before each document is taken off again.

@@ -37,10 +37,10 @@ class Work:
 
     """
 
-    length: float
-    tokens: float
+    length: int | float
+    tokens: int | float
     routed: bool = False
-    past: float = 0.0
+    past: int | float = 0
     training: bool = False
     causal: bool = True
     spectrum_at_hand: bool = False
@@ -90,7 +90,7 @@ class Operator(nn.Module):
 
     Options: ClassVar[type] = NoOptions
     """A dataclass of the operator's options."""
-    cost: ClassVar[float | None] = None
+    cost: ClassVar[int | float | None] = None
     """A menu lists its operators by rising cost (dct 0, rbf 1, attention 2); None may stand anywhere."""
     reads_spectrum: ClassVar[bool] = False
     """Whether it works on DCT(x), so that it can share the router's transform."""

@@ -69,7 +69,7 @@ def find_router(name: str) -> type[Router]:
     return _find(ROUTERS, "router", name)
 
 
-def split_entry(entry: Entry) -> tuple[str, dict[str, Any]]:
+def split_entry(entry: Any) -> tuple[str, dict[str, Any]]:
     """The name and the options of an entry.
 
     Raises:
@@ -82,9 +82,7 @@ def split_entry(entry: Entry) -> tuple[str, dict[str, Any]]:
         name, options = next(iter(entry.items()))
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
             return name, dict(options or {})
-    raise UserError(
-        f"{entry!r}: give a name such as 'attention', or a name with options, {{attention: {{bias: false}}}}"
-    )
+    raise UserError(f"{entry!r}: give a name such as 'attention', or one with options, {{attention: {{bias: false}}}}")
 
 
 def build_operator(width: int, entry: Entry, model: Mapping[str, Any] | None = None) -> Operator:

@@ -169,7 +169,7 @@ class ThresholdRouter(ScoreRouter):
         return entropy
 
 
-def pick_thresholds(costs: Sequence[float | None], low: float, high: float) -> tuple[float, ...]:
+def pick_thresholds(costs: Sequence[int | float | None], low: float, high: float) -> tuple[float, ...]:
     """The paper's rule for its two thresholds: which of them splits a menu of operators of these costs.
 
     Three operators: both. Of its three operators, the two cheaper ones (dct and rbf) are split at the low one, the two

@@ -99,10 +99,9 @@ class SelfAttention(Operator):
         if options.head_dim is None and width % heads:
             raise UserError(f"hidden_size={width} is not divisible by num_attention_heads={heads}: change one of them")
         if head_width % 2:
-            raise UserError(
-                f"hidden_size={width} over num_attention_heads={heads} gives heads of width {head_width}: "
-                "rotary positions need an even width"
-            )
+            given = f"hidden_size={width} over num_attention_heads={heads}"
+            given = given if options.head_dim is None else f"head_dim={head_width}"
+            raise UserError(f"{given} gives heads of width {head_width}: rotary positions need an even width")
         if heads % key_value_heads:
             raise UserError(
                 f"num_attention_heads={heads} is not divisible by num_key_value_heads={key_value_heads}: each of "

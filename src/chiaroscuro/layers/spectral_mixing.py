@@ -62,7 +62,7 @@ class SpectralMixing(Operator):
         return Count({"dct": work.transform * once * work.tokens * (1 if work.spectrum_at_hand else 2)})
 
 
-def transform_operations(width: int, tokens: float) -> float:
+def transform_operations(width: int, tokens: int | float) -> int | float:
     """Operations of one DCT of length d: 2 d² by a matrix product, 2.5 d log₂ d by an FFT; tokens: how many at once."""
     if width <= MATRIX_UP_TO or (tokens == 1 and width**2 <= FEW):
         return 2 * width**2

@@ -210,7 +210,8 @@ class KeptTokens(OperatorState):
             if needed <= self.places.shape[1]:
                 return
         batch, capacity = vectors[0].shape[0], needed + needed // 4 + 16
-        grown = [new.new_empty(batch, new.shape[1], capacity, new.shape[3]) for new in vectors]
+        # Zeros, because places that a mask hides are multiplied by 0, and what memory held before may be NaN.
+        grown = [new.new_zeros(batch, new.shape[1], capacity, new.shape[3]) for new in vectors]
         places = torch.zeros(batch, capacity, dtype=torch.long, device=vectors[0].device)
         for old, new in zip(self.buffers, grown, strict=bool(self.buffers)):
             new[:, :, : old.shape[2]] = old

@@ -95,7 +95,7 @@ class RunningSums(OperatorState):
         """
         if tokens >= sum(count.shape[1] for _, count in self.parts):
             raise UserError(
-                f"crop of {tokens} tokens, but the causal MetaRouter keeps its sums of the last {REMEMBERED} tokens alone: "
+                f"crop of {tokens} tokens, but the causal MetaRouter keeps the sums of the last {REMEMBERED} alone: "
                 "start a new cache"
             )
         while tokens:

@@ -86,8 +86,8 @@ class ChiarConfig(PreTrainedConfig):
         intermediate_size: the feed-forward's width; unless given 4d, of swiglu 8/3 d, which has as many parameters.
         max_position_embeddings: the longest sequence that the model takes.
         rope_theta: the base of the rotary angles.
-        rope_parameters: scaling of the rotary angles as in transformers, such as `{"rope_type": "linear", "factor": 2.0}`.
-            A `rope_theta` in it counts for more than the field's.
+        rope_parameters: scaling of the rotary angles as in transformers, `{"rope_type": "linear", "factor": 2.0}`. A
+            `rope_theta` in it counts for more than the field's.
         hidden_dropout: on embeddings, sub-layer outputs and inside the feed-forward, in training.
         attention_dropout: on attention probabilities, in training.
         norm: `"pre"` (y = x + op(N(x))) or `"post"` (the paper: y = N(x + op(x))).
@@ -185,11 +185,13 @@ class ChiarConfig(PreTrainedConfig):
             value = getattr(self, field, None)
             if isinstance(value, np.generic):  # a NumPy scalar is a number like any other, but JSON doesn't know it
                 setattr(self, field, value.item())
-        if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
-            raise UserError(f"rope_parameters={self.rope_parameters!r}: give a mapping, as transformers has it")
+        self._check_rope()
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         super().__post_init__(**kwargs)  # fills in rope_parameters
-        self.rope_theta = (self.rope_parameters or {})["rope_theta"]
+        rope = dict(self.rope_parameters or {})
+        self.rope_theta = rope.pop("rope_theta")
+        if rope.pop("rope_type") == "default" and not rope:  # all is said by rope_theta
+            self.rope_parameters = None
         if self.operators is None:
             layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             self._check_number("num_hidden_layers", layers)
@@ -343,10 +345,15 @@ class ChiarConfig(PreTrainedConfig):
                     f"task_labels={self.task_labels!r}: give each task a name without dots that is no attribute of "
                     "ModuleDict, and 2 labels or more"
                 )
+        self._check_rope()
         self._check_menus()
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
             raise UserError(f"use_cache=True with {reason}: set use_cache=False")
+
+    def _check_rope(self) -> None:
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
+            raise UserError(f"rope_parameters={self.rope_parameters!r}: give a mapping, as transformers has it")
 
     def _check_menus(self) -> None:
         self.operators = _as_menus(self.operators)
@@ -356,9 +363,8 @@ class ChiarConfig(PreTrainedConfig):
                 "give one menu a layer"
             )
         for i, menu in enumerate(self.operators):
-            named: list[str] = []
+            named = [split_entry(entry)[0] for entry in menu]
             try:
-                named = [split_entry(entry)[0] for entry in menu]
                 costs = [find_operator(name).cost for name in named]
             except UserError as error:
                 raise UserError(f"operators[{i}]={menu}: {error}") from None
@@ -374,12 +380,16 @@ class ChiarConfig(PreTrainedConfig):
                 try:
                     cls.check(self.hidden_size, make_options(cls, with_defaults(cls, options, fields)))
                 except UserError as error:
-                    # What a field of the model is to blame for is said once for all layers.
-                    raise UserError(f"operators[{i}]={menu}: {error}") from None if options else error
+                    if not options:  # then a field of the model is to blame, and no single menu
+                        raise
+                    raise UserError(f"operators[{i}]={menu}: {error}") from None
 
     def _check_router(self) -> None:
         router, by_score = self.router_class, _routes_by_score(self.router)
-        make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
+        try:
+            make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
+        except UserError as error:
+            raise UserError(f"router={self.router!r}: {error}") from None
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
             if self.calibration == "running":
@@ -474,6 +484,12 @@ def _as_menus(operators: Any) -> list[list[Any]]:
     well_formed = isinstance(operators, Sequence) and not isinstance(operators, str) and len(operators) > 0
     if not well_formed or not all(isinstance(menu, Sequence) and not isinstance(menu, str) for menu in operators):
         raise UserError(f"operators={operators!r}: give a list of menus, one a layer, such as [['dct'], ['attention']]")
+    for i, menu in enumerate(operators):
+        for entry in menu:
+            try:
+                split_entry(entry)
+            except UserError as error:
+                raise UserError(f"operators[{i}]={menu}: {error}") from None
     return [list(menu) for menu in operators]
 
 

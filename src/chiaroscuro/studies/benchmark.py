@@ -36,7 +36,7 @@ from chiaroscuro.analysis.speed import (
 )
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
-from chiaroscuro.layers import GatedFeedForward, RoutedBlock, ScoreRouter
+from chiaroscuro.layers import GatedFeedForward, ScoreRouter, build_block
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.model.config import ChiarConfig, default_operators
@@ -355,7 +355,8 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
     cells = []
     for context in plan.contexts:
         heads = width // (plan.width // plan.heads)
-        block = RoutedBlock(width, heads=heads, attention_share=share, attention_context=context).to(x)  # type: ignore[arg-type]
+        fields = {"num_attention_heads": heads, "attention_share": share, "attention_context": context}
+        block = build_block(width, ["dct", "attention"], fields).to(x)
         assert isinstance(block.router, ScoreRouter)
         score = block.route(x).score
         assert score is not None

@@ -10,6 +10,7 @@ the three-operator models of recipes/sweeps/wikitext2.yaml, if they were trained
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def set_mask(model: ChiarForCausalLM, causal: bool) -> None:
     """Put the mask on, or take it off."""
     for module in model.modules():
         if isinstance(module, RBFMixing):
-            module.causal = causal
+            module.options = replace(module.options, rbf_causal=causal)
 
 
 if __name__ == "__main__":
