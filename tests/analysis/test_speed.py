@@ -18,7 +18,7 @@ from chiaroscuro.analysis.speed import (
     take_turns,
     training_step,
 )
-from chiaroscuro.layers import PackedTokens, RoutedBlock
+from chiaroscuro.layers import Context, PackedTokens, build_block
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "max_position_embeddings": 64}
 
@@ -92,15 +92,15 @@ def test_a_forward_pass_is_a_prefill(ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_spectral_part_is_less_work_than_its_layer(training: bool) -> None:
-    block, x = RoutedBlock(64, heads=2), torch.randn(2, 300, 64)
+    block, x = build_block(64, ["dct", "attention"], {"num_attention_heads": 2}), torch.randn(2, 300, 64)
     mixing, rows = block.operators["dct"], list[int]()
-    real = mixing.sparse_forward
+    real = mixing.mix_packed
 
-    def noted(x: torch.Tensor, tokens: PackedTokens, *rest: object, **more: object) -> torch.Tensor:
+    def noted(x: torch.Tensor, tokens: PackedTokens, context: Context) -> torch.Tensor:
         rows.append(len(tokens))
-        return real(x, tokens, *rest, **more)
+        return real(x, tokens, context)
 
-    mixing.sparse_forward = noted
+    mixing.mix_packed = noted
     timings = take_turns(spectral_part(block, x, training), 0, 5)
     # Both take the same tokens: those that the block itself sends to dct.
     assert len(set(rows)) == 1 and 0 < rows[0] < 600

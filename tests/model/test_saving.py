@@ -101,7 +101,6 @@ def edited(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"hiden_size": 3}, "hiden_size=3.*did you mean 'hidden_size'"),
         ({"router": "sofd"}, "router 'sofd'.*did you mean 'soft'"),
         ({"meta_router": "batch"}, "use_cache=True.*meta_router='batch'"),
         ({"num_hidden_layers": 7}, "4 menus, num_hidden_layers=7"),

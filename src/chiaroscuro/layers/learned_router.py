@@ -46,6 +46,6 @@ class LearnedRouter(ScoreRouter):
         return score.sigmoid()
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> float:
+    def count(cls, width: int, operators: int, work: Work) -> int | float:
         """The product with w."""
         return work.product * 2 * width

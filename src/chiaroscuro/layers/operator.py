@@ -45,6 +45,12 @@ class Work:
     causal: bool = True
     spectrum_at_hand: bool = False
 
+    def pairs(self, keys: int | float, past: int | float, causal: bool = True) -> int | float:
+        """Pairs of the operator's tokens with `keys` of the new tokens and with `past` earlier ones."""
+        if self.length == 1:  # alone it sees itself, however few tokens a sequence sends here on average
+            return self.tokens * (past + 1)
+        return self.tokens * (past + (min((keys + 1) / 2, keys) if causal and self.causal else keys))
+
     @property
     def product(self) -> int:
         """How often a matrix product is computed: its backward is two more."""
@@ -67,9 +73,9 @@ class Count:
 
     """
 
-    operations: Mapping[str, float] = field(default_factory=dict)
-    numbers_kept: float = 0.0
-    published: float = 0.0
+    operations: Mapping[str, int | float] = field(default_factory=dict)
+    numbers_kept: int | float = 0
+    published: int | float = 0
 
 
 class Operator(nn.Module):

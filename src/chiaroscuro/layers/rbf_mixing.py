@@ -128,8 +128,7 @@ class RBFMixing(Operator):
         routed = work.routed and options.attention_context == "routed"
         keys = n if routed else work.length
         past = work.past * (n / work.length if routed else 1.0)
-        causal = work.causal and options.rbf_causal
-        pairs = n * (past + ((max(keys, 1.0) + 1) / 2 if causal else keys))
+        pairs = work.pairs(keys, past, options.rbf_causal)
         # Ω is fixed, so the backward of its product is one product. Dense execution computes φ once for both.
         mapped = n + keys if work.routed and not routed else n
         return Count(

@@ -92,7 +92,7 @@ class Router(nn.Module):
         """Initialise parameters and buffers that are the router's own; those of `nn.Linear` need no word here."""
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> float:
+    def count(cls, width: int, operators: int, work: Work) -> int | float:
         """Operations per token, beside the entropy's transform: those of the router's own products and transforms."""
         return 0.0
 

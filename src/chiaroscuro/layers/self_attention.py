@@ -171,8 +171,7 @@ class SelfAttention(Operator):
         routed = work.routed and options.attention_context == "routed"
         keys = n if routed else work.length
         past = work.past * (n / work.length if routed else 1.0)
-        # A token that attends sees itself, even if fewer than one a sequence does on average.
-        pairs = n * (past + ((max(keys, 1.0) + 1) / 2 if work.causal else keys))
+        pairs = work.pairs(keys, past)
         return Count(
             {
                 "attention projections": work.product * 4 * width * (queried * n + kept * keys),
