@@ -37,8 +37,8 @@ class Copying(TokenTask, GeneratedTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("length", "vocabulary"):
-            if getattr(self, option) < 2:
-                raise UserError(f"{option}={getattr(self, option)}: needs at least 2")
+            if not 2 <= getattr(self, option) <= 100_000:
+                raise UserError(f"{option}={getattr(self, option)}: must be from 2 to 100,000")
 
     @property
     def description(self) -> str:

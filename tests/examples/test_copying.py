@@ -154,7 +154,7 @@ def test_full_attention_in_a_llama_learns_it_too(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tokenizer": "bpe:300"}, "tokenizer='bpe:300' with the task copying, where each word is one token"),
-        ({"data": {"length": 1}}, "data: length=1: needs at least 2"),
+        ({"data": {"length": 1}}, "data: length=1: must be from 2 to 100,000"),
         ({"data": {"lenght": 4}}, "data: lenght=4: the task copying has no such option; did you mean 'length'?"),
         ({"data": {"sequence_lenth": 4}}, "did you mean 'sequence_length'?"),
         (

@@ -196,7 +196,7 @@ def test_it_learns_what_can_be_learnt(run: Go) -> None:
         ({"task": "imdb"}, "data: train_examples=80: the task imdb has no such option"),
         ({"source": "here"}, "data: source='here': the task listops-nested has no such option"),
         ({"task": "language-modelling"}, "data: train_examples=80: the task language-modelling has no such option"),
-        ({"train_examples": 0}, "data: train_examples=0: needs at least 1"),
+        ({"train_examples": 0}, "data: train_examples=0: must be from 1 to"),
         (
             {"max_lenght": 9},
             "data: max_lenght=9: the task listops-nested has no such option; did you mean",

@@ -17,6 +17,9 @@ from chiaroscuro.errors import UserError
 # After so many draws in a row that gave nothing new, the task is taken to have no more rows.
 PATIENCE = 100_000
 
+# All rows are held in memory while they are drawn, so that none occurs twice.
+MOST_EXAMPLES = 100_000_000
+
 # Rows that are written at once.
 BATCH = 1000
 
@@ -46,8 +49,8 @@ class GeneratedTask(Task):
 
     def __post_init__(self) -> None:
         for option in ("train_examples", "heldout_examples"):
-            if getattr(self, option) < 1:
-                raise UserError(f"{option}={getattr(self, option)}: needs at least 1")
+            if not 1 <= getattr(self, option) <= MOST_EXAMPLES:
+                raise UserError(f"{option}={getattr(self, option)}: must be from 1 to {MOST_EXAMPLES:,}")
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: can't be negative")
 
