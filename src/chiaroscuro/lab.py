@@ -8,7 +8,18 @@ from importlib.util import find_spec
 
 from chiaroscuro.errors import LabMissing
 
-PACKAGES = ("accelerate", "datasets", "matplotlib", "pydantic", "rich", "scipy", "tensorboard", "typer", "yaml")
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "jinja2",
+    "matplotlib",
+    "pydantic",
+    "rich",
+    "scipy",
+    "tensorboard",
+    "typer",
+    "yaml",
+)
 
 _missing = [name for name in PACKAGES if find_spec(name) is None]
 if _missing:
