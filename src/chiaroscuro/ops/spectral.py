@@ -34,6 +34,9 @@ FEW = 2**20
 """With so many multiply-adds or fewer (16 tokens at d = 256) the matrix product is used for longer vectors too: the
 time of a token decoded alone is that of its calls, not of its arithmetic."""
 
+HAS_TRITON = find_spec("triton") is not None
+"""Looked up once: torch.compile can't trace the search for a package."""
+
 
 def dct(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
     """Orthonormal DCT-II along the last axis, X_k = s_k √(2/d) Σ_n x_n cos(π (2n + 1) k / 2d), s_0 = 1/√2, s_k = 1.
@@ -205,7 +208,7 @@ def has_kernel(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and 16 <= width <= 4096
         and width & (width - 1) == 0
-        and find_spec("triton") is not None
+        and HAS_TRITON
     )
 
 
