@@ -1,5 +1,6 @@
-"""Other people's checkpoints into ours: so far those of the paper's author."""
+"""Other people's weights into ours: the paper's author's checkpoints, and Llama's, these back again too."""
 
+from chiaroscuro.convert.llama import from_llama, to_llama
 from chiaroscuro.convert.reference import Imported, import_reference, load_reference_checkpoint
 
-__all__ = ["Imported", "import_reference", "load_reference_checkpoint"]
+__all__ = ["Imported", "from_llama", "import_reference", "load_reference_checkpoint", "to_llama"]

@@ -203,7 +203,9 @@ class ChiarModel(ChiarPreTrainedModel):
             input_ids: the tokens; with a cache, those that came new.
             attention_mask: 1 for real tokens, 0 for padding, on either side; over the cached tokens too. Padding is
                 not routed, attended to, pooled or counted.
-            position_ids: counted over the real tokens where not given.
+            position_ids: counted over the real tokens where not given. Where they restart within a row, as in a batch
+                of transformers' `DataCollatorWithFlattening`, the row holds several documents, which don't see each
+                other.
             past_key_values: a cache to continue.
             inputs_embeds: embeddings instead of input_ids.
             use_cache: whether to return a cache; the config's unless given, never by default in training.
@@ -214,11 +216,12 @@ class ChiarModel(ChiarPreTrainedModel):
         Raises:
             UserError: not exactly one of input_ids and inputs_embeds, a sequence longer than
                 `max_position_embeddings`, a token outside the vocabulary's size, a mask of another length, or a cache
-                for a model that can't have one.
+                for a model that can't have one or for several documents in a row.
 
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
+        asked = use_cache or past_key_values is not None
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         elif not use_cache and past_key_values is not None:
@@ -228,6 +231,13 @@ class ChiarModel(ChiarPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embed(input_ids, inputs_embeds)
         context = self.prepare(x, attention_mask, position_ids, cache, input_ids)
+        if context.segments is not None and cache is not None:
+            if asked:
+                raise UserError(
+                    "position_ids restart within a row, so it holds several documents, which a cache can't continue: "
+                    "pass use_cache=False"
+                )
+            cache = None
         gate = self.gate(x, context, cache)
         wants_routing = output_routing or self.penalises()
         hidden_states: list[Tensor] = []
@@ -300,7 +310,7 @@ class ChiarModel(ChiarPreTrainedModel):
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
         elif attention_mask is None and seen == 0:
-            segments = self._segments(position_ids.expand(batch, -1), past_key_values)
+            segments = _segments(position_ids.expand(batch, -1))
         return Context(
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch, -1),
@@ -326,20 +336,6 @@ class ChiarModel(ChiarPreTrainedModel):
         if past_key_values is not None:
             past_key_values.padded = padded
         return attention_mask if padded or self.config.execution == "dense" else None
-
-    def _segments(self, position_ids: Tensor, past_key_values: ChiarCache | None) -> Tensor | None:
-        """The document of each token; None where no position restarts."""
-        restarts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
-        if torch.compiler.is_compiling():
-            return restarts.cumsum(1)
-        if not bool(restarts.any()):
-            return None
-        if past_key_values is not None:
-            raise UserError(
-                "position_ids restart within a row, so it holds several documents, which a cache can't continue: pass "
-                "use_cache=False"
-            )
-        return restarts.cumsum(1)
 
     def gate(self, x: Tensor, context: Context, past_key_values: ChiarCache | None = None) -> Tensor | None:
         """The MetaRouter's g of the embedded tokens, continued from the cache; None without a MetaRouter."""
@@ -563,6 +559,13 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             return None
         base: Any = super()  # whose annotations want a class that transformers only sketches
         return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _segments(position_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"] | None:
+    """The document of each token; None where no position restarts."""
+    restarts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    # Whether any does is data: a compiler can't ask.
+    return restarts.cumsum(1) if torch.compiler.is_compiling() or bool(restarts.any()) else None
 
 
 def utilisation_entropy(
