@@ -205,7 +205,8 @@ class RoutedBlock(nn.Module):
         return self.operator_norms["input"](x) if self.norm_placement == "pre" else x
 
     def _spectra(self, source: Tensor) -> Spectra:
-        filters = [weight for _, operator in self.menu if (weight := operator.spectral_weight) is not None]
+        weights = [operator.spectral_weight for _, operator in self.menu]
+        filters = [weight for weight in weights if weight is not None]
         return Spectra(
             source,
             self.spectrum,
