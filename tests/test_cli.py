@@ -308,6 +308,33 @@ def test_a_size_beyond_all_machines_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", ["1" + "0" * zeros for zeros in (9, 12, 30)])
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_a_model_beyond_all_machines_is_one_line(
+    field: str, size: str, run: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 3}\n"
+        f"data: {{source: '{text_folder}', sequence_length: 16}}\ntokenizer: bpe:300\n"
+        f"trainer: {{output_dir: '{tmp_path / 'run'}', steps: 4, warmup_steps: 1, batch_size: 2}}\n"
+    )
+    code, out, err = run("train", recipe, f"model.{field}={size}")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"{field}={size}: must be at most" in err
+
+
+def test_weights_beyond_the_memory_are_refused(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {hidden_size: 131072, num_attention_heads: 2, num_hidden_layers: 3}\n"
+        f"data: {{source: '{text_folder}', sequence_length: 16}}\ntokenizer: bpe:300\n"
+        f"trainer: {{output_dir: '{tmp_path / 'run'}', steps: 4, warmup_steps: 1, batch_size: 2}}\n"
+    )
+    code, out, err = run("train", recipe)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "the model's weights would take" in err
+
+
 def test_a_benchmark_beyond_the_memory_is_refused(run: Run, tmp_path: Path) -> None:
     large = ["--layers", "1024", "--width", "131072", "--length", "256", "--task", "forward"]
     code, out, err = run("benchmark", *large, "--output", tmp_path / "out")
@@ -396,6 +423,22 @@ def test_weights_that_are_not_finite_generate_nothing(value: float, run: Run, ru
     for temperature in ("0", "0.8"):
         code, out, err = run("generate", folder, "the light", "--temperature", temperature)
         assert (code, out) == (2, "") and err.count("\n") == 1 and "its weights hold NaN or infinity" in err
+
+
+def test_weights_that_are_not_finite_calibrate_nothing(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    folder = broken(run_folder, tmp_path, "embed")
+    code, out, err = run("calibrate", folder, "--output", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_flops_of_a_model_without_attention(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    """The paper's formula counts nothing of it, so that full attention has infinitely many times as many."""
+    config = json.loads((run_folder / "model/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"operators": [["dct"]] * 3}))
+    code, out, _ = run("flops", tmp_path)
+    assert code == 0 and "∞" in out and "100.0%" in out
+    code, out, _ = run("flops", tmp_path, "--json")
+    assert code == 0 and json.loads(out)["protocols"]["paper"]["forward"]["ratio"] is None
 
 
 def test_info_says_that_a_threshold_is_not_a_number(run: Run, run_folder: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def refuse_beyond_memory(needed: float, what: str) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(
-            f"{what} needs {needed / 2**30:,.0f} GiB or more, and this machine has {there / 2**30:,.0f} GiB of memory: "
-            "take something smaller"
+            f"{what} would take {needed / 2**30:,.0f} GiB or more, and this machine has {there / 2**30:,.0f} GiB of "
+            "memory: take something smaller"
         )
 
 

@@ -201,7 +201,7 @@ def saving(config: ChiarConfig, length: int, share: float | None = None) -> floa
 def attention_part(config: ChiarConfig, length: int) -> dict[str, float]:
     """What part of full attention's layer, and of its whole model, is attention: more than that nobody can save."""
     counted = count_flops(full_attention(config), length)
-    layers = counted.total - counted.by_operator.get("head", 0.0)
+    layers = sum(number for name, number in counted.by_operator.items() if name != "head")
     return {"of_a_layer": counted.of_operators / layers, "of_the_model": counted.of_operators / counted.total}
 
 

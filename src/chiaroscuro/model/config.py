@@ -50,6 +50,8 @@ _POSITIVE = (
     "rope_theta",
 )
 _INTEGERS = _POSITIVE[:-1]
+# Far beyond any model; products of these still fit the 64 bits of a tensor's size.
+_LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "intermediate_size": 2**26}
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "hidden_dropout", "attention_dropout")
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
@@ -453,6 +455,8 @@ class ChiarConfig(PreTrainedConfig):
         whole = field in _INTEGERS
         if not (_is_whole(value) if whole else _is_finite(value)) or value <= 0:
             raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
+        if whole and value > (largest := _LARGEST.get(field, 2**31)):
+            raise UserError(f"{field}={value!r}: must be at most {largest:,}")
 
     def _check_choice(self, field: str) -> None:
         if getattr(self, field) not in _CHOICES[field]:

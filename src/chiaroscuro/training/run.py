@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
@@ -417,6 +418,7 @@ def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | No
     config = recipe.build_config(len(tokenizer), thresholds)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    refuse_beyond_memory(4 * (count_parameters(config) or 0), "the model's weights")
     set_seed(recipe.trainer.seed)
     return objective.build_model(config)
 
