@@ -35,8 +35,9 @@ def test_every_name_is_there() -> None:
         chiaroscuro.Chiar  # noqa: B018
 
 
-def test_ops_bring_neither_transformers_nor_the_compiler() -> None:
-    run = python("import sys, chiaroscuro.ops; print(*sys.modules)")
+@pytest.mark.parametrize("room", ["ops", "layers"])
+def test_ops_and_layers_bring_neither_transformers_nor_the_compiler(room: str) -> None:
+    run = python(f"import sys, chiaroscuro.{room}; print(*sys.modules)")
     assert run.returncode == 0, run.stderr
     assert not {"transformers", "torch._dynamo", "scipy", "chiaroscuro.model"} & set(run.stdout.split())
 

@@ -244,7 +244,8 @@ class RoutedBlock(nn.Module):
         padded = context.attention_mask is not None or context.segments is not None
         return padded and any(operator.packs() for _, operator in self.menu) and not torch.compiler.is_compiling()
 
-    @torch.compiler.disable  # which tokens go where is data: one graph break, and not one for each operator
+    # Not `torch.compiler.disable`, which imports the compiler here.
+    @torch._disable_dynamo  # which tokens go where is data: one graph break, and not one for each operator
     def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """The operator sub-layer, each operator on its own tokens."""
         if x.shape[:2] == (1, 1) and context.attention_mask is None and not torch.is_grad_enabled():
