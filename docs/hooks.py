@@ -42,4 +42,9 @@ def command_reference() -> str:
     reference = get_docs_for_click(obj=group, ctx=typer.Context(group, info_name="chiaroscuro"), name="chiaroscuro")
     reference = reference.replace("# `chiaroscuro`", "# Commands", 1)
     reference = re.sub(r"^\* `--help`: .*\n", "", reference, flags=re.MULTILINE)
+    for name, command in group.commands.items():  # the list has each summary cut short
+        summary = " ".join((command.help or "").partition("\n\n")[0].split())
+        reference = re.sub(
+            rf"^\* `{name}`: .*$", f"* [`{name}`](#chiaroscuro-{name}): {summary}", reference, flags=re.M
+        )
     return re.sub(r"^Example: (chiaroscuro .*)$", r"```sh\n\1\n```", reference, flags=re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -85,12 +86,15 @@ def parse(line: str) -> None:
     command.make_context(words[1], words[2:])
 
 
-LINES = sorted({(name_of(page), line) for page in PAGES for line in command_lines(page.read_text("utf-8"))})
+TEXTS = {name_of(page): page.read_text("utf-8") for page in PAGES}
+TEXTS["docs/commands.md"] = runpy.run_path(str(ROOT / "docs/hooks.py"))["command_reference"]()
+LINES = sorted({(name, line) for name, text in TEXTS.items() for line in command_lines(text)})
 
 
 def test_command_lines_are_found() -> None:
     assert {"chiaroscuro", "make"} <= {line.split()[0] for _, line in LINES}
     assert len(LINES) > 30
+    assert len([line for name, line in LINES if name == "docs/commands.md"]) > 10  # the examples of the commands' help
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in LINES}))
