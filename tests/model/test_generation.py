@@ -112,9 +112,25 @@ def test_generation_ends_where_the_positions_do(use_cache: bool) -> None:
     # The last token is given back, and needs no position.
     full = generate(model, {"input_ids": ids}, max_new_tokens=LENGTH - 7, use_cache=use_cache)
     assert full.sequences.shape == (1, LENGTH + 1)
+    # Asked for more, it stops there with the text that there is.
+    more = generate(model, {"input_ids": ids}, max_new_tokens=LENGTH, use_cache=use_cache)
+    assert torch.equal(more.sequences, full.sequences)
     with pytest.raises(UserError, match=f"{LENGTH + 1} tokens, but max_position_embeddings={LENGTH}") as error:
-        generate(model, {"input_ids": ids}, max_new_tokens=LENGTH - 6, use_cache=use_cache)
+        generate(model, {"input_ids": tokens(0, 1, LENGTH + 1)}, use_cache=use_cache)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True}], ids=["beams", "drawn"])
+def test_it_stops_where_the_positions_end_however_it_generates(options: dict[str, Any]) -> None:
+    model, prompt = build(shrunk("small", max_position_embeddings=20)), left_padded()
+    assert generate(model, prompt, max_new_tokens=100, **options).sequences.shape == (3, 21)
+    assert generate(model, prompt, max_new_tokens=5, **options).sequences.shape == (3, 13)
+
+
+def test_criteria_of_the_caller_s_own_count_too() -> None:
+    model, prompt = build(shrunk("small")), left_padded()
+    stop = [lambda ids, scores, **_: torch.full((len(ids),), ids.shape[1] == 10)]
+    assert generate(model, prompt, stopping_criteria=stop).sequences.shape == (3, 10)
 
 
 def test_an_end_of_text_ends_a_row() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,6 +33,7 @@ from chiaroscuro.layers import (
 from chiaroscuro.layers.norms import make_norm
 from chiaroscuro.model.cache import ChiarCache
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.generation import BoundedGenerationMixin
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
 from chiaroscuro.ops import linear_cross_entropy
 
@@ -407,7 +408,7 @@ class ChiarModel(ChiarPreTrainedModel):
         return past_key_values
 
 
-class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
+class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
     """The CHIAR-Former as a language model; its head shares the embedding's weights unless the config says not to."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -1,0 +1,34 @@
+"""`generate`, which stops where the positions of the model end."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+
+
+class _LongestSequence(StoppingCriteria):
+    """Stop all rows at so many tokens, prompt and padding included."""
+
+    # Not `MaxLengthCriteria`, which would replace the one that the caller's own `max_new_tokens` makes.
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        full = input_ids.shape[1] >= self.tokens
+        return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
+
+
+class BoundedGenerationMixin(GenerationMixin):
+    """`GenerationMixin`, whose `generate` stops where `config.max_position_embeddings` ends.
+
+    Without it, a `max_new_tokens` beyond the positions would fail at the limit, and the text up to there be lost.
+    """
+
+    def generate(self, *args: Any, stopping_criteria: Any = None, **kwargs: Any) -> Any:
+        """Generate as `GenerationMixin.generate` does; all of its arguments are taken, criteria by name."""
+        inherited, config = cast(Any, super()), cast(Any, self).config
+        longest = config.max_position_embeddings + 1  # the last token is not read, and needs no position
+        criteria = StoppingCriteriaList([*(stopping_criteria or []), _LongestSequence(longest)])
+        return inherited.generate(*args, stopping_criteria=criteria, **kwargs)
