@@ -13,7 +13,7 @@ from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
-from chiaroscuro.layers.rotary import frequencies_of
+from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
 from chiaroscuro.layers.state import KeptTokens
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
 
@@ -91,6 +91,8 @@ class SelfAttention(Operator):
         self.k_proj = nn.Linear(width, self.key_value_heads * self.head_width, bias=bias)
         self.v_proj = nn.Linear(width, self.key_value_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_width, width, bias=bias)
+        # No buffer: it follows from the options, and is neither saved nor cast.
+        self._frequencies = None if self._by_length else self._frequencies_at(self.options.max_position_embeddings)
 
     @classmethod
     def check(cls, width: int, options: AttentionOptions) -> None:
@@ -181,16 +183,23 @@ class SelfAttention(Operator):
             published=n * (4 * width * width + 2 * work.length * width),
         )
 
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        return self.options.rope_parameters or {"rope_theta": self.options.rope_theta}
+
+    @property
+    def _by_length(self) -> bool:
+        return self._rope.get("rope_type") in BY_LENGTH
+
+    def _frequencies_at(self, length: int) -> tuple[Tensor, float]:
+        return frequencies_of(self._rope, self.head_width, self.options.max_position_embeddings, length)
+
     def _rotary(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Cosines and sines for x's positions, which layers of the same options share."""
-        options = self.options
-        parameters = options.rope_parameters or {"rope_theta": options.rope_theta}
-        key = ("rotary", self.head_width, *sorted((name, str(value)) for name, value in parameters.items()))
+        key = ("rotary", self.head_width, *sorted((name, str(value)) for name, value in self._rope.items()))
         if key not in context.shared:
             positions = context.positions(x)
-            frequencies, factor = frequencies_of(
-                parameters, self.head_width, options.max_position_embeddings, context.past + x.shape[1]
-            )
+            frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
 

@@ -240,15 +240,17 @@ class ChiarModel(ChiarPreTrainedModel):
                 )
             cache = None
         gate = self.gate(x, context, cache)
-        wants_routing = output_routing or self.penalises()
         hidden_states: list[Tensor] = []
         routings: list[Routing | None] = []
         for i in range(len(self.layers)):
             if output_hidden_states:
                 hidden_states.append(x)
             x, routing = self.run_layer(i, x, gate, context, cache, output_routing)
-            if wants_routing:
-                routings.append(routing)
+            routings.append(routing)
+        # Noted here and not in the layers, which activation checkpointing runs a second time. What is generated is no
+        # text to follow.
+        if self.training and cache is None and (followed := self._followed_scores(routings)):
+            _note(followed, context.real(x.shape[1]))
         if cache is not None:
             cache.tokens_seen, cache.rows = cache.tokens_seen + x.shape[1], x.shape[0]
         x = self.norm(x)
@@ -256,7 +258,7 @@ class ChiarModel(ChiarPreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            routing=tuple(routings) if wants_routing else None,
+            routing=tuple(routings) if output_routing or self.penalises() else None,
             meta_gate=gate if output_routing else None,
         )
 
@@ -359,19 +361,24 @@ class ChiarModel(ChiarPreTrainedModel):
         past_key_values: ChiarCache | None = None,
         output_routing: bool = False,
     ) -> tuple[Tensor, Routing | None]:
-        """One layer on its input, gated if it is the gated one; in training it notes the scores for calibration."""
+        """One layer on its input, gated if it is the gated one."""
         layer = self.layers[index]
         if past_key_values is not None:
             context = replace(context, cache=past_key_values.states[index])
         y, routing = layer(x, context, output_routing)
-        # Noted here and not in the layer, which gradient checkpointing runs a second time. What is generated is no text
-        # to follow.
-        notes = self.training and past_key_values is None
-        if notes and isinstance(layer.router, ScoreRouter) and layer.router.calibration.running:
-            layer.router.calibration.note(routing.score, context.real(x.shape[1]))
         if gate is not None and index == GATED_LAYER:
             y = gate[..., None] * y + (1 - gate[..., None]) * x
         return y, routing
+
+    def _followed_scores(self, routings: list[Routing | None]) -> list[tuple[Thresholds, Tensor]]:
+        """Of each layer that follows the data, its thresholds and the scores that it routed by."""
+        found = []
+        for block, routing in zip(self.blocks, routings, strict=True):
+            router = block.router
+            if isinstance(router, ScoreRouter) and router.calibration.running:
+                assert routing is not None and routing.score is not None
+                found.append((router.calibration, routing.score))
+        return found
 
     def penalises(self) -> bool:
         """Whether this forward's loss has a collapse penalty, and so needs the routing."""
@@ -560,6 +567,13 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             return None
         base: Any = super()  # whose annotations want a class that transformers only sketches
         return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+@torch.compiler.disable  # how many scores are real and finite is data: one graph break for all layers
+def _note(followed: list[tuple[Thresholds, Tensor]], real: Tensor | None) -> None:
+    """Let running calibrations remember the scores of a training forward."""
+    for thresholds, score in followed:
+        thresholds.note(score, real)
 
 
 def _segments(position_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"] | None:
