@@ -1,0 +1,91 @@
+"""What `test_compile.py` runs in a process of its own, where no annotation is turned into a check.
+
+Such checks hold what a compiler can't look into. Oracle: the model itself, without a compiler. Graphs are captured and
+run as captured; no code is generated.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from small_models import build, shrunk, tokens
+from torch import Tensor, nn
+
+WHOLE = {
+    "baseline": {"operators": [["attention"]] * 4},
+    "llama": {
+        "operators": [["attention"]] * 4,
+        "norm_type": "rms",
+        "bias": False,
+        "feed_forward": "swiglu",
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+    },
+    "dense": {"execution": "dense"},
+    "three operators, dense": {"operators": [["dct"], ["dct", "rbf", "attention"]] * 2, "execution": "dense"},
+    "soft": {"router": "soft"},
+}
+
+
+def padding(time: int) -> Tensor:
+    return (torch.arange(time) >= torch.tensor([[0], [3]])).long()
+
+
+def without_sparse_execution_a_model_is_one_graph(name: str) -> None:
+    model = build(shrunk("small", **WHOLE[name]))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for time in (9, 17, 30):  # a second length, and a third, which is compiled for any length
+        ids = tokens(time, 2, time)
+        for mask in (None, padding(time)):
+            with torch.no_grad():
+                found = compiled(ids, attention_mask=mask, use_cache=False).logits
+                wanted = model(ids, attention_mask=mask, use_cache=False).logits
+            real = slice(None) if mask is None else mask.bool()
+            torch.testing.assert_close(found[real], wanted[real], atol=1e-4, rtol=1e-4)
+
+
+def a_training_step_is_one_graph_too(name: str) -> None:
+    losses = []
+    for compiles in (True, False):
+        model = build(shrunk("small", **WHOLE[name])).train()
+        run: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+        loss = run(tokens(0), labels=tokens(0), use_cache=False).loss
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-4)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+
+def it_is_exported_for_any_length(name: str) -> None:
+    model = build(shrunk("small", **WHOLE[name]))
+    time = torch.export.Dim("time", min=2, max=model.config.max_position_embeddings)
+    shapes = {"ids": {1: time}, "mask": {1: time}}
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (tokens(0, 2, 12), padding(12)), dynamic_shapes=shapes)
+        for length in (5, 12, 40):
+            ids, mask = tokens(length, 2, length), padding(length)
+            found, wanted = program.module()(ids, mask), model(ids, attention_mask=mask, use_cache=False).logits
+            torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def a_sparse_layer_breaks_the_graph_once(menu: str) -> None:
+    """Compiled alone, as a frame of its own: what stands before the break, and what stands after it."""
+    layer = build(shrunk("small", operators=[menu.split()] * 2, num_hidden_layers=2)).model.layers[0]
+    found = torch._dynamo.explain(layer)(torch.randn(2, 12, 32))
+    assert found.graph_break_count == 1
+    assert "_mix_sparsely" in found.break_reasons[0].reason
+
+
+if __name__ == "__main__":
+    check, *cases = sys.argv[1:]
+    for case in cases:
+        torch._dynamo.reset()
+        globals()[check](case)
