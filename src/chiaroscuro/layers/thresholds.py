@@ -221,7 +221,6 @@ class Thresholds(nn.Module):
         self.steps.add_(1)
         self.share = share
 
-    @torch._disable_dynamo  # a table of scores that are chosen by data: one graph break, and not several
     @torch.no_grad()
     def note(self, scores: Float[Tensor, "batch time"], real: Bool[Tensor, "batch time"] | None) -> None:
         """Remember the scores of a forward's real tokens until the next `step`.

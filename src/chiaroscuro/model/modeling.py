@@ -569,7 +569,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-@torch.compiler.disable  # how many scores are real and finite is data: one graph break for all layers
+@torch._disable_dynamo  # as in RoutedBlock: how many scores are real and finite is data, one graph break for all layers
 def _note(followed: list[tuple[Thresholds, Tensor]], real: Tensor | None) -> None:
     """Let running calibrations remember the scores of a training forward."""
     for thresholds, score in followed:
