@@ -5,10 +5,12 @@ user of `chiaroscuro.ops` who needs neither. For its own models transformers kee
 when it is asked for. Ours are entered there as soon as the modules that hold the tables are imported.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 MODEL_TYPE = "chiar"
@@ -20,6 +22,26 @@ MAPPINGS = {
     "MODEL_FOR_CAUSAL_LM_MAPPING": "ChiarForCausalLM",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "ChiarForSequenceClassification",
 }
+
+
+HUB_MODULE = "chiaroscuro_hub"
+"""The module that lies beside saved weights, for a process that has not imported chiaroscuro."""
+
+AUTO_MAP = {
+    "AutoConfig": f"{HUB_MODULE}.{CONFIG}",
+    "AutoModel": f"{HUB_MODULE}.ChiarModel",
+    "AutoModelForCausalLM": f"{HUB_MODULE}.ChiarForCausalLM",
+    "AutoModelForSequenceClassification": f"{HUB_MODULE}.ChiarForSequenceClassification",
+}
+"""What a saved config.json says as `auto_map`: the Auto classes find ours there, with `trust_remote_code=True`."""
+
+
+def write_hub_module(folder: str | os.PathLike[str]) -> None:
+    """Write the module that `AUTO_MAP` names."""
+    names = ", ".join(sorted({CONFIG, *MAPPINGS.values()}))
+    note = '"""For transformers with trust_remote_code=True. Needs the chiaroscuro package."""'
+    text = f"{note}\n\nfrom chiaroscuro import {names}  # noqa: F401\n"
+    Path(folder, f"{HUB_MODULE}.py").write_text(text, encoding="utf-8")
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ from small_models import PRESETS, VOCABULARY, Switches, build, shrunk, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForSequenceClassification, UserError
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, ChiarForSequenceClassification, UserError
 from chiaroscuro.model.classification import pool_tokens
 
 LABELS = 5
@@ -205,7 +205,7 @@ def test_what_the_output_carries() -> None:
             "row 1 of the batch has no",
         ),
         (lambda: classifier()(tokens(0), labels=torch.tensor([0, LABELS])), "give labels from 0 to 4"),
-        (lambda: classifier(num_labels=1), "num_labels=1: a classifier needs at least 2"),
+        (lambda: classifier(num_labels=0), "num_labels=0: give at least 2"),
         (lambda: ChiarConfig(classifier_pooling="max"), "classifier_pooling='max': choose one of mean, last"),
     ],
 )
@@ -221,7 +221,7 @@ def test_a_mistake_is_one_line(act: Any, message: str) -> None:
     [
         (torch.tensor([[0], [1]]), r"shape \(2, 1\) and dtype torch.int64"),
         (torch.tensor([0.0, 1.0]), r"shape \(2,\) and dtype torch.float32"),
-        (torch.zeros(2, LABELS), r"shape \(2, 5\) and dtype torch.float32"),
+        (torch.zeros(2, LABELS, dtype=torch.long), r"shape \(2, 5\) and dtype torch.int64"),
         (torch.tensor(1), r"shape \(\) and dtype torch.int64"),
         (torch.tensor([0, 1, 2]), r"shape \(3,\) and dtype torch.int64"),
     ],
@@ -247,3 +247,71 @@ def test_another_pooling_is_another_model(tmp_path: Path) -> None:
     mean.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["classifier_pooling"] == "mean"
     assert mean.config.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_one_label_is_a_regression(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = classifier(num_labels=1).train()
+    labels = torch.tensor([3, -1], dtype=dtype).reshape(shape)
+    output = model(tokens(0), labels=labels)
+    assert model.config.problem_type == "regression"
+    torch.testing.assert_close(output.loss, (output.logits[:, 0] - labels.flatten()).square().mean())
+    torch.testing.assert_close(model(tokens(0), labels=labels, num_items_in_batch=8).loss, output.loss / 4)
+    output.loss.backward()
+    assert model.score.weight.grad.abs().max() > 0
+
+
+def test_floats_for_every_label_are_several_labels_a_row(tmp_path: Path) -> None:
+    model = classifier().train()
+    labels = torch.rand(2, LABELS)
+    output = model(tokens(0), labels=labels)
+    assert model.config.problem_type == "multi_label_classification"
+    p = output.logits.sigmoid()
+    torch.testing.assert_close(output.loss, -(labels * p.log() + (1 - labels) * (1 - p).log()).mean())
+    model.save_pretrained(tmp_path)
+    again = ChiarForSequenceClassification.from_pretrained(tmp_path)
+    assert again.config.problem_type == "multi_label_classification"
+    torch.testing.assert_close(again(tokens(0), labels=labels).loss, output.loss)
+
+
+def test_a_regression_of_several_numbers() -> None:
+    model = classifier(problem_type="regression")
+    labels = torch.randn(2, LABELS)
+    output = model(tokens(0), labels=labels)
+    torch.testing.assert_close(output.loss, (output.logits - labels).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels", "kind"),
+    [
+        ({"num_labels": 1}, torch.zeros(2, 2), "regression"),
+        ({"num_labels": 1}, torch.zeros(3), "regression"),
+        ({"problem_type": "multi_label_classification"}, torch.zeros(2), "multi_label_classification"),
+        ({"problem_type": "regression"}, torch.zeros(2), "regression"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_labels_of_another_shape_than_the_problem_s(changes: dict[str, Any], labels: Tensor, kind: str) -> None:
+    wanted = rf"labels of shape \({labels.shape[0]},.*problem_type='{kind}': need shape \(2, "
+    with pytest.raises(UserError, match=wanted) as caught:
+        classifier(**changes)(tokens(0), labels=labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_others_pass_to_a_classifier() -> None:
+    model, ids = classifier(), tokens(0)
+    labels = torch.tensor([0, 4])
+    wanted = model(ids, labels=labels)
+    for extra in ({"use_cache": True}, {"past_key_values": None, "output_attentions": None}, {"logits_to_keep": 0}):
+        assert torch.equal(model(ids, labels=labels, **extra).loss, wanted.loss)
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=8).loss, wanted.loss / 4)
+    with pytest.raises(UserError, match="past_key_values: a classifier"):
+        model(ids, past_key_values=ChiarCache(model.config))
+    with pytest.raises(UserError, match="unknown keyword label: did you mean labels"):
+        model(ids, label=labels)
+
+
+def test_hidden_states_by_the_config() -> None:
+    model = classifier(output_hidden_states=True)
+    assert len(model(tokens(0)).hidden_states) == model.config.num_hidden_layers + 1

@@ -9,7 +9,7 @@ from small_models import build, shrunk, tokens
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from chiaroscuro import ChiarForCausalLM
+from chiaroscuro import ChiarForCausalLM, UserError
 
 LENGTHS = torch.tensor([5, 12, 8, 3])
 
@@ -65,6 +65,7 @@ def test_it_logs_the_loss_of_what_is_counted_and_evaluates(tmp_path: Path, side:
     assert logged == pytest.approx(wanted, rel=1e-3)
 
 
-def test_another_keyword_is_none_of_forward_s() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'shift_label'"):
-        build(shrunk("small"))(tokens(0), shift_label=tokens(0))
+@pytest.mark.parametrize("wrong", ["shift_label", "attention_maks", "position_id"])
+def test_a_misspelt_keyword_is_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match=f"unknown keyword {wrong}: did you mean"):
+        build(shrunk("small"))(tokens(0), **{wrong: tokens(0)})

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from small_models import PRESETS, ROUTERS, build, shrunk, tokens
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
+from byte_tokenizer import byte_tokenizer
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarModel, UserError, calibrate
 
 
@@ -20,7 +20,7 @@ def test_the_same_logits_and_calibration(tmp_path: Path, preset: str, router: st
     if model.thresholds():
         calibrate(model, [tokens(1, 4)], 0.4)
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".py", ".safetensors"]
 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is ChiarForCausalLM
@@ -119,16 +119,6 @@ def test_an_edited_config_is_checked_on_loading(tmp_path: Path, changes: dict[st
         with pytest.raises(UserError, match=complaint) as error:
             load(folder)
         assert "\n" not in str(error.value)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"])
-    tokenizer.train_from_iterator(["light and dark, light on dark, and the dark between the lights"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 @pytest.mark.parametrize("preset", ["small", "v2-400m"])

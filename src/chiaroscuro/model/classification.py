@@ -4,17 +4,18 @@ The trunk is the language model's, so a trained one can be taken over. What is n
 one vector, over the real ones alone, and a linear layer scores the labels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.utils import can_return_tuple
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig, ClassifierPooling
-from chiaroscuro.model.modeling import ChiarModel, ChiarPreTrainedModel
+from chiaroscuro.model.modeling import ChiarModel, ChiarPreTrainedModel, refuse_keywords
 from chiaroscuro.model.outputs import ChiarSequenceClassifierOutput
 
 
@@ -31,8 +32,8 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
 
     def __init__(self, config: ChiarConfig) -> None:
         super().__init__(config)
-        if config.num_labels is None or config.num_labels < 2:
-            raise UserError(f"num_labels={config.num_labels!r}: a classifier needs at least 2 labels to choose from")
+        if config.num_labels is None or config.num_labels < 1:
+            raise UserError(f"num_labels={config.num_labels!r}: give at least 2 to choose from, or 1 for a regression")
         self.model = ChiarModel(config)
         width = config.hidden_size
         self.score: nn.Module = nn.Linear(width, config.num_labels)
@@ -48,12 +49,18 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
-        labels: Int[Tensor, " batch"] | None = None,
+        labels: Shaped[Tensor, "batch *labels"] | None = None,
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> ChiarSequenceClassifierOutput:
-        """Score the labels: logits = W pool(h) + b, h after the final norm; loss = −mean log softmax(logits)[label].
+        """Score the labels: logits = W pool(h) + b, h after the final norm.
+
+        The loss is the one of `config.problem_type`, as in transformers, which sets it by the first labels where it is
+        not given: `"single_label_classification"`, −mean log softmax(logits)[label];
+        `"multi_label_classification"`, the binary cross-entropy of each label, for floats from 0 to 1; and for
+        `num_labels=1` `"regression"`, the mean squared error.
 
         Args:
             input_ids: see `ChiarModel.forward`, as for all that is not named here.
@@ -61,33 +68,75 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
                 of a padding token says nothing, as many tokenizers pad with a token that texts hold too.
             position_ids: see there.
             inputs_embeds: see there.
-            labels: the right one of every row, from 0.
+            labels: (B,), the right label of each row, from 0; (B, num_labels) for several labels a row; for a
+                regression of one number (B,) or (B, 1).
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
+            kwargs: `num_items_in_batch`: divide the sum of the rows' losses by this, and not by their number.
+                `use_cache` is ignored, as a classifier has nothing to continue. Others as in `ChiarModel.forward`.
 
         Raises:
-            UserError: a row has no real token, or labels are not one whole number a row, each one of the model's.
+            UserError: a row has no real token, labels don't suit the problem type, or `past_key_values` is given; and
+                as `ChiarModel.forward`.
 
         """
+        refuse_keywords(kwargs, ChiarForSequenceClassification.forward, self.config)
         return classify(
             self.model,
             self.score,
             labels,
+            loss_function=self._loss,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_routing=output_routing,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        """The loss of the config's problem type, or of the one that the labels show."""
+        several = labels.is_floating_point() and labels.shape == logits.shape
+        one = "regression" if logits.shape[1] == 1 else "single_label_classification"
+        problem = self.config.problem_type or ("multi_label_classification" if several and logits.shape[1] > 1 else one)
+        if problem == "single_label_classification":
+            labels = check_labels(logits, labels)
+            return self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
+            )
+        if labels.shape == logits.shape[:1] and logits.shape[1] == 1:
+            labels = labels[:, None]
+        if labels.shape != logits.shape:
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} for problem_type={problem!r}: need shape {tuple(logits.shape)}"
+            )
+        loss = self.loss_function(labels=labels.to(logits.dtype), pooled_logits=logits, config=self.config)
+        return loss if num_items_in_batch is None else loss * (len(logits) / num_items_in_batch)
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
+    """The labels as int64; a UserError where they are not one whole number a row."""
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise UserError(
+            f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: need one whole number a row, shape "
+            f"({len(logits)},) and dtype torch.int64"
+        )
+    return labels.long()
+
+
+def label_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+    """−mean log softmax(logits)[label] of a head with one label a row."""
+    return fixed_cross_entropy(logits, check_labels(logits, labels), num_items_in_batch)
 
 
 def classify(
     trunk: ChiarModel,
     head: nn.Module,
-    labels: Int[Tensor, " batch"] | None = None,
+    labels: Shaped[Tensor, "batch *labels"] | None = None,
     *,
+    loss_function: Callable[[Tensor, Tensor, int | Tensor | None], Tensor] = label_loss,
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     output_routing: bool = False,
     num_items_in_batch: int | Tensor | None = None,
@@ -97,30 +146,25 @@ def classify(
 
     With `num_items_in_batch` the loss is the sum over the rows divided by that, not by the number of this forward's.
     """
-    outputs = trunk(
-        attention_mask=attention_mask, output_routing=output_routing, use_cache=False, return_dict=True, **inputs
-    )
+    if inputs.pop("past_key_values", None) is not None:
+        raise UserError("past_key_values: a classifier scores whole texts, and continues none: drop it")
+    inputs["use_cache"] = False
+    outputs = trunk(attention_mask=attention_mask, output_routing=output_routing, return_dict=True, **inputs)
     logits = head(pool_tokens(outputs.last_hidden_state, attention_mask, trunk.config.classifier_pooling))
-    count = logits.shape[-1]
     loss = term = None
     if labels is not None:
-        if labels.shape != logits.shape[:1] or labels.is_floating_point():
-            raise UserError(
-                f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: need one whole number a row, shape "
-                f"({len(logits)},) and dtype torch.int64"
-            )
-        labels = labels.long()
         try:
-            loss = F.cross_entropy(logits, labels, reduction="mean" if num_items_in_batch is None else "sum")
+            loss = loss_function(logits, labels, num_items_in_batch)
         except IndexError:
+            last = logits.shape[1] - 1
             raise UserError(
-                f"labels {sorted(set(labels.tolist()))} for a head of {count} labels: give labels from 0 to {count - 1}"
+                f"labels {sorted(set(labels.tolist()))} for a head of {last + 1} labels: give labels from 0 to {last}"
             ) from None
-        part: float | Tensor = 1.0
-        if num_items_in_batch is not None:
-            # As much of λ Σ U as this forward is of its step, so that accumulated forwards sum to one.
-            loss, part = loss / num_items_in_batch, (labels != -100).sum() / num_items_in_batch
         if trunk.penalises():
+            # As much of λ Σ U as this forward is of its step, so that accumulated forwards sum to one.
+            part: float | Tensor = 1.0
+            if num_items_in_batch is not None:
+                part = (labels.reshape(len(labels), -1)[:, 0] != -100).sum() / num_items_in_batch
             term = part * trunk.collapse_term(outputs.routing, attention_mask)
             loss = loss - term
     return ChiarSequenceClassifierOutput(

@@ -6,6 +6,7 @@ A model is a list of layers and a layer is a menu of operators, so one class is 
 
 import copy
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from inspect import get_annotations
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedConfig
 
+from chiaroscuro.auto_classes import AUTO_MAP, HUB_MODULE, write_hub_module
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers import Operator, Router, ScoreRouter, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
@@ -264,6 +266,21 @@ class ChiarConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers does. What a saved config has beside our fields is kept: only a constructor's is an error."""
         return super().from_dict({**config_dict, _SAVED: True}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As transformers does, and write the module with which `trust_remote_code=True` finds our classes."""
+        given = getattr(self, "auto_map", None) or {}
+        # From the Hub it comes back as "owner/name--module.Class": what is saved has a module of its own.
+        self.auto_map = AUTO_MAP | {kind: place for kind, place in given.items() if HUB_MODULE not in str(place)}
+        os.makedirs(save_directory, exist_ok=True)
+        write_hub_module(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing for our own class, whose source is not to be copied beside weights: `save_pretrained` does more."""
+        if cls is not ChiarConfig:
+            super().register_for_auto_class(auto_class)
 
     @property
     def menus(self) -> list[list[str]]:

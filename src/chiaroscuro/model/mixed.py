@@ -81,7 +81,6 @@ class ChiarForMixedTasks(ChiarForCausalLM):
         if task is not None:
             if beside is not None:
                 raise UserError(f"beside with task={task!r}: a second forward goes beside language modelling alone")
-            others.pop("use_cache", None)  # there is nothing to continue
             others.pop("shift_labels", None)  # the same labels, for the Trainer to count
             return classify(self.model, self.head_of(task), labels, **others)
         output = super().forward(labels=labels, return_dict=True, **others)

@@ -3,8 +3,10 @@
 The model knows the batch, the padding, the documents in a row and the cache; its layers learn of them by a `Context`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Real
 from typing import Any, cast
 
@@ -49,6 +51,64 @@ _SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfo
 """What `from_pretrained` takes to say where a config is."""
 
 
+_REFUSED = {
+    "output_attentions": "attention weights are not returned, and a token sent to another operator has none: use "
+    "output_routing=True, which says which operator each token was sent to",
+    "head_mask": "heads can't be masked: drop it",
+    "cache": "there is no paged cache: use generate, and not generate_batch",
+}
+"""Keywords that other models take, and that would change the result."""
+
+
+def refuse_keywords(given: Mapping[str, Any], forward: Callable[..., Any], config: ChiarConfig, *more: str) -> None:
+    """Refuse the keywords that a forward can't honour and that would change its result, and misspelt ones.
+
+    Args:
+        given: keywords beside those of its signature.
+        forward: whose signature they may be misspelt names of.
+        config: where `output_attentions` may be set, too.
+        more: keywords that it takes beside those of its signature.
+
+    Raises:
+        UserError: there is one.
+
+    """
+    asked = {"output_attentions": config.output_attentions} | {k: v for k, v in given.items() if v is not None}
+    for name, reason in _REFUSED.items():
+        if asked.pop(name, False) is not False:
+            raise UserError(f"{name}: {reason}")
+    if not asked or torch.compiler.is_compiling():
+        return
+    known = [*signature(forward).parameters, *more]
+    for name in asked:
+        if close := get_close_matches(name, known, n=1, cutoff=0.9):
+            raise UserError(f"unknown keyword {name}: did you mean {close[0]}?")
+
+
+def document_positions(
+    cu_seq_lens: Int[Tensor, " boundaries"], x: Float[Tensor, "batch time width"]
+) -> Int[Tensor, "1 time"]:
+    """Positions that restart at each document of the one row.
+
+    Args:
+        cu_seq_lens: 0, the cumulative lengths of the documents, and T.
+        x: the tokens.
+
+    Raises:
+        UserError: there are several rows, or the documents are not as long as the row.
+
+    """
+    rows, time, _ = x.shape
+    bounds = cu_seq_lens.to(x.device).long()
+    if rows != 1 or bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != time:
+        raise UserError(
+            f"cu_seq_lens_q={cu_seq_lens.tolist()} for {rows} rows of {time} tokens: give one row, and where its "
+            "documents begin and the last ends; or give position_ids"
+        )
+    place = torch.arange(time, device=x.device)
+    return (place - bounds[torch.searchsorted(bounds, place, right=True) - 1])[None]
+
+
 class ChiarPreTrainedModel(PreTrainedModel):
     """What the models share: initialisation, saving and loading, and the dial of attention."""
 
@@ -69,6 +129,12 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm | Operator | Router | MetaRouter | Thresholds):
             module.reset_parameters()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing for our own classes, whose source is not to be copied beside weights: see `ChiarConfig`."""
+        if not cls.__module__.startswith(f"{__package__}."):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -197,6 +263,7 @@ class ChiarModel(ChiarPreTrainedModel):
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> ChiarModelOutput:
         """Run the model.
 
@@ -213,15 +280,20 @@ class ChiarModel(ChiarPreTrainedModel):
             output_routing: return what every layer routed where, and the gate.
             output_hidden_states: return the tokens after every layer.
             return_dict: False for a plain tuple.
+            kwargs: what transformers and other libraries pass to every model. `cu_seq_lens_q`, where each document in
+                the one row begins and the last ends, gives the positions if position_ids doesn't. What would change
+                the result and can't be honoured is refused; the rest is ignored.
 
         Raises:
             UserError: not exactly one of input_ids and inputs_embeds, a sequence longer than
-                `max_position_embeddings`, a token outside the vocabulary's size, a mask of another length, or a cache
-                for a model that can't have one or for several documents in a row.
+                `max_position_embeddings`, a token outside the vocabulary's size, a mask of another length, a cache
+                for a model that can't have one or for several documents in a row, or a keyword that can't be honoured
+                or is close to one of ours.
 
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
+        refuse_keywords(kwargs, ChiarModel.forward, self.config)
         asked = use_cache or past_key_values is not None
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
@@ -231,6 +303,8 @@ class ChiarModel(ChiarPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embed(input_ids, inputs_embeds)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = document_positions(kwargs["cu_seq_lens_q"], x)
         context = self.prepare(x, attention_mask, position_ids, cache, input_ids)
         if context.segments is not None and cache is not None:
             if asked:
@@ -288,8 +362,8 @@ class ChiarModel(ChiarPreTrainedModel):
     ) -> Context:
         """What all layers share: padding, positions, documents, the attention implementation, token ids.
 
-        Documents in one row are told by positions that restart, as transformers' `DataCollatorWithFlattening` makes
-        them; a padded row holds one document.
+        Documents in one row are told by positions that restart among the real tokens, as transformers'
+        `DataCollatorWithFlattening` makes them.
         """
         batch, time, _ = x.shape
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -312,8 +386,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 position_ids = torch.arange(seen, seen + time, device=x.device)[None]
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
-        elif attention_mask is None and seen == 0:
-            segments = _segments(position_ids.expand(batch, -1))
+        elif seen == 0 and (attention_mask is None or not torch.compiler.is_compiling()):
+            segments = _segments(position_ids.expand(batch, -1), attention_mask)
         return Context(
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch, -1),
@@ -471,16 +545,16 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
                 taken the part that this forward counts, where it has labels at padding.
             output_logits: whether to give logits beside a loss; unless said, in evaluation but not in training. They
                 are given in any case without labels, and where the head or `loss_function` was replaced.
-            kwargs: `shift_labels`, (B, T): labels that are shifted already, what each position is to predict. (No name
-                of the signature, for the Trainer would then ask every batch for it.)
+            kwargs: `shift_labels`, (B, T): labels that are shifted already, what each position is to predict. (It is
+                not in the signature, because the Trainer would then require it of every batch.) Others as in
+                `ChiarModel.forward`.
 
         Raises:
-            TypeError: another keyword.
+            UserError: as `ChiarModel.forward`; labels that are not one whole number for each token.
 
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        if kwargs:
-            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(kwargs))!r}")
+        refuse_keywords(kwargs, ChiarForCausalLM.forward, self.config, "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -491,6 +565,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             output_routing=output_routing,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
@@ -499,13 +574,14 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
         loss = term = None
         if predicts:
+            self._check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
             targets = given = self._shifted(labels) if shift_labels is None else shift_labels
             if attention_mask is not None:
                 targets = self._without_padding(given, attention_mask, shifted_here=shift_labels is None)
             if num_items_in_batch is not None and attention_mask is not None:
                 counted, labelled = targets.ne(-100).sum(), given.ne(-100).sum()
                 num_items_in_batch = num_items_in_batch * torch.where(counted > 0, counted / labelled, 1)
-            targets = targets[:, kept].contiguous()
+            targets = targets[:, kept].long().contiguous()
             if logits is None:
                 loss = linear_cross_entropy(
                     hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), divisor=num_items_in_batch
@@ -532,6 +608,17 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             meta_gate=outputs.meta_gate,
             collapse_term=None if term is None else term.detach(),
         )
+
+    @staticmethod
+    def _check_labels(hidden: Tensor, **given: Tensor | None) -> None:
+        for name, labels in given.items():
+            if labels is None:
+                continue
+            if labels.shape != hidden.shape[:2] or labels.is_floating_point() or labels.is_complex():
+                raise UserError(
+                    f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}: need a token id or -100 for each "
+                    f"token of the input, shape {tuple(hidden.shape[:2])} and dtype torch.int64"
+                )
 
     def _loss_needs_logits(self) -> bool:
         """Whether the head or the loss is another than ours, as an adapter's or the user's own."""
@@ -576,9 +663,14 @@ def _note(followed: list[tuple[Thresholds, Tensor]], real: Tensor | None) -> Non
         thresholds.note(score, real)
 
 
-def _segments(position_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"] | None:
+def _segments(
+    position_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"] | None
+) -> Int[Tensor, "batch time"] | None:
     """The document of each token; None where no position restarts."""
-    restarts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None:  # the positions of padding say nothing
+        restarts = restarts & attention_mask[:, 1:] & attention_mask[:, :-1]
+    restarts = F.pad(restarts, (1, 0))
     # Whether any does is data: a compiler can't ask.
     return restarts.cumsum(1) if torch.compiler.is_compiling() or bool(restarts.any()) else None
 
