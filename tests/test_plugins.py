@@ -17,7 +17,7 @@ from chiaroscuro.layers import ScoreRouter
 
 
 class Loudness(ScoreRouter):
-    def score(self, x, entropy):
+    def score(self, x, entropy, context):
         return x.detach().abs().amax(-1).float()
 
 

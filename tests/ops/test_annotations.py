@@ -4,7 +4,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from chiaroscuro.layers import MetaRouter, RoutedBlock
+from chiaroscuro.layers import MetaRouter, build_block
 from chiaroscuro.ops import attend, dct, spectral_mix
 
 
@@ -27,7 +27,7 @@ def test_the_layers_are_checked_too() -> None:
     with pytest.raises(TypeCheckError):
         MetaRouter(8)(torch.randn(3, 8))
     with pytest.raises(TypeCheckError):
-        RoutedBlock(8)(torch.randn(3, 8))
+        build_block(8, ["dct", "attention"], {"num_attention_heads": 2})(torch.randn(3, 8))
 
 
 @pytest.mark.usefixtures("unchecked")
