@@ -1,10 +1,10 @@
-"""Is the baseline an honest one: our full attention against a Hugging Face Llama of its size, the two alone.
+"""Is the baseline fair? Our full attention against a Hugging Face Llama of the same size, in turn.
 
     python -m benchmarks.llama
 
-`benchmarks.speed` has both among nine candidates that take three turns each, which leaves some per cent to chance. Here
-a training step of each takes turns with the other's for 70 seconds a length. Five minutes on two cores that do nothing
-else; figures go to benchmarks/results/llama.json.
+`benchmarks.speed` has both among nine candidates with three turns each, which leaves an uncertainty of a few per cent.
+Here their training steps take turns for 70 seconds per length. It takes five minutes on two otherwise idle cores; the
+figures go to benchmarks/results/llama.json.
 """
 
 import json

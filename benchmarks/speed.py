@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed
 
-An hour on two cores that do nothing else. What is measured already in benchmarks/results/speed.json is not measured
-again: remove the file to begin anew. `chiaroscuro benchmark` does the same at other sizes.
+It takes an hour on two otherwise idle cores. What benchmarks/results/speed.json already has is not measured again;
+remove the file to start over. `chiaroscuro benchmark` does the same at other sizes.
 """
 
 import json
@@ -21,12 +21,12 @@ RESULTS = Path("benchmarks/results/speed.json")
 PAIR = Path("benchmarks/results/llama.json")
 PAGE = Path("docs/performance.md")
 SPEEDS = {"routed": {256: 1.2, 1024: 1.4, 4096: 2.0, 8192: 2.6}, "all": {4096: 1.5, 8192: 1.8}}
-"""How many times faster than full attention a context is to be, at which length."""
+"""The speed relative to full attention that each context should reach, by length."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that a cell is to reach."""
+    """A goal for one figure of the benchmark."""
 
     text: str
     task: str
@@ -37,7 +37,7 @@ class Goal:
     at_least: bool = True
 
     def row(self, cells: list[dict[str, Any]]) -> str:
-        """A row of the table: what was asked, what was measured, and whether that is enough."""
+        """A row of the table: the goal, what was measured, and whether it is reached."""
         keys = ("task", "candidate", "length")
         goal = f"{'≥' if self.at_least else '≤'} {self.bound:g}"
         cell = next((c for c in cells if all(c.get(key) == getattr(self, key) for key in keys)), None)
@@ -48,7 +48,7 @@ class Goal:
 
 
 def goals() -> Iterator[Goal]:
-    """What the project set out to reach."""
+    """The goals of the project."""
     for task, what in (("train", "training step"), ("forward", "prefill")):
         for context, bounds in SPEEDS.items():
             for length, bound in bounds.items():
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def closing(found: dict[str, Any]) -> str:
-    """The table of goals, and what of the plan is still to be measured."""
+    """The table of goals, and what is not measured yet."""
     cells = found["cells"]
     rows, why = [goal.row(cells) for goal in goals()], list[str]()
     for cell in cells:
@@ -93,7 +93,7 @@ def closing(found: dict[str, Any]) -> str:
 
 
 def alone() -> list[str]:
-    """What the longer measurement of the baseline and Llama alone found, where it was made."""
+    """The longer measurement of the baseline and Llama alone, if it was made."""
     if not PAIR.is_file():
         return []
     steps = json.loads(PAIR.read_text(encoding="utf-8"))["training_step"]

@@ -1,4 +1,4 @@
-"""What the tables of the studies leave out: the operators' shares and the MetaRouter's gate over training.
+"""Two pictures beside the tables of the studies: the operators' shares and the MetaRouter's gate over training.
 
     chiaroscuro sweep recipes/sweeps/wikitext2.yaml && chiaroscuro sweep recipes/sweeps/mixed.yaml
     python -m chiaroscuro.studies.courses
@@ -31,7 +31,7 @@ TASKS = {"text": "#1f3a93", "imdb": "#a32a20", "listops": "#b07a12"}
 
 
 def main() -> None:
-    """Draw what there is."""
+    """Draw the pictures of the runs that exist."""
     for path, draw, sweep, pattern in (
         (SHARES, draw_shares, "wikitext2", "three operators*"),
         (GATES, draw_gates, "mixed", "*gate*"),
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def finished(folder: Path, pattern: str) -> Iterator[tuple[str, list[Path]]]:
-    """The runs that are done, by variant."""
+    """The finished runs, by variant."""
     for variant in sorted(folder.glob(pattern)):
         if runs := sorted(model.parent for model in variant.glob("seed-*/model")):
             yield variant.name, runs
 
 
 def draw_shares(variants: dict[str, list[Path]]) -> bytes:
-    """A row a variant, a panel a routed layer, a line an operator and seed."""
+    """A row per variant, a panel per routed layer, a line per operator and seed."""
     traces = {
         name: [trace_collapse(read_records(run / "metrics.jsonl")) for run in runs] for name, runs in variants.items()
     }
@@ -71,7 +71,7 @@ def draw_shares(variants: dict[str, list[Path]]) -> bytes:
 
 
 def draw_gates(variants: dict[str, list[Path]]) -> bytes:
-    """A panel a variant, a line a task and seed."""
+    """A panel per variant, a line per task and seed."""
     figure, panels = _panels(1, len(variants))
     for axes, (variant, runs) in zip(panels, variants.items(), strict=True):
         axes.axhline(PUBLISHED, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's, {PUBLISHED}")

@@ -1,10 +1,10 @@
-"""The recipes at the paper's own scale, begun: a few steps each of 17 M and 400 M parameters on a CPU.
+"""A few steps of the recipes at the paper's own scale, 17 M and 400 M parameters, on a CPU.
 
     python -m chiaroscuro.studies.paper
 
-They are meant for GPUs and WikiText-103. That they build the paper's models and train them can be seen with less: the
-same recipes with a page of WikiText-2, GPT-2's tokenizer from files, and so few steps that no loss says anything but
-that it falls. The 17 M recipe goes through all of its three parts, baseline, percentiles, model; the 400 M one has its
+They are meant for GPUs and WikiText-103. That they build and train the paper's models can be seen with less: the same
+recipes with a page of WikiText-2, GPT-2's tokenizer from files, and so few steps that the losses show only that they
+fall. The 17 M recipe goes through all of its three parts, baseline, percentiles, model; the 400 M one has its
 thresholds given, for its baseline would take as long again. Figures go to experiments/results/paper/steps.json, from
 there onto docs/reproduction.md.
 """
@@ -41,7 +41,7 @@ BEGUN = {
 
 
 def main() -> None:
-    """Begin each, and write what its records say."""
+    """Train a few steps of each, and write its records."""
     figures = []
     with TemporaryDirectory() as folder:
         text = a_page(Path(folder) / "text")
@@ -68,7 +68,7 @@ def a_page(folder: Path) -> Path:
 
 
 def losses(output: Path) -> dict[str, Any]:
-    """Means since the look before, of the model and, where one was trained first, of its baseline."""
+    """Mean losses since the record before, of the model and, if one was trained first, of its baseline."""
     found: dict[str, Any] = {}
     for name, folder in (("baseline_loss", output / "baseline"), ("loss", output)):
         if (folder / "metrics.jsonl").is_file():

@@ -1,4 +1,4 @@
-"""The first five minutes: a CHIAR-Former and full attention of the same size, trained alike, shown side by side."""
+"""The first five minutes: a CHIAR-Former and full attention of the same size, trained alike and compared."""
 
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ TEXT = (
 
 
 def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
-    """Train both models for the same tokens, print how they compare, and leave the pictures in the folder.
+    """Train both models on the same tokens, print a comparison, and write the pictures.
 
     Args:
-        output: the folder; a run that was interrupted in it goes on, a finished one is shown again.
+        output: the folder; an interrupted run in it is resumed, a finished one is shown again.
         console: where progress and results go.
 
     Returns:
         The figures of both runs and the paths of the pictures.
 
     Raises:
-        UserError: the folder is a file, the recipes aren't here, or a run fails.
+        UserError: the folder is a file, the recipes are missing, or a run fails.
 
     """
     refuse_file(output, f"--output {output}")
@@ -92,7 +92,7 @@ def _comparison(figures: dict[str, Any]) -> Table:
 
 
 def _attention(run: Path) -> float:
-    """The share of all layers' tokens that were sent to attention in the last validation."""
+    """The share of tokens that went to attention in the last validation, mean over all layers."""
     last = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"][-1]
     layers = last["layers"]
     sent = [s for layer in layers for n, s in zip(layer["operators"], layer["share"], strict=True) if n == "attention"]

@@ -1,4 +1,4 @@
-"""The published rbf operator without its mask and with it: how near A is to the identity, and whether it leaks.
+"""The published rbf operator, without and with a causal mask: how close A is to the identity, and whether it leaks.
 
     chiaroscuro sweep recipes/sweeps/rbf.yaml && python -m chiaroscuro.studies.rbf
 
@@ -32,7 +32,7 @@ BLOCKS = 128
 
 
 def main() -> None:
-    """Measure every run of the sweep, and write the figures."""
+    """Measure every run of the sweep, and write the results."""
     console = Console()
     folders = sorted(path.parent for path in RUNS.glob("*/seed-*/model"))
     if not folders:
@@ -91,7 +91,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def set_mask(model: ChiarForCausalLM, causal: bool) -> None:
-    """Put the mask on, or take it off."""
+    """Set whether rbf is causal."""
     for module in model.modules():
         if isinstance(module, RBFMixing):
             module.options = replace(module.options, rbf_causal=causal)

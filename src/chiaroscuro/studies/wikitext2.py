@@ -52,7 +52,7 @@ PAGE = Path("docs/results.md")
 
 
 def main() -> None:
-    """Train what is missing, measure all, write both files."""
+    """Train what is missing, measure everything, and write both files."""
     console = Console()
     figures = [run_one(name, seed, console) for name, (_, _, seeds) in RUNS.items() for seed in seeds]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
-    """Train one model, or find it trained, and measure it on validation and test."""
+    """Train one model unless it is trained already, and measure it on validation and test."""
     path, overrides, _ = RUNS[name]
     folder = Path(f"runs/wikitext2-{name}-{seed}")
     recipe = Recipe.load(path, [*overrides, f"trainer.seed={seed}", f"trainer.output_dir={folder}"])
