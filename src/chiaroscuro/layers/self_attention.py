@@ -143,7 +143,8 @@ class SelfAttention(Operator):
         """Attend from some tokens: queries, output and rows of scores for them alone."""
         state: KeptTokens | None = context.state
         keyed = tokens.keys(self.options.attention_context, context.real(x.shape[1]))
-        if len(keyed) == 0 and not torch.is_grad_enabled():
+        idle = len(tokens) == 0 and not torch.is_grad_enabled()
+        if idle and (state is None or len(keyed) == 0):
             if state is not None:
                 empty = x.new_empty(0, self.key_value_heads, self.head_width)
                 state.extend(keyed.chosen, empty, empty)
@@ -153,6 +154,10 @@ class SelfAttention(Operator):
         targets = sources if keyed is tokens else keyed.take(x)
         key = rotate(self.k_proj(targets).unflatten(-1, (self.key_value_heads, -1)), (keyed.take(cos), keyed.take(sin)))
         value = self.v_proj(targets).unflatten(-1, (self.key_value_heads, -1))
+        if idle:
+            assert state is not None
+            state.extend(keyed.chosen, key, value)
+            return x.new_empty(0, x.shape[-1])
         query = rotate(self.q_proj(sources).unflatten(-1, (self.heads, -1)), (tokens.take(cos), tokens.take(sin)))
         mixed = attend_packed(query, (key, value), tokens, keyed, context, dropout=self._dropout)
         return self.out_proj(mixed.flatten(1))
