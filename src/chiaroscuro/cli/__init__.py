@@ -16,7 +16,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 
 from chiaroscuro.allocator import keep_freed_memory
-from chiaroscuro.cli import costs, models, runs
+
+from chiaroscuro.cli import runs, models, costs  # isort: skip  # the order of the commands in the help
 from chiaroscuro.cli.application import app
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.visible import harmless
