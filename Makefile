@@ -14,10 +14,9 @@ KERNELS := $(VENV)/.kernels
 UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Nothing phones home, whatever the libraries do by default; and tokenizers that fork only print warnings.
+# Nothing phones home, whatever the libraries do by default.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
-export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test lint bench site clean

@@ -3,6 +3,8 @@
 Oracle: the parts put together by hand, and the same forward asked for in another way.
 """
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -457,3 +459,19 @@ def test_compiled_logits_are_the_same(router: str) -> None:
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted, atol=ATOL, rtol=0)
     compiled(ids, labels=ids, use_cache=False).loss.backward()
     assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_no_layer_s_output_is_kept_alive_for_nothing() -> None:
+    model, alive = build(shrunk("small")), []
+
+    def note(layer: object, inputs: object, output: tuple[Tensor, object]) -> None:
+        gc.collect()
+        alive.append(sum(kept() is not None for kept in outputs))
+        outputs.append(weakref.ref(output[0]))
+
+    outputs: list[weakref.ref[Tensor]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(note)
+    with torch.no_grad():
+        model(tokens(0), use_cache=False)
+    assert max(alive) <= 1  # the input of the layer that is running

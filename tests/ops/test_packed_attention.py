@@ -325,3 +325,30 @@ def test_what_tiles_waste_where_all_are_seen(time: int, at_most: float) -> None:
     through, needed = pairs(problem(routed_at_random(8192 // time, time, 0.25), "all"))
     assert 0 < through / needed - 1 < at_most
     assert pairs(problem(routed_at_random(8192 // time, time, 0.25), "all"), chunk=1)[0] == needed
+
+
+# Grouped heads
+
+
+@given(packed=problems, chunk=chunks, seed=seeds, groups=st.sampled_from([2, 3]), plain=st.booleans())
+def test_grouped_heads_are_repeated_keys(packed: Packed, chunk: int, seed: int, groups: int, plain: bool) -> None:
+    function = prefix_attention_by_rows if plain else prefix_attention
+    query, _, _, direction = packed.numbers(seed, heads=2 * groups)
+    _, key, value, _ = packed.numbers(seed, heads=2)
+    repeated = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
+    with mock.patch.object(packed_attention, "CHUNK", chunk):
+        found = results(function, [query, key, value, direction], packed)
+        wanted = results(function, [query, *repeated, direction], packed)
+    # What a key gets is what all its copies would have got.
+    wanted[2:] = [x.unflatten(1, (2, groups)).sum(2) for x in wanted[2:]]
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_grouped_heads_repeat_no_key(length: int) -> None:
+    packed = Packed([(length, list(range(1, length + 1)))])
+    query, _, _, direction = packed.numbers(0, heads=8, dtype=torch.float32)
+    _, key, value, _ = packed.numbers(0, heads=1, dtype=torch.float32)
+    with Largest() as largest:
+        results(prefix_attention, [query, key, value, direction], packed)
+    assert largest.numbers <= 8 * 4 * length  # the queries: 8 heads of 4 features

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import ThresholdRouter
+from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_mean
 
@@ -149,7 +149,9 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             operators=tuple(routing.operators),
             operator_index=tuple(routing.operator_index[0].tolist()),
             entropy=tuple(routing.entropy[0].tolist()),
-            thresholds=tuple(layer.thresholds.tolist()) if isinstance(layer.router, ThresholdRouter) else (),
+            thresholds=tuple(layer.thresholds.tolist())
+            if isinstance(layer.router, ScoreRouter) and layer.router.scores_its_own_entropy
+            else (),
             share=tuple(routing.share.tolist()),
         )
         for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)
@@ -207,3 +209,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
 
 def _rounded(values: tuple[float, ...]) -> list[float | None]:
     return [round(value, 6) if math.isfinite(value) else None for value in values]
+
+
+def _routes_by_h(router: Any) -> bool:
+    return isinstance(router, ScoreRouter) and router.scores_its_own_entropy

@@ -1,5 +1,6 @@
 """The routed block: a menu of operators, a router that gives each token to one of them, and a feed-forward."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -79,6 +80,9 @@ class RoutedBlock(nn.Module):
             router, or a router for one.
 
     """
+
+    follows_data = False
+    """Whether somebody calls `step_calibration` for it, as a model's trainer does."""
 
     def __init__(
         self,
@@ -248,6 +252,8 @@ class RoutedBlock(nn.Module):
     @torch._disable_dynamo  # which tokens go where is data: one graph break, and not one for each operator
     def _mix_sparsely(self, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """The operator sub-layer, each operator on its own tokens."""
+        if self.training and not self.follows_data:
+            self._warn_if_uncalibrated()
         if x.shape[:2] == (1, 1) and context.attention_mask is None and not torch.is_grad_enabled():
             return self._mix_one_token(x, source, routing, context)
         mixed = x
@@ -264,6 +270,17 @@ class RoutedBlock(nn.Module):
             else:
                 mixed = tokens.add_to(mixed, output)
         return mixed
+
+    def _warn_if_uncalibrated(self) -> None:
+        """Say once that a block alone routes by the thresholds of white noise until somebody calibrates it."""
+        router = self.router
+        if isinstance(router, ScoreRouter) and router.calibration.running and not router.calibration.calibrated:
+            warnings.warn(
+                "this block routes by the thresholds of white noise: call block.calibrate(x) with tokens such as it "
+                "will see, and again when they have changed in training",
+                stacklevel=4,
+            )
+        self.follows_data = True
 
     def _mix_one_token(self, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """What `_mix_sparsely` does with a token that is decoded alone: there is nothing to pack."""

@@ -123,6 +123,8 @@ class ScoreRouter(Router):
     Options = ScoreOptions
     scores_entropy: ClassVar[bool] = True
     """Whether the score is a spectral entropy, so that fixed entropy thresholds apply to it."""
+    scores_its_own_entropy: ClassVar[bool] = False
+    """Whether it is H(x) itself, so that entropies and thresholds can be drawn on one axis."""
 
     def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
         super().__init__(width, operators, layer, **options)
@@ -161,6 +163,8 @@ class ScoreRouter(Router):
 
 class ThresholdRouter(ScoreRouter):
     """The paper's default: the score is the spectral entropy H itself."""
+
+    scores_its_own_entropy = True
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context

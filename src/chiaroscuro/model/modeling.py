@@ -46,6 +46,8 @@ GATED_LAYER = 0
 class ChiarLayer(GradientCheckpointingLayer, RoutedBlock):
     """A routed block in a model: activation checkpointing can run it a second time in the backward."""
 
+    follows_data = True
+
 
 _SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """What `from_pretrained` takes to say where a config is."""
