@@ -242,3 +242,51 @@ def test_a_share_of_one_layer_survives(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for i, thresholds in ChiarForCausalLM.from_pretrained(tmp_path).thresholds().items():
         assert torch.equal(thresholds.values, model.thresholds()[i].values)
+
+
+QUANTIZED = {
+    "quantization_config": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
+}
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        QUANTIZED,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"pretraining_tp": 1, "task_specific_params": {"summarization": {"max_length": 20}}, "mine": {"of": ["me"]}},
+    ],
+    ids=["torchao", "bitsandbytes", "others"],
+)
+def test_attributes_of_others_in_a_saved_config_are_kept(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    config = shrunk("small")
+    for name, value in attributes.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    for load in (AutoConfig.from_pretrained, ChiarConfig.from_pretrained):
+        for name, value in attributes.items():
+            assert getattr(load(tmp_path), name) == value
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_nth_layer_is_checkpointed(every: int) -> None:
+    model, ids = build(shrunk("small")).train(), tokens(0)
+    runs = [0] * len(model.model.layers)
+    for i, layer in enumerate(model.model.layers):
+        # Of a module inside: what is checkpointed is the layer's forward, so that its own hooks run once.
+        layer.feed_forward_norm.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    model(ids, labels=ids).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert runs == [1, 1, 1, 1]
+    model.zero_grad()
+    model.activation_checkpointing_enable(every_n_layers=every)
+    model(ids, labels=ids).loss.backward()
+    assert runs == [1 + (2 if i % every == 0 else 1) for i in range(4)]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], msg=name)
+    model.activation_checkpointing_disable()
+    model(ids, labels=ids).loss.backward()
+    assert runs == [2 + (2 if i % every == 0 else 1) for i in range(4)]

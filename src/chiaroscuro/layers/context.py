@@ -1,6 +1,6 @@
 """What a layer knows about its tokens beside their vectors: one typed object, given to operators and routers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ class Context:
     spectra: Spectra | None = None
     routed: Bool[Tensor, "batch time"] | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Context":
+        """On another device; accelerate calls it for a layer whose weights lie there."""
+        device = torch.device(device)
+        names = ("attention_mask", "position_ids", "input_ids", "segments", "routed")
+        given = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        if all(tensor.device == device for tensor in given.values()):
+            return self
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in given.items()}
+        return replace(self, **moved, shared=self.shared.setdefault(device, {}))
 
     def real(self, time: int) -> Bool[Tensor, "batch time"] | None:
         """Which of the `time` new tokens are real; None where all are."""

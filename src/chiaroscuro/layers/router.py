@@ -157,8 +157,7 @@ class ScoreRouter(Router):
     ) -> Decision:
         """Score every token, and count the thresholds that it lies above."""
         score = self.score(x, entropy, Context() if context is None else context)
-        index = (score[..., None] > self.calibration.values).sum(-1)
-        return Decision(index, score=score, scale=self.scale(score))
+        return Decision(self.calibration(score), score=score, scale=self.scale(score))
 
 
 class ThresholdRouter(ScoreRouter):

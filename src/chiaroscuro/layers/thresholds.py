@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
@@ -168,6 +168,17 @@ class Thresholds(nn.Module):
         self.reset_parameters()
         self._noted: Tensor | None = None
         self._noted_count = self._notes = 0
+
+    def forward(self, score: Float[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+        """How many thresholds each score lies above: the number of its operator."""
+        return (score[..., None] > self.values).sum(-1)
+
+    def check_present(self) -> None:
+        """Raise a UserError where the thresholds can't be set, because the model's buffers are offloaded."""
+        if self.values.is_meta:
+            raise UserError(
+                "the thresholds are offloaded, so they can't be set: load the model whole, set its share, and save it"
+            )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

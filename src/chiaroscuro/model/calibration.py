@@ -49,12 +49,14 @@ def calibrate(
         The thresholds by layer number.
 
     Raises:
-        UserError: another model, no batch, no real token, no layer that routes by a score, or an impossible share. The
-            model is then as it was.
+        UserError: another model or one whose weights are offloaded, no batch, no real token, no layer that routes by a
+            score, or an impossible share. The model is then as it was.
 
     """
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x)")
+    if model.device.type == "meta":
+        raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
     base = model.trunk
     layers = model.thresholds()
     with evaluation_mode(model):

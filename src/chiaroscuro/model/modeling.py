@@ -213,6 +213,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 "there is no share to set"
             )
         for thresholds in layers.values():
+            thresholds.check_present()
+        for thresholds in layers.values():
             thresholds.running = True
             thresholds.set_share(float(share))
         self.config.attention_share = float(share)
