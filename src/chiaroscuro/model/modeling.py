@@ -225,6 +225,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         A training forward only notes the scores that it routed by. So gradient checkpointing recomputes the same
         routing, a batch's later tokens decide nothing about its earlier ones, and processes agree.
+
+        An adapter of peft is saved with the thresholds if its config has `modules_to_save=["calibration"]`.
         """
         for thresholds in self.thresholds().values():
             if thresholds.running:
