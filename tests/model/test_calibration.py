@@ -115,7 +115,8 @@ def test_each_layer_is_set_on_what_the_ones_before_it_produce(menus: str) -> Non
         cuts = torch.linspace(0, 0.75, count)[1:]
         scores, _ = scores_and_indices(oracle, data, i)
         values = torch.quantile(scores, cuts)
-        torch.testing.assert_close(torch.tensor(found[i]), values, atol=1e-5, rtol=0)
+        # In the middle between two scores, and not on the quantile: the same tokens lie above.
+        assert torch.equal(scores[:, None] > torch.tensor(found[i]), scores[:, None] > values)
         missed = max(missed, (torch.quantile(at_once[i], cuts) - values).abs().max().item())
         oracle.model.layers[i].thresholds.copy_(values)
     assert missed > 1e-4  # all layers at once would have been another calibration

@@ -50,6 +50,11 @@ def test_what_would_change_the_result_is_refused(keywords: dict[str, Any], messa
         assert "\n" not in str(caught.value)
 
 
+def test_batches_that_change_while_they_generate_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"generate_batch: .*use generate"):
+        build(shrunk("small")).generate_batch([[1, 2, 3]], max_new_tokens=2)
+
+
 def test_attentions_by_the_config_or_in_generation_are_refused_too() -> None:
     model = build(shrunk("small", attn_implementation="eager"))
     with pytest.raises(UserError, match="output_routing=True"):

@@ -57,7 +57,7 @@ _REFUSED = {
     "output_attentions": "attention weights are not returned, and a token sent to another operator has none: use "
     "output_routing=True, which says which operator each token was sent to",
     "head_mask": "heads can't be masked: drop it",
-    "cache": "there is no paged cache: use generate, and not generate_batch",
+    "cache": "a CHIAR-Former has no paged cache: use generate",
 }
 """Keywords that other models take, and that would change the result."""
 
@@ -642,6 +642,10 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         if shifted_here:
             real = real & F.pad(real[:, 1:], (0, 1))
         return targets.masked_fill(~real, -100)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for these models; `generate_batch` calls it."""
+        raise UserError(f"generate_batch: {_REFUSED['cache']}")
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
