@@ -161,7 +161,7 @@ def test_heads_that_have_no_place_are_said(tmp_path: Path) -> None:
     [
         ({"task": "chess"}, "task='chess': this model has heads for sentiment, sums"),
         ({"beside": {"task": "sums", "input_ids": tokens(0)}}, "give labels to both"),
-        ({"task": "sums", "beside": {"input_ids": tokens(0)}}, "goes beside language modelling alone"),
+        ({"task": "sums", "beside": {"input_ids": tokens(0)}}, "goes with language modelling only"),
         ({"task": "sums", "labels": torch.tensor([0, 10])}, r"labels \[0, 10\] for a head of 10 labels"),
     ],
 )

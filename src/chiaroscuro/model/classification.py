@@ -1,7 +1,7 @@
-"""`ChiarForSequenceClassification`: one label for a whole text.
+"""`ChiarForSequenceClassification`: labels or numbers for a whole text.
 
-The trunk is the language model's, so a trained one can be taken over. What is new is small: the tokens are pooled into
-one vector, over the real ones alone, and a linear layer scores the labels.
+The trunk is that of the language model, so a trained one can be used. The real tokens are pooled into one vector, and a
+linear layer or a small MLP scores the labels.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from chiaroscuro.model.outputs import ChiarSequenceClassifierOutput
 
 
 class ChiarForSequenceClassification(ChiarPreTrainedModel):
-    """The CHIAR-Former as a classifier of texts, with `config.num_labels` labels.
+    """The CHIAR-Former as a text classifier with `config.num_labels` labels, or a regression for `num_labels=1`.
 
-    A checkpoint of `ChiarForCausalLM` loads into it: the trunk is taken, the head starts anew.
+    A checkpoint of `ChiarForCausalLM` loads into it: the trunk is kept, and the head is initialised.
     """
 
-    # A language model's head has no place here, and its absence is no news.
+    # A language model's head is ignored without a warning.
     _keys_to_ignore_on_load_unexpected = [r"lm_head\."]  # noqa: RUF012 (transformers reads it so)
-    # Every row is one prediction: the mean over equal batches is the mean over their rows.
+    # Every sequence is one prediction, so the mean over equal batches is the mean over their sequences.
     accepts_loss_kwargs = False
 
     def __init__(self, config: ChiarConfig) -> None:
@@ -64,21 +64,21 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
 
         Args:
             input_ids: see `ChiarModel.forward`, as for all that is not named here.
-            attention_mask: 1 for real tokens, 0 for padding, on either side. Without it every token is real: the id
-                of a padding token says nothing, as many tokenizers pad with a token that texts hold too.
+            attention_mask: 1 for real tokens, 0 for padding, on either side. Without it every token is real.
+                `pad_token_id` is not used: many tokenizers pad with a token that occurs in texts.
             position_ids: see there.
             inputs_embeds: see there.
-            labels: (B,), the right label of each row, from 0; (B, num_labels) for several labels a row; for a
+            labels: (B,), the label of each sequence, from 0; (B, num_labels) for several labels per sequence; for a
                 regression of one number (B,) or (B, 1).
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
-            kwargs: `num_items_in_batch`: divide the sum of the rows' losses by this, and not by their number.
-                `use_cache` is ignored, as a classifier has nothing to continue. Others as in `ChiarModel.forward`.
+            kwargs: `num_items_in_batch`: divide the sum of the losses by this instead of by the batch size.
+                `use_cache` is ignored, because a classifier continues nothing. Others as in `ChiarModel.forward`.
 
         Raises:
-            UserError: a row has no real token, labels don't suit the problem type, or `past_key_values` is given; and
-                as `ChiarModel.forward`.
+            UserError: a sequence has no real token, labels don't suit the problem type, or `past_key_values` is given;
+                and as `ChiarModel.forward`.
 
         """
         refuse_keywords(kwargs, ChiarForSequenceClassification.forward, self.config)
@@ -143,10 +143,7 @@ def classify(
     num_items_in_batch: int | Tensor | None = None,
     **inputs: Any,
 ) -> ChiarSequenceClassifierOutput:
-    """What `ChiarForSequenceClassification.forward` does, with a head that is given; arguments and errors are its.
-
-    With `num_items_in_batch` the loss is the sum over the rows divided by that, not by the number of this forward's.
-    """
+    """`ChiarForSequenceClassification.forward` with a given trunk, head and loss; arguments and errors are the same."""
     if inputs.pop("past_key_values", None) is not None:
         raise UserError("past_key_values: a classifier scores whole texts, and continues none: drop it")
     inputs["use_cache"] = False
@@ -183,7 +180,7 @@ def pool_tokens(
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     pooling: ClassifierPooling = "mean",
 ) -> Float[Tensor, "batch width"]:
-    """One vector a row, of its real tokens alone: their mean, or the last of them.
+    """One vector per sequence: the mean of its real tokens, or the last of them.
 
     Args:
         hidden: the tokens.
@@ -191,7 +188,7 @@ def pool_tokens(
         pooling: `"mean"` or `"last"`.
 
     Raises:
-        UserError: a row has no real token.
+        UserError: a sequence has no real token.
 
     """
     rows, time, _ = hidden.shape
@@ -199,7 +196,9 @@ def pool_tokens(
     counts = real.sum(1)
     if time == 0 or bool((counts == 0).any()):
         empty = int((counts == 0).nonzero()[0]) if rows else 0
-        raise UserError(f"row {empty} of the batch has no real token to pool: leave it out, or mend its attention_mask")
+        raise UserError(
+            f"row {empty} of the batch has no real token to pool: leave it out, or correct its attention_mask"
+        )
     if pooling == "last":
         places = torch.arange(time, device=hidden.device)
         last = torch.where(real, places, 0).amax(1)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint as a user names it, with every way that it can be wrong said in one line."""
+"""Load a checkpoint by the name that a user gives it. Whatever is wrong with it is one line."""
 
 import json
 import textwrap
@@ -21,17 +21,17 @@ from chiaroscuro.hub import cache_if_unreachable, find_checkpoint
 from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
-"""The files that make a tokenizer; what else it may have says how to use them."""
+"""The files that hold a vocabulary. The other files of a tokenizer only configure it."""
 
 
 def load_checkpoint_config(name: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint; no weights are read.
+    """Load the configuration of a checkpoint, without its weights.
 
     Args:
         name: as in `find_checkpoint`.
 
     Raises:
-        UserError: it can't be found or read, or says something impossible.
+        UserError: it can't be found or read, or is impossible.
 
     """
     path = find_checkpoint(name)
@@ -44,15 +44,15 @@ def load_checkpoint_config(name: str) -> PreTrainedConfig:
             return config
         except UserError as error:
             raise UserError(f"{path}/config.json: {error}") from None
-        except Exception as error:  # a file that is no configuration fails in as many ways as there are such files
+        except Exception as error:  # there are as many errors as ways to damage a file
             why = f": {unreachable}" if unreachable else f", it is missing or damaged: {_one_line(error)}"
             raise UserError(f"{path}/config.json can't be read{why}") from None
 
 
 def load_checkpoint(name: str) -> PreTrainedModel:
-    """A model in evaluation mode: a CHIAR-Former, or any other that it is compared with.
+    """Load a model in evaluation mode: a CHIAR-Former, or another model to compare it with.
 
-    It is the classifier of texts that config.json says it is, or else a causal language model.
+    It is loaded as a text classifier if config.json says so, and as a causal language model otherwise.
 
     Args:
         name: as in `find_checkpoint`.
@@ -64,12 +64,12 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     path = find_checkpoint(name)
     kind, *_ = load_checkpoint_config(name).architectures or [""]
     verbosity = logging.get_verbosity()
-    # What doesn't fit is said below, in one line; transformers would print a table of every tensor.
+    # Tensors that don't fit are reported below in one line; transformers would print a table.
     logging.set_verbosity_error()
     with cache_if_unreachable(path) as unreachable:
         try:
             cls: Any = AutoModelForCausalLM
-            if kind == ChiarForMixedTasks.__name__:  # a language model too, which no Auto class knows with its heads
+            if kind == ChiarForMixedTasks.__name__:  # the Auto classes load it without its heads
                 cls = ChiarForMixedTasks
             elif kind.endswith("ForSequenceClassification"):
                 cls = AutoModelForSequenceClassification
@@ -84,7 +84,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
         finally:
             logging.set_verbosity(verbosity)
     model, info = loaded
-    # transformers fills what is missing with random numbers and warns; a model that is half random is no model.
+    # transformers initialises missing tensors at random and warns. Here that is an error.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             first, *others = sorted(str(key) for key in info[kind])
@@ -94,7 +94,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
 
 
 def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that was saved with the model.
+    """Load the tokenizer that was saved with the model.
 
     Raises:
         UserError: there is none, or it can't be read.
@@ -121,5 +121,5 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def _one_line(error: Exception) -> str:
-    # All of it and not the first line, which may end in a colon.
+    # The whole message, because its first line may end in a colon.
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' …') or 'no message'}"

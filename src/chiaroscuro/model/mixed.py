@@ -1,4 +1,4 @@
-"""`ChiarForMixedTasks`: a language model that classifies texts too, one head a task on one trunk."""
+"""`ChiarForMixedTasks`: a language model with a classification head for each of several tasks, on one trunk."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarSequenceClassifi
 
 
 class ChiarForMixedTasks(ChiarForCausalLM):
-    """The language model, and a classifier for every task in `config.task_labels`.
+    """The language model, and a classification head for every task in `config.task_labels`.
 
-    Every loss goes through the whole model: embeddings, MetaRouter and layers. (In the author's code those of the
-    classification tasks run on the bare embeddings, past what they are meant to teach.) Its checkpoint loads into
-    `ChiarForCausalLM`, which leaves the heads out.
+    Every loss depends on the whole model: embeddings, MetaRouter and layers. (In the author's code the classification
+    losses are computed on the bare embeddings, so they train no layer.) Its checkpoint loads into `ChiarForCausalLM`,
+    without the heads.
 
     Raises:
         UserError: the config names no task.
@@ -28,7 +28,7 @@ class ChiarForMixedTasks(ChiarForCausalLM):
 
     """
 
-    # A language model leaves the heads out without a word; here they have a place.
+    # `ChiarForCausalLM` ignores the heads; here they are loaded.
     _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: ChiarConfig) -> None:
@@ -59,41 +59,41 @@ class ChiarForMixedTasks(ChiarForCausalLM):
         Args:
             input_ids: the tokens.
             attention_mask: 1 for real tokens.
-            task: one of `config.task_labels`; None for language modelling.
-            labels: the tokens themselves, or for a task the label of every row.
-            beside: beside language modelling, the arguments of a second forward, whose loss is added. So a step of
-                mixed training is one call, and what wraps a model to spread it over processes sees all that it uses.
+            task: one of `config.task_labels`, or None for language modelling.
+            labels: the tokens themselves, or for a task the label of each sequence.
+            beside: with language modelling, the arguments of a second forward, whose loss is added. A step of mixed
+                training is then one call, as DDP needs it to know which parameters are used.
             return_dict: False for a plain tuple.
-            others: see `ChiarForCausalLM.forward`, or for a task `ChiarForSequenceClassification.forward`. A task takes
-                `num_items_in_batch` too: the losses of its rows are summed and divided by that. As transformers'
-                Trainer leaves out the first of `labels` when it counts them, which only suits a text, give it those of
-                a task as `shift_labels` too: these it counts as they are.
+            others: see `ChiarForCausalLM.forward`, or for a task `ChiarForSequenceClassification.forward`. For a
+                task, too, `num_items_in_batch` divides the sum of the losses. transformers' Trainer counts `labels`
+                without the first, as for a text; it counts `shift_labels` as they are, so pass a task's labels under
+                both names.
 
         Returns:
-            The output of the one or the other. With `beside`, the loss is the sum, and `beside` the second's output.
+            The output of the language model or of the classifier. With `beside`, `loss` is the sum of both losses and
+            `beside` is the second output.
 
         Raises:
-            UserError: the model has no such task, a second forward goes beside one, or there are no labels for a sum
-                of losses.
+            UserError: the model has no such task, `beside` is given with a task, or labels are missing for the sum.
 
         """
         others |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if task is not None:
             if beside is not None:
-                raise UserError(f"beside with task={task!r}: a second forward goes beside language modelling alone")
+                raise UserError(f"beside with task={task!r}: a second forward goes with language modelling only")
             others.pop("shift_labels", None)  # the same labels, for the Trainer to count
             return classify(self.model, self.head_of(task), labels, **others)
         output = super().forward(labels=labels, return_dict=True, **others)
         if beside is not None:
             second = self.forward(**beside, return_dict=True)
             if output.loss is None or second.loss is None:
-                raise UserError("a forward beside another is there for its loss: give labels to both")
+                raise UserError("beside adds the losses of two forwards: give labels to both")
             output.loss = output.loss + second.loss
             output.beside = second
         return output
 
     def head_of(self, task: str) -> nn.Linear:
-        """The classifier of a task."""
+        """The classification head of a task."""
         if task not in self.heads:
             raise UserError(f"task={task!r}: this model has heads for {', '.join(self.heads)}")
         head = self.heads[task]

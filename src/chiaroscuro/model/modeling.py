@@ -50,7 +50,7 @@ class ChiarLayer(GradientCheckpointingLayer, RoutedBlock):
 
 
 _SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""What `from_pretrained` takes to say where a config is."""
+"""Arguments of `from_pretrained` that say where a config is."""
 
 
 _REFUSED = {
@@ -112,7 +112,7 @@ def document_positions(
 
 
 class ChiarPreTrainedModel(PreTrainedModel):
-    """What the models share: initialisation, saving and loading, and the dial of attention."""
+    """What the models share: initialisation, saving and loading, and the share of attention."""
 
     config_class = ChiarConfig
     config: ChiarConfig
@@ -124,7 +124,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02) for matrices and embeddings, zeros for biases; what is learned from identity starts as one."""
+        """N(0, 0.02) for matrices and embeddings, zeros for biases; other modules by their `reset_parameters`."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -134,13 +134,13 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing for our own classes, whose source is not to be copied beside weights: see `ChiarConfig`."""
+        """Do nothing for our own classes, whose source transformers would copy to the weights; see `ChiarConfig`."""
         if not cls.__module__.startswith(f"{__package__}."):
             super().register_for_auto_class(auto_class)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any Hugging Face model; `attention_share=ρ` turns the dial too, and not the config alone.
+        """Load as any Hugging Face model; `attention_share=ρ` sets the thresholds too, and not only the config.
 
         With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given or saved.
@@ -160,7 +160,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         for thresholds in model.thresholds().values():
             if not thresholds.running:
                 thresholds.set_fixed()
-        # Thresholds that are given as fixed stand, whatever share comes with them.
+        # Given fixed thresholds count for more than a share.
         given = model.config.calibration == "fixed" and changed("calibration", "entropy_thresholds")
         if model.thresholds() and not given and changed("attention_share", "calibration"):
             model.set_attention_share(model.config.attention_share)
@@ -168,7 +168,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _saved_config(cls, name: Any = None, /, *args: Any, **kwargs: Any) -> Any:
-        """The config that lies beside the weights; None where they are alone, and a given one is all there is."""
+        """The config saved with the weights, or None if there is none."""
         name = kwargs.get("pretrained_model_name_or_path") if name is None else name
         if name is None:
             return None
@@ -180,7 +180,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     @property
     def trunk(self) -> "ChiarModel":
-        """The model without a head: of `ChiarModel`, itself."""
+        """The model without a head; for a `ChiarModel`, itself."""
         return cast(ChiarModel, self.base_model)
 
     def thresholds(self) -> dict[int, Thresholds]:
@@ -192,7 +192,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         }
 
     def set_attention_share(self, share: float) -> None:
-        """Turn the dial: route this share of the tokens to each menu's last operator, by the table of quantiles seen.
+        """Route this share of the tokens to each menu's last operator, by the table of quantiles seen.
 
         A layer that was never calibrated answers with the quantile of white noise, which is all that is known of it.
         Thresholds that were fixed are so no longer: the config then says `calibration="running"`.
@@ -221,7 +221,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         self.config.calibration, self.config.entropy_thresholds = "running", None
 
     def step_calibration(self) -> None:
-        """Move the thresholds of running calibration: call it once after each optimizer step.
+        """Move the thresholds of running calibration. Call it once after each optimizer step.
 
         A training forward only notes the scores that it routed by. So gradient checkpointing recomputes the same
         routing, a batch's later tokens decide nothing about its earlier ones, and processes agree.
@@ -254,7 +254,7 @@ class ChiarModel(ChiarPreTrainedModel):
 
     @property
     def blocks(self) -> list[RoutedBlock]:
-        """The layers, as what they are."""
+        """The layers, with their type."""
         return [cast(RoutedBlock, layer) for layer in self.layers]
 
     @can_return_tuple
@@ -327,8 +327,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 hidden_states.append(x)
             x, routing = self.run_layer(i, x, gate, context, cache, output_routing)
             routings.append(routing)
-        # Noted here and not in the layers, which activation checkpointing runs a second time. What is generated is no
-        # text to follow.
+        # Noted here and not in the layers, which activation checkpointing runs a second time. Generated tokens are not
+        # followed.
         if self.training and cache is None and (followed := self._followed_scores(routings)):
             _note(followed, context.real(x.shape[1]))
         if cache is not None:
@@ -343,7 +343,7 @@ class ChiarModel(ChiarPreTrainedModel):
         )
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """The input of layer 0: embeddings, normalised where the config says so, with dropout."""
+        """The input of layer 0: embeddings, normalised if the config says so, with dropout."""
         if inputs_embeds is None:
             try:
                 x = self.embed_tokens(input_ids)
@@ -406,7 +406,7 @@ class ChiarModel(ChiarPreTrainedModel):
     def _checked_mask(
         self, attention_mask: Tensor, batch: int, keys: int, past_key_values: ChiarCache | None
     ) -> Tensor | None:
-        """The mask as booleans; None where sparse execution is spared it, because nothing is padded."""
+        """The mask as booleans; None where nothing is padded and execution is sparse."""
         if attention_mask.shape != (batch, keys):
             raise UserError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {keys}), "
@@ -414,7 +414,7 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         attention_mask = attention_mask.bool()
         if torch.compiler.is_compiling() or (past_key_values is None and self.config.execution == "dense"):
-            return attention_mask  # whether anything is padded is data: a compiler can't ask, and dense need not
+            return attention_mask  # whether anything is padded depends on the data, which a compiler can't test
         padded = bool(~attention_mask.all())
         if past_key_values is not None:
             past_key_values.padded = padded
@@ -451,7 +451,7 @@ class ChiarModel(ChiarPreTrainedModel):
         return y, routing
 
     def _followed_scores(self, routings: list[Routing | None]) -> list[tuple[Thresholds, Tensor]]:
-        """Of each layer that follows the data, its thresholds and the scores that it routed by."""
+        """For each layer with running calibration, its thresholds and the scores that it routed by."""
         found = []
         for block, routing in zip(self.blocks, routings, strict=True):
             router = block.router
@@ -465,7 +465,7 @@ class ChiarModel(ChiarPreTrainedModel):
         return self.training and self.config.collapse_penalty > 0
 
     def collapse_term(self, routings: tuple[Routing | None, ...], attention_mask: Tensor | None) -> Tensor:
-        """λ Σ_layers U of a forward's routing, to be taken from its loss where the model `penalises`."""
+        """λ Σ_layers U of a forward's routing, to be subtracted from its loss where the model `penalises`."""
         utilisation = utilisation_entropy(routings, attention_mask)
         if torch.is_grad_enabled() and not utilisation.requires_grad:
             raise UserError(
@@ -475,7 +475,7 @@ class ChiarModel(ChiarPreTrainedModel):
         return self.config.collapse_penalty * utilisation
 
     def check_cache(self, past_key_values: Any) -> ChiarCache:
-        """The cache that was given, or a new one; a UserError where it can't serve this model."""
+        """The given cache, or a new one; a UserError if it can't serve this model."""
         if self.gradient_checkpointing and self.training:
             raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
         if past_key_values is None:
@@ -499,7 +499,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
     """The CHIAR-Former as a language model; its head shares the embedding's weights unless the config says not to."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    # The heads of `ChiarForMixedTasks` have no place here, and their absence is no news.
+    # The heads of `ChiarForMixedTasks` are ignored without a warning.
     _keys_to_ignore_on_load_unexpected = [r"heads\."]  # noqa: RUF012
     # The loss is divided by `num_items_in_batch` where the Trainer gives it.
     accepts_loss_kwargs = True
@@ -530,8 +530,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
     ) -> ChiarCausalLMOutput:
         """Run the model and its head.
 
-        In training, a loss is all that a step needs, and the logits are the largest tensor of a small model by far. So
-        there they are made a chunk at a time (`ops.linear_cross_entropy`) and not given, unless asked for.
+        A training step needs only the loss, and the logits are by far the largest tensor of a small model. So in
+        training they are computed in chunks (`ops.linear_cross_entropy`) and not returned, unless asked for.
 
         Args:
             input_ids: see `ChiarModel.forward`, as for all that is not named here.
@@ -539,20 +539,20 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             position_ids: see there.
             past_key_values: see there.
             inputs_embeds: see there.
-            labels: the tokens themselves, −100 where not to be predicted: the model shifts them. A prediction at
-                padding or of padding is not counted.
+            labels: the tokens themselves, which the model shifts; −100 for tokens that are not to be predicted.
+                Predictions at padding and of padding are not counted.
             use_cache: see there.
             logits_to_keep: compute only the last so many logits (0: all), or those at these positions.
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
-            num_items_in_batch: divide the summed loss by this, over several forwards of one step, not by the number
-                of this forward's predictions. It is the number of all labels, as the Trainer counts them: of it is
-                taken the part that this forward counts, where it has labels at padding.
-            output_logits: whether to give logits beside a loss; unless said, in evaluation but not in training. They
-                are given in any case without labels, and where the head or `loss_function` was replaced.
-            kwargs: `shift_labels`, (B, T): labels that are shifted already, what each position is to predict. (It is
-                not in the signature, because the Trainer would then require it of every batch.) Others as in
+            num_items_in_batch: divide the summed loss by this instead of by the number of this forward's predictions,
+                so that the losses of several forwards of one step add up. It is the number of all labels, as the
+                Trainer counts them; where some are at padding, it is scaled to those that count.
+            output_logits: whether to return logits with a loss; by default in evaluation, but not in training. They
+                are always returned without labels, and if the head or `loss_function` was replaced.
+            kwargs: `shift_labels`, (B, T): labels that are shifted already, the token that each position is to predict.
+                (It is not in the signature, because the Trainer would then require it in every batch.) Others as in
                 `ChiarModel.forward`.
 
         Raises:
@@ -627,7 +627,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
                 )
 
     def _loss_needs_logits(self) -> bool:
-        """Whether the head or the loss is another than ours, as an adapter's or the user's own."""
+        """Whether the head or the loss was replaced, by an adapter or by the user."""
         return type(self.lm_head) is not nn.Linear or self.loss_function is not ForCausalLMLoss
 
     @staticmethod
@@ -637,20 +637,20 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
 
     @staticmethod
     def _without_padding(targets: Tensor, attention_mask: Tensor, *, shifted_here: bool) -> Tensor:
-        """What each position is to predict, −100 at padding, and of padding where its place is known."""
+        """The targets with −100 at padding and, where the labels were shifted here, for padding."""
         real = attention_mask[:, -targets.shape[1] :] != 0
         if shifted_here:
             real = real & F.pad(real[:, 1:], (0, 1))
         return targets.masked_fill(~real, -100)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for these models; `generate_batch` calls it."""
+        """Refused. `generate_batch` calls it."""
         raise UserError(f"generate_batch: {_REFUSED['cache']}")
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Put our cache where transformers would put its `DynamicCache`; refuse any other kind that is asked for."""
+        """Use our cache where transformers would use its `DynamicCache`; refuse any other kind."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise UserError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a CHIAR-Former has its own dynamic "
@@ -662,13 +662,13 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         if given is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = ChiarCache(self.config)
             return None
-        base: Any = super()  # whose annotations want a class that transformers only sketches
+        base: Any = super()  # its annotations name a protocol that this class doesn't satisfy
         return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 @torch._disable_dynamo  # as in RoutedBlock: how many scores are real and finite is data, one graph break for all layers
 def _note(followed: list[tuple[Thresholds, Tensor]], real: Tensor | None) -> None:
-    """Let running calibrations remember the scores of a training forward."""
+    """Note the scores of a training forward for running calibration."""
     for thresholds, score in followed:
         thresholds.note(score, real)
 
@@ -681,7 +681,7 @@ def _segments(
     if attention_mask is not None:  # the positions of padding say nothing
         restarts = restarts & attention_mask[:, 1:] & attention_mask[:, :-1]
     restarts = F.pad(restarts, (1, 0))
-    # Whether any does is data: a compiler can't ask.
+    # Whether any does depends on the data, which a compiler can't test.
     return restarts.cumsum(1) if torch.compiler.is_compiling() or bool(restarts.any()) else None
 
 

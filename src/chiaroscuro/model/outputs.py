@@ -1,4 +1,4 @@
-"""What a forward returns: Hugging Face's outputs, and beside them what was routed where."""
+"""What a forward returns: outputs as in transformers, with the routing."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ class ChiarModelOutput(ModelOutput):
     """Output of `ChiarModel`.
 
     Attributes:
-        last_hidden_state: after the final norm.
-        past_key_values: the cache, where one was used.
-        hidden_states: on `output_hidden_states=True`: the embedded input, and the tokens after every layer.
-        routing: on `output_routing=True`: a `Routing` a layer (entropy, operator index, share per operator). In
-            training with a collapse penalty also without being asked for, None for the layers of one operator.
-        meta_gate: g of the MetaRouter, on `output_routing=True`: (1, 1) pooled over the batch, (B, 1) over the
-            sequence, (B, T) causally; None without a MetaRouter.
+        last_hidden_state: the tokens after the final norm.
+        past_key_values: the cache, if one was used.
+        hidden_states: with `output_hidden_states=True`: the input of each layer and, last, `last_hidden_state`.
+        routing: with `output_routing=True`: a `Routing` for each layer (entropy, operator index, share per operator).
+            In training with a collapse penalty it is always given, with None for layers of one operator.
+        meta_gate: with `output_routing=True`: g of the MetaRouter, of shape (1, 1) if pooled over the batch, (B, 1)
+            over the sequence, (B, T) causally; None without a MetaRouter.
 
     """
 
@@ -37,15 +37,15 @@ class ChiarCausalLMOutput(ModelOutput):
     """Output of `ChiarForCausalLM`: the loss and the logits, and the rest as in `ChiarModelOutput`.
 
     Attributes:
-        loss: mean negative log-likelihood of the next token in nats, where labels were given; in training with
-            `collapse_penalty` λ > 0, less λ Σ_layers U.
+        loss: mean negative log-likelihood of the next token in nats, if labels were given; in training with
+            `collapse_penalty` λ > 0, minus λ Σ_layers U.
         logits: scores of the next token; None in training with labels, unless `output_logits=True` asked for them.
         past_key_values: see `ChiarModelOutput`.
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
-        collapse_term: what the penalty took off the loss, where there is one.
-        beside: of `ChiarForMixedTasks`, the output of the second forward, where there was one.
+        collapse_term: λ Σ_layers U, which was subtracted from the loss, if there is a penalty.
+        beside: from `ChiarForMixedTasks`, the output of the second forward, if there was one.
 
     """
 
@@ -64,13 +64,13 @@ class ChiarSequenceClassifierOutput(ModelOutput):
     """Output of `ChiarForSequenceClassification`: the loss and the logits, and the rest as in `ChiarModelOutput`.
 
     Attributes:
-        loss: mean negative log-likelihood of the rows' labels in nats, where they were given; in training with
-            `collapse_penalty` λ > 0, less λ Σ_layers U.
-        logits: scores of the labels.
+        loss: the loss of the problem type, if labels were given; in training with `collapse_penalty` λ > 0, minus
+            λ Σ_layers U.
+        logits: scores of the labels; for a regression, the predicted numbers.
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
-        collapse_term: what the penalty took off the loss, where there is one.
+        collapse_term: λ Σ_layers U, which was subtracted from the loss, if there is a penalty.
 
     """
 
