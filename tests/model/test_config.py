@@ -205,7 +205,8 @@ def test_round_trips(tmp_path_factory: pytest.TempPathFactory, changes: dict[str
         AutoConfig.from_pretrained(folder),
     ):
         assert type(back) is ChiarConfig
-        assert back.to_diff_dict() == c.to_diff_dict()
+        # Saving adds where a process without the package finds the classes.
+        assert back.to_diff_dict() | {"auto_map": None} == c.to_diff_dict() | {"auto_map": None}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *OURS])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from chiaroscuro.ops import attend, causal_mask, rotary_table, rotate
+from chiaroscuro.ops import attend, causal_mask, rotary_frequencies, rotary_table, rotate
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -156,7 +156,7 @@ def test_scores_depend_on_distance_alone(shift: int, seed: int, theta: float) ->
     positions = torch.tensor([[0, 1, 2, 5, 9, 40]])
     scores = []
     for ids in (positions, positions + shift):
-        table = rotary_table(ids, 8, theta)
+        table = rotary_table(ids, rotary_frequencies(8, theta))
         scores.append(rotate(query, table) @ rotate(key, table).mT)
     # The angles are float32: at position 3000 they are good to 1e-4.
     torch.testing.assert_close(*scores, rtol=0, atol=5e-3)
@@ -165,14 +165,16 @@ def test_scores_depend_on_distance_alone(shift: int, seed: int, theta: float) ->
 def test_another_distance_gives_another_score() -> None:
     query, key = draw(0, 1, 1, 1, 8), draw(1, 1, 1, 1, 8)
     # Position 0 turns nothing, so the key stays as it is.
-    by_distance = [float((rotate(query, rotary_table(torch.tensor([[t]]), 8)) * key).sum()) for t in range(6)]
+    by_distance = [
+        float((rotate(query, rotary_table(torch.tensor([[t]]), rotary_frequencies(8))) * key).sum()) for t in range(6)
+    ]
     assert len({round(score, 6) for score in by_distance}) == 6
 
 
 @given(seed=st.integers(0, 999))
 def test_rotation_keeps_lengths_and_position_0_turns_nothing(seed: int) -> None:
     x, ids = draw(seed, 2, 3, 5, 6), torch.arange(5).expand(2, -1) * 7
-    turned = rotate(x, rotary_table(ids, 6))
+    turned = rotate(x, rotary_table(ids, rotary_frequencies(6)))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-5)
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
 
@@ -187,7 +189,7 @@ def test_rotary_positions_are_llamas(theta: float) -> None:
     )
     ids = torch.tensor([[0, 1, 2, 3, 400], [5, 6, 7, 8, 9]])
     query, key = (draw(i, 2, 4, 5, 8, dtype=torch.float32) for i in range(2))
-    table = rotary_table(ids, 8, theta)
+    table = rotary_table(ids, rotary_frequencies(8, theta))
     theirs = LlamaRotaryEmbedding(config)(query, ids)
     torch.testing.assert_close(table, theirs)
     ours = rotate(query, table), rotate(key, table)
@@ -195,11 +197,11 @@ def test_rotary_positions_are_llamas(theta: float) -> None:
 
 
 def test_the_angles_stay_float32_in_a_bfloat16_model() -> None:
-    table = rotary_table(torch.tensor([[300, 301]]), 8)
+    table = rotary_table(torch.tensor([[300, 301]]), rotary_frequencies(8))
     assert table[0].dtype == torch.float32 and not torch.equal(table[0][0, 0], table[0][0, 1])
     assert rotate(draw(0, 1, 1, 2, 8, dtype=torch.bfloat16), table).dtype == torch.bfloat16
 
 
 def test_an_odd_head() -> None:
     with pytest.raises(ValueError, match="head width 5 is odd"):
-        rotary_table(torch.tensor([[0]]), 5)
+        rotary_frequencies(5)

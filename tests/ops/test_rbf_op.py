@@ -69,5 +69,5 @@ def test_at_the_published_scale_it_mixes_almost_nothing() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_mask_of_another_length() -> None:
-    with pytest.raises(ValueError, match=r"need \(…, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"need a mask of \(…, T, 3\) with T up to 3"):
         rbf_mix(torch.ones(1, 3, 2), torch.ones(1, 1, 3, 4, dtype=torch.bool))

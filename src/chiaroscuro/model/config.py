@@ -532,9 +532,10 @@ def _routes_by_entropy(router: Any) -> bool:
 
 def _router_class(router: Any) -> type[Router]:
     try:
-        return find_router(split_entry(router)[0])
+        name, _ = split_entry(router)
     except UserError as error:
-        raise UserError(f"router={router!r}: {error}") from None
+        raise UserError(f"router={error}") from None
+    return find_router(name)
 
 
 def _is_number(value: Any) -> bool:
