@@ -26,7 +26,7 @@ from chiaroscuro.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/before_after.json"
 BEFORE = "eb5d1a1"
-ROUNDS = 3
+ROUNDS = 2
 CELLS = [("decoding", 1, 256), ("prefill", 8, 1024), ("training step", 8, 1024), ("prefill", 2, 4096)]
 """What is done, rows, and tokens of a row; a quarter of the tokens goes to attention."""
 
@@ -53,7 +53,7 @@ models = {"full": build("all", [["attention"]] * 12), "all": build("all"), "rout
 for name in ("all", "routed"):
     calibrate(models[name], [ids], 0.25)
 work = {"decoding": decoding, "prefill": forward_pass, "training step": training_step}[what]
-timings = take_turns({name: work(model, ids) for name, model in models.items()}, seconds, 5)
+timings = take_turns({name: work(model, ids) for name, model in models.items()}, seconds, 3)
 print(json.dumps({name: timings["full"].median / timings[name].median for name in ("all", "routed")}))
 """
 
