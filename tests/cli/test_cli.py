@@ -22,7 +22,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
-from chiaroscuro.cli import main
 from chiaroscuro.data import load_corpus, load_tokenizer
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.report.performance_terminal import print_performance
@@ -62,22 +61,6 @@ def run_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         f"tokenizer: bpe:300\ntrainer: {{output_dir: '{folder}', steps: 100}}\n"
     )
     return folder
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chiaroscuro", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 # What the commands do

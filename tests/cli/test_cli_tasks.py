@@ -5,14 +5,12 @@ and the data must agree on.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from chiaroscuro.cli import main
 from chiaroscuro.data.tasks import load_task
 
 Run = Callable[..., tuple[int, str, str]]
@@ -23,22 +21,6 @@ data: {{task: listops-flat, train_examples: 64, heldout_examples: 16, sequence_l
 tokenizer: words
 trainer: {{output_dir: '{folder}', steps: 4, warmup_steps: 1, batch_size: 8}}
 """
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chiaroscuro", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

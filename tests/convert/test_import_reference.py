@@ -6,7 +6,6 @@ oracle of a mistake is one line that names the file and what is wrong with it.
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForSequenceClassification, UserError
-from chiaroscuro.cli import main
 from chiaroscuro.convert import import_reference, load_reference_checkpoint
 
 DCT, CHOICE, ATTENTION = ["dct"], ["dct", "attention"], ["attention"]
@@ -380,19 +378,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chiaroscuro", "import-reference", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run: Run) -> Run:
+    """The command of this file."""
+    return lambda *arguments: run("import-reference", *arguments)
 
 
 @pytest.mark.parametrize("router", ["threshold", "hard"])

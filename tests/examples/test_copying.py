@@ -17,7 +17,6 @@ from examples.copying import Copying
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from chiaroscuro.cli import main
 from chiaroscuro.data.tasks import load_task
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
@@ -50,22 +49,6 @@ def content(folder: Path, **changes: Any) -> dict[str, Any]:
 def copied(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     folder = tmp_path_factory.mktemp("copying") / "run"
     return train(Recipe.from_dict(content(folder)), console=Console(quiet=True))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chiaroscuro", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def measured(folder: Path, split: str) -> tuple[float, float, int]:
