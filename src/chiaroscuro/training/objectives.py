@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,8 +20,13 @@ from transformers import (
     default_data_collator,
 )
 
-from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
-from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.classification import (
+    ClassificationEvaluation,
+    TargetEvaluation,
+    evaluate_rows,
+    evaluate_targets,
+)
+from chiaroscuro.analysis.perplexity import Evaluation, evaluate_blocks
 from chiaroscuro.analysis.routing_summary import mean_gate
 from chiaroscuro.data import TokenBlocks, load_tokenizer, tokenize_corpus
 from chiaroscuro.data.tasks import (
@@ -67,25 +72,31 @@ class Objective(ABC):
     summary: str
     validation_texts: Iterable[str]
 
+    measured: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    """The figures of a validation."""
+
     @property
     def inputs(self) -> dict[str, Any]:
-        """The arguments of the forward beside a batch."""
-        return {}
+        """Arguments of the forward beside a batch. No KV cache: the config's `use_cache` is meant for generation."""
+        return {"use_cache": False}
 
     @property
-    @abstractmethod
     def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Makes a batch of a list of rows."""
+        """Makes a batch of a list of rows: padded to the longest of them."""
+        return PadToLongest(self.tokenizer.pad_token_id)
 
-    @abstractmethod
     def build_model(self, config: Any) -> PreTrainedModel:
-        """An untrained model."""
+        """An untrained model: a causal language model, a CHIAR-Former or the Llama that it is compared with."""
+        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
 
-    @abstractmethod
     def figures_of(self, loss: float) -> dict[str, float]:
-        """The figures of a training step's record, from its loss."""
+        """The figures of a training step's record, from its loss: the accuracy of so few rows says little."""
+        return {"loss": loss}
 
     @abstractmethod
+    def measure(self, model: PreTrainedModel, **how: Any) -> Any:
+        """Measure a model on the validation rows: the `evaluate_…` function of this kind of rows, given `how`."""
+
     def evaluate(
         self,
         model: PreTrainedModel,
@@ -95,6 +106,8 @@ class Objective(ABC):
         progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
         """The figures of the validation rows, and how they were routed; `progress` is told the rows of each batch."""
+        seen = self.measure(model, batch_size=batch_size, output_routing=output_routing, progress=progress)
+        return {name: getattr(seen, name) for name in self.measured}, seen.routings
 
     @property
     def validation_rows(self) -> int:
@@ -111,6 +124,7 @@ class LanguageModelling(Objective):
     """Predict every token of a text from those before it."""
 
     validation: TokenBlocks
+    measured = ("loss", "perplexity", "bits_per_byte")
 
     @classmethod
     def load(
@@ -134,36 +148,17 @@ class LanguageModelling(Objective):
         )
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """No KV cache: the config's `use_cache` is meant for generation."""
-        return {"use_cache": False}
-
-    @property
     def collate(self) -> Callable[[Any], dict[str, Any]]:
         """All blocks have the same length."""
         return default_data_collator
-
-    def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
-        """A causal language model: a CHIAR-Former, or the Llama that it is compared with."""
-        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
 
     def figures_of(self, loss: float) -> dict[str, float]:
         """Loss and perplexity."""
         return {"loss": loss, "perplexity": perplexity(loss)}
 
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        *,
-        batch_size: int,
-        output_routing: bool,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[dict[str, Any], list[Look]]:
-        """Loss and perplexity over all tokens, and bits per byte."""
-        seen = evaluate_blocks(
-            model, self.validation, batch_size=batch_size, output_routing=output_routing, progress=progress
-        )
-        return {"loss": seen.loss, "perplexity": seen.perplexity, "bits_per_byte": seen.bits_per_byte}, seen.routings
+    def measure(self, model: PreTrainedModel, **how: Any) -> Evaluation:
+        """Over all tokens."""
+        return evaluate_blocks(model, self.validation, **how)
 
 
 @dataclass(frozen=True)
@@ -185,29 +180,15 @@ class Classification(Objective):
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "Classification":
         """The recipe's task, truncated to its sequence length, tokenised by its tokenizer or the given one."""
-        task = recipe.data.build_task().load(cache_dir)
-        tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
-        rows = tokenize_task(task, tokenizer, recipe.data.sequence_length, cache_dir)
-        train = rows["train"]
-        return cls(
-            tokenizer=tokenizer,
-            train=train,
-            validation=_first_rows(rows["validation"], recipe),
-            identity=train.identity,
-            summary=f"{task.name} ({len(train):,} texts, {train.share_cut:.0%} of them cut at {train.length} tokens)",
-            validation_texts=task.splits["validation"]["text"],
-            task=task,
-        )
+        task, data = _load_rows(recipe, cache_dir, tokenizer, tokenize_task)
+        train = data["train"]
+        summary = f"{task.name} ({len(train):,} texts, {train.share_cut:.0%} of them cut at {train.length} tokens)"
+        return cls(**data, task=task, summary=summary)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The head, if there is a choice."""
         return {} if self.head is None else {"task": self.head}
-
-    @property
-    def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Padded to the longest row of the batch."""
-        return PadToLongest(self.tokenizer.pad_token_id)
 
     def build_model(self, config: ChiarConfig) -> PreTrainedModel:
         """A classifier, with its labels' names in the config."""
@@ -215,29 +196,9 @@ class Classification(Objective):
         config.label2id = {name: label for label, name in config.id2label.items()}
         return ChiarForSequenceClassification(config)
 
-    def figures_of(self, loss: float) -> dict[str, float]:
-        """The loss alone: the accuracy of so few rows says little."""
-        return {"loss": loss}
-
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        *,
-        batch_size: int,
-        output_routing: bool,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[dict[str, Any], list[Look]]:
-        """Loss and accuracy over the rows."""
-        seen = evaluate_rows(
-            model,
-            self.validation,
-            self.collate,
-            batch_size=batch_size,
-            output_routing=output_routing,
-            progress=progress,
-            inputs=self.inputs,
-        )
-        return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
+    def measure(self, model: PreTrainedModel, **how: Any) -> ClassificationEvaluation:
+        """Over all texts."""
+        return evaluate_rows(model, self.validation, self.collate, inputs=self.inputs, **how)
 
 
 @dataclass(frozen=True)
@@ -251,55 +212,13 @@ class TargetPrediction(Objective):
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "TargetPrediction":
         """The recipe's task, tokenised by its tokenizer or the given one."""
-        task = recipe.data.build_task().load(cache_dir)
-        tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, task.corpus, cache_dir)
-        rows = tokenize_targets(task, tokenizer, recipe.data.sequence_length, cache_dir)
-        train = rows["train"]
-        return cls(
-            tokenizer=tokenizer,
-            train=train,
-            validation=_first_rows(rows["validation"], recipe),
-            identity=train.identity,
-            summary=f"{task.name} ({len(train):,} sequences, {train.predictions:,} targets)",
-            validation_texts=task.corpus.splits["validation"]["text"],
-        )
+        task, data = _load_rows(recipe, cache_dir, tokenizer, tokenize_targets)
+        train = data["train"]
+        return cls(**data, summary=f"{task.name} ({len(train):,} sequences, {train.predictions:,} targets)")
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """No cache: see [`LanguageModelling`][]."""
-        return {"use_cache": False}
-
-    @property
-    def collate(self) -> Callable[[Any], dict[str, Any]]:
-        """Padded to the longest row of the batch."""
-        return PadToLongest(self.tokenizer.pad_token_id)
-
-    def build_model(self, config: ChiarConfig | LlamaConfig) -> PreTrainedModel:
-        """A causal language model."""
-        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
-
-    def figures_of(self, loss: float) -> dict[str, float]:
-        """The loss alone."""
-        return {"loss": loss}
-
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        *,
-        batch_size: int,
-        output_routing: bool,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[dict[str, Any], list[Look]]:
-        """Loss and accuracy over the targets."""
-        seen = evaluate_targets(
-            model,
-            self.validation,
-            self.collate,
-            batch_size=batch_size,
-            output_routing=output_routing,
-            progress=progress,
-        )
-        return {"loss": seen.loss, "accuracy": seen.accuracy}, seen.routings
+    def measure(self, model: PreTrainedModel, **how: Any) -> TargetEvaluation:
+        """Over all targets."""
+        return evaluate_targets(model, self.validation, self.collate, **how)
 
 
 @dataclass(frozen=True)
@@ -337,7 +256,7 @@ class MixedTraining(LanguageModelling):
             }
         )
 
-    def build_model(self, config: ChiarConfig) -> PreTrainedModel:  # type: ignore[override]
+    def build_model(self, config: ChiarConfig) -> PreTrainedModel:
         """A language model with a head for each classification task."""
         labelled = {name: task for name, task in self.tasks.items() if isinstance(task, Classification)}
         config.task_labels = {name: len(task.task.labels) for name, task in labelled.items()}
@@ -379,6 +298,26 @@ def _rows_to_validate(recipe: Recipe) -> int | None:
     """How many rows hold `trainer.validation_tokens`; None for all."""
     tokens = recipe.trainer.validation_tokens
     return None if tokens is None else math.ceil(tokens / recipe.data.sequence_length)
+
+
+def _load_rows(
+    recipe: Recipe,
+    cache_dir: Path,
+    tokenizer: PreTrainedTokenizerFast | None,
+    tokenize: Callable[[Any, PreTrainedTokenizerFast, int, Path], Mapping[str, Any]],
+) -> tuple[Any, dict[str, Any]]:
+    """The data of a recipe's task, and the fields of an objective that come of its tokenised rows."""
+    task = recipe.data.build_task().load(cache_dir)
+    corpus = task.corpus
+    tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
+    rows = tokenize(task, tokenizer, recipe.data.sequence_length, cache_dir)
+    return task, {
+        "tokenizer": tokenizer,
+        "train": rows["train"],
+        "validation": _first_rows(rows["validation"], recipe),
+        "identity": rows["train"].identity,
+        "validation_texts": corpus.splits["validation"]["text"],
+    }
 
 
 def _first_rows(rows: Rows, recipe: Recipe) -> Rows:
