@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from examples.short_convolution import ShortConvolution
+from examples.short_convolution import GatedConvolution
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,7 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops
 from chiaroscuro.layers import Context, PackedTokens
 
-MENU = ["dct", "conv", "attention"]
+MENU = ["dct", "gated_conv", "attention"]
 
 
 def config(**changes: Any) -> ChiarConfig:
@@ -41,11 +41,13 @@ def ids(seed: int, rows: int = 3, time: int = 20) -> Tensor:
 @given(kernel=st.integers(1, 6), time=st.integers(1, 9), seed=st.integers(0, 999))
 def test_it_is_pytorch_s_convolution(kernel: int, time: int, seed: int) -> None:
     torch.manual_seed(seed)
-    layer, x = ShortConvolution(8, kernel=kernel), torch.randn(2, time, 8)
-    assert torch.equal(layer(x), x)
+    layer, x = GatedConvolution(8, kernel=kernel), torch.randn(2, time, 8)
+    take_up, pass_on, values = layer.in_proj(x).chunk(3, -1)
+    torch.testing.assert_close(layer(x), layer.out_proj(take_up * pass_on * values))
     torch.nn.init.normal_(layer.weight)
     weight = layer.weight.flip(0).T[:, None]
-    wanted = F.conv1d(F.pad(x.mT, (kernel - 1, 0)), weight, groups=8).mT
+    convolved = F.conv1d(F.pad((pass_on * values).mT, (kernel - 1, 0)), weight, groups=8).mT
+    wanted = layer.out_proj(take_up * convolved)
     torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
     tokens = PackedTokens.of(torch.rand(2, time) < 0.5)
     torch.testing.assert_close(layer(x, None, tokens), tokens.take(wanted), atol=1e-5, rtol=1e-5)
@@ -88,19 +90,19 @@ def test_it_is_calibrated_counted_saved_and_loaded(tmp_path: Any) -> None:
     routing = model(ids(0), output_routing=True).routing
     assert all(float(r.share[-1]) == pytest.approx(0.25, abs=0.1) for r in routing[1:3])
     count = count_flops(model.config, 64)
-    assert count.by_operator["conv"] == 2 * (2 * 4 * 32) * 64 * (1 - 0.25) / 2
+    assert count.by_operator["gated conv"] == 2 * 64 * (4 * 32**2 + (4 * 32**2 + 2 * 4 * 32) * (1 - 0.25) / 2)
     assert count_decode_flops(model.config, 64).numbers_kept == 2 * 3 * 32 + 3 * 2 * 32 * 65
     model.save_pretrained(tmp_path)
     loaded = ChiarForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids(2)).logits, model(ids(2)).logits)
-    assert loaded(ids(2)).past_key_values.states[1].states["conv"].vectors.shape == (3, 3, 32)
+    assert loaded(ids(2)).past_key_values.states[1].states["gated_conv"].vectors.shape == (3, 3, 32)
 
 
 def test_its_option_is_of_one_entry_of_a_menu() -> None:
-    model = build(operators=[["dct"], ["dct", {"conv": {"kernel": 2}}], MENU, ["attention"]])
-    assert [len(model.model.layers[i].operators["conv"].weight) for i in (1, 2)] == [2, 4]
+    model = build(operators=[["dct"], ["dct", {"gated_conv": {"kernel": 2}}], MENU, ["attention"]])
+    assert [len(model.model.layers[i].operators["gated_conv"].weight) for i in (1, 2)] == [2, 4]
     with pytest.raises(UserError, match=r"operators\[1\].*kernel=0: must be a positive whole number"):
-        build(operators=[["dct"], [{"conv": {"kernel": 0}}], MENU, ["attention"]])
+        build(operators=[["dct"], [{"gated_conv": {"kernel": 0}}], MENU, ["attention"]])
 
 
 def test_no_token_sees_a_later_one_or_another_document() -> None:
@@ -118,16 +120,18 @@ def test_it_learns() -> None:
     model, x = build().train(), ids(0)
     before = model(x, labels=x).loss
     before.backward()
-    assert float(model.model.layers[1].operators["conv"].weight.grad.abs().max()) > 0
+    assert float(model.model.layers[1].operators["gated_conv"].weight.grad.abs().max()) > 0
 
 
 def test_padding_and_state_by_hand() -> None:
-    layer = ShortConvolution(2, kernel=3)
-    torch.nn.init.ones_(layer.weight)
+    layer = GatedConvolution(2, kernel=3)
+    for parameter in (layer.weight, layer.in_proj.weight):
+        torch.nn.init.ones_(parameter)
+    torch.nn.init.eye_(layer.out_proj.weight)
     x = torch.arange(1.0, 7).view(1, 6, 1).expand(1, 6, 2)
-    real = torch.tensor([[0, 1, 1, 0, 1, 1]], dtype=torch.bool)  # 2, 3, 5, 6
-    assert layer(x, Context(attention_mask=real))[real][:, 0].tolist() == [2.0, 5.0, 10.0, 14.0]
+    real = torch.tensor([[0, 1, 1, 0, 1, 1]], dtype=torch.bool)  # 2, 3, 5, 6, each 2x Σ (2x)²
+    assert layer(x, Context(attention_mask=real))[real][:, 0].tolist() == [64.0, 312.0, 1520.0, 3360.0]
     state, found = layer.new_cache(), []
     for t in range(6):
         found.append(layer(x[:, t : t + 1], Context(attention_mask=real[:, : t + 1], state=state)))
-    assert torch.cat(found, 1)[real][:, 0].tolist() == [2.0, 5.0, 10.0, 14.0]
+    assert torch.cat(found, 1)[real][:, 0].tolist() == [64.0, 312.0, 1520.0, 3360.0]

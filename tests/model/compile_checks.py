@@ -24,6 +24,7 @@ WHOLE = {
     "dense": {"execution": "dense"},
     "three operators, dense": {"operators": [["dct"], ["dct", "rbf", "attention"]] * 2, "execution": "dense"},
     "soft": {"router": "soft"},
+    "convolutions": {"operators": [["conv"], ["conv", "attention"]] * 2, "router": "soft", "short_conv": 4},
 }
 
 
@@ -78,7 +79,7 @@ def it_is_exported_for_any_length(name: str) -> None:
 
 def a_sparse_layer_breaks_the_graph_once(menu: str) -> None:
     """Compiled alone, as a frame of its own: what stands before the break, and what stands after it."""
-    layer = build(shrunk("small", operators=[menu.split()] * 2, num_hidden_layers=2)).model.layers[0]
+    layer = build(shrunk("small", operators=[menu.split()] * 2, num_hidden_layers=2, short_conv=4)).model.layers[0]
     found = torch._dynamo.explain(layer)(torch.randn(2, 12, 32))
     assert found.graph_break_count == 1
     assert "_mix_sparsely" in found.break_reasons[0].reason

@@ -15,9 +15,9 @@ HERE = Path(__file__).parent
     ("check", "cases"),
     [
         ("without_sparse_execution_a_model_is_one_graph", list(WHOLE)),
-        ("a_training_step_is_one_graph_too", ["baseline", "llama", "soft"]),
+        ("a_training_step_is_one_graph_too", ["baseline", "llama", "soft", "convolutions"]),
         ("it_is_exported_for_any_length", list(WHOLE)),
-        ("a_sparse_layer_breaks_the_graph_once", ["dct attention", "dct rbf attention"]),
+        ("a_sparse_layer_breaks_the_graph_once", ["dct attention", "dct conv rbf attention"]),
     ],
 )
 def test_compiled(check: str, cases: list[str]) -> None:

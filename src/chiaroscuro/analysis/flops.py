@@ -1,10 +1,10 @@
 """How many floating-point operations a model is, exactly, and under the protocols that others count by.
 
-Counted is what a forward executes: every matrix product (2 operations a multiply-add) and every transform (a real FFT
-of length d, 2.5 d log₂ d; up to `MATRIX_UP_TO` the product 2 d²). Norms, activations, softmax and entropies are not:
-they cost time by the bytes that they move, not by their operations. The backward of a product is two products, that of
-a transform, which has nothing to learn, one. What a kernel computes a second time to save memory is not counted, as is
-the custom.
+Counted is what a forward executes: every matrix product and short convolution (2 operations a multiply-add) and every
+transform (a real FFT of length d, 2.5 d log₂ d; up to `MATRIX_UP_TO` the product 2 d²). Norms, activations, softmax and
+entropies are not: they cost time by the bytes that they move, not by their operations. The backward of a product is two
+products, that of a transform, which has nothing to learn, one. What a kernel computes a second time to save memory is
+not counted, as is the custom.
 """
 
 import copy
@@ -14,8 +14,9 @@ from typing import Any
 from transformers import LlamaConfig
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Count, Work
+from chiaroscuro.layers import Count, NeighbourMixing, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
+from chiaroscuro.layers.operator import make_options
 from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.model.config import ChiarConfig
 
@@ -29,8 +30,9 @@ class FlopCount:
 
     Attributes:
         by_operator: operations by name: the operators, their parts, and what all layers share.
-        of_operators: the part of them that operators do, without routers, feed-forward, MetaRouter and head.
-        numbers_kept: numbers that the operators' caches hold afterwards, for one sequence.
+        of_operators: the part of them that operators do, without routers, short convolutions, feed-forward, MetaRouter
+            and head.
+        numbers_kept: numbers that the caches of operators and short convolutions hold afterwards, for one sequence.
         published: multiply-adds by the formula of the author's code.
 
     """
@@ -94,7 +96,13 @@ def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCou
     dense = config.execution == "dense" or (work.training and router.trains_densely)
     counted: dict[str, float] = {}
     counts: list[Count] = []
+    kept = 0.0
     for menu in config.entries:
+        if config.short_conv is not None:
+            options = make_options(NeighbourMixing, {"kernel": config.short_conv})
+            convolved = NeighbourMixing.count(d, options, work)
+            _add(counted, "short convolution", sum(convolved.operations.values()))
+            kept += convolved.numbers_kept
         routes = len(menu) > 1
         if routes:
             _add(counted, "router", router.count(d, len(menu), work) * length)
@@ -115,7 +123,7 @@ def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCou
     return FlopCount(
         counted,
         of_operators=sum(sum(count.operations.values()) for count in counts),
-        numbers_kept=sum(count.numbers_kept for count in counts),
+        numbers_kept=kept + sum(count.numbers_kept for count in counts),
         published=sum(count.published for count in counts),
     )
 

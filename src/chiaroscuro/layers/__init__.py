@@ -21,6 +21,7 @@ from chiaroscuro.layers.registry import (
 )
 from chiaroscuro.layers.router import Decision, Router, ScoreOptions, ScoreRouter, ThresholdRouter, pick_thresholds
 from chiaroscuro.layers.self_attention import SelfAttention
+from chiaroscuro.layers.short_convolution import NeighbourMixing, ShortConvolution
 from chiaroscuro.layers.soft_router import HardRouter, SoftRouter
 from chiaroscuro.layers.spectral_mixing import SpectralMixing
 from chiaroscuro.layers.state import KeptTokens, LayerStates, OperatorState
@@ -37,6 +38,7 @@ __all__ = [
     "LayerStates",
     "LearnedRouter",
     "MetaRouter",
+    "NeighbourMixing",
     "Operator",
     "OperatorState",
     "PackedTokens",
@@ -49,6 +51,7 @@ __all__ = [
     "ScoreOptions",
     "ScoreRouter",
     "SelfAttention",
+    "ShortConvolution",
     "SoftRouter",
     "Spectra",
     "SpectralMixing",

@@ -1,5 +1,6 @@
 """The routed block: a menu of operators, a router that gives each token to one of them, and a feed-forward."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from chiaroscuro.layers.norms import NormType, make_norm
 from chiaroscuro.layers.operator import Operator
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.router import Decision, Router, ScoreRouter
+from chiaroscuro.layers.short_convolution import ShortConvolution
 from chiaroscuro.ops.spectral import Spectrum
 
 NormPlacement = Literal["pre", "post"]
@@ -74,6 +76,8 @@ class RoutedBlock(nn.Module):
         spectrum: of the entropy.
         dropout: on the sub-layers' outputs, in training.
         execution: `"sparse"` or `"dense"`; a router that gives weights is executed densely under both.
+        short_conv: what the operators' input goes through first, such as `NeighbourMixing`; router, entropy and
+            operators all see its output.
 
     Raises:
         UserError: an unknown norm placement, norm type or execution, an empty menu, several operators without a
@@ -97,6 +101,7 @@ class RoutedBlock(nn.Module):
         spectrum: Spectrum = "orthonormal",
         dropout: float = 0.0,
         execution: Execution = "sparse",
+        short_conv: ShortConvolution | None = None,
     ) -> None:
         super().__init__()
         if execution not in get_args(Execution):
@@ -115,6 +120,7 @@ class RoutedBlock(nn.Module):
         self.operators = nn.ModuleDict(dict(operators))
         self.router = router
         normed = self.operator_names if norm == "post" else ("input",)
+        self.short_conv = short_conv
         self.operator_norms = nn.ModuleDict({name: make_norm(norm_type, width, norm_epsilon) for name in normed})
         self.feed_forward_norm = make_norm(norm_type, width, norm_epsilon)
         self.feed_forward = feed_forward
@@ -153,7 +159,7 @@ class RoutedBlock(nn.Module):
         context = Context() if context is None else context
         if context.segments is not None:
             self._refuse_documents()
-        source = self.operator_input(x)
+        source = self.operator_input(x, context)
         context = replace(context, spectra=self._spectra(source))
         routing = self._route(source, context) if self.router is not None or output_routing else None
         if self._runs_sparsely(routing, context):
@@ -165,9 +171,12 @@ class RoutedBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), routing
 
     def route(self, x: Float[Tensor, "batch time width"], context: Context | None = None) -> Routing:
-        """The routing alone, without running an operator: what a calibration needs. Arguments as of `forward`."""
+        """The routing alone, without running an operator: what a calibration needs. Arguments as of `forward`.
+
+        A cache is read, and not advanced.
+        """
         context = Context() if context is None else context
-        source = self.operator_input(x)
+        source = self.operator_input(x, replace(context, cache=copy.deepcopy(context.cache)))
         return self._route(source, replace(context, spectra=self._spectra(source)))
 
     @torch.no_grad()
@@ -204,9 +213,18 @@ class RoutedBlock(nn.Module):
         thresholds = self.router.calibration
         thresholds.set_from(real, thresholds.share if share is None else share)
 
-    def operator_input(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """What router and operators see of the layer's input: its norm, or with post-norm the input itself."""
-        return self.operator_norms["input"](x) if self.norm_placement == "pre" else x
+    def operator_input(
+        self, x: Float[Tensor, "batch time width"], context: Context | None = None
+    ) -> Float[Tensor, "batch time width"]:
+        """What router and operators see of the layer's input: its norm, or with post-norm the input itself.
+
+        Where the layer has a short convolution, its output for these. A cache is advanced by it.
+        """
+        source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
+        if self.short_conv is None:
+            return source
+        # No operator's name has a dot in it.
+        return self.short_conv(source, self._context_of("input.short_conv", self.short_conv, context or Context()))
 
     def _spectra(self, source: Tensor) -> Spectra:
         weights = [operator.spectral_weight for _, operator in self.menu]

@@ -8,6 +8,7 @@ from chiaroscuro.layers.block import RoutedBlock
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
 from chiaroscuro.layers.operator import Operator
 from chiaroscuro.layers.registry import Entry, build_operator, build_router, split_entry
+from chiaroscuro.layers.short_convolution import NeighbourMixing
 
 
 def build_block(
@@ -23,8 +24,8 @@ def build_block(
         width: d, the features of a token.
         menu: operators in order of cost: names, or names with options.
         fields: of a model, by the names that `ChiarConfig` gives them: `router`, `norm`, `feed_forward`, `execution`,
-            `hidden_dropout`, … and options of operators and routers, such as `num_attention_heads`. Those not given
-            have their defaults.
+            `hidden_dropout`, `short_conv`, … and options of operators and routers, such as `num_attention_heads`. Those
+            not given have their defaults.
         layer: the layer's number, for a router that draws by it.
         block: the class, `RoutedBlock` or a subclass.
 
@@ -46,6 +47,7 @@ def build_block(
     if kind not in FEED_FORWARDS:
         raise UserError(f"feed_forward={kind!r}: choose one of {', '.join(FEED_FORWARDS)}")
     dropout = fields.get("hidden_dropout", 0.0)
+    kernel = fields.get("short_conv")
     hidden = fields.get("intermediate_size")
     # Llama's has no biases, whatever its attention has.
     biased = {"bias": fields.get("bias", True)} if kind == "gelu" else {}
@@ -60,4 +62,5 @@ def build_block(
         spectrum=fields.get("spectrum", "orthonormal"),
         dropout=dropout,
         execution=fields.get("execution") or "sparse",
+        short_conv=None if kernel is None else NeighbourMixing(width, kernel=kernel),
     )

@@ -14,10 +14,16 @@ from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
 from chiaroscuro.layers.router import Router, ThresholdRouter
 from chiaroscuro.layers.self_attention import SelfAttention
+from chiaroscuro.layers.short_convolution import ShortConvolution
 from chiaroscuro.layers.soft_router import HardRouter, SoftRouter
 from chiaroscuro.layers.spectral_mixing import SpectralMixing
 
-OPERATORS: dict[str, type[Operator]] = {"dct": SpectralMixing, "rbf": RBFMixing, "attention": SelfAttention}
+OPERATORS: dict[str, type[Operator]] = {
+    "dct": SpectralMixing,
+    "conv": ShortConvolution,
+    "rbf": RBFMixing,
+    "attention": SelfAttention,
+}
 ROUTERS: dict[str, type[Router]] = {
     "threshold": ThresholdRouter,
     "random": RandomRouter,

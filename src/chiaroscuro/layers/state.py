@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from chiaroscuro.layers.operator import Operator
 
 
+REMEMBERED = 64
+"""Tokens that a state keeps beyond what the next one needs, so that they can be cropped: more than assisted generation
+drafts."""
+
+
 class OperatorState(ABC):
     """What one operator keeps of earlier tokens. Batch elements are called rows.
 

@@ -9,10 +9,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import KeptTokens, LayerStates, OperatorState
+from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.config import ChiarConfig
-
-REMEMBERED = 64
-"""Tokens whose running sums are kept, so that one fewer can be cropped: more than assisted generation drafts."""
 
 
 class LayerCache(LayerStates, CacheLayerMixin):

@@ -25,6 +25,7 @@ from chiaroscuro.layers.norms import NormType
 from chiaroscuro.layers.operator import make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import Entry, split_entry
+from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
 from chiaroscuro.ops.spectral import Spectrum
 
 ClassifierPooling = Literal["mean", "last"]
@@ -99,10 +100,13 @@ class ChiarConfig(PreTrainedConfig):
         norm_epsilon: what N adds to the variance; 1e-5 for LayerNorm and 1e-6 for RMSNorm unless given.
         embedding_norm: a LayerNorm without parameters on the embeddings. Without it a layer that adds LN(x) repairs
             their small scale, and a comparison with a model that has no such layer is not fair.
-        operators: a menu for every layer: lists of `"dct"`, `"rbf"`, `"attention"` or registered names, in order of
-            cost. An entry may be a mapping from the name to options of that operator alone,
+        operators: a menu for every layer: lists of `"dct"`, `"conv"`, `"rbf"`, `"attention"` or registered names, in
+            order of cost. An entry may be a mapping from the name to options of that operator alone,
             `["dct", {"attention": {"num_attention_heads": 2}}]`; options left out take the values of the fields of the
             same names. Unless given: dct first, attention last, dct or attention in between.
+        short_conv: k, the tokens of a short convolution in every layer before its operators: what these and the router
+            see of x, N(x) or with post-norm x, is first added to its own causal depthwise convolution over k tokens.
+            Its weights start at 0. Unless given, there is none.
         router: which operator gets which token. By a score against thresholds: `"threshold"` (the spectral entropy),
             `"permuted"` (that of shuffled features), `"random"` (a hash of layer, position and token), `"learned"`
             (a projection, which scales the last operator's output too). By weights: `"soft"`, `"hard"`. Or a
@@ -161,6 +165,7 @@ class ChiarConfig(PreTrainedConfig):
     norm_epsilon: float | None = None
     embedding_norm: bool = True
     operators: list[list[Any]] | None = None
+    short_conv: int | None = None
     router: Entry = "threshold"
     router_seed: int = 0
     attention_share: float = 0.25
@@ -338,6 +343,12 @@ class ChiarConfig(PreTrainedConfig):
                 raise UserError(f"{field}=1 drops everything: must be below 1")
         if self.norm_epsilon is not None and not (_is_finite(self.norm_epsilon) and self.norm_epsilon > 0):
             raise UserError(f"norm_epsilon={self.norm_epsilon!r}: must be a positive number")
+        longest = min(LARGEST_KERNEL, self.max_position_embeddings)
+        if self.short_conv is not None and not (_is_whole(self.short_conv) and 1 <= self.short_conv <= longest):
+            raise UserError(
+                f"short_conv={self.short_conv!r}: must be a whole number of tokens from 1 to {longest} (the smaller of "
+                f"max_position_embeddings and {LARGEST_KERNEL}), or null for none"
+            )
         for field in ("bias", "embedding_norm", "rbf_causal", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
@@ -391,7 +402,7 @@ class ChiarConfig(PreTrainedConfig):
                 raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
             ranked = [cost for cost in costs if cost is not None]
             if ranked != sorted(ranked):
-                raise UserError(f"operators[{i}]={menu}: list the cheapest operator first (dct, rbf, attention)")
+                raise UserError(f"operators[{i}]={menu}: list the cheapest operator first (dct, conv, rbf, attention)")
         fields = self.fields()
         for i, menu in enumerate(self.operators):
             for name, options in map(split_entry, menu):

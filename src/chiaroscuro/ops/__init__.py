@@ -5,6 +5,7 @@ from chiaroscuro.ops.linear_cross_entropy import linear_cross_entropy
 from chiaroscuro.ops.null import null_entropy_mean, null_entropy_quantiles
 from chiaroscuro.ops.packed_attention import prefix_attention
 from chiaroscuro.ops.rbf import fourier_features, rbf_mix, rbf_weights
+from chiaroscuro.ops.short_convolution import short_convolution, short_convolution_at
 from chiaroscuro.ops.spectral import (
     dct,
     entropy_of_spectrum,
@@ -35,6 +36,8 @@ __all__ = [
     "rotary_frequencies",
     "rotary_table",
     "rotate",
+    "short_convolution",
+    "short_convolution_at",
     "spectral_coefficients",
     "spectral_entropy",
     "spectral_filter",
