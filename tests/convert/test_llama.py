@@ -164,7 +164,7 @@ def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(UserError, match="takes a LlamaForCausalLM, not a GPTNeoXForCausalLM"):
         from_llama(other)
     ours = from_llama(llama())
-    for name, value in {"norm_type": "layer", "meta_router": "causal", "embedding_norm": True}.items():
+    for name, value in {"norm_type": "layer", "meta_router": "causal", "embedding_norm": True, "short_conv": 4}.items():
         kept = getattr(ours.config, name)
         setattr(ours.config, name, value)
         with pytest.raises(UserError, match=f"{name}=.*a Llama needs {name}="):

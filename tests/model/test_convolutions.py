@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "routed context": {"operators": MENUS, "short_conv": 4, "attention_context": "routed"},
     "both": {"operators": MENUS, "short_conv": 4, "router": "learned"},
 }
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 
 
@@ -160,6 +161,18 @@ def test_a_state_is_cropped_to_what_it_was(
         state.crop(REMEMBERED + 1)
     with pytest.raises(UserError, match="holds 2 rows, the input has 3"):
         layer(torch.randn(3, 1, 2), Context(state=state))
+
+
+def test_a_state_begun_in_inference_mode_goes_on_outside_of_it() -> None:
+    layer, x = ShortConvolution(WIDTH), torch.randn(1, 9, WIDTH)
+    nn.init.normal_(layer.weight)
+    state = layer.new_cache()
+    with torch.inference_mode():
+        layer(x[:, :6], Context(state=state))
+    found = [layer(token, Context(state=state)) for token in x[:, 6:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), layer(x)[:, 6:], atol=1e-5, rtol=1e-5)
+    found[0].sum().backward()
+    assert layer.weight.grad is not None and not state.buffer.requires_grad
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -89,7 +89,7 @@ def to_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
 
     Args:
         model: a CHIAR-Former with attention alone in every layer, RMSNorm before each sub-layer, a gated feed-forward,
-            and neither an embedding norm nor a MetaRouter.
+            and no embedding norm, MetaRouter or short convolution.
 
     Returns:
         A model of its own, on the same device, in the same type and mode: the weights are copied.
@@ -108,6 +108,7 @@ def to_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
         "norm_type": "rms",
         "embedding_norm": False,
         "meta_router": "none",
+        "short_conv": None,
         "hidden_dropout": 0.0,
     }
     for name, value in wanted.items():
