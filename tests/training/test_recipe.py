@@ -15,7 +15,13 @@ from chiaroscuro import ChiarConfig
 from chiaroscuro.data.tasks import task_options
 from chiaroscuro.errors import UserError
 from chiaroscuro.training import Recipe
-from chiaroscuro.training.recipe import CalibrationSection, DataSection, MixtureSection, TrainerSection
+from chiaroscuro.training.recipe import (
+    CalibrationSection,
+    DataSection,
+    MixtureSection,
+    ScheduleSection,
+    TrainerSection,
+)
 
 SMALL: dict[str, Any] = {"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}}
 LLAMA = {
@@ -294,6 +300,7 @@ def test_the_two_small_recipes_differ_in_the_model_alone() -> None:
         ("trainer", TrainerSection),
         ("calibration", CalibrationSection),
         ("mixture", MixtureSection),
+        ("schedule", ScheduleSection),
     ],
 )
 def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseModel]) -> None:

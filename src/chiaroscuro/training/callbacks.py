@@ -1,8 +1,8 @@
-"""What happens beside the training loop: thresholds move, progress shows, Ctrl-C is heard."""
+"""What happens beside the training loop: thresholds and shares move, progress shows, Ctrl-C is heard."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chiaroscuro.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from chiaroscuro.training.objectives import Objective
+    from chiaroscuro.training.schedule import Course
 
 
 class MoveThresholds(TrainerCallback):
@@ -46,6 +48,41 @@ class MoveThresholds(TrainerCallback):
                 module.step_calibration()
                 return
         raise UserError(f"MoveThresholds: a {type(kwargs['model']).__name__} has no thresholds to move; leave it out")
+
+
+class TurnDials(TrainerCallback):
+    """Gives the model the shares of each step, and outside the steps those that it is validated and saved with.
+
+    Args:
+        courses: the shares that change, by the model's field.
+    """
+
+    def __init__(self, courses: Mapping[str, "Course"]) -> None:
+        self.courses = courses
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the steps taken before a resume have left them."""
+        self._turn(kwargs["model"], {name: course.after(state.global_step) for name, course in self.courses.items()})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """For all forwards of the step, where several are accumulated."""
+        step = state.global_step + 1
+        self._turn(kwargs["model"], {name: course.during(step) for name, course in self.courses.items()})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before anything is validated or saved."""
+        self._turn(kwargs["model"], {name: course.after(state.global_step) for name, course in self.courses.items()})
+
+    def _turn(self, wrapped: nn.Module, shares: Mapping[str, float]) -> None:
+        model: Any = next(module for module in wrapped.modules() if hasattr(module, "set_attention_share"))
+        changed = {name: share for name, share in shares.items() if getattr(model.config, name) != share}
+        # Left alone where nothing changes: thresholds that were calibrated at this share are finer than its table.
+        if changed:
+            model.set_attention_share(changed["attention_share"])
 
 
 class Reporter(TrainerCallback):

@@ -1,9 +1,9 @@
 """A training run, described by one page of YAML.
 
 A recipe has the sections `model`, `data`, `tokenizer` and `trainer`; `mixture` if other tasks are learned beside a
-text; and `calibration` if the thresholds are not to come from where the model's configuration says. A field that is
-left out has its default, and an unknown field is an error that names it. `section.field=value` on the command line
-changes one field.
+text; `calibration` if the thresholds are not to come from where the model's configuration says; and `schedule` if the
+share of attention is to change while the model trains. A field that is left out has its default, and an unknown field
+is an error that names it. `section.field=value` on the command line changes one field.
 
 Two of YAML's traps are closed here. A key that is given twice is refused, where YAML would let the later one win; and a
 number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
@@ -23,10 +23,13 @@ from transformers import LlamaConfig
 from chiaroscuro.analysis.gates import TEXT
 from chiaroscuro.data.tasks import ClassificationTask, Task, TextTask, make_task, task_options
 from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.training.schedule import Course, Draws, Ramp
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -191,6 +194,76 @@ class CalibrationSection(Section):
         return self
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _range_of_shares(value: Any) -> Any:
+    pair = value if isinstance(value, list | tuple) else []
+    if len(pair) != 2 or not all(map(_is_share, pair)) or pair[0] > pair[1]:
+        raise ValueError(f"{value!r} needs two numbers from 0 to 1, the smaller one first, such as [0.1, 1.0]")
+    return value
+
+
+def _count_or_part(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+    if not whole and not (isinstance(value, float) and 0 < value <= 1):
+        raise ValueError(f"{value!r} needs a number of steps, such as 1000, or a part of the run, such as 0.33")
+    return value
+
+
+class ShareSection(Section):
+    """How one share changes from step to step.
+
+    Either it moves linearly, `from` a share `to` another one in the first `steps` steps (a whole number, or a part of
+    the run: 0.33), and stays there. Or it is drawn `between` two shares anew for each step; `[low, high]` in the place
+    of this section says the same.
+    """
+
+    from_: Share | None = Field(None, alias="from")
+    to: Share | None = None
+    steps: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
+    between: Annotated[tuple[float, float] | None, Field(strict=False), BeforeValidator(_range_of_shares)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_range_alone(cls, content: Any) -> Any:
+        return {"between": content} if isinstance(content, list | tuple) else content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ShareSection":
+        if self.between is not None and (self.from_, self.to, self.steps) != (None, None, None):
+            raise ValueError("give either between, or from, to and steps, and not both")
+        if self.between is None and None in (self.from_, self.steps):
+            raise ValueError("give {from: 1.0, to: 0.25, steps: 0.33}, or a range to draw from, [0.1, 1.0]")
+        return self
+
+    def course(self, at_rest: float, steps: int, seed: str) -> Course:
+        """The share through a run.
+
+        Args:
+            at_rest: Where a ramp ends, and what a drawn share is outside the steps: the model's own share.
+            steps: Of the run.
+            seed: Of the draws.
+
+        Raises:
+            ValueError: if the ramp is longer than the run.
+        """
+        if self.between is not None:
+            return Draws(*self.between, at_rest, seed)
+        assert self.from_ is not None and self.steps is not None  # `_consistent` has seen to it
+        length = self.steps if isinstance(self.steps, int) else max(1, round(self.steps * steps))
+        if length > steps:
+            raise ValueError(f"steps={length} is more than the {steps} steps of the run; lower it or train longer")
+        return Ramp(self.from_, at_rest, length)
+
+
+class ScheduleSection(Section):
+    """Shares that change while the model trains. A share that is not named stays where the model's field says."""
+
+    attention_share: ShareSection | None = None
+
+
 class Recipe(Section):
     """Everything a training run needs to know. Read one with [`Recipe.load`][]."""
 
@@ -203,6 +276,7 @@ class Recipe(Section):
     tokenizer: Annotated[str, Field(min_length=1)] = "bpe:8192"
     trainer: TrainerSection
     calibration: CalibrationSection | None = None
+    schedule: ScheduleSection | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -255,6 +329,7 @@ class Recipe(Section):
             config: ChiarConfig | LlamaConfig = self._llama_config(self.model, vocab_size)
         else:
             config = self._chiar_config(self.model, vocab_size, thresholds)
+            self._refuse_impossible_schedule(config)
         read = {"data": self.data}
         if self.mixture is not None:
             read |= {f"mixture.tasks.{name}": data for name, data in self.mixture.tasks.items()}
@@ -265,6 +340,29 @@ class Recipe(Section):
                     f"max_position_embeddings={config.max_position_embeddings}"
                 )
         return config
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranges_to_the_schedule(cls, content: Any) -> Any:
+        """Let a share of the model be a range: `attention_share: [0.1, 1.0]` is `schedule.attention_share`."""
+        model = content.get("model") if isinstance(content, Mapping) else None
+        if not isinstance(model, Mapping):
+            return content
+        ranges = {name: model[name] for name in ScheduleSection.model_fields if isinstance(model.get(name), list)}
+        schedule = content.get("schedule") or {}
+        if not ranges or not isinstance(schedule, Mapping):
+            return content
+        for name, value in ranges.items():
+            if schedule.get(name) is not None:
+                raise ValueError(
+                    f"model.{name}={value!r} and schedule.{name}={schedule[name]!r} both change the share; keep one"
+                )
+            try:
+                _range_of_shares(value)
+            except ValueError as error:
+                raise ValueError(f"model.{name}: {error}") from None
+        model = {name: value for name, value in model.items() if name not in ranges}
+        return {**content, "model": model, "schedule": {**schedule, **ranges}}
 
     @model_validator(mode="before")
     @classmethod
@@ -295,6 +393,8 @@ class Recipe(Section):
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
         if self.calibration is not None:
             raise UserError("calibration sets routing thresholds, which model.architecture: llama lacks; remove it")
+        if self.schedule is not None:
+            raise UserError("schedule changes a share of routed tokens, of which model.architecture: llama has none")
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(
                 f"data.task={self.data.task!r} with model.architecture: llama, which is here a language model alone; "
@@ -317,6 +417,7 @@ class Recipe(Section):
                 f"model.vocab_size={changes['vocab_size']}: the tokenizer sets it; choose another tokenizer"
             )
         changes |= self._calibration_fields(changes, thresholds)
+        changes |= self._shares_at_the_end(changes)
         # Another seed is another draw of everything, or an interval over seeds would be of one draw of the router's.
         changes.setdefault("router_seed", self.trainer.seed)
         try:
@@ -342,6 +443,62 @@ class Recipe(Section):
         measured_or_given = thresholds if self.uses_baseline else self.calibration.thresholds
         assert measured_or_given is not None  # the section's own check, or the caller's measurement
         return {"calibration": "fixed", "entropy_thresholds": list(measured_or_given)}
+
+    def _shares_at_the_end(self, changes: Mapping[str, Any]) -> dict[str, float]:
+        """The model's own shares where the schedule names them: those that it ends with."""
+        ends = {name: share.to for name, share in self._scheduled().items() if share.to is not None}
+        for name, end in ends.items():
+            if name in changes and changes[name] != end:
+                raise UserError(
+                    f"{name}={changes[name]!r} and schedule.{name}.to={end!r} both say where the share ends; keep one "
+                    "of them"
+                )
+        return ends
+
+    def _scheduled(self) -> dict[str, ShareSection]:
+        """The shares that change, by the model's field."""
+        fields = ScheduleSection.model_fields if self.schedule is not None else ()
+        return {name: share for name in fields if (share := getattr(self.schedule, name)) is not None}
+
+    def _refuse_impossible_schedule(self, config: ChiarConfig) -> None:
+        for name, share in self._scheduled().items():
+            place = f"schedule.{name}"
+            if config.calibration == "fixed":
+                raise UserError(
+                    f"{place} with calibration='fixed': fixed thresholds follow no share; let them run "
+                    "(calibration.method: running), or remove it"
+                )
+            if not config.routed_layers or not issubclass(config.router_class, ScoreRouter):
+                raise UserError(
+                    f"{place} with router={config.router!r} and operators={config.operators}: no layer chooses between "
+                    "operators by a score, so there is no share to change; remove it"
+                )
+            stated = getattr(config, name)
+            if share.between is not None and not share.between[0] <= stated <= share.between[1]:
+                raise UserError(
+                    f"{place}={list(share.between)} does not hold model.{name}={stated}, which the model is validated "
+                    f"and saved with: write the range there, and in model.{name} a share within it"
+                )
+
+    def courses(self, steps: int) -> dict[str, Course]:
+        """The shares that change in a run, by the model's field.
+
+        Args:
+            steps: Of the run.
+
+        Raises:
+            UserError: if one would not be where it ends when the run does.
+        """
+        courses: dict[str, Course] = {}
+        if not (scheduled := self._scheduled()):
+            return courses
+        config = self.build_config(vocab_size=256)
+        for name, share in scheduled.items():
+            try:
+                courses[name] = share.course(getattr(config, name), steps, f"{name} {self.trainer.seed}")
+            except ValueError as error:
+                raise UserError(f"schedule.{name}.{error}") from None
+        return courses
 
     def steps(self, world_size: int = 1, rows: int | None = None) -> int:
         """Optimizer steps of the run on `world_size` processes; `tokens` is rounded up to whole steps.
@@ -397,7 +554,7 @@ class Recipe(Section):
 
     def _content(self) -> dict[str, Any]:
         """All fields that are not null, and those of the model that are given as null, to override a preset's."""
-        content = self.model_dump(mode="json", exclude_none=True)
+        content = self.model_dump(mode="json", exclude_none=True, by_alias=True)
         content["model"] |= {name: None for name, value in (self.model.model_extra or {}).items() if value is None}
         return content
 
@@ -413,7 +570,7 @@ class Recipe(Section):
         Raises:
             UserError: naming the first field that differs, and both values.
         """
-        now, then = _flat(self.model_dump(mode="json")), _flat(begun.model_dump(mode="json"))
+        now, then = (_flat(recipe.model_dump(mode="json", by_alias=True)) for recipe in (self, begun))
         for name in dict.fromkeys([*now, *then]):
             # In the model section null overrides a preset, which is not the same as leaving the field out.
             unsaid = "not said" if name.startswith("model.") else None
@@ -521,6 +678,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "mixture.tasks.*": DataSection,
     "trainer": TrainerSection,
     "calibration": CalibrationSection,
+    "schedule": ScheduleSection,
+    "schedule.*": ShareSection,
 }
 
 
@@ -547,7 +706,8 @@ def one_line(
         return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"
     if first["type"] == "extra_forbidden":
         place = ".".join(path[:-1])
-        known = sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields
+        fields = sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields
+        known = [info.alias or field for field, info in fields.items()]
         return f"{name}={given!r}: unknown field; {suggest(path[-1], known)}"
     if first["type"] == "missing":
         return f"{name} is missing from the {what}; set it"

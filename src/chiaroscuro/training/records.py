@@ -77,6 +77,8 @@ def terminal_line(record: dict[str, Any], steps: int) -> str:
             routing.append(f"H {np.mean(seen):.3f}")
     if "gate" in record:
         routing.append(f"g {record['gate']:.3f}")
+    if "attention_share" in record:
+        routing.append(f"ρ {record['attention_share']:.2f}")
     if routing:
         words.append("  ".join(routing))
     for task, figures in record.get("tasks", {}).items():
@@ -100,6 +102,8 @@ def legend(record: dict[str, Any]) -> str:
         said.append(f"H: their median spectral entropy (the null, white noise: {record['null_entropy'][1]:.3f}).")
     if "gate" in record:
         said.append("g: mean gate of the MetaRouter.")
+    if "attention_share" in record:
+        said.append("ρ: the share that the schedule asks for.")
     return textwrap.fill(" ".join(said), COLUMNS)
 
 

@@ -32,7 +32,7 @@ from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.loading import load_checkpoint
-from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal
+from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
     SCRATCH,
@@ -119,7 +119,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     folder = Path(recipe.trainer.output_dir)
     refuse_file(folder, f"trainer.output_dir={folder}")
     if recipe.trainer.epochs is None:
-        recipe.steps(processes.num_processes)  # refuses too long a warm-up before minutes go into the data
+        # Refuses too long a warm-up or schedule before minutes go into the data.
+        recipe.courses(recipe.steps(processes.num_processes))
     _refuse_data_parallel(processes)
     with _alone_in(folder, processes):
         return _train(recipe, folder, processes, resume, console)
@@ -176,6 +177,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             clock=Clock(checkpoint.facts.seconds if checkpoint else 0.0),
             interval=_interval_of(checkpoint),
             records=records,
+            courses=recipe.courses(steps),
             stop=stop,
             reporter=reporter,
         )
@@ -188,6 +190,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             processing_class=objective.tokenizer,
             callbacks=[
                 *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
+                *([TurnDials(run.courses)] if run.courses else []),
                 *([reporter] if reporter is not None else []),
                 stop,
             ],

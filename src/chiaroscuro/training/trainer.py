@@ -14,7 +14,7 @@ Two private methods of the parent are overridden, `_clip_grad_norm` and `_maybe_
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
 from chiaroscuro.training.objectives import Objective
 from chiaroscuro.training.records import describe_tasks
+from chiaroscuro.training.schedule import Course
 
 
 class TrainingDiverged(UserError):
@@ -80,6 +81,7 @@ class Run:
         clock: Counts the seconds.
         interval: What happened since the last training record.
         records: On resume, those up to the checkpoint.
+        courses: The shares that change from step to step.
         stop: Listens for Ctrl-C.
         reporter: Shows progress; only the main process has one.
         last: The newest record of each kind.
@@ -93,6 +95,7 @@ class Run:
     clock: Clock
     interval: Interval
     records: Sequence[dict[str, Any]]
+    courses: Mapping[str, Course]
     stop: StopOnSignal
     reporter: Reporter | None
     last: dict[str, dict[str, Any]] = field(init=False)
@@ -268,6 +271,7 @@ class RunTrainer(Trainer):
             **self.objective.figures_of((self._mean_over_processes(interval.loss) - added) / steps),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
+            **{name: course.during(step) for name, course in self.run.courses.items()},
         }
         if interval.beside:
             record["tasks"] = describe_tasks(interval.beside)
@@ -319,7 +323,8 @@ class RunTrainer(Trainer):
                 output_routing=self._routes,
                 progress=progress,
             )
-            self._publish({**self._place("validation"), **figures}, looks)
+            shares = {name: course.after(self.state.global_step) for name, course in self.run.courses.items()}
+            self._publish({**self._place("validation"), **figures, **shares}, looks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
