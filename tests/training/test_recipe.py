@@ -18,6 +18,7 @@ from chiaroscuro.training import Recipe
 from chiaroscuro.training.recipe import (
     CalibrationSection,
     DataSection,
+    DistillSection,
     MixtureSection,
     ScheduleSection,
     TrainerSection,
@@ -148,6 +149,7 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
         "precision": "bf16",
         "gradient_checkpointing": True,
         "compile": True,
+        "init_from": "z",
     }
     assert free.keys() | others.keys() | {"tokens", "epochs"} == set(type(begun.trainer).model_fields)
     for name, value in others.items():
@@ -301,6 +303,7 @@ def test_the_two_small_recipes_differ_in_the_model_alone() -> None:
         ("calibration", CalibrationSection),
         ("mixture", MixtureSection),
         ("schedule", ScheduleSection),
+        ("distill", DistillSection),
     ],
 )
 def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseModel]) -> None:
@@ -319,10 +322,15 @@ def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseM
     assert said == wanted
 
 
-def test_the_page_s_recipe_is_one(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_page_s_recipe_is_one_and_what_is_added_to_it_another(tmp_path: Path) -> None:
+    text, added = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(text)
     assert Recipe.load(tmp_path / "recipe.yaml").trainer.tokens == 5_000_000
+    content = yaml.safe_load(text)
+    del content["model"]["attention_share"]  # the schedule says where it ends
+    for section, fields in yaml.safe_load(added).items():
+        content[section] = {**content.get(section, {}), **fields}
+    assert Recipe.from_dict(content).courses(100)["attention_share"].after(50) == 0.25
 
 
 def test_a_null_over_a_preset_s_value_is_kept() -> None:

@@ -41,6 +41,7 @@ class Interval(BaseModel):
         step: The last record's step.
         seconds: The seconds trained until then.
         loss: Sum over the steps since then, mean over the processes.
+        divergence: Of distillation, sum over the steps of the mean KL, mean over the processes.
         collapse_term: Sum of what the collapse penalty took off these losses.
         beside: Of mixed training, task and figures of every second forward.
     """
@@ -48,6 +49,7 @@ class Interval(BaseModel):
     step: int = 0
     seconds: float = 0.0
     loss: float = 0.0
+    divergence: float = 0.0
     collapse_term: float = 0.0
     beside: list[tuple[str, dict[str, float]]] = Field(default_factory=list)
 

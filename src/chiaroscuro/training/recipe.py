@@ -1,9 +1,10 @@
 """A training run, described by one page of YAML.
 
 A recipe has the sections `model`, `data`, `tokenizer` and `trainer`; `mixture` if other tasks are learned beside a
-text; `calibration` if the thresholds are not to come from where the model's configuration says; and `schedule` if the
-share of attention is to change while the model trains. A field that is left out has its default, and an unknown field
-is an error that names it. `section.field=value` on the command line changes one field.
+text; `calibration` if the thresholds are not to come from where the model's configuration says; `schedule` if the
+share of attention is to change while the model trains; and `distill` if it is to learn from its full-attention self. A
+field that is left out has its default, and an unknown field is an error that names it. `section.field=value` on the
+command line changes one field.
 
 Two of YAML's traps are closed here. A key that is given twice is refused, where YAML would let the later one win; and a
 number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
@@ -126,14 +127,16 @@ def _two_numbers(value: Any) -> Any:
 class TrainerSection(Section):
     """How long to train, how fast, and how often to look and save.
 
-    One step takes `batch_size` sequences per device, `gradient_accumulation` times. Exactly one of `steps`, `tokens`
-    and `epochs` sets the length of the run; an epoch is as many whole steps as the data fill. The learning rate rises
-    linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`. Validation reads the whole split, or with
-    `validation_tokens` the first rows that hold so many tokens, padding included; it happens after the checkpoint of
-    its step.
+    A run begins with random weights, or with those of the checkpoint `init_from`, whose routing may be another: its
+    menus, its routers and their shares. One step takes `batch_size` sequences per device, `gradient_accumulation`
+    times. Exactly one of `steps`, `tokens` and `epochs` sets the length of the run; an epoch is as many whole steps as
+    the data fill. The learning rate rises linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`.
+    Validation reads the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding
+    included; it happens after the checkpoint of its step.
     """
 
     output_dir: Annotated[str, Field(min_length=1)]
+    init_from: Annotated[str | None, Field(min_length=1)] = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy takes
     steps: Count | None = None
     tokens: Count | None = None
@@ -192,6 +195,11 @@ class CalibrationSection(Section):
         if self.method == "fixed" and self.thresholds is None:
             raise ValueError("method='fixed' with thresholds=None: give thresholds: [low, high]")
         return self
+
+
+def _has_a_share(config: ChiarConfig) -> bool:
+    """Whether a layer of the model picks tokens by a score, so that it has a share of them."""
+    return bool(config.routed_layers) and issubclass(config.router_class, ScoreRouter)
 
 
 def _is_share(value: Any) -> bool:
@@ -264,6 +272,23 @@ class ScheduleSection(Section):
     attention_share: ShareSection | None = None
 
 
+class DistillSection(Section):
+    """Learn from the model's full-attention self: what it says is predicted, too.
+
+    The loss gets weight · T² · KL(p ‖ q), mean over the predictions: q is what the model predicts, p what the same
+    weights predict with every token at attention and without dropout, both at temperature T. No gradient goes through
+    p. The factor T² keeps the size of the gradient (arXiv 1503.02531).
+    """
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    @property
+    def factor(self) -> float:
+        """What the mean divergence counts in the loss."""
+        return self.weight * self.temperature**2
+
+
 class Recipe(Section):
     """Everything a training run needs to know. Read one with [`Recipe.load`][]."""
 
@@ -277,6 +302,7 @@ class Recipe(Section):
     trainer: TrainerSection
     calibration: CalibrationSection | None = None
     schedule: ScheduleSection | None = None
+    distill: DistillSection | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -330,6 +356,7 @@ class Recipe(Section):
         else:
             config = self._chiar_config(self.model, vocab_size, thresholds)
             self._refuse_impossible_schedule(config)
+            self._refuse_impossible_distillation(config)
         read = {"data": self.data}
         if self.mixture is not None:
             read |= {f"mixture.tasks.{name}": data for name, data in self.mixture.tasks.items()}
@@ -395,6 +422,8 @@ class Recipe(Section):
             raise UserError("calibration sets routing thresholds, which model.architecture: llama lacks; remove it")
         if self.schedule is not None:
             raise UserError("schedule changes a share of routed tokens, of which model.architecture: llama has none")
+        if self.distill is not None:
+            raise UserError("distill learns from what routing leaves out, and model.architecture: llama routes nothing")
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(
                 f"data.task={self.data.task!r} with model.architecture: llama, which is here a language model alone; "
@@ -468,7 +497,7 @@ class Recipe(Section):
                     f"{place} with calibration='fixed': fixed thresholds follow no share; let them run "
                     "(calibration.method: running), or remove it"
                 )
-            if not config.routed_layers or not issubclass(config.router_class, ScoreRouter):
+            if not _has_a_share(config):
                 raise UserError(
                     f"{place} with router={config.router!r} and operators={config.operators}: no layer chooses between "
                     "operators by a score, so there is no share to change; remove it"
@@ -479,6 +508,17 @@ class Recipe(Section):
                     f"{place}={list(share.between)} does not hold model.{name}={stated}, which the model is validated "
                     f"and saved with: write the range there, and in model.{name} a share within it"
                 )
+
+    def _refuse_impossible_distillation(self, config: ChiarConfig) -> None:
+        if self.distill is None:
+            return
+        if not _has_a_share(config):
+            raise UserError(
+                f"distill with router={config.router!r} and operators={config.operators}: no layer chooses between "
+                "operators by a score, so there is no full attention to learn from; remove it"
+            )
+        if isinstance(self.data.build_task(), ClassificationTask):
+            raise UserError(f"distill with data.task={self.data.task!r}: only predictions of tokens are distilled")
 
     def courses(self, steps: int) -> dict[str, Course]:
         """The shares that change in a run, by the model's field.
@@ -531,12 +571,14 @@ class Recipe(Section):
         """The recipe that trains the baseline of `calibration.method: paper`."""
         layers = self.build_config(vocab_size=256, thresholds=(0.0, 1.0)).num_hidden_layers
         content = self._content()
-        content.pop("calibration", None)
+        for section in ("calibration", "distill"):
+            content.pop(section, None)
         content["model"] |= {
             "operators": [["attention"]] * (layers or 0),
             "meta_router": "none",
             "calibration": "running",
         }
+        content["trainer"].pop("init_from", None)
         content["trainer"]["output_dir"] = str(Path(self.trainer.output_dir) / "baseline")
         return Recipe.from_dict(content)
 
@@ -680,6 +722,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationSection,
     "schedule": ScheduleSection,
     "schedule.*": ShareSection,
+    "distill": DistillSection,
 }
 
 

@@ -66,6 +66,8 @@ def terminal_line(record: dict[str, Any], steps: int) -> str:
         words.append(f"accuracy {record['accuracy']:.2%}")
     if "bits_per_byte" in record:
         words.append(f"bits/byte {record['bits_per_byte']:.4f}")
+    if "kl" in record:
+        words.append(f"KL {record['kl']:.4f}")
     if "tokens_per_second" in record:
         words.append(f"{record['tokens_per_second']:,.0f} tok/s")
     routing = []
@@ -104,6 +106,8 @@ def legend(record: dict[str, Any]) -> str:
         said.append("g: mean gate of the MetaRouter.")
     if "attention_share" in record:
         said.append("ρ: the share that the schedule asks for.")
+    if "kl" in record:
+        said.append("KL: what full attention would predict against what is predicted, in nats.")
     return textwrap.fill(" ".join(said), COLUMNS)
 
 

@@ -31,7 +31,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import paper_thresholds
-from chiaroscuro.model.loading import load_checkpoint
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config
 from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
@@ -46,6 +46,7 @@ from chiaroscuro.training.checkpoints import (
     refuse_foreign_scratch,
     scratch_in,
 )
+from chiaroscuro.training.initial_weights import load_weights
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records, write_records
@@ -121,6 +122,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     if recipe.trainer.epochs is None:
         # Refuses too long a warm-up or schedule before minutes go into the data.
         recipe.courses(recipe.steps(processes.num_processes))
+    if not resume and recipe.trainer.init_from is not None:
+        _refuse_no_checkpoint(recipe.trainer.init_from)
     _refuse_data_parallel(processes)
     with _alone_in(folder, processes):
         return _train(recipe, folder, processes, resume, console)
@@ -145,6 +148,8 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         _refuse_other_facts(checkpoint, facts)
 
     model = _build_model(recipe, objective, baseline)
+    if checkpoint is None and recipe.trainer.init_from is not None:
+        load_weights(model, recipe.trainer.init_from, objective.tokenizer)
     finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
         if finished:
@@ -178,6 +183,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             interval=_interval_of(checkpoint),
             records=records,
             courses=recipe.courses(steps),
+            distill=recipe.distill,
             stop=stop,
             reporter=reporter,
         )
@@ -364,6 +370,13 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if drawn:
             logging.enable_progress_bar()
+
+
+def _refuse_no_checkpoint(init_from: str) -> None:
+    try:
+        load_checkpoint_config(init_from)
+    except UserError as error:
+        raise UserError(f"trainer.init_from: {error}") from None
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------

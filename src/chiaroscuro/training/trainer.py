@@ -30,9 +30,14 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import move_whole, saying_why
+from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
+from chiaroscuro.training.distillation import kl_divergence
 from chiaroscuro.training.objectives import Objective
+from chiaroscuro.training.recipe import DistillSection
 from chiaroscuro.training.records import describe_tasks
 from chiaroscuro.training.schedule import Course
 
@@ -82,6 +87,7 @@ class Run:
         interval: What happened since the last training record.
         records: On resume, those up to the checkpoint.
         courses: The shares that change from step to step.
+        distill: How to learn from the model's full-attention self, if that is asked for.
         stop: Listens for Ctrl-C.
         reporter: Shows progress; only the main process has one.
         last: The newest record of each kind.
@@ -96,6 +102,7 @@ class Run:
     interval: Interval
     records: Sequence[dict[str, Any]]
     courses: Mapping[str, Course]
+    distill: DistillSection | None
     stop: StopOnSignal
     reporter: Reporter | None
     last: dict[str, dict[str, Any]] = field(init=False)
@@ -196,7 +203,8 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _facts(self) -> Facts:
-        interval = self.run.interval.model_copy(update={"loss": self._mean_over_processes(self.run.interval.loss)})
+        sums = {name: self._mean_over_processes(getattr(self.run.interval, name)) for name in ("loss", "divergence")}
+        interval = self.run.interval.model_copy(update=sums)
         return self.run.facts.model_copy(update={"seconds": self.run.clock.seconds, "interval": interval})
 
     def _mean_over_processes(self, value: float) -> float:
@@ -235,7 +243,18 @@ class RunTrainer(Trainer):
         if drawn is not None:
             name, second = drawn
             inputs["beside"] = {**send_to_device(second, self.args.device), "output_routing": True}
+        teacher = None
+        if self.run.distill is not None:
+            teacher = self._with_full_attention(inputs)
+            inputs["output_hidden_states"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.run.distill is not None and teacher is not None:
+            predicted = inputs["shift_labels"] != IGNORED
+            # The loss, too, is divided by the items of all processes and multiplied by the processes.
+            part = self.args.world_size / num_items_in_batch
+            divergence = part * self._divergence(outputs.hidden_states[-1][predicted], teacher[predicted])
+            loss = loss + self.run.distill.factor * divergence
+            interval.divergence += divergence.item()
         interval.collapse_term += self._part_of_step() * _collapse_term(outputs)
         if drawn is not None:
             # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
@@ -248,6 +267,19 @@ class RunTrainer(Trainer):
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _with_full_attention(self, inputs: dict[str, Any]) -> Tensor:
+        """What the head would see if all tokens went to attention; nothing of the model is another afterwards."""
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        with evaluation_mode(self.model), full_attention(self.model), self.accelerator.autocast():
+            hidden: Tensor = self.model.trunk(**given, use_cache=False).last_hidden_state
+            return hidden
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        assert self.run.distill is not None  # the caller's question
+        with self.accelerator.autocast():
+            return kl_divergence(student, teacher, self.model.lm_head.weight, self.run.distill.temperature)
 
     def _part_of_step(self) -> float:
         """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""
@@ -265,10 +297,15 @@ class RunTrainer(Trainer):
         # A penalty is not part of the nats of a prediction. With several processes the loss is the mean of all, and
         # these are the main one's own.
         added = sum(figures["loss"] for _, figures in interval.beside) - interval.collapse_term
+        divergence = {}
+        if self.run.distill is not None:
+            divergence = {"kl": self._mean_over_processes(interval.divergence) / steps}
+            added += self.run.distill.factor * divergence["kl"] * steps
         record: dict[str, Any] = {
             **self._place("train"),
             "tokens_per_second": steps * self.run.tokens_per_step / max(seconds - interval.seconds, 1e-9),
             **self.objective.figures_of((self._mean_over_processes(interval.loss) - added) / steps),
+            **divergence,
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             **{name: course.during(step) for name, course in self.run.courses.items()},

@@ -1,0 +1,133 @@
+"""Start a run from the weights of a trained model, whose routing may be another."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import Router, ScoreRouter
+from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+
+MAY_DIFFER = frozenset(
+    {
+        # who is routed where
+        "operators",
+        "router",
+        "router_seed",
+        "spectrum",
+        "attention_share",
+        "attention_context",
+        "calibration",
+        "entropy_thresholds",
+        "execution",
+        "collapse_penalty",
+        # how long sequences are, and what is dropped
+        "max_position_embeddings",
+        "hidden_dropout",
+        "attention_dropout",
+        "use_cache",
+        # what the tensors or the tokenizer say
+        "task_labels",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    }
+)
+"""Fields that may have changed since the weights were trained. With another value of any other one, the same tensors
+would compute something else, or be others."""
+
+
+def load_weights(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give an untrained model the weights of a trained one.
+
+    Every tensor must be in both and have one shape, but for those of the routers. A router that is the saved one's
+    equal takes over its weights and its calibration, set to the model's own share; another one begins untrained.
+
+    Args:
+        model: Changed in place.
+        name: As in `find_checkpoint`.
+        tokenizer: Of the run.
+
+    Raises:
+        UserError: if the checkpoint can't be read, is of another kind of model or was trained with another tokenizer,
+            or if its configuration or its tensors don't fit.
+    """
+    place = f"trainer.init_from={name}"
+    try:
+        saved = load_checkpoint(name)
+        theirs = load_checkpoint_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"trainer.init_from: {error}") from None
+    if type(saved) is not type(model):
+        raise UserError(f"{place} is a {type(saved).__name__}, and the recipe's model a {type(model).__name__}")
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{place} was trained with another tokenizer; set tokenizer: {name}")
+    for field in _fields(model):
+        then, now = getattr(saved.config, field), getattr(model.config, field)
+        if then != now:
+            raise UserError(f"{place} was trained with model.{field}={then!r}, and the recipe has {now!r}; put it back")
+    _copy(saved, model, place)
+    for path, router in _routers(model).items():
+        if (other := _routers(saved).get(path)) is not None and _are_equal(router, other):
+            _take_over(router, other)
+
+
+def _fields(model: PreTrainedModel) -> list[str]:
+    fields = model.config.fields() if isinstance(model.config, ChiarConfig) else LLAMA
+    return [field for field in fields if field not in MAY_DIFFER]
+
+
+LLAMA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rope_parameters")
+"""The fields of a Llama that must agree."""
+
+
+def _copy(saved: PreTrainedModel, model: PreTrainedModel, place: str) -> None:
+    """All tensors but the routers'."""
+    source, target = _without_routers(saved), _without_routers(model)
+    # One tensor may have several names, such as that of a head tied to the embedding: one of them is enough.
+    given = {target[name].data_ptr() for name in source.keys() & target.keys()}
+    used = {source[name].data_ptr() for name in source.keys() & target.keys()}
+    missing = {name for name in target.keys() - source.keys() if target[name].data_ptr() not in given}
+    unexpected = {name for name in source.keys() - target.keys() if source[name].data_ptr() not in used}
+    shapes = {name for name in source.keys() & target.keys() if source[name].shape != target[name].shape}
+    for name in sorted(missing | unexpected | shapes):
+        had, has = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (source, target))
+        raise UserError(
+            f"{place} does not fit the model: {name} is {had} in it and {has} in the model; only routers may differ"
+        )
+    for name in source.keys() & target.keys():
+        target[name].copy_(source[name])
+
+
+def _routers(model: PreTrainedModel) -> dict[str, Router]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Router)}
+
+
+def _without_routers(model: PreTrainedModel) -> dict[str, Tensor]:
+    routers = tuple(f"{path}." for path in _routers(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(routers)}
+
+
+def _are_equal(router: Router, other: Router) -> bool:
+    """Whether two routers score alike, whatever share of the tokens they are to pick."""
+
+    def says(of: Router) -> tuple[Any, ...]:
+        options = {k: v for k, v in asdict(of.options).items() if k not in ("attention_share", "thresholds")}
+        return type(of), of.width, of.operator_names, options
+
+    return says(router) == says(other)
+
+
+def _take_over(router: Router, other: Router) -> None:
+    """Weights and calibration, and the thresholds of the router's own share."""
+    router.load_state_dict(other.state_dict())
+    if not isinstance(router, ScoreRouter) or not isinstance(other, ScoreRouter):
+        return
+    ours, theirs = router.calibration, other.calibration
+    if not ours.running:
+        ours.set_fixed()
+    elif not theirs.running or theirs.share != ours.share:
+        ours.set_share(ours.share)
