@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_name_is_there() -> None:
-    assert sorted({*chiaroscuro._HOMES, "UserError"}) == chiaroscuro.__all__
+    assert sorted({*chain(*chiaroscuro._MODULES.values()), "UserError"}) == chiaroscuro.__all__
     for name in chiaroscuro.__all__:
         assert getattr(chiaroscuro, name).__name__ == name
     assert set(chiaroscuro.__all__) <= set(dir(chiaroscuro))
@@ -57,6 +58,8 @@ def test_the_model_brings_no_laboratory() -> None:
         ("info nowhere/at/all", "error: no such checkpoint: nowhere/at/all"),
         ("generate nowhere/at/all hello", "error: no such checkpoint: nowhere/at/all"),
         ("train nowhere.yaml", "error: recipe nowhere.yaml can't be read: No such file or directory"),
+        ("sweep nowhere.yaml", "error: sweep nowhere.yaml can't be read: No such file or directory"),
+        ("collapse nowhere", "error: nowhere: not the folder of a run: it has no metrics.jsonl with records in it"),
     ],
 )
 def test_help_and_a_wrong_name_wait_for_no_import(arguments: str, message: str) -> None:

@@ -8,11 +8,11 @@ Names are imported when they are first used, so `import chiaroscuro.ops` costs l
 `import chiaroscuro` the Auto classes of transformers know the models.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chiaroscuro import auto_classes
 from chiaroscuro.errors import UserError
+from chiaroscuro.lazy import lazily
 
 if TYPE_CHECKING:
     from chiaroscuro.layers import register_operator, register_router
@@ -41,32 +41,15 @@ __all__ = [
     "register_router",
 ]
 
-_HOMES = {
-    "ChiarCache": "chiaroscuro.model",
-    "ChiarConfig": "chiaroscuro.model.config",
-    "ChiarForCausalLM": "chiaroscuro.model",
-    "ChiarForMixedTasks": "chiaroscuro.model",
-    "ChiarForSequenceClassification": "chiaroscuro.model",
-    "ChiarModel": "chiaroscuro.model",
-    "calibrate": "chiaroscuro.model.calibration",
-    "register_operator": "chiaroscuro.layers",
-    "register_router": "chiaroscuro.layers",
+_MODULES = {
+    "analysis": (),
+    "convert": (),
+    "layers": ("register_operator", "register_router"),
+    "model": ("ChiarCache", "ChiarForCausalLM", "ChiarForMixedTasks", "ChiarForSequenceClassification", "ChiarModel"),
+    "model.calibration": ("calibrate",),
+    "model.config": ("ChiarConfig",),
+    "ops": (),
 }
-_ROOMS = ("analysis", "convert", "layers", "model", "ops")
 
 auto_classes.register()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    elif name in _ROOMS:
-        value = import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+__getattr__, __dir__ = lazily(__name__, _MODULES)

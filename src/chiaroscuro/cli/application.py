@@ -92,11 +92,15 @@ def _refuse_missing_checkpoint(name: str) -> str:
     return name
 
 
-def refuse_missing_recipe(name: str) -> str:
-    """Refuse a recipe that doesn't exist, before seconds of imports."""
-    if not Path(refuse_empty(name)).exists():
-        raise UserError(f"recipe {name} can't be read: No such file or directory")
-    return name
+def refuse_missing(kind: str) -> Callable[[Any], Any]:
+    """A callback that refuses a file that doesn't exist, before seconds of imports."""
+
+    def refuse(name: str | Path) -> str | Path:
+        if not Path(refuse_empty(str(name))).exists():
+            raise UserError(f"{kind} {name} can't be read: No such file or directory")
+        return name
+
+    return refuse
 
 
 def refuse_bad_place(file: Path | None) -> Path | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from chiaroscuro.cli.application import LARGEST, AsJson, command, print_json, refuse_empty
 from chiaroscuro.errors import UserError
+from chiaroscuro.hub import find_checkpoint
 
 
 @command()
@@ -52,7 +53,6 @@ def flops(
 def _config_of(model: str) -> Any:
     """The configuration of a preset or a checkpoint."""
     from chiaroscuro.model.config import ChiarConfig
-    from chiaroscuro.model.loading import find_checkpoint, load_checkpoint_config
 
     if model in ChiarConfig.presets():
         return ChiarConfig.preset(model)
@@ -62,6 +62,8 @@ def _config_of(model: str) -> Any:
         raise UserError(
             f"{model} is not a preset (chiaroscuro presets lists them), and no checkpoint is there"
         ) from None
+    from chiaroscuro.model.loading import load_checkpoint_config  # with transformers' model classes: seconds
+
     config = load_checkpoint_config(model)
     if not isinstance(config, ChiarConfig):
         raise UserError(f"{model} is a {config.model_type}, not a CHIAR-Former: its operations are not counted here")

@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_missing_recipe
+from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_missing
 from chiaroscuro.errors import UserError
 
 
 @command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=refuse_missing_recipe)
+        str, typer.Argument(help="A YAML recipe, such as recipes/small.yaml.", callback=refuse_missing("recipe"))
     ],
     overrides: Annotated[
         list[str] | None,
@@ -43,7 +43,14 @@ def train(
 
 @command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as recipes/sweeps/NAME.yaml.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A YAML file, such as recipes/sweeps/NAME.yaml.",
+            callback=refuse_missing("sweep"),
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="section.field=value …", help="Fields to change in the recipe that all runs share."),
@@ -107,7 +114,6 @@ def collapse(
     """
     from chiaroscuro.analysis.collapse import trace_collapse
     from chiaroscuro.files import write_bytes
-    from chiaroscuro.report.collapse_figure import draw_collapse
     from chiaroscuro.report.tables import collapse_table, shares
     from chiaroscuro.training.records import read_run
 
@@ -116,6 +122,8 @@ def collapse(
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if png is not None:
+        from chiaroscuro.report.collapse_figure import draw_collapse
+
         write_bytes(png, draw_collapse(trace))
     if as_json:
         print_json(trace.to_dict())
@@ -134,7 +142,6 @@ def gates(folder: Run, png: Png = None, as_json: AsJson = False) -> None:
     """
     from chiaroscuro.analysis.gates import gates_as_dict, trace_gates
     from chiaroscuro.files import write_bytes
-    from chiaroscuro.report.gate_figure import draw_gates
     from chiaroscuro.report.tables import gates_table
     from chiaroscuro.training.records import read_run
 
@@ -143,6 +150,8 @@ def gates(folder: Run, png: Png = None, as_json: AsJson = False) -> None:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if png is not None:
+        from chiaroscuro.report.gate_figure import draw_gates
+
         write_bytes(png, draw_gates(traced))
     if as_json:
         print_json(gates_as_dict(traced))

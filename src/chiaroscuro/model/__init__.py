@@ -1,10 +1,15 @@
 """The Hugging Face classes: a CHIAR-Former to call, train, generate with, save and load."""
 
-from chiaroscuro.model.cache import ChiarCache
-from chiaroscuro.model.classification import ChiarForSequenceClassification
-from chiaroscuro.model.mixed import ChiarForMixedTasks
-from chiaroscuro.model.modeling import ChiarForCausalLM, ChiarModel, ChiarPreTrainedModel
-from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput, ChiarSequenceClassifierOutput
+from typing import TYPE_CHECKING
+
+from chiaroscuro.lazy import lazily
+
+if TYPE_CHECKING:
+    from chiaroscuro.model.cache import ChiarCache
+    from chiaroscuro.model.classification import ChiarForSequenceClassification
+    from chiaroscuro.model.mixed import ChiarForMixedTasks
+    from chiaroscuro.model.modeling import ChiarForCausalLM, ChiarModel, ChiarPreTrainedModel
+    from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput, ChiarSequenceClassifierOutput
 
 __all__ = [
     "ChiarCache",
@@ -17,3 +22,17 @@ __all__ = [
     "ChiarPreTrainedModel",
     "ChiarSequenceClassifierOutput",
 ]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "cache": ["ChiarCache"],
+        "calibration": [],
+        "classification": ["ChiarForSequenceClassification"],
+        "config": [],
+        "loading": [],
+        "mixed": ["ChiarForMixedTasks"],
+        "modeling": ["ChiarForCausalLM", "ChiarModel", "ChiarPreTrainedModel"],
+        "outputs": ["ChiarCausalLMOutput", "ChiarModelOutput", "ChiarSequenceClassifierOutput"],
+    },
+)

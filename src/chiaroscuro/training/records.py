@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chiaroscuro.analysis.routing_summary import PROBABILITIES
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_text
 
@@ -117,6 +116,8 @@ def _costliest(layers: Sequence[dict[str, Any]]) -> str:
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record, under flat names for TensorBoard."""
+    from chiaroscuro.analysis.routing_summary import PROBABILITIES  # it brings PyTorch, which reading does not need
+
     kind = record["kind"]
     flat = {
         f"{kind}/{name}": value
