@@ -5,7 +5,9 @@ import itertools
 from hypothesis import given
 from traces import make_trace, traces
 
-from chiaroscuro.report.palette import LIGHT, NIGHT, PAPER, SHADOW, blend, operator_styles
+from chiaroscuro.layers import Operator
+from chiaroscuro.layers.registry import OPERATORS
+from chiaroscuro.report.palette import LIGHT, NIGHT, PAPER, SHADOW, blend, operator_styles, styles_of
 
 
 def luminance(colour):
@@ -44,6 +46,16 @@ def test_more_operators_than_colours_still_have_names_and_letters():
     styles = operator_styles(make_trace("ab", [("dct",), names, ("attention",)]))
     assert list(styles) == ["dct", *names, "attention"]
     assert len({style.letter for style in styles.values()}) == 10
+
+
+def test_the_look_follows_from_the_cost_and_not_from_the_name(monkeypatch):
+    cheap, costly = (type("Named", (Operator,), {"cost": cost}) for cost in (0, 2))
+    monkeypatch.setitem(OPERATORS, "shade", cheap)
+    monkeypatch.setitem(OPERATORS, "gaze", costly)
+    mine, usual = styles_of(["gaze", "rbf", "shade"]), styles_of(["dct", "rbf", "attention"])
+    assert list(mine) == ["shade", "rbf", "gaze"]
+    for one, other in zip(mine.values(), usual.values(), strict=True):
+        assert (one.ink, one.brackets, one.area) == (other.ink, other.brackets, other.area)
 
 
 @given(traces())
