@@ -4,21 +4,18 @@ Full attention bends upwards where the scores begin to cost more than the matrix
 it the routed models stay, and from which length on.
 """
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from chiaroscuro.analysis.speed import DECODED
+from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
 
 PANELS = {"train": "training step", "forward": "prefill", "decode": "decoding"}
-_INK, _GRID = "#241d14", "#d9d2c5"
 _LABELLED = ("1.0", "2.0", "3.0", "4.0", "5.0", "7.0")
-_BASELINE, _LLAMA, _DENSE = "#241d14", "#2b4c9b", "#a32a20"
+_BASELINE, _LLAMA, _DENSE = INK, "#2b4c9b", "#a32a20"
 # Attention is where the light falls: the less of it, the paler the line.
 _CONTEXTS = {"routed": ("#7a4700", "#b97714", "#e0b15c"), "all": ("#0b665c", "#3f9c90", "#8fcabf")}
 
@@ -34,17 +31,14 @@ def draw_performance(cells: Sequence[dict[str, Any]]) -> bytes:
 
     """
     tasks = [task for task in PANELS if any(cell["task"] == task for cell in cells)]
-    figure = Figure(figsize=(4.2 * max(1, len(tasks)) + 2.2, 4.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * max(1, len(tasks)) + 2.2, 4.4)
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=False):
         _draw_panel(axes, task, [cell for cell in cells if cell["task"] == task])
     if tasks:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return as_png(figure)
 
 
 def _draw_panel(axes: Axes, task: str, cells: list[dict[str, Any]]) -> None:
@@ -64,13 +58,12 @@ def _draw_panel(axes: Axes, task: str, cells: list[dict[str, Any]]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:.1e}"[:3] in _LABELLED else ""))
-    axes.set_xlabel("T, tokens of a sequence" if task != "decode" else "T, tokens in the cache", color=_INK, fontsize=9)
-    axes.set_ylabel("milliseconds a token" + (" of every sequence" if task == "decode" else ""), color=_INK, fontsize=9)
-    axes.set_title(PANELS[task], loc="left", color=_INK, fontsize=10)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.grid(which="minor", axis="y", color=_GRID, linewidth=0.3)
-    axes.tick_params(which="both", length=0, labelsize=8, colors=_INK)
-    axes.spines[:].set_visible(False)
+    axes.set_xlabel("T, tokens of a sequence" if task != "decode" else "T, tokens in the cache", color=INK, fontsize=9)
+    axes.set_ylabel("milliseconds a token" + (" of every sequence" if task == "decode" else ""), color=INK, fontsize=9)
+    axes.set_title(PANELS[task], loc="left", color=INK, fontsize=10)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.grid(which="minor", axis="y", color=GRID, linewidth=0.3)
+    quieten(axes)
 
 
 def _tokens(cell: dict[str, Any]) -> int:

@@ -1,9 +1,10 @@
 """The benchmark's figures as a Markdown page."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from chiaroscuro.analysis.speed import DECODED
+from chiaroscuro.report.tables import markdown_table
 
 INTRODUCTION = """# What routing saves
 
@@ -69,7 +70,7 @@ def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
         head = ["width", "context", "", "share of the layer's time"]
         what = {True: "training step", False: "forward"}
         return [
-            _table(
+            markdown_table(
                 head,
                 [[f"{c['length']:,}", c["context"], what[c["training"]], f"{c['share_of_layer']:.1%}"] for c in cells],
             )
@@ -81,7 +82,7 @@ def _tables(task: str, cells: list[dict[str, Any]]) -> list[str]:
             [f"{c['length']:,}", steps[c["step"]], c["candidate"], *(f"{s:.3g}" for s in c["seconds"].values())]
             for c in sorted(cells, key=lambda c: (c["length"], c["step"] == "forward"))
         ]
-        return [_table(head, rows)]
+        return [markdown_table(head, rows)]
     if task == "memory":
         return [_by_length(cells, lambda c: f"{c['bytes'] / 2**20:,.0f} MiB · **{c['ratio']:.2f}**")]
     tables = [_by_length(cells, _timing)]
@@ -103,9 +104,4 @@ def _by_length(cells: list[dict[str, Any]], show: Callable[[dict[str, Any]], str
     names = list(dict.fromkeys(cell["candidate"] for cell in cells))
     shown = {(cell["candidate"], cell["length"]): show(cell) for cell in cells}
     rows = [[name, *(shown.get((name, length), "") for length in lengths)] for name in names]
-    return _table(["", *(f"T = {length:,}" for length in lengths)], rows)
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(["", *(f"T = {length:,}" for length in lengths)], rows)

@@ -5,12 +5,10 @@ operator, and the distribution of H with its thresholds and the null. A text can
 below as long as they are legible.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -19,12 +17,13 @@ from matplotlib.patches import Patch
 
 from chiaroscuro.analysis.routing import RoutingTrace
 from chiaroscuro.files import write_bytes
+from chiaroscuro.report.figures import INK, as_png, new_figure, quieten
 from chiaroscuro.report.fonts import Fonts, fonts_for
 from chiaroscuro.report.palette import OperatorStyle, operator_styles
 from chiaroscuro.report.visible import label
 
 _LABELLED_TOKENS = 60
-_INK, _NULL, _THRESHOLD, _AMBER = "#241d14", "#3f5f8a", "#a32a20", "#e59a1c"
+_NULL, _THRESHOLD = "#3f5f8a", "#a32a20"
 # From shadow to light, without hue, so that it can't be confused with the operators' colours.
 _ENTROPY_MAP = LinearSegmentedColormap.from_list("chiaroscuro", ["#14110d", "#59544d", "#a8a298", "#f4f1ea"])
 # Below each row of entropies are the stripe of operators and a gap.
@@ -47,8 +46,7 @@ def draw_routing(trace: RoutingTrace) -> Figure:
     row_height = float(np.clip(3.6 / layers, 0.27, 0.62))
     width = float(np.clip(0.19 * tokens, 4.5, 9.5)) + 5.5
     height = row_height * layers + (2.4 if labelled else 1.9)
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     map_axes, share_axes, spread_axes = figure.subplots(
         1, 3, sharey=True, width_ratios=[width - 5.5, 1.3, 2.7], gridspec_kw={"wspace": 0.03}
     )
@@ -58,8 +56,7 @@ def draw_routing(trace: RoutingTrace) -> Figure:
     _draw_spread(spread_axes, trace)
     for axes in (map_axes, share_axes, spread_axes):
         axes.set_ylim(layers - 0.5, -0.5)
-        axes.tick_params(length=0, labelsize=8, colors=_INK)
-        axes.spines[:].set_visible(False)
+        quieten(axes)
 
     bar = figure.colorbar(
         ScalarMappable(norm, _ENTROPY_MAP),
@@ -71,11 +68,11 @@ def draw_routing(trace: RoutingTrace) -> Figure:
         pad=0.02,
     )
     bar.ax.axvline(trace.null_mean, color=_NULL, linewidth=2)
-    bar.ax.tick_params(labelsize=7, colors=_INK)
-    bar.set_label("spectral entropy H", fontsize=8, color=_INK)
+    bar.ax.tick_params(labelsize=7, colors=INK)
+    bar.set_label("spectral entropy H", fontsize=8, color=INK)
     bar.outline.set_visible(False)
 
-    operators = [Patch(color=_colour(name, style), label=name) for name, style in styles.items()]
+    operators = [Patch(color=style.area, label=name) for name, style in styles.items()]
     figure.legend(handles=operators, loc="outside lower left", ncols=len(operators), fontsize=8, frameon=False)
     title = f"{tokens} tokens, {len(trace.routed_layers)} of {layers} layers routed, width {trace.width}"
     if trace.meta_gate is not None:
@@ -84,7 +81,7 @@ def draw_routing(trace: RoutingTrace) -> Figure:
             title += f" ({min(trace.meta_gate):.3f}–{max(trace.meta_gate):.3f})"
     if fonts.note:
         title += f"; {fonts.note}"
-    figure.suptitle(title, fontsize=9, color=_INK, x=0.008, ha="left")
+    figure.suptitle(title, fontsize=9, color=INK, x=0.008, ha="left")
     return figure
 
 
@@ -95,14 +92,7 @@ def save_png(trace: RoutingTrace, path: str | Path) -> None:
         UserError: the file can't be written there.
 
     """
-    content = io.BytesIO()
-    draw_routing(trace).savefig(content, format="png", dpi=160)
-    write_bytes(path, content.getvalue())
-
-
-def _colour(name: str, style: OperatorStyle) -> str:
-    """The operator's colour for an area; its ink is meant for letters."""
-    return _AMBER if name == "attention" else style.ink
+    write_bytes(path, as_png(draw_routing(trace), dpi=160))
 
 
 def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle], fonts: Fonts | None) -> Normalize:
@@ -116,7 +106,7 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
     picture = np.ones((layers, _ROWS_PER_LAYER, tokens, 3))
     picture[:, : -_STRIPE_ROWS - _GAP_ROWS] = _ENTROPY_MAP(norm(entropies))[:, None, :, :3]
     for row, layer in zip(picture, trace.layers, strict=True):
-        colours = np.array([to_rgb(_colour(name, styles[name])) for name in layer.operators])
+        colours = np.array([to_rgb(styles[name].area) for name in layer.operators])
         row[-_STRIPE_ROWS - _GAP_ROWS : -_GAP_ROWS] = colours[list(layer.operator_index)]
     axes.imshow(
         picture.reshape(layers * _ROWS_PER_LAYER, tokens, 3),
@@ -124,7 +114,7 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
         extent=(0, tokens, layers - 0.5, -0.5),
     )
     axes.set_yticks(range(layers), [str(index + 1) for index in range(layers)])
-    axes.set_ylabel("layer", fontsize=8, color=_INK)
+    axes.set_ylabel("layer", fontsize=8, color=INK)
     if fonts:
         names = [_cut(fonts.drawable(label(piece))) for piece in trace.tokens]
         axes.set_xticks(np.arange(tokens) + 0.5, names, rotation=90)
@@ -132,7 +122,7 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
             # A text may contain dollar signs, which are not formulas.
             text.set(fontsize=7.5, fontfamily=list(fonts.families), parse_math=False)
     else:
-        axes.set_xlabel("token, in the order of the text", fontsize=8, color=_INK)
+        axes.set_xlabel("token, in the order of the text", fontsize=8, color=INK)
     return norm
 
 
@@ -140,13 +130,13 @@ def _draw_shares(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyl
     for row, layer in enumerate(trace.layers):
         start = 0.0
         for name, share in zip(layer.operators, layer.share, strict=True):
-            axes.barh(row, share, left=start, height=0.5, color=_colour(name, styles[name]))
+            axes.barh(row, share, left=start, height=0.5, color=styles[name].area)
             start += share
         note = f"{layer.share[-1]:.0%}" if layer.routed else "fixed"
         axes.text(1.05, row, note, va="center", fontsize=7, color=styles[layer.operators[-1]].ink)
     axes.set_xlim(0, 1.35)
     axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-    axes.set_title("share per operator", fontsize=8, color=_INK)
+    axes.set_title("share per operator", fontsize=8, color=INK)
 
 
 def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
@@ -169,7 +159,7 @@ def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
     axes.axvline(trace.null_mean, color=_NULL, linewidth=1.4)
     axes.set_xlim(edges[0], edges[-1])
     axes.locator_params(axis="x", nbins=4)
-    axes.set_title("distribution of H", fontsize=8, color=_INK)
+    axes.set_title("distribution of H", fontsize=8, color=INK)
     handles = [
         Line2D([], [], color=_NULL, linewidth=1.4, label=f"null {trace.null_mean:.4f}"),
         Line2D([], [], color=_THRESHOLD, linewidth=1.4, linestyle=(0, (2, 1)), label="threshold τ"),

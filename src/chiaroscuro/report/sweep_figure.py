@@ -5,20 +5,18 @@ curves: a panel per variant, a curve per seed over the validations, and the base
 the same seed have the same shade, since the test pairs them.
 """
 
-import io
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
+from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, number_steps, quieten
 from chiaroscuro.report.fonts import Fonts, fonts_for
 from chiaroscuro.report.palette import blend
 
-_INK, _GRID, _BASELINE = "#241d14", "#d9d2c5", "#2b4c9b"
+_BASELINE = "#2b4c9b"
 _FIRST, _LAST = "#7a4700", "#e0b15c"
 # If the largest value is this many times the smallest, a linear axis would crowd the good variants together.
 _LOGARITHMIC = 3.0
@@ -36,8 +34,7 @@ def draw_sweep(found: Mapping[str, Any]) -> bytes:
 
     """
     variants = found["variants"]
-    figure = Figure(figsize=(8.5, 1.3 + 0.36 * len(variants)), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.5, 1.3 + 0.36 * len(variants))
     axes = figure.subplots()
     for row, variant in enumerate(variants):
         if "estimate" in variant:
@@ -46,7 +43,7 @@ def draw_sweep(found: Mapping[str, Any]) -> bytes:
     if "estimate" in baseline:
         axes.axvline(baseline["estimate"]["mean"], color=_BASELINE, linewidth=1.2, linestyle="--", zorder=1)
     _dress(axes, found)
-    return _as_png(figure)
+    return as_png(figure)
 
 
 def draw_curves(found: Mapping[str, Any]) -> bytes:
@@ -62,8 +59,7 @@ def draw_curves(found: Mapping[str, Any]) -> bytes:
     variants, metric = found["variants"], found["metric"]
     columns = min(_COLUMNS, len(variants))
     rows = math.ceil(len(variants) / columns)
-    figure = Figure(figsize=(2.4 * columns + 0.8, 1.9 * rows + 0.8), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.4 * columns + 0.8, 1.9 * rows + 0.8)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     baseline = next(variant for variant in variants if variant["name"] == found["baseline"])
     fonts = _fonts(found)
@@ -74,24 +70,18 @@ def draw_curves(found: Mapping[str, Any]) -> bytes:
             for run in variant["runs"]:
                 _draw_curve(axes, run, metric, color=_shade(run, found), linewidth=1.4, marker="o", markersize=2.5)
         name = fonts.drawable(variant["name"])
-        axes.set_title(name, loc="left", color=_INK, fontsize=8, fontfamily=list(fonts.families), parse_math=False)
+        axes.set_title(name, loc="left", color=INK, fontsize=8, fontfamily=list(fonts.families), parse_math=False)
         _dress_curves(axes, metric)
     for axes in panels[len(variants) :]:
         axes.set_visible(False)
     dashed = f"step; dashed: {fonts.drawable(found['baseline'])}"
-    figure.supxlabel(dashed, color=_INK, fontsize=9, fontfamily=list(fonts.families), parse_math=False)
-    figure.supylabel(metric, color=_INK, fontsize=9)
-    return _as_png(figure)
+    figure.supxlabel(dashed, color=INK, fontsize=9, fontfamily=list(fonts.families), parse_math=False)
+    figure.supylabel(metric, color=INK, fontsize=9)
+    return as_png(figure)
 
 
 def _fonts(found: Mapping[str, Any]) -> Fonts:
     return fonts_for(variant["name"] for variant in found["variants"])
-
-
-def _as_png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
 
 
 def _shade(run: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -111,16 +101,14 @@ def _dress_curves(axes: Axes, metric: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
-    axes.tick_params(which="both", length=0, labelsize=8, colors=_INK)
-    axes.spines[:].set_visible(False)
+    number_steps(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    quieten(axes)
 
 
 def _draw_variant(axes: Axes, row: int, variant: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     value = variant["estimate"]
-    colour = _BASELINE if variant["name"] == found["baseline"] else _INK
+    colour = _BASELINE if variant["name"] == found["baseline"] else INK
     if value["low"] is not None:
         axes.plot([value["low"], value["high"]], [row, row], color=colour, linewidth=1.6, zorder=2)
     axes.plot([value["mean"]], [row], marker="|", markersize=13, markeredgewidth=2.2, color=colour, zorder=3)
@@ -147,10 +135,9 @@ def _dress(axes: Axes, found: Mapping[str, Any]) -> None:
         text.set(fontfamily=families, parse_math=False)
     better = "more is better" if metric == "accuracy" else "less is better"
     seeds = f"{len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"
-    axes.set_xlabel(f"{metric} of the last validation ({better})", color=_INK, fontsize=9)
+    axes.set_xlabel(f"{metric} of the last validation ({better})", color=INK, fontsize=9)
     title = f"{seeds}: points, mean and 95% interval; dashed: {fonts.drawable(found['baseline'])}"
-    axes.set_title(title, loc="left", color=_INK, fontsize=9, fontfamily=families, parse_math=False)
-    axes.grid(axis="x", color=_GRID, linewidth=0.6)
+    axes.set_title(title, loc="left", color=INK, fontsize=9, fontfamily=families, parse_math=False)
+    axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelsize=8, colors=_INK)
-    axes.spines[:].set_visible(False)
+    quieten(axes)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.report.sweep_figure import draw_curves, draw_sweep
+from chiaroscuro.report.tables import markdown_table, shares, three
 from chiaroscuro.training.records import routed
 
 _ENDS = ("mean", "low", "high")
@@ -68,7 +69,7 @@ def render_markdown(found: Mapping[str, Any]) -> str:
     of_logarithms = found["metric"] == "perplexity"
     effect = "the ratio of perplexities" if of_logarithms else "the difference of accuracies"
     parts = [
-        _table(head, rows),
+        markdown_table(head, rows),
         f"Seeds {seeds}. Mean ± standard deviation of the last validation, its 95% interval by Student's t. Against "
         f"the baseline, *{found['baseline']}*: {effect} over the seeds that both have, its 95% interval, and p by a "
         f"paired t-test{' of the logarithms' if of_logarithms else ''}, not corrected for the number of variants. ρ: "
@@ -81,12 +82,12 @@ def render_markdown(found: Mapping[str, Any]) -> str:
         null = next(variant["null_entropy"] for variant in found["variants"] if "null_entropy" in variant)
         parts += [
             "## Where the tokens went\n",
-            _table(["variant", "layer", "share per operator", "H 5 / 50 / 95 %"], routing),
-            f"Of the last validation, mean over the seeds. White noise of the same width: H {_three(null)}.\n",
+            markdown_table(["variant", "layer", "share per operator", "H 5 / 50 / 95 %"], routing),
+            f"Of the last validation, mean over the seeds. White noise of the same width: H {three(null)}.\n",
         ]
     gates = [[variant["name"], _gate(variant["gate"])] for variant in found["variants"] if "gate" in variant]
     if gates:
-        parts += ["## The MetaRouter's gate\n", _table(["variant", "g"], gates)]
+        parts += ["## The MetaRouter's gate\n", markdown_table(["variant", "g"], gates)]
     if found["failed"]:
         parts += ["## Failed\n", *(f"- {line}" for line in found["failed"]), ""]
     return "\n".join(parts)
@@ -126,11 +127,6 @@ def print_sweep(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def _seeds(variant: Mapping[str, Any], asked: int) -> str:
     done, failed = len(variant["seeds_done"]), len(variant["failed"])
     return (f"{done}" if done == asked else f"{done} of {asked}") + (f", {failed} failed" if failed else "")
@@ -166,15 +162,11 @@ def _routing_rows(variant: Mapping[str, Any]) -> list[list[str]]:
         [
             variant["name"],
             str(layer["layer"]),
-            " · ".join(f"{name} {share:.1%}" for name, share in zip(layer["operators"], layer["share"], strict=True)),
-            _three(layer["entropy"]),
+            shares(layer["operators"], layer["share"]),
+            three(layer["entropy"]),
         ]
         for layer in routed(dict(variant))
     ]
-
-
-def _three(quantiles: Sequence[float]) -> str:
-    return " / ".join(f"{value:.3f}" for value in quantiles)
 
 
 def _gate(gate: Mapping[str, Any]) -> str:

@@ -8,25 +8,22 @@ wikitext2, of the variants with three operators (does one of them collapse?), an
 the gate by task (does it tell text from symbols?). What has not run yet is left out.
 """
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from chiaroscuro.analysis.collapse import trace_collapse
 from chiaroscuro.analysis.gates import trace_gates
 from chiaroscuro.files import write_bytes
+from chiaroscuro.report.figures import INK, as_png, new_figure, number_steps, quieten
 from chiaroscuro.report.gate_figure import PUBLISHED
 from chiaroscuro.report.palette import styles_of
 from chiaroscuro.training import read_records
 
 RUNS, RESULTS = Path("runs/sweeps"), Path("experiments/results")
 SHARES, GATES = RESULTS / "wikitext2" / "shares.png", RESULTS / "mixed" / "gates.png"
-INK = "#241d14"
 TASKS = {"text": "#1f3a93", "imdb": "#a32a20", "listops": "#b07a12"}
 
 
@@ -84,24 +81,19 @@ def draw_gates(variants: dict[str, list[Path]]) -> bytes:
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(2.9 * columns + 1.3, 1.7 * rows + 0.9), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.9 * columns + 1.3, 1.7 * rows + 0.9)
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
 
 
 def _finish(figure: Figure, panels: list[Axes]) -> bytes:
     for axes in panels:
         axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.tick_params(length=0, labelsize=8, colors=INK)
-        axes.spines[["top", "right"]].set_visible(False)
+        number_steps(axes)
+        quieten(axes, ["top", "right"])
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.supxlabel("step", color=INK, fontsize=9)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    return content.getvalue()
+    return as_png(figure, dpi=130)
 
 
 if __name__ == "__main__":

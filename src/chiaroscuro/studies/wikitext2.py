@@ -21,6 +21,7 @@ from rich.console import Console
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import describe_routing
+from chiaroscuro.report.tables import shares, three
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, train
 
@@ -201,11 +202,7 @@ def _row(f: dict[str, Any]) -> str:
 
 def _routing_rows(f: dict[str, Any]) -> list[str]:
     return [
-        f"| {f['seed']} | {layer['layer']} | "
-        + " · ".join(f"{n} {s:.1%}" for n, s in zip(layer["operators"], layer["share"], strict=True))
-        + " | "
-        + " / ".join(f"{h:.3f}" for h in layer["entropy"])
-        + " |"
+        f"| {f['seed']} | {layer['layer']} | {shares(layer['operators'], layer['share'])} | {three(layer['entropy'])} |"
         for layer in f["validation"]["layers"]
     ]
 
