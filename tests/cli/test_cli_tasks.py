@@ -5,12 +5,14 @@ and the data must agree on.
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from chiaroscuro import ChiarConfig, ChiarForSequenceClassification
 from chiaroscuro.data.tasks import load_task
 
 Run = Callable[..., tuple[int, str, str]]
@@ -80,6 +82,18 @@ def test_evaluate_gives_accuracy_and_its_interval(run: Run, classifier: Path) ->
     assert dialled["layers"][1]["share"] == [0.0, 1.0]
     code, out, _ = run("evaluate", classifier)
     assert code == 0 and "accuracy" in out and "perplexity" not in out
+
+
+def test_a_regression_has_no_accuracy(run: Run, classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier / "model", tmp_path / "model")
+    shutil.copy(classifier / "recipe.yaml", tmp_path)
+    config = ChiarConfig.from_pretrained(classifier / "model")
+    config.num_labels, config.problem_type = 1, "regression"
+    ChiarForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    code, out, err = run("evaluate", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: evaluate counts the right labels of a classifier, and ")
+    assert "is a regression (num_labels=1)" in err and err.count("\n") == 1
 
 
 def test_what_else_takes_a_classifier(run: Run, classifier: Path) -> None:

@@ -34,13 +34,18 @@ def evaluate(
         What was measured, ready for JSON; with the routing of every layer if the model routes.
 
     Raises:
-        UserError: the text or task can't be found, or T or the stride is impossible.
+        UserError: the text or task can't be found, T or the stride is impossible, or the model is a regression.
 
     """
     # A model that was trained to predict targets is a language model too: another source measures it on a text.
     on_targets = source is None and workspace.has_targets and not workspace.classifies
     if (workspace.classifies or on_targets) and stride is not None:
         raise UserError(f"--stride {stride}: a stride goes with a text, and this checkpoint is measured row by row")
+    if workspace.classifies and workspace.head is None and workspace.model.config.num_labels == 1:
+        raise UserError(
+            f"evaluate counts the right labels of a classifier, and {workspace.name} is a regression (num_labels=1): "
+            "measure its errors with a Trainer and compute_metrics"
+        )
     length = workspace.length(length)
     figures: dict[str, Any] = {"checkpoint": workspace.name, "data": "", "split": split, "length": length}
     model, routes = workspace.model, workspace.routes
