@@ -209,7 +209,3 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
 
 def _rounded(values: tuple[float, ...]) -> list[float | None]:
     return [round(value, 6) if math.isfinite(value) else None for value in values]
-
-
-def _routes_by_h(router: Any) -> bool:
-    return isinstance(router, ScoreRouter) and router.scores_its_own_entropy
