@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -111,18 +110,6 @@ def test_a_failing_block_leaves_the_old_folder(tmp_path, error):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
 
-@contextmanager
-def files_no_larger_than(size):
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 WORDS = Tokenizer(WordLevel({str(number): number for number in range(10_000)}, unk_token="0"))
 
 
@@ -136,7 +123,7 @@ WORDS = Tokenizer(WordLevel({str(number): number for number in range(10_000)}, u
     ],
     ids=["plain", "torch", "safetensors", "tokenizers"],
 )
-def test_a_full_disk_is_one_line(tmp_path, write):
+def test_a_full_disk_is_one_line(tmp_path, write, files_no_larger_than):
     target = tmp_path / "model"
     with files_no_larger_than(20_000), pytest.raises(UserError) as caught, whole_folder(target) as unfinished:
         write(unfinished)

@@ -1,9 +1,6 @@
 """Tokenizers: lossless, of the size asked for, the same every time, and found again."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import datasets
 import pytest
@@ -51,28 +48,17 @@ def test_a_text_with_few_repetitions_gives_fewer_tokens_and_a_warning(corpus_of,
 
 
 @pytest.mark.parametrize("room", [0, 1000])
-def test_a_disk_that_is_full_at_the_tokenizer(small, corpus, tmp_path, room) -> None:
-    with full_disk_after(room), pytest.raises(UserError, match=r"cannot write .*: File too large; ") as caught:
+def test_a_disk_that_is_full_at_the_tokenizer(small, corpus, tmp_path, room, files_no_larger_than) -> None:
+    with files_no_larger_than(room), pytest.raises(UserError, match=r"cannot write .*: File too large; ") as caught:
         load_tokenizer("bpe:300", corpus, tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("*/*"))
     with (
-        full_disk_after(room),
+        files_no_larger_than(room),
         pytest.raises(UserError, match=r"cannot write .*/model: File too large; ") as caught,
         whole_folder(tmp_path / "model") as folder,
     ):
         small.save_pretrained(folder)
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
-
-
-@contextmanager
-def full_disk_after(size: int) -> Iterator[None]:
-    """Like a full disk: a write beyond the first bytes of a file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_8192_tokens_from_the_documentation(cache) -> None:

@@ -62,6 +62,16 @@ def tokens(seed: int, rows: int = 2, time: int = 12) -> Tensor:
     return torch.randint(0, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(rows: list[Tensor], side: str, extra: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows as one batch, `extra` longer than the longest, with random tokens in the padding."""
+    time = max(len(row) for row in rows) + extra
+    ids, mask = tokens(seed, len(rows), time), torch.zeros(len(rows), time, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(time - len(row), time) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
 class Switches:
     """Keeps draws whose tokens stay clear of a switch of operators, and counts those that it drops."""
 

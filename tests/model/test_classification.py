@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import PRESETS, VOCABULARY, Switches, build, shrunk, tokens
+from small_models import PRESETS, VOCABULARY, Switches, build, padded, shrunk, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -41,16 +41,6 @@ def classifier(preset: str = "small", seed: int = 0, **changes: Any) -> ChiarFor
     nn.init.normal_(model.score.weight)
     nn.init.normal_(model.score.bias)
     return model
-
-
-def padded(rows: list[Tensor], side: str, extra: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows as one batch, `extra` longer than the longest, with random tokens in the padding."""
-    time = max(len(row) for row in rows) + extra
-    ids, mask = tokens(seed, len(rows), time), torch.zeros(len(rows), time, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(time - len(row), time) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
 
 
 def masks(rows: int, time: int) -> st.SearchStrategy[list[list[bool]]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import LEAKY, PRESETS, ROUTERS, VOCABULARY, Switches, build, shrunk, tokens
+from small_models import LEAKY, PRESETS, ROUTERS, VOCABULARY, Switches, build, padded, shrunk, tokens
 from torch import Tensor
 
 from chiaroscuro import ChiarForCausalLM
@@ -16,16 +16,6 @@ from chiaroscuro.model import ChiarCausalLMOutput
 
 ATOL = 1e-5
 lengths = st.lists(st.integers(1, 10), min_size=1, max_size=3)
-
-
-def padded(rows: list[Tensor], side: str, extra: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows as one batch, `extra` longer than the longest, with random tokens in the padding."""
-    time = max(len(row) for row in rows) + extra
-    ids, mask = tokens(seed, len(rows), time), torch.zeros(len(rows), time, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(time - len(row), time) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
 
 
 def forward(model: ChiarForCausalLM, ids: Tensor, mask: Tensor | None = None) -> ChiarCausalLMOutput:

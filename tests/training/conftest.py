@@ -1,10 +1,8 @@
-"""Runs of about a second each, and a disk that is full."""
+"""Runs of about a second each."""
 
 import gc
 import io
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +60,3 @@ def changed(content: dict[str, Any], **changes: Any) -> Recipe:
         else:
             sections[section] = value
     return Recipe.from_dict(sections)
-
-
-@pytest.fixture
-def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
-    """As good as a full disk: within `files_no_larger_than(size)` a write beyond that fails."""
-
-    @contextmanager
-    def limit(size: int) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit
