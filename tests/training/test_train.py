@@ -26,12 +26,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.data import TokenBlocks, load_corpus, load_tokenizer, tokenize_corpus
 from chiaroscuro.errors import UserError
-from chiaroscuro.training import MoveThresholds, TrainingDiverged, TrainingInterrupted, TrainResult, read_records
+from chiaroscuro.model import MoveThresholds
+from chiaroscuro.training import TrainingDiverged, TrainingInterrupted, TrainResult, read_records
 from chiaroscuro.training.callbacks import Reporter
 from chiaroscuro.training.checkpoints import Facts, seal
 from chiaroscuro.training.trainer import RunTrainer
@@ -680,7 +681,8 @@ def test_a_disk_that_fills_up_at_the_tokenizer_is_one_line(
 # Thresholds
 
 
-def test_thresholds_move_through_a_wrapper() -> None:
+def test_thresholds_move_through_a_wrapper(tmp_path: Path) -> None:
+    step = TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl()
     model = ChiarForCausalLM(ChiarConfig.preset("small", vocab_size=50, hidden_size=32, num_hidden_layers=3))
     moved = []
     model.step_calibration = lambda: moved.append(True)
@@ -691,10 +693,10 @@ def test_thresholds_move_through_a_wrapper() -> None:
             self.module = module
 
     for wrapped in (model, Wrapper(model), Wrapper(Wrapper(model))):
-        MoveThresholds().on_optimizer_step(None, None, None, model=wrapped)  # type: ignore[arg-type]
+        MoveThresholds().on_optimizer_step(*step, model=wrapped)
     assert len(moved) == 3
     with pytest.raises(UserError, match="MoveThresholds: a Linear has no thresholds to move"):
-        MoveThresholds().on_optimizer_step(None, None, None, model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+        MoveThresholds().on_optimizer_step(*step, model=torch.nn.Linear(1, 1))
 
 
 def test_too_little_text_for_a_step(run: Go) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from chiaroscuro.model.classification import ChiarForSequenceClassification
     from chiaroscuro.model.mixed import ChiarForMixedTasks
     from chiaroscuro.model.modeling import ChiarForCausalLM, ChiarModel, ChiarPreTrainedModel
+    from chiaroscuro.model.move_thresholds import MoveThresholds
     from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput, ChiarSequenceClassifierOutput
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ChiarModelOutput",
     "ChiarPreTrainedModel",
     "ChiarSequenceClassifierOutput",
+    "MoveThresholds",
 ]
 
 __getattr__, __dir__ = lazily(
@@ -33,6 +35,7 @@ __getattr__, __dir__ = lazily(
         "loading": [],
         "mixed": ["ChiarForMixedTasks"],
         "modeling": ["ChiarForCausalLM", "ChiarModel", "ChiarPreTrainedModel"],
+        "move_thresholds": ["MoveThresholds"],
         "outputs": ["ChiarCausalLMOutput", "ChiarModelOutput", "ChiarSequenceClassifierOutput"],
     },
 )

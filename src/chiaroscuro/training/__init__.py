@@ -6,7 +6,7 @@ import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.lazy import lazily
 
 if TYPE_CHECKING:
-    from chiaroscuro.training.callbacks import MoveThresholds
+    from chiaroscuro.model import MoveThresholds
     from chiaroscuro.training.checkpoints import save_whole
     from chiaroscuro.training.recipe import Recipe
     from chiaroscuro.training.records import read_records
@@ -27,11 +27,11 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "callbacks": ["MoveThresholds"],
+        "callbacks": [],
         "checkpoints": ["save_whole"],
         "recipe": ["Recipe"],
         "records": ["read_records"],
-        "run": ["TrainResult", "TrainingInterrupted", "train"],
+        "run": ["MoveThresholds", "TrainResult", "TrainingInterrupted", "train"],
         "trainer": ["TrainingDiverged"],
     },
 )

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: thresholds and shares move, progress shows, Ctrl-C is heard."""
+"""What happens beside the training loop: shares move, progress shows, Ctrl-C is heard."""
 
 import signal
 import threading
@@ -20,7 +20,6 @@ from rich.progress import (
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chiaroscuro.errors import UserError
 from chiaroscuro.training.records import append_record, legend, routed, scalars, terminal_line
 
 if TYPE_CHECKING:
@@ -28,26 +27,6 @@ if TYPE_CHECKING:
 
     from chiaroscuro.training.objectives import Objective
     from chiaroscuro.training.schedule import Course
-
-
-class MoveThresholds(TrainerCallback):
-    """Running calibration: once per optimizer step, never inside a forward.
-
-    The model may be wrapped (DistributedDataParallel, torch.compile, a peft model).
-
-    Raises:
-        UserError: nothing in the model has thresholds.
-    """
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """After the optimizer, before anything is saved."""
-        for module in kwargs["model"].modules():
-            if hasattr(module, "step_calibration"):
-                module.step_calibration()
-                return
-        raise UserError(f"MoveThresholds: a {type(kwargs['model']).__name__} has no thresholds to move; leave it out")
 
 
 class TurnDials(TrainerCallback):

@@ -29,10 +29,10 @@ from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
-from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config
-from chiaroscuro.training.callbacks import MoveThresholds, Reporter, StopOnSignal, TurnDials
+from chiaroscuro.training.callbacks import Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
     SCRATCH,

@@ -1,0 +1,28 @@
+"""The callback by which thresholds follow the data under any `transformers.Trainer`."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chiaroscuro.errors import UserError
+
+
+class MoveThresholds(TrainerCallback):
+    """Running calibration: once per optimizer step, never inside a forward.
+
+    The model may be wrapped (DistributedDataParallel, torch.compile, a peft model).
+
+    Raises:
+        UserError: nothing in the model has thresholds.
+
+    """
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the optimizer, before anything is saved."""
+        for module in kwargs["model"].modules():
+            if hasattr(module, "step_calibration"):
+                module.step_calibration()
+                return
+        raise UserError(f"MoveThresholds: a {type(kwargs['model']).__name__} has no thresholds to move; leave it out")
