@@ -1,12 +1,15 @@
 """How well a model predicts labels of texts, or targets at positions of a sequence: loss and accuracy."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -45,14 +48,40 @@ class ClassificationEvaluation:
 
 
 @dataclass(frozen=True)
+class DepthAccuracy:
+    """How well a model predicts the targets at one depth.
+
+    Attributes:
+        depth: what the depth is called.
+        accuracy: the share of these targets that are right.
+        predictions: their number.
+        answer_accuracy: the share of the answers at this depth that are right from their first to their last target.
+        answers: their number.
+
+    """
+
+    depth: str
+    accuracy: float
+    predictions: int
+    answer_accuracy: float
+    answers: int
+
+
+@dataclass(frozen=True)
 class TargetEvaluation:
     """How well a model predicts the targets of a split.
+
+    An *answer* is a run of positions that all have a target. The model reads the right beginning of an answer, so an
+    answer whose targets are all right is one that greedy generation would give.
 
     Attributes:
         loss: mean negative log-likelihood of the target, in nats, over the positions that have one.
         accuracy: the share of these positions whose likeliest token is the target. It has no interval: the positions
             of a sequence are not independent.
         predictions: the number of these positions.
+        answer_accuracy: the share of answers whose targets are all right.
+        answers: the number of answers.
+        depths: the same for each depth that has targets, if the rows say how deep theirs lie.
         routings: `outputs.routing` and `outputs.meta_gate` of every batch, where they were asked for.
 
     """
@@ -60,11 +89,37 @@ class TargetEvaluation:
     loss: float
     accuracy: float
     predictions: int
+    answer_accuracy: float
+    answers: int
+    depths: tuple[DepthAccuracy, ...]
     routings: list[tuple[Any, Any]]
 
     def figures(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "predictions": self.predictions}
+        figures: dict[str, Any] = {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "predictions": self.predictions,
+            "answer_accuracy": self.answer_accuracy,
+            "answers": self.answers,
+        }
+        return figures | ({"depths": [asdict(depth) for depth in self.depths]} if self.depths else {})
+
+
+class TargetRows(Protocol):
+    """Sequences with a target for some of their positions, such as `chiaroscuro.data.tasks.TokenRows`."""
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """What each depth of a target is called; none if the targets have no depth."""
+
+    @property
+    def target_depths(self) -> Int[np.ndarray, " predictions"]:
+        """The depth of each target of all rows, an index into `depths`; read only where there are some."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def evaluate_rows(
@@ -92,22 +147,23 @@ def evaluate_rows(
         UserError: the loss is not finite.
 
     """
-    loss, correct, count, routings = _measured(
+    loss, hits, _, routings = _measured(
         model, rows, collate, "labels", batch_size, output_routing, progress, inputs or {}
     )
+    correct, count = int(hits.sum()), len(hits)
     return ClassificationEvaluation(loss, correct / count, wilson_interval(correct, count), count, routings)
 
 
 def evaluate_targets(
     model: PreTrainedModel,
-    rows: Dataset[Any],
+    rows: TargetRows,
     collate: Callable[[Any], dict[str, Any]],
     *,
     batch_size: int = 8,
     output_routing: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> TargetEvaluation:
-    """Predict the targets of every row, and average over targets.
+    """Predict the targets of every row, and average over targets, over answers, and over those of each depth.
 
     Args:
         model: a causal language model; put into evaluation mode and back.
@@ -122,10 +178,68 @@ def evaluate_targets(
         UserError: the loss is not finite.
 
     """
-    loss, correct, count, routings = _measured(
-        model, rows, collate, "shift_labels", batch_size, output_routing, progress, {"use_cache": False}
+    loss, hits, starts, routings = _measured(
+        model,
+        cast(Dataset[Any], rows),
+        collate,
+        "shift_labels",
+        batch_size,
+        output_routing,
+        progress,
+        {"use_cache": False},
     )
-    return TargetEvaluation(loss, correct / count, count, routings)
+    whole = whole_answers(hits, starts)
+    return TargetEvaluation(
+        loss=loss,
+        accuracy=float(hits.mean()),
+        predictions=len(hits),
+        answer_accuracy=float(whole.mean()),
+        answers=len(whole),
+        depths=accuracy_by_depth(hits, starts, rows.target_depths, rows.depths) if rows.depths else (),
+        routings=routings,
+    )
+
+
+def whole_answers(
+    hits: Bool[np.ndarray, " predictions"], starts: Bool[np.ndarray, " predictions"]
+) -> Bool[np.ndarray, " answers"]:
+    """Which answers are right from their first to their last target.
+
+    Args:
+        hits: which targets the model predicts.
+        starts: which targets begin an answer; the first one does.
+
+    """
+    return np.logical_and.reduceat(hits, np.flatnonzero(starts))
+
+
+def accuracy_by_depth(
+    hits: Bool[np.ndarray, " predictions"],
+    starts: Bool[np.ndarray, " predictions"],
+    depths: Int[np.ndarray, " predictions"],
+    names: Sequence[str],
+) -> tuple[DepthAccuracy, ...]:
+    """The accuracy over the targets and over the answers of each depth, in the order of the names.
+
+    Args:
+        hits: which targets the model predicts.
+        starts: which targets begin an answer; the first one does.
+        depths: the depth of each target, an index into the names. An answer lies where its first target lies.
+        names: what each depth is called. A depth without answers is left out.
+
+    """
+    whole, of_answers = whole_answers(hits, starts), depths[starts]
+    return tuple(
+        DepthAccuracy(
+            depth=name,
+            accuracy=float(hits[depths == depth].mean()),
+            predictions=int((depths == depth).sum()),
+            answer_accuracy=float(whole[of_answers == depth].mean()),
+            answers=int((of_answers == depth).sum()),
+        )
+        for depth, name in enumerate(names)
+        if (of_answers == depth).any()
+    )
 
 
 @torch.no_grad()
@@ -138,26 +252,35 @@ def _measured(
     output_routing: bool,
     progress: Callable[[int], None] | None,
     inputs: Mapping[str, Any],
-) -> tuple[float, int, int, list[tuple[Any, Any]]]:
-    """The mean loss over all predictions, how many were right, how many there were, and the routings."""
-    total, correct, count, routings = 0.0, 0, 0, []
+) -> tuple[float, Bool[np.ndarray, " predictions"], Bool[np.ndarray, " predictions"], list[tuple[Any, Any]]]:
+    """The mean loss over all predictions, which of them were right, which begin an answer, and the routings."""
+    total, hits, starts, routings = 0.0, [], [], []
     asked = dict(inputs) | ({"output_routing": True} if output_routing else {})
     with evaluation_mode(model):
         for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             outputs = model(**batch, **asked)
             predicted = batch[wanted] != -100
-            total += outputs.loss.double().item() * int(predicted.sum())
-            correct += int((outputs.logits.argmax(-1) == batch[wanted])[predicted].sum())
-            count += int(predicted.sum())
+            if predicted.any():  # else the loss is a mean over nothing
+                total += outputs.loss.double().item() * int(predicted.sum())
+            hits.append((outputs.logits.argmax(-1) == batch[wanted])[predicted].cpu().numpy())
+            starts.append((predicted & ~_moved(predicted))[predicted].cpu().numpy())
             if output_routing:
                 routings.append((outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["input_ids"]))
-    loss = total / count
+    right = np.concatenate(hits)
+    loss = total / len(right)
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")
-    return loss, correct, count, routings
+    return loss, right, np.concatenate(starts), routings
+
+
+def _moved(predicted: Bool[Tensor, "batch *time"]) -> Bool[Tensor, "batch *time"]:
+    """Whether the position before has a target; where a row has but one target, there is no position before."""
+    if predicted.ndim == 1:
+        return torch.zeros_like(predicted)
+    return nn.functional.pad(predicted, (1, -1))
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

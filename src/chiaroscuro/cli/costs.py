@@ -147,7 +147,7 @@ def presets(as_json: AsJson = False) -> None:
 
 @command()
 def task(
-    name: Annotated[str, typer.Argument(help="imdb, listops-flat, listops-nested, or a task of yours.")],
+    name: Annotated[str, typer.Argument(help="imdb, listops-flat, listops-nested, mqar, passkey, or a task of yours.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(help="The task's options, as a recipe's data section has them: max_length=40 …"),
@@ -156,11 +156,12 @@ def task(
     length: Annotated[
         int | None, typer.Option(help="listops-nested: the longest expression, in tokens.", max=LARGEST)
     ] = None,
-    examples: Annotated[int | None, typer.Option(help="listops: rows of the train split.", min=1, max=2**26)] = None,
+    examples: Annotated[int | None, typer.Option(help="Generated tasks: rows to train on.", min=1, max=2**26)] = None,
     heldout: Annotated[
-        int | None, typer.Option(help="listops: rows of the validation split, and of the test split.", min=1, max=2**26)
+        int | None,
+        typer.Option(help="Likewise: rows to validate on, and to test on.", min=1, max=2**26),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="listops: seed of the expressions.", min=0, max=2**63 - 1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Likewise: seed of the rows.", min=0, max=2**63 - 1)] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer that measures the lengths: words, bpe:N, a folder or a Hub name.")
     ] = None,

@@ -325,7 +325,7 @@ def _first_rows(rows: Rows, recipe: Recipe) -> Rows:
     count = _rows_to_validate(recipe)
     if count is None or count >= len(rows):
         return rows
-    return type(rows)(rows.name, rows.identity, rows.table.select(range(count)), rows.length)
+    return rows.first(count)
 
 
 def load_objective(recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Objective:

@@ -1,7 +1,7 @@
-"""What a model can learn, by name: `language-modelling`, `imdb`, `listops-flat`, `listops-nested`, and yours.
+"""What a model can learn, by name: texts, labels of texts, recall from a sequence, and tasks of yours.
 
-A new task is one file: a dataclass that derives from [`TextTask`][], [`ClassificationTask`][] or [`TokenTask`][], and
-[`register_task`][]. `examples/copying.py` is one.
+A new task is one file: a dataclass that derives from [`TextTask`][], [`ClassificationTask`][], [`TokenTask`][] or
+[`RecallTask`][], and [`register_task`][]. `examples/copying.py` is one.
 """
 
 from chiaroscuro.data.tasks.generated import GeneratedTask, below
@@ -10,6 +10,7 @@ from chiaroscuro.data.tasks.rows import LabelledRows, PadToLongest, TokenRows, t
 from chiaroscuro.data.tasks.task import (
     ClassificationTask,
     LabelledTexts,
+    RecallTask,
     Task,
     TextTask,
     TokenTargets,
@@ -23,6 +24,7 @@ __all__ = [
     "LabelledRows",
     "LabelledTexts",
     "PadToLongest",
+    "RecallTask",
     "Task",
     "TextTask",
     "TokenRows",

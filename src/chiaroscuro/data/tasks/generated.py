@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -92,20 +93,24 @@ class GeneratedTask(Task):
 
     def _different_rows(self, total: int) -> Iterator[dict[str, Any]]:
         random = Random(self.seed)
-        seen: set[str] = set()
+        seen: set[bytes] = set()  # of digests, because a long row is many times as large
         column = next(iter(self.columns))
         for _ in range(total):
             for _ in range(PATIENCE):
                 row = self.draw(random)
-                if row is not None and str(row[column]) not in seen:
+                if row is not None and (digest := _digest(row[column])) not in seen:
                     break
             else:
                 raise UserError(
                     f"{self.name} has hardly more than {len(seen):,} different rows with these options: ask for fewer "
                     "or longer ones"
                 )
-            seen.add(str(row[column]))
+            seen.add(digest)
             yield row
+
+
+def _digest(value: Any) -> bytes:
+    return blake2b(str(value).encode(), digest_size=16).digest()
 
 
 def below(random: Random, count: int) -> int:

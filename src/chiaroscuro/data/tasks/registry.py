@@ -12,6 +12,8 @@ from chiaroscuro.data.storage import default_cache_dir
 from chiaroscuro.data.tasks.imdb import Imdb
 from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.data.tasks.listops import FlatListops, NestedListops
+from chiaroscuro.data.tasks.mqar import MultiQueryRecall
+from chiaroscuro.data.tasks.passkey import Passkey
 from chiaroscuro.data.tasks.task import Task
 from chiaroscuro.errors import UserError, suggest
 
@@ -110,3 +112,5 @@ register_task("language-modelling", LanguageModelling)
 register_task("imdb", Imdb)
 register_task("listops-flat", FlatListops)
 register_task("listops-nested", NestedListops)
+register_task("mqar", MultiQueryRecall)
+register_task("passkey", Passkey)

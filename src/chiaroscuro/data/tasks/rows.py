@@ -70,6 +70,10 @@ class LabelledRows(Dataset[dict[str, Any]]):
         """The share of texts that are longer than T."""
         return float((self.lengths > self.length).mean())
 
+    def first(self, count: int) -> "LabelledRows":
+        """The first rows alone."""
+        return LabelledRows(self.name, self.identity, self.table.select(range(count)), self.length)
+
 
 class TokenRows(Dataset[dict[str, Any]]):
     """Row i is a sequence, `input_ids`, and what to predict at each of its positions, `shift_labels` (−100: nothing).
@@ -79,19 +83,23 @@ class TokenRows(Dataset[dict[str, Any]]):
     Args:
         name: which split of which task, in words.
         identity: changes with the rows and the tokenizer.
-        table: the columns "input_ids" and "targets".
+        table: the columns "input_ids" and "targets", and "depths" if there are some.
         length: T, the most tokens that a row may have.
+        depths: what each depth of a target is called; see [`TokenTargets`][].
 
     Raises:
         UserError: a row is longer; truncated, it would lose targets.
 
     """
 
-    def __init__(self, name: str, identity: str, table: datasets.Dataset, length: int) -> None:
+    def __init__(
+        self, name: str, identity: str, table: datasets.Dataset, length: int, depths: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         self.identity = identity
         self.table = table
         self.length = length
+        self.depths = depths
         if (longest := int(self.lengths.max())) > length:
             raise UserError(
                 f"{name} has sequences of {longest} tokens, more than the {length} that are to be read: raise "
@@ -113,7 +121,19 @@ class TokenRows(Dataset[dict[str, Any]]):
     @property
     def predictions(self) -> int:
         """The number of positions with a target, over all rows."""
-        return int((arrow.list_flatten(self.table.data.column("targets")).to_numpy() != IGNORED).sum())
+        return int((self._flat("targets") != IGNORED).sum())
+
+    @property
+    def target_depths(self) -> Int[np.ndarray, " predictions"]:
+        """The depth of each target, an index into `depths`: row after row, without the positions between."""
+        return self._flat("depths")[self._flat("targets") != IGNORED]
+
+    def first(self, count: int) -> "TokenRows":
+        """The first rows alone."""
+        return TokenRows(self.name, self.identity, self.table.select(range(count)), self.length, self.depths)
+
+    def _flat(self, column: str) -> Int[np.ndarray, " tokens"]:
+        return arrow.list_flatten(self.table.data.column(column)).to_numpy()
 
 
 class PadToLongest:
@@ -193,12 +213,15 @@ def tokenize_targets(
 
     Raises:
         UserError: a word is not one of the tokenizer's, a row is empty or longer than T, words and targets differ in
-            number, or the cache folder can't be written.
+            number, a target has no depth where others have one, or the cache folder can't be written.
 
     """
-    features = datasets.Features({"input_ids": _ids(tokenizer), "targets": datasets.List(datasets.Value("int32"))})
+    columns = ("targets", "depths") if task.depths else ("targets",)
+    features = datasets.Features(
+        {"input_ids": _ids(tokenizer), **{column: datasets.List(datasets.Value("int32")) for column in columns}}
+    )
     return {
-        split: TokenRows(name, identity, table, length)
+        split: TokenRows(name, identity, table, length, task.depths)
         for split, name, identity, table in _tables(task, tokenizer, features, _encode_targets, cache_dir)
     }
 
@@ -256,9 +279,30 @@ def _encode_targets(
                 for word in (*words, *targets):
                     if word not in ids:
                         raise UserError(f"{where} has the word {word!r}, which the tokenizer does not know")
-            yield {
+            encoded = {
                 "input_ids": [[ids[word] for word in words] for words in batch["words"]],
                 "targets": [[ids[target] for target in targets] for targets in batch["targets"]],
             }
+            if task.depths:
+                encoded["depths"] = [
+                    _depths_of(targets, depths, len(task.depths), f"row {row} of the {split} split of {task.name}")
+                    for row, (targets, depths) in enumerate(
+                        zip(batch["targets"], batch["depths"], strict=True), start=place
+                    )
+                ]
+            yield encoded
             place += len(batch["words"])
             advance(len(batch["words"]))
+
+
+def _depths_of(targets: list[str | None], depths: list[int | None], count: int, where: str) -> list[int]:
+    """The depth of each target, −100 where there is none."""
+    if len(depths) != len(targets):
+        raise UserError(f"{where} has {len(targets)} targets and {len(depths)} depths; need as many of both")
+    for target, depth in zip(targets, depths, strict=True):
+        if (depth is None) != (target is None) or (depth is not None and not 0 <= depth < count):
+            raise UserError(
+                f"{where} has the target {target!r} with the depth {depth}: a target has a depth from 0 to "
+                f"{count - 1}, and any other position None"
+            )
+    return [IGNORED if depth is None else depth for depth in depths]

@@ -7,11 +7,12 @@ which model learns from the data, and by which figures it is measured:
 - [`TextTask`][]: predict every next token of a running text. Loss, perplexity, bits per byte.
 - [`ClassificationTask`][]: predict the label of a text. Loss and accuracy over texts.
 - [`TokenTask`][]: predict a token at some positions of a sequence. Loss and accuracy over these positions.
+- [`RecallTask`][]: the same, where each target stood earlier in the sequence. Accuracy also by how far back.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,6 +66,8 @@ class TokenTargets:
             the word that the model reads at a position, and the word that it is to predict there (None: nothing).
         fingerprint: changes with any row of any split.
         tokenizer: the tokenizer that suits the words.
+        depths: what each depth is called. Where there are some, the rows also have a column "depths": for each
+            position with a target the index of its depth, else None.
 
     """
 
@@ -73,6 +76,7 @@ class TokenTargets:
     splits: dict[str, datasets.Dataset]
     fingerprint: str
     tokenizer: str
+    depths: tuple[str, ...] = ()
 
     @property
     def corpus(self) -> Corpus:
@@ -178,3 +182,21 @@ class TokenTask(Task):
             raise UserError(
                 f"tokenizer={tokenizer!r} with the task {self.name}, where each word is one token: set tokenizer=words"
             )
+
+
+class RecallTask(TokenTask):
+    """Predict words that stood earlier in the sequence: a [`TokenTask`][] whose accuracy is also measured by depth.
+
+    What a depth is, and how it is divided, the task says: how far back the word stood, or where in the sequence.
+    """
+
+    columns = datasets.Features({**TokenTask.columns, "depths": datasets.List(datasets.Value("int32"))})
+
+    @property
+    @abstractmethod
+    def depths(self) -> tuple[str, ...]:
+        """What each depth is called, in order; the column "depths" holds indices into it."""
+
+    def data(self, description: str, splits: dict[str, datasets.Dataset], fingerprint: str) -> TokenTargets:
+        """Rows with a word, and a target and its depth, or None, for each position."""
+        return replace(super().data(description, splits, fingerprint), depths=self.depths)
