@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from chiaroscuro.analysis.recall import SliceSums, TextSlices
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 
@@ -52,6 +53,7 @@ class Evaluation:
         bits_per_byte: bits per UTF-8 byte of the text, loss / ln 2 · (tokens of the split / bytes of the split). It is
             comparable between models with different tokenizers.
         tokens: how many tokens were predicted.
+        slices: the loss by position, and on recall tokens, if a window was given.
         routings: `outputs.routing` and `outputs.meta_gate` of every batch, if they were asked for.
 
     """
@@ -60,16 +62,18 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float
     tokens: int
+    slices: TextSlices | None
     routings: list[tuple[Any, Any]]
 
     def figures(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        return {
+        figures: dict[str, Any] = {
             "loss": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
         }
+        return figures if self.slices is None else figures | self.slices.figures()
 
 
 @torch.no_grad()
@@ -78,6 +82,7 @@ def evaluate_blocks(
     blocks: Blocks,
     *,
     batch_size: int = 8,
+    window: int | None = None,
     output_routing: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -87,6 +92,8 @@ def evaluate_blocks(
         model: any causal language model; put into evaluation mode and back.
         blocks: the text, cut into blocks.
         batch_size: blocks at once.
+        window: w; if given, the loss by position, and on the recall tokens beyond so many tokens, is measured too. See
+            `chiaroscuro.analysis.recall`.
         output_routing: keep the routing of every batch; only a CHIAR-Former has one.
         progress: called with the number of blocks after every batch.
 
@@ -95,6 +102,7 @@ def evaluate_blocks(
 
     """
     total, count, routings = 0.0, 0, []
+    sums = None if window is None else SliceSums(window)
     asked = {"output_routing": True} if output_routing else {}
     with evaluation_mode(model):
         for batch in DataLoader(cast(Dataset[Any], blocks), batch_size=batch_size):
@@ -104,6 +112,8 @@ def evaluate_blocks(
             predicted = int((batch["shift_labels"] != -100).sum())
             total += outputs.loss.double().item() * predicted
             count += predicted
+            if sums is not None:
+                sums.add(outputs.logits, batch)
             if output_routing:
                 routings.append((outputs.routing, outputs.meta_gate))
             if progress is not None:
@@ -116,5 +126,6 @@ def evaluate_blocks(
         perplexity=math.exp(min(loss, 700)),
         bits_per_byte=loss / math.log(2) * blocks.tokens.count / blocks.tokens.bytes,
         tokens=count,
+        slices=None if sums is None else sums.slices(),
         routings=routings,
     )

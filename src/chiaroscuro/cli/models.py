@@ -42,6 +42,14 @@ def evaluate(
             "T/stride times the work. By default the paper's blocks, which overlap by one token."
         ),
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Recall tokens end a pair of tokens that stood before, more than this many tokens ago. By default the "
+            "model's window or, if it has none, 64.",
+            max=LARGEST,
+        ),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="For a mixed run: measure this task of its recipe instead of the text.")
     ] = None,
@@ -52,6 +60,9 @@ def evaluate(
 ) -> None:
     """Measure a model: loss, perplexity and bits per byte on a text; for a classifier, loss and accuracy on its task.
 
+    On a text, the perplexity is also given by position, and on recall tokens and the rest. On a task of recall (mqar,
+    passkey), the accuracy is also given by depth.
+
     Example: chiaroscuro evaluate runs/small --split test --stride 64
     """
     from chiaroscuro.report.tables import evaluation_tables
@@ -59,7 +70,9 @@ def evaluate(
     from chiaroscuro.studies.workspace import Workspace
 
     workspace = Workspace(checkpoint, device=device, share=share, task=task)
-    figures = evaluate(workspace, source=data, split=split, length=length, stride=stride, batch_size=batch_size)
+    figures = evaluate(
+        workspace, source=data, split=split, length=length, stride=stride, window=window, batch_size=batch_size
+    )
     if as_json:
         print_json(figures)
     else:

@@ -29,11 +29,38 @@ def _shown(value: Any) -> str:
 
 def evaluation_tables(figures: Mapping[str, Any]) -> list[Table]:
     """What `evaluate` measured, and where the tokens went."""
-    shown = {name: value for name, value in figures.items() if name not in ("layers", "null_entropy")}
+    tabled = ("layers", "null_entropy", "depths", "window", "positions", "recall", "rest")
+    shown = {name: value for name, value in figures.items() if name not in tabled}
     if "accuracy_interval" in shown:
         shown["accuracy_interval"] = "{:.4f} to {:.4f}".format(*shown["accuracy_interval"])
     routing = [routing_table(figures["layers"], figures["null_entropy"])] if "layers" in figures else []
-    return [figures_table(shown), *routing]
+    depths = [depths_table(figures["depths"])] if "depths" in figures else []
+    slices = [slices_table(figures)] if "positions" in figures else []
+    return [figures_table(shown), *slices, *depths, *routing]
+
+
+def slices_table(figures: Mapping[str, Any]) -> Table:
+    """A row per bin of positions, and one for recall tokens and the rest: the perplexity, and how many tokens."""
+    parts = {f"position {part['first']:,} to {part['last']:,}": part for part in figures["positions"]}
+    parts |= {f"recall, beyond {figures['window']:,}": figures["recall"], "not recall": figures["rest"]}
+    table = Table("tokens", *_right("perplexity", "number"), box=None)
+    for name, part in parts.items():
+        table.add_row(name, _shown(part["perplexity"]), f"{part['tokens']:,}")
+    return table
+
+
+def depths_table(depths: Iterable[Mapping[str, Any]]) -> Table:
+    """A row per depth: the accuracy over its targets and over its answers, and how many there are."""
+    table = Table("depth", *_right("accuracy", "targets", "answers right", "answers"), box=None)
+    for depth in depths:
+        table.add_row(
+            depth["depth"],
+            f"{depth['accuracy']:.1%}",
+            f"{depth['predictions']:,}",
+            f"{depth['answer_accuracy']:.1%}",
+            f"{depth['answers']:,}",
+        )
+    return table
 
 
 def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) -> Table:

@@ -4,6 +4,7 @@ from typing import Any
 
 from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
 from chiaroscuro.analysis.perplexity import evaluate_blocks
+from chiaroscuro.analysis.recall import WINDOW
 from chiaroscuro.analysis.routing_summary import describe_routing
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.tasks import PadToLongest
@@ -18,6 +19,7 @@ def evaluate(
     split: str = "validation",
     length: int | None = None,
     stride: int | None = None,
+    window: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """Measure a language model on a split of its text, or a classifier on a split of its task.
@@ -27,20 +29,28 @@ def evaluate(
         source: another text or folder than the recipe's.
         split: `"train"`, `"validation"` or `"test"`.
         length: T, tokens that the model reads at once; see `Workspace.length`.
-        stride: of language models, how far one window is from the next; T unless given.
+        stride: of language models, how far one block is from the next; T unless given.
+        window: of language models, how far back the pair of a recall token must lie; the model's `window` or, where its
+            config has none, 64. See `chiaroscuro.analysis.recall`.
         batch_size: windows at once.
 
     Returns:
         What was measured, ready for JSON; with the routing of every layer if the model routes.
 
     Raises:
-        UserError: the text or task can't be found, T or the stride is impossible, or the model is a regression.
+        UserError: the text or task can't be found, T, the stride or the window is impossible, or the model is a
+            regression.
 
     """
     # A model that was trained to predict targets is a language model too: another source measures it on a text.
     on_targets = source is None and workspace.has_targets and not workspace.classifies
-    if (workspace.classifies or on_targets) and stride is not None:
-        raise UserError(f"--stride {stride}: a stride goes with a text, and this checkpoint is measured row by row")
+    for option, value in {"stride": stride, "window": window}.items():
+        if (workspace.classifies or on_targets) and value is not None:
+            raise UserError(
+                f"--{option} {value}: a {option} goes with a text, and this checkpoint is measured row by row"
+            )
+    if window is not None and window < 1:
+        raise UserError(f"--window {window}: must be at least 1")
     if workspace.classifies and workspace.head is None and workspace.model.config.num_labels == 1:
         raise UserError(
             f"evaluate counts the right labels of a classifier, and {workspace.name} is a regression (num_labels=1): "
@@ -78,6 +88,13 @@ def evaluate(
     else:
         corpus, blocks = workspace.blocks(split, length=length, stride=stride, source=source)
         with patient_bar("evaluating", len(blocks)) as advance:
-            result = evaluate_blocks(model, blocks, batch_size=batch_size, output_routing=routes, progress=advance)
+            result = evaluate_blocks(
+                model,
+                blocks,
+                batch_size=batch_size,
+                window=window or getattr(model.config, "window", None) or WINDOW,
+                output_routing=routes,
+                progress=advance,
+            )
         figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
     return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})
