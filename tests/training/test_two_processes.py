@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from chiaroscuro.files import alone_in
-from chiaroscuro.training import read_records
+from chiaroscuro.training import Recipe, read_records, train
 
 # As the command does, but with a kill of the main process between the backward and the optimizer of one step.
 SCRIPT = """
@@ -73,3 +73,24 @@ def test_a_job_of_two_processes_is_one_run(content: dict[str, Any], tmp_path: Pa
     assert refused.returncode != 0
     assert refused.stderr.count("held is in use: a run or a sweep is at work there") == 2  # both learn it, none waits
     assert not (tmp_path / "held").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one_and_draw_one_share(content: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes of one batch each are one process that accumulates two."""
+    content["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_share": [0.1, 1.0]}
+    content |= {"distill": {"weight": 5.0}}
+    content["trainer"] |= {"batch_size": 2, "log_every": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    two, one = (tmp_path / name for name in ("two", "one"))
+    done = torchrun(tmp_path, f"trainer.output_dir={two}")
+    assert done.returncode == 0, done.stderr
+    train(Recipe.load(tmp_path / "recipe.yaml", [f"trainer.output_dir={one}", "trainer.gradient_accumulation=2"]))
+    records = [[r for r in read_records(f / "metrics.jsonl") if r["kind"] == "train"] for f in (two, one)]
+    for theirs, ours in zip(*records, strict=True):
+        assert theirs["attention_share"] == ours["attention_share"]
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["kl"] == pytest.approx(ours["kl"], rel=0.02, abs=1e-7)
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-3)
