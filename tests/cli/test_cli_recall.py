@@ -97,6 +97,20 @@ def test_perplexity_by_position_and_on_recall_tokens(run: Run, text_run: Path) -
     assert code == 0 and "position 33 to 40" in out and "recall, beyond 64" in out and "–" in out, "40 is less than 64"
 
 
+def test_a_run_goes_on_with_other_rows(run: Run, folder: Path, task_run: Callable[[str], Path]) -> None:
+    first, second = task_run("mqar"), folder / "second"
+    given = [
+        f"trainer.init_from={first}",
+        f"tokenizer={first / 'model'}",
+        "data.power=1.0",
+        f"trainer.output_dir={second}",
+    ]
+    code, _, err = run("train", folder / "mqar.yaml", *given, "--json")
+    assert code == 0, err
+    tokenizers = [Workspace(str(each)).tokenizer.get_vocab() for each in (first, second)]
+    assert tokenizers[0] == tokenizers[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

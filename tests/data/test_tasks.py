@@ -337,12 +337,15 @@ def test_as_many_words_as_a_text_has(corpus_of, tmp_path: Path) -> None:
 
 
 def test_what_a_task_takes() -> None:
-    own = ("language-modelling", "imdb", "listops-flat", "listops-nested")
+    own = ("language-modelling", "imdb", "listops-flat", "listops-nested", "mqar", "passkey")
+    generated = ["train_examples", "heldout_examples", "seed"]
     assert {name: task_options(name) for name in own} == {
         "language-modelling": ["source"],
         "imdb": ["source"],
-        "listops-flat": ["train_examples", "heldout_examples", "seed"],
-        "listops-nested": ["train_examples", "heldout_examples", "seed", "max_length"],
+        "listops-flat": generated,
+        "listops-nested": [*generated, "max_length"],
+        "mqar": [*generated, "length", "pairs", "vocabulary", "power"],
+        "passkey": [*generated, "noise", "keys", "queries", "digits"],
     }
     assert set(own) <= set(TASKS)
 

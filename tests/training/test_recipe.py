@@ -166,7 +166,7 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
             Recipe.from_dict(other).refuse_to_resume(begun)
 
 
-BUILT_IN_TASKS = ("language-modelling", "imdb", "listops-flat", "listops-nested")
+BUILT_IN_TASKS = ("language-modelling", "imdb", "listops-flat", "listops-nested", "mqar", "passkey")
 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     (trainer(batchsize=3), ["trainer.batchsize=3", "batch_size"]),

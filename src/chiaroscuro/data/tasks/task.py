@@ -177,8 +177,8 @@ class TokenTask(Task):
         return TokenTargets(self.name, description, splits, fingerprint, self.tokenizer)
 
     def refuse_tokenizer(self, tokenizer: str) -> None:
-        """Positions are words, so every word must be one token."""
-        if tokenizer != "words":
+        """Positions are words, so every word must be one token: no BPE, but also the tokenizer of an earlier run."""
+        if tokenizer.startswith("bpe:"):
             raise UserError(
                 f"tokenizer={tokenizer!r} with the task {self.name}, where each word is one token: set tokenizer=words"
             )
