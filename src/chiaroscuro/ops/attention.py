@@ -73,7 +73,7 @@ def attend(
     query: Float[Tensor, "batch heads query head_width"],
     key: Float[Tensor, "batch key_heads keys head_width"],
     value: Float[Tensor, "batch key_heads keys head_width"],
-    mask: Bool[Tensor, "#batch 1 #query keys"] | None = None,
+    mask: Bool[Tensor, "#batch #heads #query keys"] | None = None,
     dropout: float = 0.0,
     implementation: AttentionImplementation = "sdpa",
 ) -> Float[Tensor, "batch heads query head_width"]:
@@ -121,7 +121,7 @@ def attend_to_all(
     query: Float[Tensor, "batch heads query head_width"],
     key: Float[Tensor, "batch heads keys head_width"],
     value: Float[Tensor, "batch heads keys head_width"],
-    mask: Bool[Tensor, "#batch 1 #query keys"] | None = None,
+    mask: Bool[Tensor, "#batch #heads #query keys"] | None = None,
     dropout: float = 0.0,
     implementation: AttentionImplementation = "sdpa",
     scale: float | None = None,

@@ -11,7 +11,8 @@ merged by their normalisers. The backward goes over the same tiles.
 """
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,7 @@ def prefix_attention(
     if dropout:
         return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, dropout, scale)
     if query.device.type == "cpu":
-        # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into
-        # the queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
-        grouped = query.unflatten(1, (key.shape[1], -1)).unbind(2)
-        outputs = [
-            _TiledAttention.apply(heads, key, value, query_lengths, key_lengths, visible, scale) for heads in grouped
-        ]
-        return torch.stack(outputs, 2).flatten(1, 2) if len(outputs) > 1 else outputs[0]
+        return attend_in_parts(query, key, value, [PrefixPart(query_lengths, key_lengths, visible)], scale)
     if query.device.type == "cuda":
         # Not at the top: it imports this module, and loads torch.compile's code generator, which a CPU has no use for.
         from chiaroscuro.ops import packed_attention_cuda
@@ -95,6 +90,188 @@ def prefix_attention_by_rows(
     return torch.cat(rows)
 
 
+class Part(ABC):
+    """Attention of some queries to some keys, which with other parts, of other keys, makes up the whole.
+
+    Attributes:
+        queries: which queries; None for all.
+        keys: which keys; None for all.
+
+    """
+
+    queries: Int[Tensor, " chosen"] | None = None
+    keys: Int[Tensor, " chosen_keys"] | None = None
+
+    @abstractmethod
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """The output (N, h, c) and log Σ exp (N, h) of these queries over these keys alone."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        scale: float | None,
+    ) -> Sequence[Tensor]:
+        """The gradients of query, key and value; `output` and `normaliser` are those of the whole."""
+
+
+def attend_in_parts(
+    query: Float[Tensor, "queries heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
+    parts: Sequence[Part],
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_width"]:
+    """Attention over the keys of all parts together, on a CPU; the first part is of all queries."""
+    # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into the
+    # queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
+    grouped = query.unflatten(1, (key.shape[1], -1)).unbind(2)
+    outputs = [_AttentionInParts.apply(heads, key, value, parts, scale) for heads in grouped]
+    return torch.stack(outputs, 2).flatten(1, 2) if len(outputs) > 1 else outputs[0]
+
+
+class _AttentionInParts(torch.autograd.Function):
+    """The parts merged by their normalisers. Kept for the backward: what came in, the output, log Σ exp."""
+
+    @staticmethod
+    @torch._disable_dynamo
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], scale: float | None
+    ) -> Tensor:
+        output, normaliser = parts[0].forward(query, _taken(key, parts[0].keys), _taken(value, parts[0].keys), scale)
+        for part in parts[1:]:
+            own = part.forward(_taken(query, part.queries), _taken(key, part.keys), _taken(value, part.keys), scale)
+            merged, lse = _merge(_taken(output, part.queries), _taken(normaliser, part.queries), *own)
+            if part.queries is None:
+                output, normaliser = merged, lse
+            else:
+                output, normaliser = output.contiguous(), normaliser.contiguous()
+                output[part.queries], normaliser[part.queries] = merged, lse
+        ctx.save_for_backward(query, key, value, output, normaliser)
+        ctx.parts, ctx.scale = parts, scale
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch._disable_dynamo
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, normaliser = ctx.saved_tensors
+        totals: list[Tensor] = []
+        for part in ctx.parts:
+            # With the output and the normaliser of all keys, a part's gradients are right for that part.
+            own = part.backward(
+                _taken(grad, part.queries),
+                _taken(query, part.queries),
+                _taken(key, part.keys),
+                _taken(value, part.keys),
+                _taken(output, part.queries),
+                _taken(normaliser, part.queries),
+                ctx.scale,
+            )
+            places = (part.queries, part.keys, part.keys)
+            if not totals and all(place is None for place in places):
+                totals = [gradient.contiguous() for gradient in own]
+                continue
+            totals = totals or [torch.zeros_like(x) for x in (query, key, value)]
+            for total, place, gradient in zip(totals, places, own, strict=True):
+                if place is None:
+                    total += gradient
+                else:
+                    total.index_add_(0, place, gradient)
+        return *totals, None, None
+
+
+class PrefixPart(Part):
+    """Queries that each see the first so many keys of their row: `prefix_attention`, tile by tile.
+
+    Args:
+        query_lengths: how many of the part's queries each row has.
+        key_lengths: how many of the part's keys.
+        visible: how many keys of its row each query sees, at least 1, not falling within a row.
+        queries: see `Part`.
+        keys: see there.
+
+    """
+
+    def __init__(
+        self,
+        query_lengths: Int[Tensor, " rows"],
+        key_lengths: Int[Tensor, " rows"],
+        visible: Int[Tensor, " queries"],
+        queries: Int[Tensor, " chosen"] | None = None,
+        keys: Int[Tensor, " chosen_keys"] | None = None,
+    ) -> None:
+        self.queries, self.keys, self.visible = queries, keys, visible
+        self.tiles = list(_tiles(query_lengths.tolist(), key_lengths.tolist(), visible.tolist()))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Each tile in one or two parts."""
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for tile in self.tiles:
+            merged: tuple[Tensor, Tensor] | None = None
+            for keys, mask in self._halves(tile, query.dtype):
+                out, lse = flash(
+                    heads_first(query[tile.queries]),
+                    heads_first(key[keys]),
+                    heads_first(value[keys]),
+                    mask,
+                    causal=tile.square,
+                    scale=scale,
+                )
+                out, lse = out[0].transpose(0, 1), lse[0].T
+                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
+            if merged is not None:
+                output[tile.queries], normaliser[tile.queries] = merged
+        return output, normaliser
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        scale: float | None,
+    ) -> Sequence[Tensor]:
+        """Over the same tiles."""
+        totals = [torch.zeros_like(x) for x in (query, key, value)]
+        for tile in self.tiles:
+            for keys, mask in self._halves(tile, query.dtype):
+                gradients = flash_backward(
+                    heads_first(grad[tile.queries]),
+                    heads_first(query[tile.queries]),
+                    heads_first(key[keys]),
+                    heads_first(value[keys]),
+                    heads_first(output[tile.queries]),
+                    normaliser[tile.queries].T[None],
+                    mask,
+                    causal=tile.square,
+                    scale=scale,
+                )
+                for total, rows, part in zip(totals, (tile.queries, keys, keys), gradients, strict=True):
+                    total[rows] += part[0].transpose(0, 1)
+        return totals
+
+    def _halves(self, tile: "_Tile", dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
+        """The tile's keys that all of its queries see, and those that some see, with the mask that says which."""
+        if tile.square:
+            yield slice(tile.start, tile.end), None
+            return
+        if tile.shared > tile.start:
+            yield slice(tile.start, tile.shared), None
+        if tile.end > tile.shared:
+            ordinal = torch.arange(tile.shared - tile.start, tile.end - tile.start)
+            hidden = ordinal >= self.visible[tile.queries, None]
+            yield slice(tile.shared, tile.end), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
 @dataclass(frozen=True)
 class _Tile:
     """Some queries of a row and the keys they see: all of them those before `shared`, none those from `end` on."""
@@ -123,88 +300,47 @@ def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[
         first, start = first + n, start + s
 
 
-class _TiledAttention(torch.autograd.Function):
-    """PyTorch's flash attention for CPUs, tile by tile. Kept for the backward: what came in, the output, log Σ exp."""
-
-    @staticmethod
-    @torch._disable_dynamo
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_lengths: Tensor,
-        key_lengths: Tensor,
-        visible: Tensor,
-        scale: float | None,
-    ) -> Tensor:
-        tiles = list(_tiles(query_lengths.tolist(), key_lengths.tolist(), visible.tolist()))
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        for tile in tiles:
-            merged: tuple[Tensor, Tensor] | None = None
-            for keys, mask in _parts(tile, visible, query.dtype):
-                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    _heads_first(query[tile.queries]),
-                    _heads_first(key[keys]),
-                    _heads_first(value[keys]),
-                    0.0,
-                    tile.square,
-                    attn_mask=mask,
-                    scale=scale,
-                )
-                out, lse = out[0].transpose(0, 1), lse[0].T
-                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
-            if merged is not None:
-                output[tile.queries], normaliser[tile.queries] = merged
-        ctx.save_for_backward(query, key, value, visible, output, normaliser)
-        ctx.tiles, ctx.scale = tiles, scale
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @torch._disable_dynamo
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, visible, output, normaliser = ctx.saved_tensors
-        to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
-        for tile in ctx.tiles:
-            for keys, mask in _parts(tile, visible, query.dtype):
-                # With the output and the normaliser of all keys, a part's gradients are right for that part.
-                gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    _heads_first(grad[tile.queries]),
-                    _heads_first(query[tile.queries]),
-                    _heads_first(key[keys]),
-                    _heads_first(value[keys]),
-                    _heads_first(output[tile.queries]),
-                    normaliser[tile.queries].T[None],
-                    0.0,
-                    tile.square,
-                    attn_mask=mask,
-                    scale=ctx.scale,
-                )
-                for total, rows, part in zip(
-                    (to_query, to_key, to_value), (tile.queries, keys, keys), gradients, strict=True
-                ):
-                    total[rows] += part[0].transpose(0, 1)
-        return to_query, to_key, to_value, None, None, None, None
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention for CPUs, (batch, heads, tokens, c): the output, and log Σ exp."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
-def _parts(tile: _Tile, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
-    """The tile's keys that all of its queries see, and those that some see, with the mask that says which."""
-    if tile.square:
-        yield slice(tile.start, tile.end), None
-        return
-    if tile.shared > tile.start:
-        yield slice(tile.start, tile.shared), None
-    if tile.end > tile.shared:
-        ordinal = torch.arange(tile.shared - tile.start, tile.end - tile.start)
-        hidden = ordinal >= visible[tile.queries, None]
-        yield slice(tile.shared, tile.end), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+def flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    normaliser: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Sequence[Tensor]:
+    """Its backward: the gradients of query, key and value."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, output, normaliser, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Float[Tensor, "tokens heads head_width"]) -> Float[Tensor, "1 heads tokens head_width"]:
+    """Packed tokens as the kernel takes them."""
     # The kernel takes a head's numbers to lie side by side, and doesn't look.
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1)[None]
+
+
+def _taken(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
 
 
 def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,18 @@ and keys are filled up to a power of two. Nobody sees what is added, and blocks 
 """
 
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from chiaroscuro.ops.packed_attention import prefix_attention_by_rows
+from chiaroscuro.ops.reach_attention import Far, Near
 
 BLOCK = 128
 """Queries, and keys, of a block: what flex attention's kernels take by default."""
@@ -28,7 +30,7 @@ BLOCK = 128
 KERNELS = 128
 """For so many pairs of lengths kernels are compiled, where PyTorch would stop at 8."""
 
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+_compiled_flex_attention: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @torch.compiler.disable
@@ -55,28 +57,71 @@ def prefix_attention(
             ends = F.pad(query_lengths.cumsum(0), (1, 0)).int()
             output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
             return cast(Tensor, output)
-    mask = prefix_mask(query_lengths, key_lengths, visible, len(key))
+    start = _row_starts(key_lengths, query_lengths, len(query))
+    output = _attend_to_spans(query, key, value, start, start + visible, scale)
+    return output[0].transpose(0, 1)[: len(query), :, :width]
+
+
+@torch.compiler.disable
+def reach_attention(
+    query: Float[Tensor, "queries heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
+    near: Near,
+    far: Sequence[Far],
+) -> Float[Tensor, "queries heads head_width"]:
+    """`chiaroscuro.ops.reach_attention.reach_attention` without dropout, for tensors on a GPU.
+
+    Near and far are merged by their normalisers in plain operations, which carry the gradient.
+    """
+    output, normaliser = _with_normaliser(query, key, value, near.begin, near.end)
+    for part in far:
+        end = part.first + part.visible
+        own, lse = _with_normaliser(query[part.queries], key[part.keys], value[part.keys], part.first, end)
+        both = torch.logaddexp(normaliser[part.queries], lse)
+        rest = output[part.queries] * (normaliser[part.queries] - both).exp()[..., None].to(output.dtype)
+        merged = rest + own * (lse - both).exp()[..., None].to(own.dtype)
+        output, normaliser = output.index_copy(0, part.queries, merged), normaliser.index_copy(0, part.queries, both)
+    return output
+
+
+def _attend_to_spans(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, scale: float | None = None, **more: Any
+) -> Any:
+    """The output (1, h, filled, c) of queries that each see the keys from `start` to before `end`; and what else."""
+    mask = span_mask(start, end, len(key))
     queries, keys = mask.shape[-2:]
     with torch._dynamo.config.patch(recompile_limit=KERNELS):
-        output = _compiled_flex_attention(
+        return _compiled_flex_attention(
             _fill(query, queries),
             _fill(key, keys),
             _fill(value, keys),
             block_mask=mask,
-            scale=1 / math.sqrt(width) if scale is None else scale,
+            scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            **more,
         )
-    return output[0].transpose(0, 1)[: len(query), :, :width]
+
+
+def _with_normaliser(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The output (Q, h, c), and log Σ exp (Q, h)."""
+    output, aux = _attend_to_spans(query, key, value, start, end, return_aux=AuxRequest(lse=True))
+    return output[0].transpose(0, 1)[: len(query), :, : query.shape[-1]], aux.lse[0].T[: len(query)]
 
 
 def prefix_mask(
     query_lengths: Int[Tensor, " rows"], key_lengths: Int[Tensor, " rows"], visible: Int[Tensor, " queries"], keys: int
 ) -> BlockMask:
     """Which keys each query sees, for flex attention, with queries and keys filled up to a power of two."""
-    queries = len(visible)
-    start = _row_starts(key_lengths, query_lengths, queries)
+    start = _row_starts(key_lengths, query_lengths, len(visible))
+    return span_mask(start, start + visible, keys)
+
+
+def span_mask(start: Int[Tensor, " queries"], end: Int[Tensor, " queries"], keys: int) -> BlockMask:
+    """`prefix_mask` where each query sees the keys from `start` to before `end`."""
+    queries = len(start)
     # A query that was added sees the keys from 0 to before 0.
-    start, end = (F.pad(x, (0, _power_of_two(queries) - queries)) for x in (start, start + visible))
+    start, end = (F.pad(x, (0, _power_of_two(queries) - queries)) for x in (start, end))
 
     blocks = _power_of_two(keys) // BLOCK
     seen = _covering(start // BLOCK, -(-end // BLOCK), blocks) > 0

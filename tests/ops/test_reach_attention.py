@@ -1,0 +1,128 @@
+"""Attention that reaches near and far: the plain form against SDPA with a mask, the fast one against the plain form.
+
+Every drawn row has its own tokens; some attend, some are attended to, some look, some are kept; places may have gaps,
+as the keys of a cache have.
+"""
+
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from chiaroscuro.ops import packed_attention_cuda
+from chiaroscuro.ops import reach_attention as module
+from chiaroscuro.ops.reach_attention import reach_attention, reach_attention_by_rows
+
+
+@dataclass
+class Problem:
+    """Rows, each as (places of the keys, which of them are queries), what looks, what is kept."""
+
+    rows: list[tuple[list[int], list[bool]]]
+    window: int
+    sinks: int
+    groups: int
+    seed: int
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """`query_lengths`, `key_lengths`, `query_places`, `key_places`, `looks` and `kept`."""
+        queries = [[place for place, asks in zip(*row, strict=True) if asks] for row in self.rows]
+        generator = torch.Generator().manual_seed(self.seed)
+        lengths = torch.tensor([len(row) for row in queries]), torch.tensor([len(row) for row, _ in self.rows])
+        places = (
+            torch.tensor([place for row in queries for place in row], dtype=torch.long),
+            torch.tensor([place for row, _ in self.rows for place in row], dtype=torch.long),
+        )
+        chosen = (torch.rand(len(x), generator=generator) < 0.5 for x in places)
+        return *lengths, *places, *chosen
+
+    def numbers(self) -> list[Tensor]:
+        """Queries, keys, values, and a direction for the gradient."""
+        _, _, queries, keys, _, _ = self.arguments()
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        sizes = ((len(queries), 2 * self.groups), (len(keys), 2), (len(keys), 2), (len(queries), 2 * self.groups))
+        return [torch.randn(*size, 4, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[int], list[bool]]:
+    if draw(st.booleans()):  # all attend, as in a layer where each token is near or far
+        n = draw(st.integers(0, 12))
+        return list(range(n)), [True] * n
+    places = sorted(draw(st.sets(st.integers(0, 14), max_size=10)))
+    return places, [draw(st.booleans()) for _ in places]
+
+
+problems = st.builds(
+    Problem,
+    st.lists(rows(), min_size=1, max_size=3).filter(lambda drawn: any(places for places, _ in drawn)),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.integers(0, 1000),
+)
+
+
+@given(problems)
+def test_the_plain_form_is_attention_under_a_mask(problem: Problem) -> None:
+    query, key, value, _ = problem.numbers()
+    arguments = problem.arguments()
+    output = reach_attention_by_rows(query, key, value, *arguments, problem.window, problem.sinks)
+    queries, keys, i, j, looks, kept = arguments
+    row = torch.arange(len(queries))
+    same = row.repeat_interleave(queries)[:, None] == row.repeat_interleave(keys)
+    near = (i[:, None] - j < problem.window) | (j < problem.sinks)[None]
+    mask = same & (i[:, None] >= j) & (near | looks[:, None] & kept)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), mask, enable_gqa=True
+    )[0].transpose(0, 1)
+    torch.testing.assert_close(output, expected.nan_to_num(0.0))
+
+
+@given(problems, st.sampled_from([2, 16]), st.sampled_from([3, 64]))
+def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: int) -> None:
+    numbers, arguments = problem.numbers(), problem.arguments()
+    found = []
+    for attention in (reach_attention, reach_attention_by_rows):
+        query, key, value, direction = (x.clone().requires_grad_() for x in numbers)
+        with mock.patch.object(module, "block_of", lambda window: block), mock.patch.object(module, "SPAN", span):
+            output = attention(query, key, value, *arguments, problem.window, problem.sinks)
+            gradients = torch.autograd.grad(output, (query, key, value), direction.detach())
+        found.append((output, *gradients))
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@given(problems)
+def test_a_gpus_spans_merged_are_the_whole(problem: Problem) -> None:
+    query, key, value, _ = problem.numbers()
+    arguments = problem.arguments()
+    if len(query) == 0:
+        return
+    near, far = module.near_and_far(*arguments, problem.window, problem.sinks)
+    with mock.patch.object(packed_attention_cuda, "_compiled_flex_attention", flex_attention):
+        found = packed_attention_cuda.reach_attention(query, key, value, near, far)
+    plain = reach_attention_by_rows(query, key, value, *arguments, problem.window, problem.sinks)
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_near_and_far_are_the_whole(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([300, 700])
+    places = torch.cat([torch.arange(300), torch.arange(700)])
+    looks, kept = torch.rand(2, 1000, generator=generator) < 0.3
+    query, key, value = torch.randn(3, 1000, 4, 64, generator=generator, dtype=torch.float64)
+    expected = reach_attention_by_rows(query, key, value, lengths, lengths, places, places, looks, kept, 64, 4)
+    arguments = (x.cuda() for x in (lengths, lengths, places, places, looks, kept))
+    found = reach_attention(*(x.to("cuda", dtype) for x in (query, key, value)), *arguments, 64, 4)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(found.cpu().double(), expected, atol=tolerance, rtol=tolerance)
