@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Count, NeighbourMixing, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
-from chiaroscuro.layers.operator import make_options
+from chiaroscuro.layers.operator import hosts, make_options
 from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.model.config import ChiarConfig
 
@@ -53,6 +53,7 @@ def count_flops(
     length: int,
     *,
     share: float | None = None,
+    kv_share: float | None = None,
     training: bool = False,
     causal: bool = True,
     head: bool = True,
@@ -65,6 +66,7 @@ def count_flops(
         share: ρ, of tokens at the last operator of a menu of several, the others alike; the config's
             `attention_share` unless given. The exact number of pairs depends on where the routed tokens stand; this is
             its mean.
+        kv_share: of tokens that are kept, where that is decided; the config's unless given.
         training: forward and backward, not the forward alone.
         causal: whether a token attends to those before it alone, T (T + 1) / 2 pairs, as the kernels have it. False
             counts T² pairs, as kernels that compute and mask do.
@@ -77,15 +79,19 @@ def count_flops(
     """
     share = _checked(config, length, share)
     head = head and not (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    return _count(config, Work(length, length, training=training, causal=causal), share, head)
+    kept = _checked(config, length, kv_share, "kv_share")
+    return _count(config, Work(length, length, training=training, causal=causal, kept=kept), share, head)
 
 
-def count_decode_flops(config: ChiarConfig, length: int, *, share: float | None = None) -> FlopCount:
+def count_decode_flops(
+    config: ChiarConfig, length: int, *, share: float | None = None, kv_share: float | None = None
+) -> FlopCount:
     """Operations of one token that is decoded alone, on a cache of `length` earlier ones; its mean over the routing.
 
     Args and errors as for `count_flops`.
     """
-    return _count(config, Work(1, 1, past=length), _checked(config, length, share), head=True)
+    kept = _checked(config, length, kv_share, "kv_share")
+    return _count(config, Work(1, 1, past=length, kept=kept), _checked(config, length, share), head=True)
 
 
 def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCount:
@@ -97,21 +103,36 @@ def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCou
     counted: dict[str, float] = {}
     counts: list[Count] = []
     kept = 0.0
-    for menu in config.entries:
+    for i, (names, menu) in enumerate(zip(config.menus, config.entries, strict=True)):
         if config.short_conv is not None:
             options = make_options(NeighbourMixing, {"kernel": config.short_conv})
             convolved = NeighbourMixing.count(d, options, work)
             _add(counted, "short convolution", sum(convolved.operations.values()))
             kept += convolved.numbers_kept
         routes = len(menu) > 1
+        asked = [config.router_class] * routes + [config.kv_router_class] * (i in config.keeping_layers)
         if routes:
             _add(counted, "router", router.count(d, len(menu), work) * length)
+        if len(asked) > routes:
+            _add(counted, "router", config.kv_router_class.count(d, 2, work) * length)
+        spectrum = any(each.reads_entropy for each in asked)
+        if spectrum:
             # The entropy's transform, which a filter takes over. A choice by thresholds alone sends no gradient back.
             learns = router.differentiates_entropy or any(operator.reads_spectrum for operator, _ in menu)
             _add(counted, "router", (work.transform if learns else 1) * once * length)
+        host = hosts({name: operator for name, (operator, _) in zip(names, menu, strict=True)})
         for k, (operator, options) in enumerate(menu):
-            tokens = length * (1.0 if dense else _part(len(menu), k, share))
-            own = replace(work, tokens=tokens, routed=routes and not dense, spectrum_at_hand=routes)
+            if host[names[k]] != names[k]:
+                continue
+            parts = [_part(len(menu), j, share) for j, name in enumerate(names) if host[name] == names[k]]
+            tokens, last = (length, None) if dense else (length * sum(parts), length * parts[-1])
+            own = replace(
+                work,
+                tokens=tokens,
+                routed=routes and not dense,
+                spectrum_at_hand=spectrum,
+                last=last if len(parts) > 1 else None,
+            )
             counts.append(operator.count(d, options, own))
             for name, number in counts[-1].operations.items():
                 _add(counted, name, number)
@@ -236,12 +257,13 @@ def _compared(ours: float, baseline: float) -> dict[str, Any]:
     return {"flops": ours, "baseline": baseline, "ratio": ratio, "saving": 1 - ours / baseline}
 
 
-def _checked(config: ChiarConfig, length: int, share: float | None) -> float:
+def _checked(config: ChiarConfig, length: int, share: float | None, field: str = "attention_share") -> float:
     _check_length(length)
     if share is None:
-        share = config.attention_share
+        share = getattr(config, field)
     if not 0 <= share <= 1:
-        raise UserError(f"share {share}: need a share of the tokens, from 0 to 1")
+        name = "share" if field == "attention_share" else field
+        raise UserError(f"{name} {share}: need a share of the tokens, from 0 to 1")
     return share
 
 

@@ -5,12 +5,14 @@ from chiaroscuro.layers.build import build_block
 from chiaroscuro.layers.context import Context, Spectra
 from chiaroscuro.layers.feed_forward import FeedForward, GatedFeedForward
 from chiaroscuro.layers.learned_router import LearnedRouter
+from chiaroscuro.layers.local_attention import LocalAttention
 from chiaroscuro.layers.meta_router import MetaRouter
 from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
+from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.registry import (
     build_operator,
     build_router,
@@ -37,6 +39,7 @@ __all__ = [
     "KeptTokens",
     "LayerStates",
     "LearnedRouter",
+    "LocalAttention",
     "MetaRouter",
     "NeighbourMixing",
     "Operator",
@@ -45,6 +48,7 @@ __all__ = [
     "PermutedRouter",
     "RBFMixing",
     "RandomRouter",
+    "ReachState",
     "RoutedBlock",
     "Router",
     "Routing",

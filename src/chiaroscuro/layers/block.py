@@ -29,21 +29,27 @@ class Routing:
 
     Attributes:
         operators: the layer's menu, in order of cost.
-        entropy: H of the operator's input, float32; 0 at padding.
+        entropy: H of the operator's input, float32; 0 at padding. None where no router reads it and no report was asked
+            for.
         operator_index: which operator each token got (the one of the largest weight, where a router weighs them); −1 at
             padding.
         score: what the thresholds were compared with, where there are any.
         scale: what the last operator's output was multiplied by, where the router scales it.
         weights: the operators' weights, where the router gives weights.
+        kept: which tokens the key side keeps, to be seen from beyond the window, for all key-value heads or for each;
+            None where nothing decides it.
+        kept_score: what the key side's threshold was compared with.
 
     """
 
     operators: tuple[str, ...]
-    entropy: Float[Tensor, "batch time"]
+    entropy: Float[Tensor, "batch time"] | None
     operator_index: Int[Tensor, "batch time"]
     score: Float[Tensor, "batch time"] | None = None
     scale: Float[Tensor, "batch time"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
+    kept: Bool[Tensor, "batch time *heads"] | None = None
+    kept_score: Float[Tensor, "batch time *heads"] | None = None
 
     @property
     def share(self) -> Float[Tensor, " operators"]:
@@ -53,6 +59,15 @@ class Routing:
         if given is None:
             given = nn.functional.one_hot(self.operator_index.clamp(min=0), len(self.operators))
         return (given.detach().float() * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A module of the menu, the name that it is kept under, and which of the menu's operators it is."""
+
+    name: str
+    operator: Operator
+    indices: tuple[int, ...]
 
 
 class RoutedBlock(nn.Module):
@@ -67,9 +82,11 @@ class RoutedBlock(nn.Module):
 
     Args:
         width: d, the features of a token.
-        operators: the menu: operators by name, in order of cost.
+        operators: the menu: operators by name, in order of cost. Where one module has several names, it runs the tokens
+            of all of them together, and `context.choice` tells it which token came by which.
         router: decides between several operators; None for a menu of one.
         feed_forward: the position-wise sub-layer that all tokens go through.
+        kv_router: decides which tokens are kept, for an operator that asks (`Operator.keeps`); else None.
         norm: `"pre"` or `"post"`.
         norm_type: `"layer"` or `"rms"`.
         norm_epsilon: what a norm adds to the variance; its usual value unless given.
@@ -81,7 +98,7 @@ class RoutedBlock(nn.Module):
 
     Raises:
         UserError: an unknown norm placement, norm type or execution, an empty menu, several operators without a
-            router, or a router for one.
+            router or a router for one, or a kv_router where no operator asks for it, or none where one does.
 
     """
 
@@ -95,6 +112,7 @@ class RoutedBlock(nn.Module):
         router: Router | None,
         feed_forward: nn.Module,
         *,
+        kv_router: ScoreRouter | None = None,
         norm: NormPlacement = "pre",
         norm_type: NormType = "layer",
         norm_epsilon: float | None = None,
@@ -113,13 +131,25 @@ class RoutedBlock(nn.Module):
                 f"a menu of {len(operators)} operators with router={router}: a block has at least one operator, and a "
                 "router exactly where it has several"
             )
+        if (kv_router is None) == any(operator.keeps(operator.options) for operator in operators.values()):
+            raise UserError(
+                f"menu {tuple(operators)} with kv_router={kv_router}: give one where an operator has "
+                "attention_context='kept', and only there"
+            )
         self.operator_names = tuple(operators)
         self.norm_placement = norm
         self.spectrum = spectrum
         self.execution = execution
-        self.operators = nn.ModuleDict(dict(operators))
+        # A module of several names is kept under the last of them.
+        last = {operator: name for name, operator in operators.items()}
+        self._indices = {
+            name: tuple(k for k, other in enumerate(operators.values()) if other is operator)
+            for operator, name in last.items()
+        }
+        self.operators = nn.ModuleDict({name: operator for operator, name in last.items()})
         self.router = router
-        normed = self.operator_names if norm == "post" else ("input",)
+        self.kv_router = kv_router
+        normed = tuple(self.operators) if norm == "post" else ("input",)
         self.short_conv = short_conv
         self.operator_norms = nn.ModuleDict({name: make_norm(norm_type, width, norm_epsilon) for name in normed})
         self.feed_forward_norm = make_norm(norm_type, width, norm_epsilon)
@@ -128,13 +158,23 @@ class RoutedBlock(nn.Module):
 
     @property
     def menu(self) -> list[tuple[str, Operator]]:
-        """The operators with their names, as what they are."""
+        """The modules with their names, as what they are."""
         return [(name, cast(Operator, operator)) for name, operator in self.operators.items()]
+
+    @property
+    def units(self) -> list[_Unit]:
+        """The modules, with the places on the menu that are theirs."""
+        return [_Unit(name, operator, self._indices[name]) for name, operator in self.menu]
 
     @property
     def thresholds(self) -> Float[Tensor, " thresholds"] | None:
         """The thresholds that this layer routes by; None where nothing is routed by a score."""
         return self.router.calibration.values if isinstance(self.router, ScoreRouter) else None
+
+    @property
+    def kv_threshold(self) -> Float[Tensor, " thresholds"] | None:
+        """The threshold above which a token is kept; None where nothing decides it."""
+        return self.kv_router.calibration.values if self.kv_router is not None else None
 
     def forward(
         self,
@@ -160,8 +200,11 @@ class RoutedBlock(nn.Module):
         if context.segments is not None:
             self._refuse_documents()
         source = self.operator_input(x, context)
-        context = replace(context, spectra=self._spectra(source))
-        routing = self._route(source, context) if self.router is not None or output_routing else None
+        context = replace(context, spectra=self._spectra(source), layer_input=x)
+        routing = self._route(source, context, output_routing) if self._decides or output_routing else None
+        if self.kv_router is not None and routing is not None:
+            assert routing.kept_score is not None
+            context = replace(context, kept=routing.kept, kept_scale=self.kv_router.scale(routing.kept_score))
         if self._runs_sparsely(routing, context):
             x = self._mix_sparsely(x, source, routing, context)
         else:
@@ -177,7 +220,7 @@ class RoutedBlock(nn.Module):
         """
         context = Context() if context is None else context
         source = self.operator_input(x, replace(context, cache=copy.deepcopy(context.cache)))
-        return self._route(source, replace(context, spectra=self._spectra(source)))
+        return self._route(source, replace(context, spectra=self._spectra(source), layer_input=x), report=True)
 
     @torch.no_grad()
     def calibrate(
@@ -224,7 +267,9 @@ class RoutedBlock(nn.Module):
         if self.short_conv is None:
             return source
         # No operator's name has a dot in it.
-        return self.short_conv(source, self._context_of("input.short_conv", self.short_conv, context or Context()))
+        context = context or Context()
+        state = None if context.cache is None else context.cache.of("input.short_conv", self.short_conv)
+        return self.short_conv(source, replace(context, state=state))
 
     def _spectra(self, source: Tensor) -> Spectra:
         weights = [operator.spectral_weight for _, operator in self.menu]
@@ -244,18 +289,36 @@ class RoutedBlock(nn.Module):
                     "keep them apart: give one document per row, padded"
                 )
 
-    def _route(self, source: Tensor, context: Context) -> Routing:
+    @property
+    def _decides(self) -> bool:
+        return self.router is not None or self.kv_router is not None
+
+    def _route(self, source: Tensor, context: Context, report: bool) -> Routing:
         assert context.spectra is not None
-        entropy = context.spectra.entropy().float()
+        routers = [router for router in (self.router, self.kv_router) if router is not None]
+        reported = report or any(router.reads_entropy for router in routers)
+        entropy = (
+            context.spectra.entropy().float() if reported else source.new_zeros(()).expand(source.shape[:2]).float()
+        )
         if self.router is None:
             decision = Decision(torch.zeros(source.shape[:2], dtype=torch.long, device=source.device))
         else:
             decision = self.router(source, entropy, context)
+        kept = None if self.kv_router is None else self.kv_router(source, entropy, context)
         index, real = decision.operator_index, context.real(source.shape[1])
         if real is not None:
             entropy = entropy.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, -1)
-        return Routing(self.operator_names, entropy.detach(), index, decision.score, decision.scale, decision.weights)
+        return Routing(
+            self.operator_names,
+            entropy.detach() if reported else None,
+            index,
+            decision.score,
+            decision.scale,
+            decision.weights,
+            None if kept is None else kept.operator_index > 0,
+            None if kept is None else kept.score,
+        )
 
     def _runs_sparsely(self, routing: Routing | None, context: Context) -> bool:
         if self.execution == "dense":
@@ -275,16 +338,16 @@ class RoutedBlock(nn.Module):
         if x.shape[:2] == (1, 1) and context.attention_mask is None and not torch.is_grad_enabled():
             return self._mix_one_token(x, source, routing, context)
         mixed = x
-        for k, (name, operator) in enumerate(self.menu):
-            tokens = self._tokens_of(k, x, routing, context)
-            own = self._context_of(name, operator, context)
+        for unit in self.units:
+            tokens = self._tokens_of(unit, x, routing, context)
+            own = self._context_of(unit, routing, context)
             if len(tokens) == 0 and own.state is None and not torch.is_grad_enabled():
                 continue
-            output = operator(source, own, tokens)
-            scale = self._scale_of(name, routing)
+            output = unit.operator(source, own, tokens)
+            scale = self._scale_of(unit, routing)
             output = self.dropout(output if scale is None else output * tokens.take(scale)[:, None].to(output.dtype))
             if self.norm_placement == "post":
-                mixed = tokens.put_in(mixed, self.operator_norms[name](tokens.take(x) + output))
+                mixed = tokens.put_in(mixed, self.operator_norms[unit.name](tokens.take(x) + output))
             else:
                 mixed = tokens.add_to(mixed, output)
         return mixed
@@ -303,52 +366,72 @@ class RoutedBlock(nn.Module):
     def _mix_one_token(self, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """What `_mix_sparsely` does with a token that is decoded alone: there is nothing to pack."""
         chosen = 0 if routing is None else int(routing.operator_index)
-        for k, (name, operator) in enumerate(self.menu):
-            own = self._context_of(name, operator, context)
-            if k == chosen:
-                mixed = self._mix_in(name, operator, x, source, routing, own)
+        for unit in self.units:
+            own = self._context_of(unit, routing, context)
+            if chosen in unit.indices:
+                mixed = self._mix_in(unit, x, source, routing, own)
             elif own.state is not None:  # it may keep something of every token, and counts those that pass by
-                operator(source, own, PackedTokens.none_of(x))
+                unit.operator(source, own, PackedTokens.none_of(x))
         return mixed
 
-    def _tokens_of(self, k: int, x: Tensor, routing: Routing | None, context: Context) -> PackedTokens:
-        """Which tokens the k-th operator got; a single operator gets the real ones."""
+    def _tokens_of(self, unit: _Unit, x: Tensor, routing: Routing | None, context: Context) -> PackedTokens:
+        """Which tokens a unit got; a single one gets the real ones."""
         if self.router is not None and routing is not None:
-            return PackedTokens.of(routing.operator_index == k, context.segments)
+            return PackedTokens.of(_goes_to(routing.operator_index, unit), context.segments)
         real = context.real(x.shape[1])
         return PackedTokens.all_of(x, context.segments) if real is None else PackedTokens.of(real, context.segments)
 
-    def _context_of(self, name: str, operator: Operator, context: Context, routed: Tensor | None = None) -> Context:
-        """The context of one operator: with its own state."""
-        state = None if context.cache is None else context.cache.of(name, operator)
-        return context if state is None and routed is None else replace(context, state=state, routed=routed)
+    def _context_of(
+        self, unit: _Unit, routing: Routing | None, context: Context, routed: Tensor | None = None
+    ) -> Context:
+        """The context of one unit: with its own state, and which token came by which of its names."""
+        state = None if context.cache is None else context.cache.of(unit.name, unit.operator)
+        choice = None
+        if len(unit.indices) > 1 and routing is not None:
+            choice = torch.full_like(routing.operator_index, -1)
+            for n, k in enumerate(unit.indices):
+                choice = choice.masked_fill(routing.operator_index == k, n)
+        if state is None and choice is None and routed is None:
+            return context
+        return replace(context, state=state, choice=choice, routed=routed)
 
-    def _scale_of(self, name: str, routing: Routing | None) -> Tensor | None:
-        """What an operator's output is multiplied by: the last one's by what the router says, if it says so."""
-        return None if routing is None or name != self.operator_names[-1] else routing.scale
+    def _scale_of(self, unit: _Unit, routing: Routing | None) -> Tensor | None:
+        """What a unit's outputs are multiplied by: those of the menu's last operator by what the router says."""
+        last = len(self.operator_names) - 1
+        if routing is None or routing.scale is None or last not in unit.indices:
+            return None
+        return routing.scale if len(unit.indices) == 1 else routing.scale.where(routing.operator_index == last, 1.0)
 
     def _mix_densely(self, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """The operator sub-layer, every operator on every token, then each token its own."""
         outputs = []
-        for k, (name, operator) in enumerate(self.menu):
-            routed = routing.operator_index == k if self.router is not None and routing is not None else None
-            own = self._context_of(name, operator, context, routed)
-            outputs.append(self._mix_in(name, operator, x, source, routing, own))
+        for unit in self.units:
+            routed = None
+            if self.router is not None and routing is not None:
+                routed = _goes_to(routing.operator_index, unit)
+            own = self._context_of(unit, routing, context, routed)
+            outputs.append(self._mix_in(unit, x, source, routing, own))
         if routing is None or len(outputs) == 1:
             return outputs[0]
         if routing.weights is not None:
             weighted = zip(routing.weights.unbind(-1), outputs, strict=True)
             return torch.stack([weight[..., None] * output for weight, output in weighted]).sum(0)
         mixed = outputs[0]
-        for k, output in enumerate(outputs[1:], start=1):
-            mixed = torch.where((routing.operator_index == k)[..., None], output, mixed)
+        for unit, output in zip(self.units[1:], outputs[1:], strict=True):
+            mixed = torch.where(_goes_to(routing.operator_index, unit)[..., None], output, mixed)
         return mixed
 
-    def _mix_in(
-        self, name: str, operator: Operator, x: Tensor, source: Tensor, routing: Routing | None, context: Context
-    ) -> Tensor:
-        """One operator on every token, with its residual."""
-        output: Any = operator(source, context)
-        scale = self._scale_of(name, routing)
+    def _mix_in(self, unit: _Unit, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
+        """One unit on every token, with its residual."""
+        output: Any = unit.operator(source, context)
+        scale = self._scale_of(unit, routing)
         mixed = x + self.dropout(output if scale is None else output * scale[..., None].to(output.dtype))
-        return self.operator_norms[name](mixed) if self.norm_placement == "post" else mixed
+        return self.operator_norms[unit.name](mixed) if self.norm_placement == "post" else mixed
+
+
+def _goes_to(operator_index: Int[Tensor, "batch time"], unit: _Unit) -> Bool[Tensor, "batch time"]:
+    """Which tokens go to a unit, by any of its names."""
+    chosen = operator_index == unit.indices[0]
+    for k in unit.indices[1:]:
+        chosen = chosen | (operator_index == k)
+    return chosen

@@ -6,8 +6,15 @@ from typing import Any
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.block import RoutedBlock
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
-from chiaroscuro.layers.operator import Operator
-from chiaroscuro.layers.registry import Entry, build_operator, build_router, split_entry
+from chiaroscuro.layers.operator import Operator, hosts
+from chiaroscuro.layers.registry import (
+    Entry,
+    build_kv_router,
+    build_operator,
+    build_router,
+    find_operator,
+    split_entry,
+)
 from chiaroscuro.layers.short_convolution import NeighbourMixing
 
 
@@ -34,12 +41,18 @@ def build_block(
 
     """
     fields = fields or {}
-    operators: dict[str, Operator] = {}
+    entries: dict[str, Entry] = {}
     for entry in menu:
         name, _ = split_entry(entry)
-        if name in operators:
+        if name in entries:
             raise UserError(f"menu {list(menu)}: names {name!r} twice")
-        operators[name] = build_operator(width, entry, fields)
+        entries[name] = entry
+    host = hosts({name: find_operator(name) for name in entries})
+    built = {name: build_operator(width, entry, fields) for name, entry in entries.items() if host[name] == name}
+    operators: dict[str, Operator] = {name: built[host[name]] for name in entries}
+    kv_router = None
+    if any(operator.keeps(operator.options) for operator in built.values()):
+        kv_router = build_kv_router(width, fields, layer)
     router = None
     if len(operators) > 1:
         router = build_router(width, tuple(operators), fields.get("router", "threshold"), fields, layer)
@@ -56,6 +69,7 @@ def build_block(
         operators,
         router,
         FEED_FORWARDS[kind](width, hidden, dropout, **biased),
+        kv_router=kv_router,
         norm=fields.get("norm", "pre"),
         norm_type=fields.get("norm_type", "layer"),
         norm_epsilon=fields.get("norm_epsilon"),

@@ -98,6 +98,12 @@ class Context:
         state: the state of the operator that is being run, from `cache`.
         spectra: the DCT of the layer's input, shared by the router and the operators.
         routed: in dense execution, the tokens whose output of this operator will be used.
+        choice: for an operator that a menu has under several names, by which of them each token goes to it, from 0; −1
+            for the tokens of other operators.
+        kept: which of the new tokens are seen from beyond the window, for all key-value heads or for each; None where
+            nothing decides it.
+        kept_scale: what their values are multiplied by, where the router that decides it says so.
+        layer_input: the tokens before the layer's norm.
         shared: things that are the same for all layers of one forward, computed by the first layer that needs them.
 
     """
@@ -112,12 +118,19 @@ class Context:
     state: Any = None
     spectra: Spectra | None = None
     routed: Bool[Tensor, "batch time"] | None = None
+    choice: Int[Tensor, "batch time"] | None = None
+    kept: Bool[Tensor, "batch time *key_heads"] | None = None
+    kept_scale: Float[Tensor, "batch time *key_heads"] | None = None
+    layer_input: Float[Tensor, "batch time width"] | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Context":
         """On another device; accelerate calls it for a layer whose weights lie there."""
         device = torch.device(device)
-        names = ("attention_mask", "position_ids", "input_ids", "segments", "routed")
+        names = (
+            *("attention_mask", "position_ids", "input_ids", "segments", "routed"),
+            *("choice", "kept", "kept_scale", "layer_input"),
+        )
         given = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if all(tensor.device == device for tensor in given.values()):
             return self

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Work
-from chiaroscuro.layers.router import ScoreRouter
+from chiaroscuro.layers.router import HeadOptions, ScoreRouter
 
 
 class LearnedRouter(ScoreRouter):
-    """s = w·x + b, and the last operator's output is scaled by σ(s).
+    """s = w·x + b, and the last operator's output is scaled by σ(s); on the key side, a token's values are.
 
     Mixture-of-Depths picks the tokens with the largest s of a sequence, which looks at later tokens. Here a token is
     picked if its s is above the running quantile that all our scores are compared with. The gradient reaches w through
@@ -23,11 +23,13 @@ class LearnedRouter(ScoreRouter):
     Source: arXiv 2404.02258, without its expert choice over the sequence.
     """
 
+    Options = HeadOptions
     scores_entropy = False
+    reads_entropy = False
 
     def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
         super().__init__(width, operators, layer, **options)
-        self.proj = nn.Linear(width, 1)
+        self.proj = nn.Linear(width, self.options.heads)
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of N(0, 0.02² d): w as the models draw it, against a layer-normed token."""
@@ -37,11 +39,12 @@ class LearnedRouter(ScoreRouter):
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
-    ) -> Float[Tensor, "batch time"]:
+    ) -> Float[Tensor, "batch time *heads"]:
         """s, with its gradient."""
-        return self.proj(x).squeeze(-1).float()
+        score = self.proj(x).float()
+        return score.squeeze(-1) if self.options.heads == 1 else score
 
-    def scale(self, score: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+    def scale(self, score: Float[Tensor, "batch time *heads"]) -> Float[Tensor, "batch time *heads"]:
         """σ(s)."""
         return score.sigmoid()
 

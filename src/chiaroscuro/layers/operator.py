@@ -34,6 +34,8 @@ class Work:
         training: whether to count forward and backward, and not the forward alone.
         causal: whether a token is paired with those before it alone, as kernels have it that skip the rest.
         spectrum_at_hand: whether the router has computed DCT(x) already.
+        last: of `tokens`, how many go to it by the last of its names, where a menu has it under several; else None.
+        kept: the share of all tokens that the key side's router keeps.
 
     """
 
@@ -44,6 +46,16 @@ class Work:
     training: bool = False
     causal: bool = True
     spectrum_at_hand: bool = False
+    last: int | float | None = None
+    kept: int | float = 1.0
+
+    def mean_beyond(self, window: int) -> float:
+        """The mean over the new tokens of how many of those up to and with it lie beyond its nearest `window`."""
+
+        def triangle(n: int | float) -> int | float:
+            return n * (n + 1) / 2 if n > 0 else 0
+
+        return (triangle(self.past + self.length - window) - triangle(self.past - window)) / self.length
 
     def pairs(self, keys: int | float, past: int | float, causal: bool = True) -> int | float:
         """Pairs of the operator's tokens with `keys` of the new tokens and with `past` earlier ones."""
@@ -100,6 +112,8 @@ class Operator(nn.Module):
     """A menu lists its operators by rising cost (dct 0, conv 0.5, rbf 1, attention 2); None may stand anywhere."""
     reads_spectrum: ClassVar[bool] = False
     """Whether it works on DCT(x), so that it can share the router's transform."""
+    part_of: ClassVar["type[Operator] | None"] = None
+    """The operator that runs this one's tokens with its own, by one set of parameters, where a menu has both."""
     separates_documents: ClassVar[bool] = False
     """Whether it honours `context.segments`. True for an operator that looks at one token at a time."""
 
@@ -168,6 +182,11 @@ class Operator(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise parameters and buffers that are the operator's own; those of `nn.Linear` need no word here."""
 
+    @classmethod
+    def keeps(cls, options: Any) -> bool:
+        """Whether it reads `context.kept`, so that the block needs a router of the key side."""
+        return False
+
     @property
     def spectral_weight(self) -> Float[Tensor, " width"] | None:
         """The filter that it applies to DCT(x), if that is what it does: a kernel then filters with the entropy."""
@@ -177,6 +196,15 @@ class Operator(nn.Module):
     def packs(cls) -> bool:
         """Whether it has a packed form of its own."""
         return cls.mix_packed is not Operator.mix_packed
+
+
+def hosts(classes: Mapping[str, type[Operator]]) -> dict[str, str]:
+    """By which operator of a menu each one's tokens are run: its own name, or that of the one that it is part of."""
+    found = {}
+    for name, cls in classes.items():
+        hosting = [other for other, theirs in classes.items() if cls.part_of is theirs]
+        found[name] = hosting[0] if hosting else name
+    return found
 
 
 def make_options(cls: Any, given: Mapping[str, Any]) -> Any:

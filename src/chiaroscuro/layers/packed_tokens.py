@@ -11,8 +11,8 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 
-AttentionContext = Literal["all", "routed"]
-"""What routed tokens attend to: all tokens, or each other."""
+AttentionContext = Literal["all", "routed", "kept"]
+"""What routed tokens attend to beyond their window: all tokens, each other, or the tokens that are kept."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class RandomRouter(ScoreRouter):
 
     Options = RandomOptions
     scores_entropy = False
+    reads_entropy = False
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of the uniform distribution: the probabilities themselves."""

@@ -8,11 +8,12 @@ from torch import nn
 
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers.learned_router import LearnedRouter
+from chiaroscuro.layers.local_attention import LocalAttention
 from chiaroscuro.layers.operator import Operator, with_defaults
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
-from chiaroscuro.layers.router import Router, ThresholdRouter
+from chiaroscuro.layers.router import Router, ScoreRouter, ThresholdRouter
 from chiaroscuro.layers.self_attention import SelfAttention
 from chiaroscuro.layers.short_convolution import ShortConvolution
 from chiaroscuro.layers.soft_router import HardRouter, SoftRouter
@@ -22,6 +23,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "dct": SpectralMixing,
     "conv": ShortConvolution,
     "rbf": RBFMixing,
+    "local": LocalAttention,
     "attention": SelfAttention,
 }
 ROUTERS: dict[str, type[Router]] = {
@@ -32,6 +34,9 @@ ROUTERS: dict[str, type[Router]] = {
     "soft": SoftRouter,
     "hard": HardRouter,
 }
+
+KEY_SIDE = ("dropped", "kept")
+"""What a router of the key side chooses between."""
 
 Entry = str | Mapping[str, Mapping[str, Any] | None]
 """An entry of a menu, or a router: a name, or a mapping from the name to options, `{"attention": {"bias": False}}`."""
@@ -115,6 +120,24 @@ def build_router(
     name, options = split_entry(entry)
     cls = find_router(name)
     return cls(width, operators, layer, **with_defaults(cls, options, model or {}))
+
+
+def build_kv_router(width: int, model: Mapping[str, Any], layer: int = 0) -> ScoreRouter:
+    """The router of the key side that a model's fields describe: which tokens are kept, to be seen from far.
+
+    It is that of the field `kv_router`, whose share is the field `kv_share`; arguments and errors as for
+    `build_operator`.
+    """
+    router = build_router(width, KEY_SIDE, model.get("kv_router", "threshold"), key_side(model), layer)
+    if not isinstance(router, ScoreRouter):
+        raise UserError(f"kv_router={model.get('kv_router')!r}: the key side needs a router by a score")
+    return router
+
+
+def key_side(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model as a router of the key side reads them."""
+    share = {"attention_share": model["kv_share"]} if "kv_share" in model else {}
+    return {**model, "thresholds": None, **share}
 
 
 def _register(registry: dict[str, Any], base: type[nn.Module], name: str, cls: Any) -> None:

@@ -26,16 +26,17 @@ class Decision:
     """What a router decided about a layer's tokens.
 
     Attributes:
-        operator_index: which operator of the menu each token goes to, from 0.
+        operator_index: which operator of the menu each token goes to, from 0. On the key side 0 for a token that is
+            dropped and 1 for one that is kept, for all key-value heads or for each.
         score: what the thresholds were compared with, where there are any.
         scale: what the last operator's output is multiplied by, where the router scales it.
         weights: a weight for each operator, where every operator runs on every token and the outputs are averaged.
 
     """
 
-    operator_index: Int[Tensor, "batch time"]
-    score: Float[Tensor, "batch time"] | None = None
-    scale: Float[Tensor, "batch time"] | None = None
+    operator_index: Int[Tensor, "batch time *heads"]
+    score: Float[Tensor, "batch time *heads"] | None = None
+    scale: Float[Tensor, "batch time *heads"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
 
 
@@ -62,6 +63,8 @@ class Router(nn.Module):
     """False for a router that gives weights in inference too: then execution is dense, and sparse is refused."""
     trains_densely: ClassVar[bool] = False
     """Whether training needs every operator's output for every token, though inference does not."""
+    reads_entropy: ClassVar[bool] = True
+    """Whether it reads H(x), which is computed for it alone."""
     differentiates_entropy: ClassVar[bool] = False
     """Whether a gradient goes through the entropy."""
 
@@ -82,7 +85,7 @@ class Router(nn.Module):
 
         Args:
             x: the operators' input.
-            entropy: H(x).
+            entropy: H(x); zeros for a router that does not read it.
             context: what else is known about the tokens.
 
         """
@@ -113,6 +116,17 @@ class ScoreOptions:
     spectrum: Spectrum = "orthonormal"
 
 
+@dataclass(frozen=True)
+class HeadOptions(ScoreOptions):
+    """Options of a router by a score that can give several: `heads`, on the key side one for each key-value head."""
+
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
+            raise UserError(f"heads={self.heads!r}: must be a positive whole number")
+
+
 class ScoreRouter(Router):
     """A score per token against K − 1 thresholds: operator k for a token whose score lies above k of them.
 
@@ -141,11 +155,11 @@ class ScoreRouter(Router):
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
-    ) -> Float[Tensor, "batch time"]:
-        """The number that is compared with the thresholds."""
+    ) -> Float[Tensor, "batch time *heads"]:
+        """The number that is compared with the thresholds; on the key side it may be one for each key-value head."""
         raise NotImplementedError
 
-    def scale(self, score: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"] | None:
+    def scale(self, score: Float[Tensor, "batch time *heads"]) -> Float[Tensor, "batch time *heads"] | None:
         """What the last operator's output is multiplied by: None for nothing, or a function of the score."""
         return None
 

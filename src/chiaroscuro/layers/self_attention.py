@@ -1,21 +1,26 @@
 """The full operator: multi-head causal self-attention with rotary positions and, optionally, grouped heads."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
 from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
+from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
-from chiaroscuro.layers.state import KeptTokens
+from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
+from chiaroscuro.ops.reach_attention import reach_mask
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,11 @@ class AttentionOptions:
         rope_theta: the base of the rotary angles.
         rope_parameters: scaling of the rotary angles as in transformers; where given, `rope_theta` is read from it.
         max_position_embeddings: the longest sequence, on which some types of scaling depend.
-        attention_context: where a layer routes only some tokens here, what they attend to: `"all"` tokens up to their
-            own (the paper), or only the `"routed"` ones among these.
+        attention_context: what tokens attend to beyond their window: `"all"` earlier tokens (the paper), only those
+            `"routed"` here, where a layer routes only some, or those that are `"kept"`.
+        window: w, how many tokens each token attends to in any case, its own included, whoever was routed or kept;
+            unless given, itself alone.
+        sinks: s, how many tokens at the beginning of a sequence all attend to.
 
     """
 
@@ -45,9 +53,19 @@ class AttentionOptions:
     rope_parameters: Mapping[str, Any] | None = None
     max_position_embeddings: int = 1024
     attention_context: AttentionContext = "all"
+    window: int | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_attention_context(self.attention_context)
+        if self.window is not None and (
+            isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1
+        ):
+            raise UserError(f"window={self.window!r}: must be a positive whole number of tokens, or left out for none")
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise UserError(f"sinks={self.sinks!r}: must be a whole number of tokens, 0 or more")
+        if self.sinks and self.window is None:
+            raise UserError(f"sinks={self.sinks} without a window: set window too, or drop sinks")
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
             optional = name != "num_attention_heads"
@@ -62,6 +80,11 @@ class AttentionOptions:
         """Heads of the queries, heads of keys and values, and the width of each."""
         heads = self.num_attention_heads
         return heads, self.num_key_value_heads or heads, self.head_dim or width // heads
+
+    @property
+    def near_and_far(self) -> bool:
+        """Whether what is near and what is far are different things: the paper's attention has one or the other."""
+        return self.window is not None or self.attention_context == "kept"
 
 
 class SelfAttention(Operator):
@@ -80,7 +103,7 @@ class SelfAttention(Operator):
     """
 
     Options = AttentionOptions
-    cost = 2
+    cost: ClassVar[int | float | None] = 2
     separates_documents = True
 
     def __init__(self, width: int, **options: Any) -> None:
@@ -116,12 +139,15 @@ class SelfAttention(Operator):
     def mix(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
         """Attend from every token.
 
-        In the `"routed"` context tokens that are not routed here are attended to by themselves alone.
+        In the `"routed"` context tokens that are not routed here are attended to by themselves alone, and by those
+        whose window they are in.
 
         Raises:
             ValueError: a cache together with routed tokens in the `"routed"` context, which only the packed form has.
 
         """
+        if self.options.near_and_far:
+            return self._mix_near_and_far(x, context)
         mask = context.mask(x.shape[1])
         if context.routed is not None and self.options.attention_context == "routed":
             if context.state is not None:
@@ -141,6 +167,8 @@ class SelfAttention(Operator):
         self, x: Float[Tensor, "batch time width"], tokens: PackedTokens, context: Context
     ) -> Float[Tensor, "tokens width"]:
         """Attend from some tokens: queries, output and rows of scores for them alone."""
+        if self.options.near_and_far:
+            return self._mix_packed_near_and_far(x, tokens, context)
         state: KeptTokens | None = context.state
         keyed = tokens.keys(self.options.attention_context, context.real(x.shape[1]))
         idle = len(tokens) == 0 and not torch.is_grad_enabled()
@@ -162,12 +190,142 @@ class SelfAttention(Operator):
         mixed = attend_packed(query, (key, value), tokens, keyed, context, dropout=self._dropout)
         return self.out_proj(mixed.flatten(1))
 
+    @classmethod
+    def keeps(cls, options: AttentionOptions) -> bool:
+        """In the `"kept"` context."""
+        return options.attention_context == "kept"
+
+    def _mix_near_and_far(self, x: Tensor, context: Context) -> Tensor:
+        """`mix` where near and far differ: under a mask in dense execution, else by the packed form."""
+        masked = context.routed is not None or context.implementation == "eager" or torch.compiler.is_compiling()
+        real = context.real(x.shape[1])
+        if context.state is not None or not masked:
+            tokens = PackedTokens.all_of(x, context.segments)
+            if real is not None:
+                tokens = PackedTokens.of(real, context.segments)
+            return tokens.put_in(torch.zeros_like(x), self._mix_packed_near_and_far(x, tokens, context))
+        table = self._rotary(x, context)
+        query = rotate(_split(self.q_proj(x), self.heads), table)
+        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
+        value = _split(_gated(self.v_proj(x), context.kept_scale), self.key_value_heads)
+        mixed = attend(query, key, value, self._mask(x, context), self._dropout, context.implementation)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _mask(self, x: Tensor, context: Context) -> Bool[Tensor, "batch heads time time"]:
+        """Which tokens each one sees; a padded one sees itself, so that no row of the softmax is empty."""
+        real = context.real(x.shape[1])
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+        chosen = real if context.routed is None else real & context.routed
+        looks, kept = self._decided(chosen, real, context)
+        places = self._places(x, real, context)[:, None]
+        kept = kept[:, None] if kept.ndim == 2 else kept.transpose(1, 2)
+        seen = reach_mask(places, places, looks[:, None], kept, self.options.window or 1, self.options.sinks)
+        seen = seen & real[:, None, None]
+        if context.segments is not None:
+            seen = seen & (context.segments[:, None, :, None] == context.segments[:, None, None])
+        seen = seen | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        return seen.repeat_interleave(self.heads // seen.shape[1], 1) if seen.shape[1] > 1 else seen
+
+    def _mix_packed_near_and_far(self, x: Tensor, tokens: PackedTokens, context: Context) -> Tensor:
+        state: ReachState | None = context.state
+        time = x.shape[1]
+        real = context.real(time)
+        everything = (
+            PackedTokens.all_of(x, context.segments) if real is None else PackedTokens.of(real, context.segments)
+        )
+        looks, kept = self._decided(tokens.chosen, everything.chosen, context)
+        keyed = everything
+        if self.options.window is None and (state is None or time > 1):  # then some tokens are seen by nobody
+            keyed = PackedTokens.of(tokens.chosen | (kept if kept.ndim == 2 else kept.any(-1)), context.segments)
+        if len(tokens) == 0 and state is None and not torch.is_grad_enabled():
+            return x.new_empty(0, x.shape[-1])
+        cos, sin = self._rotary(x, context)
+        sources, targets = tokens.take(x), keyed.take(x)
+        key = rotate(self.k_proj(targets).unflatten(-1, (self.key_value_heads, -1)), (keyed.take(cos), keyed.take(sin)))
+        scale = None if context.kept_scale is None else keyed.take(context.kept_scale)
+        value = _gated(self.v_proj(targets), scale).unflatten(-1, (self.key_value_heads, -1))
+        query = rotate(self.q_proj(sources).unflatten(-1, (self.heads, -1)), (tokens.take(cos), tokens.take(sin)))
+        window, sinks = self.options.window or 1, self.options.sinks
+        mixed = attend_near_and_far(
+            query, key, value, tokens, keyed, looks, kept, context, window, sinks, self._dropout
+        )
+        return self.out_proj(mixed.flatten(1))
+
+    def _decided(
+        self, chosen: Bool[Tensor, "batch time"], real: Bool[Tensor, "batch time"], context: Context
+    ) -> tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch time *key_heads"]]:
+        """Of the chosen tokens, which look far; and of all, which are seen from far."""
+        looks = self._looking(chosen, context)
+        if self.options.attention_context == "all":
+            return looks, real
+        if self.options.attention_context == "routed":
+            return looks, looks
+        if context.kept is None:
+            raise ValueError("attention_context='kept' without a decision who is kept: give the block a kv_router")
+        return looks, context.kept & (real if context.kept.ndim == 2 else real[..., None])
+
+    @staticmethod
+    def _places(x: Tensor, real: Tensor, context: Context) -> Int[Tensor, "batch time"]:
+        """Each token's place among the real ones of its row or document."""
+        everything = PackedTokens.all_of(x, context.segments)
+        return everything.ordinals(PackedTokens.of(real, context.segments)).view(x.shape[:2]) - 1
+
+    def _looking(self, chosen: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
+        """Which of the chosen tokens look far: where `local` shares this module, those that are not its own."""
+        return chosen if context.choice is None else chosen & (context.choice > 0)
+
+    @torch.no_grad()
+    def reach_targets(
+        self, x: Float[Tensor, "batch time width"], context: Context
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]]:
+        """What a score of who looks and a score of who is kept should know, were all to look and all kept.
+
+        Args:
+            x: the operator's input.
+            context: what else is known about the tokens; without a cache.
+
+        Returns:
+            look: ‖o_i − o'_i‖ / ‖x_i‖, with o the output of token i, o' that of what is near alone, and x the layer's
+            input. kept: the attention that token j receives from beyond its window, the mean over those who could give
+            it and over the heads of a group; 0 where nobody could. Both are 0 at padding.
+
+        """
+        real = context.real(x.shape[1])
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+        table, places = self._rotary(x, context), self._places(x, real, context)
+        query = rotate(_split(self.q_proj(x), self.heads), table).unflatten(1, (self.key_value_heads, -1))
+        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)[:, :, None]
+        value = _split(self.v_proj(x), self.key_value_heads)[:, :, None]
+        given = (x if context.layer_input is None else context.layer_input).float().norm(dim=-1).clamp(min=1e-12)
+        look, received = torch.zeros_like(given), []
+        for row in range(len(x)):  # queries × keys are held for one row at a time
+            i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
+            seen = real[row] & (j <= i)
+            if context.segments is not None:
+                seen = seen & (context.segments[row, :, None] == context.segments[row])
+            near = seen & reach_mask(places[row], places[row], none, none, self.options.window or 1, self.options.sinks)
+            scores = (query[row] @ key[row].transpose(-1, -2) / math.sqrt(self.head_width)).float()
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+            beyond = weights.masked_fill(near, 0.0)
+            inside = weights - beyond
+            nearby = inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
+            moved = ((weights - nearby).to(value.dtype) @ value[row]).flatten(0, 1).transpose(0, 1).flatten(1)
+            look[row] = F.linear(moved, self.out_proj.weight).float().norm(dim=-1) / given[row]
+            able = (seen & ~near & real[row, :, None]).sum(0).clamp(min=1)
+            received.append((beyond * real[row, :, None]).sum(-2).mean(1).transpose(0, 1) / able[:, None])
+        return look * real, torch.stack(received)
+
     @property
     def _dropout(self) -> float:
         return self.options.attention_dropout if self.training else 0.0
 
-    def new_cache(self) -> KeptTokens:
-        """Keys and values: of all tokens, or in the `"routed"` context of those that were routed here."""
+    def new_cache(self) -> OperatorState:
+        """Keys and values: of all tokens, or in the `"routed"` context of those that were routed here.
+
+        Where near and far differ: of the window, the sinks, and those that are seen from far.
+        """
+        if self.options.near_and_far:
+            return ReachState(self.options.window or 1, self.options.sinks)
         return KeptTokens()
 
     @classmethod
@@ -175,6 +333,8 @@ class SelfAttention(Operator):
         """Projections of queries, keys, values and outputs, and two products with the scores."""
         heads, key_value_heads, head_width = options.widths(width)
         n, queried, kept = work.tokens, heads * head_width, key_value_heads * head_width
+        if options.near_and_far:
+            return _count_near_and_far(width, options, work)
         routed = work.routed and options.attention_context == "routed"
         keys = n if routed else work.length
         past = work.past * (n / work.length if routed else 1.0)
@@ -201,12 +361,44 @@ class SelfAttention(Operator):
 
     def _rotary(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Cosines and sines for x's positions, which layers of the same options share."""
-        key = ("rotary", self.head_width, *sorted((name, str(value)) for name, value in self._rope.items()))
+        rope = sorted((name, str(value)) for name, value in self._rope.items())
+        key = ("rotary", self.head_width, self.options.max_position_embeddings, *rope)
         if key not in context.shared:
             positions = context.positions(x)
             frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
+
+
+def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Count:
+    """`SelfAttention.count` where near and far differ."""
+    heads, key_value_heads, head_width = options.widths(width)
+    n, queried, kept = work.tokens, heads * head_width, key_value_heads * head_width
+    looking = n if work.last is None else work.last
+    share = {"all": 1.0, "routed": looking / work.length, "kept": work.kept}[options.attention_context]
+    window, sinks = options.window or 1, options.sinks
+    # Without a window a token that nobody asks and nobody keeps needs no key.
+    keys = work.length if options.window is not None else n + share * (work.length - n)
+    before, sunk = work.mean_beyond(window), work.mean_beyond(window) - work.mean_beyond(window + sinks)
+    pairs = n * (work.mean_beyond(0) - before + sunk) + looking * share * (before - sunk)
+    end = work.past + work.length
+    held = min(end, window + sinks) + share * max(0, end - window - sinks)
+    return Count(
+        {
+            "attention projections": work.product * 4 * width * (queried * n + kept * keys),
+            "attention scores": work.product * 4 * queried * pairs,
+        },
+        numbers_kept=2 * kept * held,
+        published=n * (4 * width * width + 2 * work.length * width),
+    )
+
+
+def _gated(value: Tensor, scale: Tensor | None) -> Tensor:
+    """Values times what the key side's router says, for all heads or for each."""
+    if scale is None:
+        return value
+    heads = scale.shape[-1] if scale.ndim == value.ndim else 1
+    return (value.unflatten(-1, (heads, -1)) * scale.reshape(*value.shape[:-1], heads, 1).to(value.dtype)).flatten(-2)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

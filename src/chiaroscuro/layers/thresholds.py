@@ -169,7 +169,7 @@ class Thresholds(nn.Module):
         self._noted: Tensor | None = None
         self._noted_count = self._notes = 0
 
-    def forward(self, score: Float[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    def forward(self, score: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
         """How many thresholds each score lies above: the number of its operator."""
         return (score[..., None] > self.values).sum(-1)
 
@@ -233,7 +233,7 @@ class Thresholds(nn.Module):
         self.share = share
 
     @torch.no_grad()
-    def note(self, scores: Float[Tensor, "batch time"], real: Bool[Tensor, "batch time"] | None) -> None:
+    def note(self, scores: Float[Tensor, "batch time *heads"], real: Bool[Tensor, "batch time"] | None) -> None:
         """Remember the scores of a forward's real tokens until the next `step`.
 
         Scores that are not finite are left out: they would spoil the table for good. The loss says that they are there.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Context
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import ChiarPreTrainedModel
 from chiaroscuro.ops import spectral_entropy
@@ -29,8 +28,11 @@ def calibrate(
     model: ChiarPreTrainedModel,
     batches: Iterable[Tensor | Mapping[str, Any]],
     share: float | None = None,
+    kv_share: float | None = None,
 ) -> dict[int, list[float]]:
     """Set the thresholds of a model from data: each routed layer sends `share` of these tokens to its last operator.
+
+    Where the key side decides who is kept, `kv_share` of them are.
 
     Layer after layer, each on what the routed layers before it produce with the thresholds that they have just got:
     the input of a layer depends on the routing before it, so all layers at once would miss. The table of quantiles is
@@ -44,9 +46,10 @@ def calibrate(
         batches: `input_ids` (B, T), or mappings with `input_ids` and optionally `attention_mask`, as a data loader
             gives them. All are held in memory at once, as d floats a token.
         share: ρ from 0 to 1; the config's `attention_share` unless given.
+        kv_share: the share that is kept; the config's `kv_share` unless given.
 
     Returns:
-        The thresholds by layer number.
+        The thresholds of the look side by layer number.
 
     Raises:
         UserError: another model or one whose weights are offloaded, no batch, no real token, no layer that routes by a
@@ -58,7 +61,7 @@ def calibrate(
     if model.device.type == "meta":
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
     base = model.trunk
-    layers = model.thresholds()
+    layers, keeping = model.thresholds(), model.kv_thresholds()
     with evaluation_mode(model):
         states = []
         for batch in batches:
@@ -76,11 +79,21 @@ def calibrate(
         if not any(mask is None or mask.any() for mask in masks):
             raise UserError("calibrate got padding alone: give batches with some real tokens")
         # Checks the share and the model; the thresholds that it sets are replaced below.
-        model.set_attention_share(model.config.attention_share if share is None else share)
+        given = model.config.attention_share if share is None else share
+        kept = model.config.kv_share if kv_share is None else kv_share
+        model.set_attention_share(
+            given if layers or share is not None or not keeping else None,
+            kv_share=kept if keeping or kv_share is not None else None,
+        )
         for i in range(len(base.layers)):
+            if i in layers or i in keeping:
+                routings = [(base.blocks[i].route(x, c), c.attention_mask) for x, c, _ in states]
             if i in layers:
-                scores = [_real_scores(base.blocks[i].route(x, c), c) for x, c, _ in states]
+                scores = [_real(routing.score, mask) for routing, mask in routings]
                 layers[i].set_from(torch.cat(scores), model.config.attention_share)
+            if i in keeping:
+                scores = [_real(routing.kept_score, mask) for routing, mask in routings]
+                keeping[i].set_from(torch.cat(scores), model.config.kv_share)
             states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
 
@@ -125,6 +138,6 @@ def paper_thresholds(
     return float(low), float(high)
 
 
-def _real_scores(routing: Any, context: Context) -> Tensor:
-    real = context.attention_mask
-    return routing.score.flatten() if real is None else routing.score[real]
+def _real(score: Tensor | None, mask: Tensor | None) -> Tensor:
+    assert score is not None
+    return (score if mask is None else score[mask]).flatten()

@@ -22,9 +22,9 @@ from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
-from chiaroscuro.layers.operator import make_options, with_defaults
+from chiaroscuro.layers.operator import hosts, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
-from chiaroscuro.layers.registry import Entry, split_entry
+from chiaroscuro.layers.registry import Entry, key_side, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -56,7 +56,7 @@ _INTEGERS = _POSITIVE[:-1]
 # Far beyond any model; products of these still fit the 64 bits of a tensor's size.
 _LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "intermediate_size": 2**26}
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_SHARES = ("attention_share", "hidden_dropout", "attention_dropout")
+_SHARES = ("attention_share", "kv_share", "hidden_dropout", "attention_dropout")
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
 _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
     "_commit_hash",
@@ -100,8 +100,9 @@ class ChiarConfig(PreTrainedConfig):
         norm_epsilon: what N adds to the variance; 1e-5 for LayerNorm and 1e-6 for RMSNorm unless given.
         embedding_norm: a LayerNorm without parameters on the embeddings. Without it a layer that adds LN(x) repairs
             their small scale, and a comparison with a model that has no such layer is not fair.
-        operators: a menu for every layer: lists of `"dct"`, `"conv"`, `"rbf"`, `"attention"` or registered names, in
-            order of cost. An entry may be a mapping from the name to options of that operator alone,
+        operators: a menu for every layer: lists of `"dct"`, `"conv"`, `"rbf"`, `"local"`, `"attention"` or registered
+            names, in order of cost. `["local", "attention"]` is one attention, of which the tokens of `local` see the
+            window alone. An entry may be a mapping from the name to options of that operator alone,
             `["dct", {"attention": {"num_attention_heads": 2}}]`; options left out take the values of the fields of the
             same names. Unless given: dct first, attention last, dct or attention in between.
         short_conv: k, the tokens of a short convolution in every layer before its operators: what these and the router
@@ -113,8 +114,15 @@ class ChiarConfig(PreTrainedConfig):
             registered name, or as in a menu a mapping from the name to options.
         router_seed: of what `"random"` and `"permuted"` draw.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
-        attention_context: what a routed token attends to: `"all"` tokens up to its own (the paper), or only the
-            `"routed"` ones among them, itself included: ρ² of the scores and ρ of the keys and values.
+        attention_context: what a token that is routed to attention attends to, beyond its window if there is one:
+            `"all"` earlier tokens (the paper), only the `"routed"` ones among them (ρ² of the scores and ρ of the keys
+            and values), or those that are `"kept"`, which a router of their own decides when they are written.
+        window: w, how many tokens `attention` and `local` attend to in any case, their own included. Unless given,
+            attention has no window: a token sees itself, and the attention_context.
+        sinks: s, how many tokens at the beginning of a sequence are seen from everywhere.
+        kv_share: the share of tokens that running calibration keeps where attention_context is `"kept"`.
+        kv_router: which tokens are kept: a router by a score, named as `router` is. Its option `heads` lets each of the
+            key-value heads keep tokens of its own, where the router has it.
         execution: `"sparse"` runs each operator on its own tokens alone; `"dense"` runs each on all tokens and drops
             what was not asked for, which computes the same and saves nothing. Unless given: sparse wherever each token
             gets one operator; dense for `router="soft"`. `router="hard"` trains densely under both.
@@ -170,6 +178,10 @@ class ChiarConfig(PreTrainedConfig):
     router_seed: int = 0
     attention_share: float = 0.25
     attention_context: AttentionContext = "all"
+    window: int | None = None
+    sinks: int = 0
+    kv_share: float = 0.25
+    kv_router: Entry = "threshold"
     rbf_causal: bool = True
     execution: Execution | None = None
     calibration: str = "running"
@@ -312,10 +324,26 @@ class ChiarConfig(PreTrainedConfig):
         """The class of the router."""
         return _router_class(self.router)
 
+    @property
+    def kv_router_class(self) -> type[Router]:
+        """The class of the key side's router."""
+        return _router_class(self.kv_router, "kv_router")
+
     def fields(self, layer: int | None = None) -> dict[str, Any]:
         """Our fields by name, and of a layer its fixed `thresholds`: what operators and routers are built with."""
         fields = {name: getattr(self, name) for name in get_annotations(ChiarConfig) if name[0] != "_"}
         return fields if layer is None else fields | {"thresholds": self.thresholds_of(layer)}
+
+    @property
+    def keeping_layers(self) -> list[int]:
+        """The layers in which a router of the key side decides who is kept."""
+        found = []
+        for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
+            host = hosts({name: cls for name, (cls, _) in zip(menu, entries, strict=True)})
+            hosting = (entry for name, entry in zip(menu, entries, strict=True) if host[name] == name)
+            if any(cls.keeps(options) for cls, options in hosting):
+                found.append(i)
+        return found
 
     @property
     def routed_layers(self) -> list[int]:
@@ -402,10 +430,19 @@ class ChiarConfig(PreTrainedConfig):
                 raise UserError(f"operators[{i}]={menu}: a menu names at least one operator, and none twice")
             ranked = [cost for cost in costs if cost is not None]
             if ranked != sorted(ranked):
-                raise UserError(f"operators[{i}]={menu}: list the cheapest operator first (dct, conv, rbf, attention)")
+                raise UserError(
+                    f"operators[{i}]={menu}: list the cheapest operator first (dct, conv, rbf, local, attention)"
+                )
         fields = self.fields()
         for i, menu in enumerate(self.operators):
-            for name, options in map(split_entry, menu):
+            given = dict(map(split_entry, menu))
+            host = hosts({name: find_operator(name) for name in given})
+            for name, options in given.items():
+                if host[name] != name and options:
+                    raise UserError(
+                        f"operators[{i}]={menu}: {name!r} is one module with {host[name]!r} here: give the options to "
+                        f"{host[name]!r}"
+                    )
                 cls = find_operator(name)
                 try:
                     cls.check(self.hidden_size, make_options(cls, with_defaults(cls, options, fields)))
@@ -420,6 +457,7 @@ class ChiarConfig(PreTrainedConfig):
             make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
         except UserError as error:
             raise UserError(f"router={self.router!r}: {error}") from None
+        self._check_kv_router()
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
             if self.calibration == "running":
@@ -467,11 +505,35 @@ class ChiarConfig(PreTrainedConfig):
                     "attention_context='all'"
                 )
 
+    def _check_kv_router(self) -> None:
+        router = _router_class(self.kv_router, "kv_router")
+        if not issubclass(router, ScoreRouter):
+            raise UserError(
+                f"kv_router={self.kv_router!r}: the key side keeps a token or drops it by a score; choose threshold, "
+                "random, learned, …"
+            )
+        fields, given = key_side(self.fields()), split_entry(self.kv_router)[1]
+        try:
+            options = make_options(router, with_defaults(router, given, fields))
+        except UserError as error:
+            raise UserError(f"kv_router={self.kv_router!r}: {error}") from None
+        heads = getattr(options, "heads", 1)
+        if heads not in (1, self.num_key_value_heads or self.num_attention_heads):
+            raise UserError(
+                f"kv_router={self.kv_router!r}: heads={heads} is neither 1 nor the number of key-value heads, "
+                f"{self.num_key_value_heads or self.num_attention_heads}"
+            )
+
     def uncacheable(self) -> str:
         """Why no cache can serve this model; empty where one can."""
         if self.meta_router in ("batch", "sequence"):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
-        if self.attention_context == "routed" and self.execution == "dense" and self.routed_layers:
+        if (
+            self.attention_context == "routed"
+            and self.window is None
+            and self.execution == "dense"
+            and self.routed_layers
+        ):
             return "attention_context='routed' under execution='dense', whose keys are of all tokens"
         for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
             for name, (cls, options) in zip(menu, entries, strict=True):
@@ -541,11 +603,11 @@ def _routes_by_entropy(router: Any) -> bool:
     return issubclass(cls, ScoreRouter) and cls.scores_entropy
 
 
-def _router_class(router: Any) -> type[Router]:
+def _router_class(router: Any, field: str = "router") -> type[Router]:
     try:
         name, _ = split_entry(router)
     except UserError as error:
-        raise UserError(f"router={error}") from None
+        raise UserError(f"{field}={error}") from None
     return find_router(name)
 
 

@@ -140,12 +140,14 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any Hugging Face model; `attention_share=ρ` sets the thresholds too, and not only the config.
+        """Load as any Hugging Face model; `attention_share=ρ` and `kv_share` set the thresholds too.
 
-        With another `router` or `router_seed` than the model was saved with, its layers are as good as uncalibrated:
-        thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given or saved.
+        With another `router`, `kv_router` or `router_seed` than the model was saved with, its layers are as good as
+        uncalibrated: thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given
+        or saved.
         """
-        asked = {"config", "router", "router_seed", "attention_share", "calibration", "entropy_thresholds"} & {*kwargs}
+        routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"}
+        asked = (routing | {"config", "entropy_thresholds"}) & {*kwargs}
         saved = cls._saved_config(*args, **kwargs) if asked else None
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -153,7 +155,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         def changed(*fields: str) -> bool:
             return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
 
-        if changed("router", "router_seed"):
+        if changed("router", "kv_router", "router_seed"):
             for module in model.modules():
                 if isinstance(module, Router | Thresholds):
                     module.reset_parameters()
@@ -164,6 +166,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
         given = model.config.calibration == "fixed" and changed("calibration", "entropy_thresholds")
         if model.thresholds() and not given and changed("attention_share", "calibration"):
             model.set_attention_share(model.config.attention_share)
+        if model.kv_thresholds() and changed("kv_share"):
+            model.set_attention_share(kv_share=model.config.kv_share)
         return loaded
 
     @classmethod
@@ -191,34 +195,54 @@ class ChiarPreTrainedModel(PreTrainedModel):
             if isinstance(block.router, ScoreRouter)
         }
 
-    def set_attention_share(self, share: float) -> None:
-        """Route this share of the tokens to each menu's last operator, by the table of quantiles seen.
+    def kv_thresholds(self) -> dict[int, Thresholds]:
+        """The calibration of the key side, of every layer where it decides who is kept, by layer number."""
+        routers = ((i, block.kv_router) for i, block in enumerate(self.trunk.blocks))
+        return {i: router.calibration for i, router in routers if router is not None}
+
+    def set_attention_share(self, share: float | None = None, *, kv_share: float | None = None) -> None:
+        """Route this share of the tokens to each menu's last operator, and keep that share, by the quantiles seen.
 
         A layer that was never calibrated answers with the quantile of white noise, which is all that is known of it.
         Thresholds that were fixed are so no longer: the config then says `calibration="running"`.
 
         Args:
-            share: ρ from 0 to 1.
+            share: ρ from 0 to 1; as it is unless given.
+            kv_share: the share of the tokens that are kept, to be seen from beyond the window, from 0 to 1; as it is
+                unless given.
 
         Raises:
-            UserError: the share is no such number, or no layer routes by a score.
+            UserError: neither is given, a share is no such number, or no layer has thresholds of that side.
 
         """
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
-            raise UserError(f"attention share {share!r}: must be a number from 0 to 1")
-        layers = self.thresholds()
-        if not layers:
-            raise UserError(
-                f"no layer routes by thresholds (router={self.config.router!r}, menus {self.config.operators}): "
-                "there is no share to set"
-            )
-        for thresholds in layers.values():
-            thresholds.check_present()
-        for thresholds in layers.values():
-            thresholds.running = True
-            thresholds.set_share(float(share))
-        self.config.attention_share = float(share)
-        self.config.calibration, self.config.entropy_thresholds = "running", None
+        if share is None and kv_share is None:
+            raise UserError("no share to set: give the share that looks, kv_share, the share that is kept, or both")
+        sides = ((share, "attention share", self.thresholds()), (kv_share, "kv_share", self.kv_thresholds()))
+        missing = {
+            "attention share": f"no layer routes by thresholds (router={self.config.router!r}, menus "
+            f"{self.config.operators}): there is no share to set",
+            "kv_share": f"no layer decides who is kept (attention_context={self.config.attention_context!r}): there is "
+            "no kv_share to set",
+        }
+        for value, name, layers in sides:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                raise UserError(f"{name} {value!r}: must be a number from 0 to 1")
+            if not layers:
+                raise UserError(missing[name])
+            for thresholds in layers.values():
+                thresholds.check_present()
+        for value, _, layers in sides:
+            for thresholds in layers.values() if value is not None else ():
+                assert value is not None
+                thresholds.running = True
+                thresholds.set_share(float(value))
+        if share is not None:
+            self.config.attention_share = float(share)
+            self.config.calibration, self.config.entropy_thresholds = "running", None
+        if kv_share is not None:
+            self.config.kv_share = float(kv_share)
 
     def step_calibration(self) -> None:
         """Move the thresholds of running calibration. Call it once after each optimizer step.
@@ -228,7 +252,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         An adapter of peft is saved with the thresholds if its config has `modules_to_save=["calibration"]`.
         """
-        for thresholds in self.thresholds().values():
+        for thresholds in [*self.thresholds().values(), *self.kv_thresholds().values()]:
             if thresholds.running:
                 thresholds.step()
 
@@ -458,6 +482,10 @@ class ChiarModel(ChiarPreTrainedModel):
             if isinstance(router, ScoreRouter) and router.calibration.running:
                 assert routing is not None and routing.score is not None
                 found.append((router.calibration, routing.score))
+            router = block.kv_router
+            if router is not None and router.calibration.running:
+                assert routing is not None and routing.kept_score is not None
+                found.append((router.calibration, routing.kept_score))
         return found
 
     def penalises(self) -> bool:

@@ -1,0 +1,129 @@
+"""Attention from a layer's packed tokens to what is near, and from some of them to what is kept far away."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chiaroscuro.layers.context import Context
+from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.reach_state import Entries, ReachState
+from chiaroscuro.ops.attention import attend_to_all
+from chiaroscuro.ops.reach_attention import reach_attention, reach_attention_by_rows
+
+
+def attend_near_and_far(
+    query: Float[Tensor, "queries heads head_width"],
+    key: Float[Tensor, "keys key_heads head_width"],
+    value: Float[Tensor, "keys key_heads head_width"],
+    tokens: PackedTokens,
+    keyed: PackedTokens,
+    looks: Bool[Tensor, "batch time"],
+    kept: Bool[Tensor, "batch time *key_heads"],
+    context: Context,
+    window: int,
+    sinks: int,
+    dropout: float = 0.0,
+) -> Float[Tensor, "queries heads head_width"]:
+    """`reach_attention` of the tokens of a batch, cached ones included.
+
+    Args:
+        query: of the tokens that attend.
+        key: of those that are attended to. They are put into `context.state`, where there is one.
+        value: likewise.
+        tokens: which tokens attend.
+        keyed: which are attended to, those that attend among them.
+        looks: which tokens look beyond the window.
+        kept: which are seen from beyond it, for all key-value heads or for each.
+        context: the layer's; its state is a `ReachState`.
+        window: w.
+        sinks: s.
+        dropout: on the attention weights.
+
+    """
+    state: ReachState | None = context.state
+    batch, time = tokens.chosen.shape
+    real = context.real(time)
+    heads = key.shape[1] if kept.ndim == 3 else 1
+    looking, keeping = tokens.take(looks), keyed.take(kept)
+    if state is not None and state.begun and time == 1 and len(keyed) == batch and state.length is not None:
+        # One token a row, and all rows equally long.
+        fold = (batch * heads, key.shape[1] // heads, key.shape[2])
+        state.extend_by_one(torch.stack([key, value]).view(2, *fold), keeping.reshape(-1))
+        return _attend_from_newest(query, tokens, looking, state, context)
+    everything = PackedTokens.all_of(tokens.chosen, tokens.segments)
+    if real is not None:
+        everything = PackedTokens.of(real, tokens.segments)
+    lengths, key_lengths = tokens.lengths, keyed.lengths
+    places, key_places = (part.ordinals(everything) - 1 for part in (tokens, keyed))
+    if heads > 1:  # each key-value head, with its group of queries, is a row of its own
+        order, key_order = _by_row_and_head(lengths, heads), _by_row_and_head(key_lengths, heads)
+        query = query.unflatten(1, (heads, -1)).flatten(0, 1)[order]
+        key, value = (x.flatten(0, 1)[key_order, None] for x in (key, value))
+        places, looking = (x.repeat_interleave(heads)[order] for x in (places, looking))
+        key_places, keeping = key_places.repeat_interleave(heads)[key_order], keeping.flatten()[key_order]
+        lengths, key_lengths = lengths.repeat_interleave(heads), key_lengths.repeat_interleave(heads)
+    if state is not None:
+        row = torch.arange(len(lengths), device=query.device)
+        earlier = state.seen if state.begun else torch.zeros_like(lengths)
+        places = places + earlier.repeat_interleave(lengths)
+        key_places = key_places + earlier.repeat_interleave(key_lengths)
+        new = Entries(torch.stack([key, value]), row.repeat_interleave(key_lengths), key_places, keeping)
+        held = state.entries().then(new) if state.begun else new
+        state.extend(new, everything.chosen.repeat_interleave(heads, 0), heads)
+        (key, value), key_places, keeping = held.vectors, held.place, held.kept
+        key_lengths = torch.bincount(held.row, minlength=len(lengths))
+    attention = reach_attention if context.implementation == "sdpa" else reach_attention_by_rows
+    mixed = attention(
+        query, key, value, lengths, key_lengths, places, key_places, looking, keeping, window, sinks, dropout
+    )
+    if heads > 1:
+        mixed = torch.empty_like(mixed).index_copy(0, order, mixed).unflatten(0, (-1, heads)).flatten(1, 2)
+    return mixed
+
+
+def _attend_from_newest(
+    query: Float[Tensor, "queries heads head_width"],
+    tokens: PackedTokens,
+    looking: Bool[Tensor, " queries"],
+    state: ReachState,
+    context: Context,
+) -> Float[Tensor, "queries heads head_width"]:
+    """What one new token of each row sees, of some rows: the window and the sinks, or all that the row keeps."""
+    if len(query) == 0:
+        return query
+    key_heads = state.vectors.shape[2]
+    rows = None
+    if tokens.index is not None:
+        rows = (tokens.index[:, None] * state.heads + torch.arange(state.heads, device=query.device)).flatten()
+    folded = query.view(len(query) * state.heads, key_heads, -1, query.shape[-1])
+    looking = looking.repeat_interleave(state.heads)
+    if not bool(looking.any()):
+        return _attend_to_slots(folded, rows, False, state, context).view_as(query)
+    if bool(looking.all()):
+        return _attend_to_slots(folded, rows, True, state, context).view_as(query)
+    mixed = _attend_to_slots(folded, rows, False, state, context)
+    far = looking.nonzero()[:, 0]
+    mixed[far] = _attend_to_slots(folded[far], far if rows is None else rows[far], True, state, context)
+    return mixed.view_as(query)
+
+
+def _attend_to_slots(
+    query: Float[Tensor, "rows heads group head_width"],
+    rows: Int[Tensor, " rows"] | None,
+    far: bool,
+    state: ReachState,
+    context: Context,
+) -> Float[Tensor, "rows heads group head_width"]:
+    most, slots = state.visible(far)
+    vectors = state.vectors[:, :, :, :most]
+    if rows is not None:
+        vectors, slots = vectors.index_select(1, rows), None if slots is None else slots[rows]
+    mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
+    return attend_to_all(query, vectors[0], vectors[1], mask, implementation=context.implementation)
+
+
+def _by_row_and_head(lengths: Int[Tensor, " rows"], heads: int) -> Int[Tensor, " tokens_and_heads"]:
+    """The order in which tokens × heads stand row by row and, in each row, head by head."""
+    row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    head = torch.arange(heads, device=lengths.device)
+    return (row[:, None] * heads + head).flatten().argsort(stable=True)

@@ -1,0 +1,253 @@
+"""Models in which everybody sees near and some see far: all ways of executing them agree, and nobody sees more.
+
+The oracle is dense execution: one attention under a mask that says who sees whom.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError
+from chiaroscuro.model.calibration import calibrate
+
+VOCABULARY = 50
+MENUS: list[list[Any]] = [
+    ["local", "attention"],
+    ["local"],
+    ["attention"],
+    ["dct", "attention"],
+    ["conv", "local", "attention"],
+]
+
+
+def build(menus: list[list[Any]], seed: int = 0, **fields: Any) -> ChiarForCausalLM:
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "router": "random",
+        "kv_router": "random",
+        "attention_share": 0.4,
+        "kv_share": 0.4,
+        "window": 4,
+        "meta_router": "none",
+    }
+    model = ChiarForCausalLM(ChiarConfig(operators=menus, **(defaults | fields))).double().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ChiarForCausalLM:
+    context = draw(st.sampled_from(["all", "routed", "kept"]))
+    fields: dict[str, Any] = {
+        "attention_context": context,
+        "window": draw(st.integers(1, 9)),
+        "sinks": draw(st.integers(0, 3)),
+        "attention_share": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        "kv_share": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
+        "norm": draw(st.sampled_from(["pre", "post"])),
+        "router": draw(st.sampled_from(["random", "learned", "threshold"])),
+    }
+    heads = draw(st.sampled_from([1, fields["num_key_value_heads"]]))
+    fields["kv_router"] = draw(st.sampled_from(["random", {"learned": {"heads": heads}}]))
+    menus = draw(st.lists(st.sampled_from(MENUS), min_size=1, max_size=2))
+    if context == "kept" and ["dct", "attention"] in menus and draw(st.booleans()):
+        fields |= {"window": None, "sinks": 0}
+        menus = [["dct", "attention"]]
+    model = build(menus, draw(st.integers(0, 99)), **fields)
+    generator = torch.Generator().manual_seed(0)
+    if model.thresholds() or model.kv_thresholds():
+        calibrate(model, [torch.randint(VOCABULARY, (2, 16), generator=generator)])
+    return model
+
+
+def ids_of(rows: int, time: int, seed: int) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_and_gradients(model: ChiarForCausalLM, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if mask is not None:
+        logits = logits[mask.bool()]
+    logits.square().mean().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **found}
+
+
+@given(models(), st.integers(1, 3), st.integers(1, 17), st.integers(0, 99), st.booleans())
+def test_sparse_is_dense(model: ChiarForCausalLM, rows: int, time: int, seed: int, padded: bool) -> None:
+    ids = ids_of(rows, time, seed)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, : time // 2] = 0
+    sparse = logits_and_gradients(model, ids, mask)
+    for layer in model.model.layers:
+        layer.execution = "dense"
+    dense = logits_and_gradients(model, ids, mask)
+    model.config._attn_implementation = "eager"
+    eager = logits_and_gradients(model, ids, mask)
+    for name, expected in dense.items():
+        torch.testing.assert_close(eager[name], expected)
+        if name in sparse or expected.abs().max() > 1e-12:  # where no token went, sparse execution has no gradient
+            torch.testing.assert_close(sparse[name], expected)
+
+
+@given(models(), st.integers(1, 3), st.integers(2, 20), st.integers(0, 99), st.integers(1, 8), st.booleans())
+def test_cached_is_uncached(model: ChiarForCausalLM, rows: int, time: int, seed: int, chunk: int, padded: bool) -> None:
+    ids, mask = ids_of(rows, time, seed), torch.ones(rows, time, dtype=torch.long)
+    if padded:
+        mask[0, : time // 3] = 0
+    whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    cache = ChiarCache(model.config)
+    parts = []
+    with torch.no_grad():
+        for start in range(0, time, chunk):
+            end = min(start + chunk, time)
+            out = model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end] if padded else None,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()].detach())
+
+
+@given(models(), st.integers(1, 2), st.integers(4, 20), st.integers(0, 99), st.integers(1, 12), st.data())
+def test_a_cropped_cache_is_one_that_never_went_further(
+    model: ChiarForCausalLM, rows: int, time: int, seed: int, more: int, data: st.DataObject
+) -> None:
+    ids = ids_of(rows, time + more, seed)
+    steps = data.draw(st.lists(st.sampled_from([1, more]), min_size=1, max_size=1))
+    with torch.no_grad():
+        cache = ChiarCache(model.config)
+        model(input_ids=ids[:, :time], past_key_values=cache, use_cache=True)
+        for start in range(time, time + more, steps[0]):
+            model(input_ids=ids[:, start : start + steps[0]].flip(1), past_key_values=cache, use_cache=True)
+        cache.crop(-(cache.tokens_seen - time))
+        again = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(time, time + more)]
+        whole = model(input_ids=ids, use_cache=False).logits[:, time:]
+    torch.testing.assert_close(torch.cat(again, 1), whole)
+
+
+@given(models(), st.integers(2, 16), st.integers(0, 99), st.data())
+def test_nobody_sees_the_future(model: ChiarForCausalLM, time: int, seed: int, data: st.DataObject) -> None:
+    ids = ids_of(1, time, seed)
+    changed, place = ids.clone(), data.draw(st.integers(1, time - 1))
+    changed[:, place:] = (changed[:, place:] + 1) % VOCABULARY
+    with torch.no_grad():
+        before, after = (model(input_ids=x, use_cache=False).logits[:, :place] for x in (ids, changed))
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("look", [0.5, 1.0])
+def test_a_token_that_is_not_kept_changes_nothing_beyond_its_window(look: float) -> None:
+    model = build([["local", "attention"]], attention_context="kept", kv_share=0.0, attention_share=look, window=5)
+    ids = ids_of(1, 30, 0)
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % VOCABULARY
+    with torch.no_grad():
+        before, after = (model(input_ids=x, use_cache=False).logits[0] for x in (ids, changed))
+    moved = (before - after).abs().amax(-1) > 1e-9
+    assert moved.nonzero()[:, 0].tolist() == [10, 11, 12, 13, 14]
+
+
+def test_all_kept_and_everybody_looking_is_full_attention() -> None:
+    full = build([["attention"]] * 2, window=None, attention_context="all")
+    routed = build([["local", "attention"]] * 2, attention_context="kept", attention_share=1.0, kv_share=1.0)
+    missing = routed.load_state_dict(full.state_dict(), strict=False).missing_keys
+    assert all("router" in name for name in missing)
+    ids = ids_of(2, 20, 0)
+    torch.testing.assert_close(routed(input_ids=ids).logits, full(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("context", ["all", "routed", "kept"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_generation_and_beams_are_those_without_a_cache(context: str, batch: int) -> None:
+    model = build([["local", "attention"], ["attention"]], attention_context=context, sinks=2)
+    ids = ids_of(batch, 9, 1)
+    mask = torch.ones_like(ids)
+    mask[-1, :3] = 0
+    for options in ({}, {"num_beams": 3}):
+        found = [
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=cached, do_sample=False, **options)
+            for cached in (True, False)
+        ]
+        assert found[0].equal(found[1])
+
+
+def test_prompt_lookup_crops_what_was_drafted() -> None:
+    model = build([["local", "attention"], ["attention"]], attention_context="kept", sinks=2)
+    ids = ids_of(1, 6, 1).repeat(1, 4)
+    plain = model.generate(ids, max_new_tokens=16, do_sample=False)
+    assert model.generate(ids, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=4).equal(plain)
+
+
+def test_documents_in_a_row_are_sequences_of_their_own() -> None:
+    model = build([["local", "attention"], ["attention"]], attention_context="kept", sinks=2, router="learned")
+    first, second = ids_of(1, 9, 1), ids_of(1, 7, 2)
+    places = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    model.config.kv_router = model.config.router
+    packed = model(input_ids=torch.cat([first, second], 1), position_ids=places, use_cache=False).logits
+    alone = torch.cat([model(input_ids=x, use_cache=False).logits for x in (first, second)], 1)
+    torch.testing.assert_close(packed, alone)
+
+
+def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
+    model = build([["local", "attention"]], attention_context="kept", sinks=2, window=4)
+    ids = ids_of(1, 30, 3)
+    cache = ChiarCache(model.config)
+    routing = model(input_ids=ids, past_key_values=cache, use_cache=True, output_routing=True).routing[0]
+    kept = int(routing.kept[0, 2:26].sum())
+    assert cache.numbers_kept() == 2 * 2 * 4 * (4 + 2 + kept)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"menus": [["local"]], "window": None}, "'local' without a window"),
+        ({"window": 0}, "window=0: must be a positive whole number"),
+        ({"window": 2.5}, "window=2.5"),
+        ({"window": True}, "window=True"),
+        ({"sinks": -1}, "sinks=-1"),
+        ({"window": None, "menus": [["attention"]], "sinks": 2}, "sinks=2 without a window"),
+        ({"attention_context": "far"}, "choose one of all, routed, kept"),
+        ({"kv_share": 1.5}, "kv_share=1.5: must be a number from 0 to 1"),
+        ({"kv_router": "soft"}, "kv_router='soft'"),
+        ({"kv_router": "nobody"}, "unknown router 'nobody'"),
+        ({"kv_router": {"learned": {"heads": 3}}}, "heads=3 is neither 1 nor the number of key-value heads, 2"),
+        ({"kv_router": {"random": {"heads": 2}}}, "unknown option heads=2"),
+        ({"menus": [["attention", "local"]]}, "list the cheapest operator first"),
+        ({"menus": [[{"local": {"window": 3}}, "attention"]]}, "give the options to 'attention'"),
+    ],
+)
+def test_impossible_fields_are_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build(**{"menus": [["local", "attention"]], **fields})
+    assert "\n" not in str(caught.value)
+
+
+def test_both_dials_turn() -> None:
+    model = build([["local", "attention"]], attention_context="kept")
+    model.set_attention_share(0.7, kv_share=0.1)
+    assert (model.config.attention_share, model.config.kv_share) == (0.7, 0.1)
+    assert float(model.kv_thresholds()[0].values) > 0.85
+    model.set_attention_share(kv_share=1.0)
+    assert model.config.attention_share == 0.7
+    assert float(model.kv_thresholds()[0].values) == -torch.inf
+    with pytest.raises(UserError, match="no layer decides who is kept"):
+        build([["local", "attention"]], attention_context="all").set_attention_share(kv_share=0.5)
+    with pytest.raises(UserError, match="no share to set"):
+        model.set_attention_share()
