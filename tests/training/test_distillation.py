@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_recipe import LLAMA, SMALL, with_changes
+from test_schedule import REACH
 from test_train import FIXED, Go, assert_same_bits, blocks_of, break_off, interrupt_at, weights
 from torch import Tensor
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.training import Recipe, TrainingInterrupted, distillation, read_records
 from chiaroscuro.training.distillation import kl_divergence
@@ -102,6 +104,25 @@ def test_full_attention_is_the_dial_at_one_and_leaves_no_trace(fixed: bool) -> N
     assert not torch.allclose(inside.logits, routed)
 
 
+def test_everybody_looks_and_everything_is_kept() -> None:
+    torch.manual_seed(0)
+    # With a learned router on either side, a factor of its score would remain.
+    model = ChiarForCausalLM(ChiarConfig(vocab_size=50, **REACH | {"router": "threshold"})).train()
+    every = {"operators": [["attention"]] * 3, "window": None, "sinks": 0, "attention_context": "all"}
+    plain = ChiarForCausalLM(ChiarConfig(vocab_size=50, **REACH | every | {"meta_router": "causal"}))
+    assert not plain.load_state_dict(model.state_dict(), strict=False).missing_keys
+    ids = torch.randint(50, (2, 12))
+    with torch.no_grad(), evaluation_mode(model):
+        routed = model(ids).logits
+        with full_attention(model):
+            inside = model(ids).logits
+        assert torch.equal(model(ids).logits, routed)
+        torch.testing.assert_close(inside, plain.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(inside, routed, atol=1e-4)
+    calibrations = [*model.thresholds().values(), *model.kv_thresholds().values()]
+    assert len(calibrations) == 5 and not any(thresholds.noted for thresholds in calibrations)
+
+
 # Runs
 
 
@@ -167,7 +188,12 @@ def test_it_is_learned(run: Go, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"distill": {}, "schedule": {"attention_share": {"from": 1.0, "steps": 0.5}}, "trainer__log_every": 5}
+    asked = {
+        "model": REACH,
+        "distill": {},
+        "schedule": {"attention_share": {"from": 1.0, "steps": 0.5}},
+        "trainer__log_every": 5,
+    }
     whole, _ = run(trainer__output_dir=str(tmp_path / "whole"), **asked)
     interrupt_at(monkeypatch, 7, break_off)
     with pytest.raises(TrainingInterrupted, match="checkpoint-4"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_schedule import REACH
 from test_train import LLAMA, Go, assert_same_bits, break_off, interrupt_at
 from torch import Tensor
 
@@ -86,6 +87,22 @@ def test_full_attention_first_and_then_routed(stage: Stage) -> None:
         assert_same(tensors(full), tensors(routed))
         assert len(tensors(routed, routers=True)) == 6  # values, quantiles and steps of two layers
         assert (routed.folder / "recipe.yaml").read_text().count(f"init_from: {name}") == 1
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_near_and_far_share_the_weights_of_full_attention(stage: Stage, norm: str) -> None:
+    full = stage("full", model=FULL | {"norm": norm})
+    near = stage("near", model=FULL | {"norm": norm, "operators": [["local"]] * 3, "window": 4})
+    for first in (full, near):
+        model = REACH | {"meta_router": "none", "norm": norm}
+        if first is near:
+            model |= {"operators": [["local", "attention"]] * 3}
+        started = initial(stage, f"from-{first.folder.name}", model=model, trainer__init_from=str(first.folder))
+        saved = ChiarForCausalLM.from_pretrained(first.model)
+        for blocks in zip(started.trunk.blocks, saved.trunk.blocks, strict=True):
+            ours, theirs = (next(iter(block.operators.values())) for block in blocks)
+            assert_same(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+        assert torch.equal(started.lm_head.weight, saved.lm_head.weight)
 
 
 def test_an_equal_router_keeps_what_it_learned_and_is_set_to_the_new_share(stage: Stage) -> None:

@@ -138,6 +138,55 @@ def test_a_ramp_that_begins_where_it_ends_is_a_run_without_one(run: Go) -> None:
     assert_same_bits(flat.model, plain.model)
 
 
+REACH = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "operators": [["local", "attention"], ["local", "attention"], ["attention"]],
+    "window": 4,
+    "sinks": 1,
+    "attention_context": "kept",
+    "router": "learned",
+    "kv_router": "random",
+}
+
+
+@pytest.mark.parametrize(
+    ("looks", "keeps"),
+    [({"from": 1.0, "to": 0.5, "steps": 6}, [0.2, 0.9]), (None, {"from": 1.0, "steps": 1.0}), ([0.1, 1.0], None)],
+    ids=["both", "kept", "looks"],
+)
+def test_each_side_has_its_own_schedule(
+    run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Any, keeps: Any
+) -> None:
+    schedule = {"attention_share": looks, "kv_share": keeps}
+    asked = {"model": REACH, "schedule": schedule, "trainer__log_every": 1}
+    whole, printed = run(trainer__output_dir=str(tmp_path / "whole"), **asked)
+    courses = Recipe.load(whole.folder / "recipe.yaml").courses(12)
+    records = read_records(whole.folder / "metrics.jsonl")
+    assert set(courses) == {name for name, share in schedule.items() if share is not None}
+    for record in records:
+        at = {"train": "during", "validation": "after"}[record["kind"]]
+        expected = {name: getattr(course, at)(record["step"]) for name, course in courses.items()}
+        assert {name: record[name] for name in schedule if name in record} == expected
+    assert ("kept 1.00" in printed) == (keeps == {"from": 1.0, "steps": 1.0})
+    for folder, step in ((whole.model, 12), (whole.folder / "checkpoint-8", 8)):
+        model = ChiarForCausalLM.from_pretrained(folder)
+        for name, calibrations in (
+            ("attention_share", model.thresholds()),
+            ("kv_share", model.kv_thresholds()),
+        ):
+            share = getattr(model.config, name)
+            assert share == (courses[name].after(step) if name in courses else 0.25)
+            assert calibrations
+            for thresholds in calibrations.values():
+                expected = shares_to_thresholds(thresholds.quantiles, share, thresholds.operators)
+                assert torch.equal(thresholds.values, expected)
+    interrupt_at(monkeypatch, 7, break_off)
+    with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+        run(**asked)
+    assert_same_bits(whole.model, run(resume=True, **asked)[0].model)
+
+
 # Recipes
 
 
@@ -178,6 +227,11 @@ def test_a_range_in_the_model_is_one_in_the_schedule() -> None:
     in_model = Recipe.from_dict(with_changes(model={"preset": "small", "attention_share": [0.1, 1.0]}))
     assert in_model == Recipe.from_dict(scheduled([0.1, 1.0]))
     assert in_model.courses(100) == {"attention_share": Draws(0.1, 1.0, 0.25, "attention_share 0")}
+
+
+def test_everybody_may_look_while_the_share_that_is_kept_is_drawn() -> None:
+    model = REACH | {"operators": [["attention"]] * 2, "kv_share": [0.1, 1.0], "kv_router": "threshold"}
+    assert Recipe.from_dict(with_changes(model=model)).courses(10) == {"kv_share": Draws(0.1, 1.0, 0.25, "kv_share 0")}
 
 
 def test_another_schedule_is_no_resume() -> None:
@@ -223,6 +277,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "schedule.attention_share with calibration='fixed'",
     ),
     (scheduled([0, 1], calibration={"method": "paper"}), "schedule.attention_share with calibration='fixed'"),
+    (
+        with_changes(schedule={"kv_share": [0, 1]}),
+        "schedule.kv_share with attention_context='all': no layer decides which tokens are kept",
+    ),
+    (
+        with_changes(model=REACH | {"kv_share": [0.5, 0.1]}),
+        "model.kv_share: [0.5, 0.1] needs two numbers from 0 to 1, the smaller one first",
+    ),
+    (
+        with_changes(model=REACH | {"kv_share": [0.5, 1]}),
+        "schedule.kv_share=[0.5, 1.0] does not hold model.kv_share=0.25",
+    ),
     (with_changes(model=LLAMA, schedule={"attention_share": [0, 1]}), "of which model.architecture: llama has none"),
 ]
 

@@ -10,7 +10,7 @@ from chiaroscuro.model.modeling import ChiarPreTrainedModel
 
 @contextmanager
 def full_attention(model: ChiarPreTrainedModel) -> Iterator[None]:
-    """Inside the block, every token goes to the last operator of each menu that is routed by a score.
+    """Inside the block, every token goes to the last operator of each menu that is routed by a score, and all are kept.
 
     The thresholds are lowered below every score and put back as they were, to the bit, calibrated or fixed. A training
     forward inside the block would note its scores: use `evaluation_mode` too.
@@ -19,7 +19,8 @@ def full_attention(model: ChiarPreTrainedModel) -> Iterator[None]:
         model: any CHIAR-Former; where nothing is routed by a score, nothing changes.
 
     """
-    thresholds = [calibration.values for calibration in model.thresholds().values()]
+    sides = (model.thresholds(), model.kv_thresholds())
+    thresholds = [calibration.values for side in sides for calibration in side.values()]
     before = [values.clone() for values in thresholds]
     try:
         for values in thresholds:

@@ -61,7 +61,7 @@ class TurnDials(TrainerCallback):
         changed = {name: share for name, share in shares.items() if getattr(model.config, name) != share}
         # Left alone where nothing changes: thresholds that were calibrated at this share are finer than its table.
         if changed:
-            model.set_attention_share(changed["attention_share"])
+            model.set_attention_share(changed.get("attention_share"), kv_share=changed.get("kv_share"))
 
 
 class Reporter(TrainerCallback):

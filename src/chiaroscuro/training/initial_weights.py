@@ -7,19 +7,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Router, ScoreRouter
+from chiaroscuro.layers import RoutedBlock, Router, ScoreRouter
+from chiaroscuro.layers.operator import hosts
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 
 MAY_DIFFER = frozenset(
     {
-        # who is routed where
+        # who looks, who is kept, and how far
         "operators",
         "router",
+        "kv_router",
         "router_seed",
         "spectrum",
         "attention_share",
+        "kv_share",
         "attention_context",
+        "window",
+        "sinks",
         "calibration",
         "entropy_thresholds",
         "execution",
@@ -86,19 +91,15 @@ LLAMA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 def _copy(saved: PreTrainedModel, model: PreTrainedModel, place: str) -> None:
     """All tensors but the routers'."""
-    source, target = _without_routers(saved), _without_routers(model)
-    # One tensor may have several names, such as that of a head tied to the embedding: one of them is enough.
-    given = {target[name].data_ptr() for name in source.keys() & target.keys()}
-    used = {source[name].data_ptr() for name in source.keys() & target.keys()}
-    missing = {name for name in target.keys() - source.keys() if target[name].data_ptr() not in given}
-    unexpected = {name for name in source.keys() - target.keys() if source[name].data_ptr() not in used}
-    shapes = {name for name in source.keys() & target.keys() if source[name].shape != target[name].shape}
-    for name in sorted(missing | unexpected | shapes):
+    source, target = _without_routers(saved, model), _without_routers(model, saved)
+    both = source.keys() & target.keys()
+    misfits = (source.keys() ^ target.keys()) | {name for name in both if source[name].shape != target[name].shape}
+    for name in sorted(misfits):
         had, has = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (source, target))
         raise UserError(
             f"{place} does not fit the model: {name} is {had} in it and {has} in the model; only routers may differ"
         )
-    for name in source.keys() & target.keys():
+    for name in both:
         target[name].copy_(source[name])
 
 
@@ -106,9 +107,23 @@ def _routers(model: PreTrainedModel) -> dict[str, Router]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Router)}
 
 
-def _without_routers(model: PreTrainedModel) -> dict[str, Tensor]:
+def _without_routers(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors by name, those of operators by the name that they would have if both models' menus were one."""
     routers = tuple(f"{path}." for path in _routers(model))
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(routers)}
+    theirs = dict(other.named_modules())
+    renamed: dict[str, str] = {}
+    for path, block in model.named_modules():
+        if not isinstance(block, RoutedBlock) or not isinstance(paired := theirs.get(path), RoutedBlock):
+            continue
+        host = hosts({name: type(operator) for name, operator in [*block.menu, *paired.menu]})
+        for part in ("operators", "operator_norms"):
+            renamed |= {f"{path}.{part}.{name}.": f"{path}.{part}.{host[name]}." for name in block.operators}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(routers):
+            place = next((place for place in renamed if name.startswith(place)), "")
+            tensors[renamed.get(place, "") + name.removeprefix(place)] = tensor
+    return tensors
 
 
 def _are_equal(router: Router, other: Router) -> bool:

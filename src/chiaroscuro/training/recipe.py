@@ -197,8 +197,8 @@ class CalibrationSection(Section):
         return self
 
 
-def _has_a_share(config: ChiarConfig) -> bool:
-    """Whether a layer of the model picks tokens by a score, so that it has a share of them."""
+def _looks_by_score(config: ChiarConfig) -> bool:
+    """Whether a layer picks by a score which tokens go to attention, so that there is a share of them."""
     return bool(config.routed_layers) and issubclass(config.router_class, ScoreRouter)
 
 
@@ -270,14 +270,15 @@ class ScheduleSection(Section):
     """Shares that change while the model trains. A share that is not named stays where the model's field says."""
 
     attention_share: ShareSection | None = None
+    kv_share: ShareSection | None = None
 
 
 class DistillSection(Section):
     """Learn from the model's full-attention self: what it says is predicted, too.
 
     The loss gets weight · T² · KL(p ‖ q), mean over the predictions: q is what the model predicts, p what the same
-    weights predict with every token at attention and without dropout, both at temperature T. No gradient goes through
-    p. The factor T² keeps the size of the gradient (arXiv 1503.02531).
+    weights predict with every token at attention, all of them kept and without dropout, both at temperature T. No
+    gradient goes through p. The factor T² keeps the size of the gradient (arXiv 1503.02531).
     """
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -492,12 +493,17 @@ class Recipe(Section):
     def _refuse_impossible_schedule(self, config: ChiarConfig) -> None:
         for name, share in self._scheduled().items():
             place = f"schedule.{name}"
-            if config.calibration == "fixed":
+            if name == "kv_share" and not config.keeping_layers:
+                raise UserError(
+                    f"{place} with attention_context={config.attention_context!r}: no layer decides which tokens are "
+                    "kept, so there is no share to change; set model.attention_context: kept, or remove it"
+                )
+            if name == "attention_share" and config.calibration == "fixed":
                 raise UserError(
                     f"{place} with calibration='fixed': fixed thresholds follow no share; let them run "
                     "(calibration.method: running), or remove it"
                 )
-            if not _has_a_share(config):
+            if name == "attention_share" and not _looks_by_score(config):
                 raise UserError(
                     f"{place} with router={config.router!r} and operators={config.operators}: no layer chooses between "
                     "operators by a score, so there is no share to change; remove it"
@@ -512,7 +518,7 @@ class Recipe(Section):
     def _refuse_impossible_distillation(self, config: ChiarConfig) -> None:
         if self.distill is None:
             return
-        if not _has_a_share(config):
+        if not _looks_by_score(config) and not config.keeping_layers:
             raise UserError(
                 f"distill with router={config.router!r} and operators={config.operators}: no layer chooses between "
                 "operators by a score, so there is no full attention to learn from; remove it"

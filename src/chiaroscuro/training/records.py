@@ -80,6 +80,8 @@ def terminal_line(record: dict[str, Any], steps: int) -> str:
         routing.append(f"g {record['gate']:.3f}")
     if "attention_share" in record:
         routing.append(f"ρ {record['attention_share']:.2f}")
+    if "kv_share" in record:
+        routing.append(f"kept {record['kv_share']:.2f}")
     if routing:
         words.append("  ".join(routing))
     for task, figures in record.get("tasks", {}).items():
@@ -105,6 +107,8 @@ def legend(record: dict[str, Any]) -> str:
         said.append("g: mean gate of the MetaRouter.")
     if "attention_share" in record:
         said.append("ρ: the share that the schedule asks for.")
+    if "kv_share" in record:
+        said.append("kept: the share of keys that the schedule asks for.")
     if "kl" in record:
         said.append("KL: what full attention would predict against what is predicted, in nats.")
     return textwrap.fill(" ".join(said), COLUMNS)
