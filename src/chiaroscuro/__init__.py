@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from chiaroscuro.model.calibration import calibrate
     from chiaroscuro.model.config import ChiarConfig
+    from chiaroscuro.model.fitting import fit
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "ChiarModel",
     "UserError",
     "calibrate",
+    "fit",
     "register_operator",
     "register_router",
 ]
@@ -48,6 +50,7 @@ _MODULES = {
     "model": ("ChiarCache", "ChiarForCausalLM", "ChiarForMixedTasks", "ChiarForSequenceClassification", "ChiarModel"),
     "model.calibration": ("calibrate",),
     "model.config": ("ChiarConfig",),
+    "model.fitting": ("fit",),
     "ops": (),
 }
 

@@ -331,6 +331,7 @@ def test_a_benchmark_beyond_the_memory_is_refused(run: Run, tmp_path: Path) -> N
         "evaluate",
         "generate",
         "calibrate",
+        "fit",
         "route",
         "flops",
         "benchmark",

@@ -12,7 +12,7 @@ from chiaroscuro.ops import null_entropy_quantiles
 
 VOCABULARY, WIDTH, LENGTH = 53, 32, 48
 PRESETS = sorted(ChiarConfig.presets())
-ROUTERS = ["threshold", "random", "permuted", "learned", "soft", "hard"]
+ROUTERS = ["threshold", "random", "permuted", "norm", "learned", "soft", "hard"]
 LEAKY = ("batch", "sequence")
 
 MARGIN = 1e-5

@@ -1,4 +1,4 @@
-"""Commands on a trained model: info, evaluate, generate, calibrate, route, import-reference."""
+"""Commands on a trained model: info, evaluate, generate, calibrate, fit, route, import-reference."""
 
 import sys
 from pathlib import Path
@@ -197,6 +197,73 @@ def calibrate(
     console = Console()
     console.print(f"calibrated to a share of {found['attention_share']:g}, saved as {output}")
     console.print(routing_table(found["layers"], found["null_entropy"]))
+
+
+@command()
+def fit(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the fitted copy of the model, with fit.json and fit.png; must not exist.")
+    ],
+    look: Annotated[
+        float | None,
+        typer.Option(help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that stays as it is."),
+    ] = None,
+    kept: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit who is kept to be seen from far, for this share of the tokens. Left out, that stays as it is."
+        ),
+    ] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(help="Fit scores of two layers, so wide in between; linear ones by default.", min=1, max=2**16),
+    ] = None,
+    data: Source = None,
+    split: Annotated[str, typer.Option(help="The split to fit on.")] = "train",
+    tokens: Annotated[
+        int, typer.Option(help="Use this many tokens from the beginning of the split.", min=1, max=LARGEST)
+    ] = 65536,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="T, tokens that the model reads at once: several times its window. By default the recipe's "
+            "data.sequence_length or, without a recipe, 1024, or as many as the model reads.",
+            min=1,
+            max=LARGEST,
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
+
+    The routers of the copy are "fitted", and calibrated at the shares. The last fifth of the tokens is held out: on it,
+    the table shows for each layer how well a score ranks the tokens, and how many of the true top share it finds.
+
+    Example: chiaroscuro fit runs/near --look 0.25 --kept 0.25 --output runs/near-fitted
+    """
+    from chiaroscuro.report.tables import fit_table
+    from chiaroscuro.studies.fitting import fit_copy
+    from chiaroscuro.studies.workspace import Workspace
+
+    found = fit_copy(
+        Workspace(checkpoint, device=device),
+        output,
+        look=look,
+        kept=kept,
+        hidden=hidden,
+        source=data,
+        split=split,
+        tokens=tokens,
+        length=length,
+    )
+    if as_json:
+        print_json({"output": str(output), **found})
+        return
+    console = Console()
+    console.print(f"fitted, calibrated and saved as {escape(str(output))}")
+    console.print(fit_table(found))
 
 
 @command()

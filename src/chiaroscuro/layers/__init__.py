@@ -4,9 +4,11 @@ from chiaroscuro.layers.block import RoutedBlock, Routing
 from chiaroscuro.layers.build import build_block
 from chiaroscuro.layers.context import Context, Spectra
 from chiaroscuro.layers.feed_forward import FeedForward, GatedFeedForward
+from chiaroscuro.layers.fitted_router import FittedRouter
 from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.local_attention import LocalAttention
 from chiaroscuro.layers.meta_router import MetaRouter
+from chiaroscuro.layers.norm_router import NormRouter
 from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.permuted_router import PermutedRouter
@@ -34,6 +36,7 @@ __all__ = [
     "Count",
     "Decision",
     "FeedForward",
+    "FittedRouter",
     "GatedFeedForward",
     "HardRouter",
     "KeptTokens",
@@ -42,6 +45,7 @@ __all__ = [
     "LocalAttention",
     "MetaRouter",
     "NeighbourMixing",
+    "NormRouter",
     "Operator",
     "OperatorState",
     "PackedTokens",

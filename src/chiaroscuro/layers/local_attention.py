@@ -7,7 +7,7 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.operator import Count, Work
+from chiaroscuro.layers.operator import Count, Operator, Work
 from chiaroscuro.layers.self_attention import AttentionOptions, SelfAttention
 
 
@@ -28,6 +28,7 @@ class LocalAttention(SelfAttention):
 
     cost = 1.5
     part_of = SelfAttention
+    reach_targets = Operator.reach_targets  # it has no far
 
     @classmethod
     def check(cls, width: int, options: AttentionOptions) -> None:

@@ -157,6 +157,15 @@ class Operator(nn.Module):
         """The output of some tokens. Unless overridden all are computed, and these are taken: nothing is saved."""
         return tokens.take(self.mix(x, context))
 
+    def reach_targets(
+        self, x: Float[Tensor, "batch time width"], context: Context
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]] | None:
+        """What a fitted score of who looks far, and one of who is kept, is to say of these tokens.
+
+        None for an operator that does not tell near from far. Arguments and values as of `SelfAttention.reach_targets`.
+        """
+        return None
+
     def new_cache(self) -> OperatorState | None:
         """A new state for `context.state`, or None for an operator that looks at one token at a time.
 

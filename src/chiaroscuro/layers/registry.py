@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.layers.fitted_router import FittedRouter
 from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.local_attention import LocalAttention
+from chiaroscuro.layers.norm_router import NormRouter
 from chiaroscuro.layers.operator import Operator, with_defaults
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.layers.random_router import RandomRouter
@@ -30,7 +32,9 @@ ROUTERS: dict[str, type[Router]] = {
     "threshold": ThresholdRouter,
     "random": RandomRouter,
     "permuted": PermutedRouter,
+    "norm": NormRouter,
     "learned": LearnedRouter,
+    "fitted": FittedRouter,
     "soft": SoftRouter,
     "hard": HardRouter,
 }

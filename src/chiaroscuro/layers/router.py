@@ -159,6 +159,10 @@ class ScoreRouter(Router):
         """The number that is compared with the thresholds; on the key side it may be one for each key-value head."""
         raise NotImplementedError
 
+    def unready(self) -> str:
+        """Why the score means nothing yet, in one line that says what to do; empty where it means something."""
+        return ""
+
     def scale(self, score: Float[Tensor, "batch time *heads"]) -> Float[Tensor, "batch time *heads"] | None:
         """What the last operator's output is multiplied by: None for nothing, or a function of the score."""
         return None

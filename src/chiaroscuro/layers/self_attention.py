@@ -277,7 +277,7 @@ class SelfAttention(Operator):
     @torch.no_grad()
     def reach_targets(
         self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]]:
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]] | None:
         """What a score of who looks and a score of who is kept should know, were all to look and all kept.
 
         Args:

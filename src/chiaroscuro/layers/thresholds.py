@@ -7,13 +7,13 @@ reads the thresholds and notes scores; they move when `step` is called, once per
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.exact_buffers import ExactBuffers
 
 QUANTILES = 1001
 """Entries of the table: one for every thousandth of the tokens, from the smallest score to the largest."""
@@ -129,8 +129,10 @@ def pool_tables(tables: Sequence[Float[Tensor, " quantiles"]], counts: Sequence[
     return torch.lerp(points[upper - 1], points[upper], part).to(tables[0])
 
 
-class Thresholds(nn.Module):
+class Thresholds(ExactBuffers):
     """Thresholds of one routed layer, calibrated towards a share or fixed.
+
+    They keep their type: in bfloat16 they would have three digits, where all of H lies between 0.82 and 0.91.
 
     Args:
         operators: K, the number of operators to choose from.
@@ -274,17 +276,6 @@ class Thresholds(nn.Module):
             momentum = max(MOMENTUM, 1 / float(self.steps))
             self.quantiles.lerp_(pool_tables(*zip(*seen, strict=True)), momentum)
             self.set_share(self.share)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Thresholds":
-        # `model.bfloat16()` would round the thresholds to three digits, where all of H lies between 0.82 and 0.91: they
-        # follow the model to its device, not to its type.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 def _gather(table: Tensor, count: float) -> tuple[list[Tensor], list[float]]:

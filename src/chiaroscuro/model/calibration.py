@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers import Context, ScoreRouter
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import ChiarPreTrainedModel
 from chiaroscuro.ops import spectral_entropy
 from chiaroscuro.ops.spectral import Spectrum
+
+State = tuple[Tensor, Context, Tensor | None]
+"""The tokens of a batch between two layers, their context, and the MetaRouter's gate."""
 
 PAPER_ROWS = 200
 PAPER_LENGTH = 256
@@ -53,31 +57,25 @@ def calibrate(
 
     Raises:
         UserError: another model or one whose weights are offloaded, no batch, no real token, no layer that routes by a
-            score, or an impossible share. The model is then as it was.
+            score, a score that was not fitted yet, or an impossible share. The model is then as it was.
 
     """
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x)")
     if model.device.type == "meta":
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
-    base = model.trunk
     layers, keeping = model.thresholds(), model.kv_thresholds()
     with evaluation_mode(model):
-        states = []
-        for batch in batches:
-            fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-            ids, mask = fields.get("input_ids"), fields.get("attention_mask")
-            if not isinstance(ids, Tensor) or ids.ndim != 2:
-                raise UserError("calibrate needs input_ids of shape (B, T) in every batch: give a list of such batches")
-            ids = ids.to(model.device)
-            x = base.embed(ids)
-            context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
-            states.append((x, context, base.gate(x, context)))
+        states = [embed_batch(model, batch) for batch in batches]
         if not states:
             raise UserError("calibrate got no batches: give at least one with some tokens")
         masks = [context.attention_mask for _, context, _ in states]
         if not any(mask is None or mask.any() for mask in masks):
             raise UserError("calibrate got padding alone: give batches with some real tokens")
+        for block in model.trunk.blocks:
+            for router in (block.router, block.kv_router):
+                if isinstance(router, ScoreRouter) and (reason := router.unready()):
+                    raise UserError(reason)
         # Checks the share and the model; the thresholds that it sets are replaced below.
         given = model.config.attention_share if share is None else share
         kept = model.config.kv_share if kv_share is None else kv_share
@@ -85,17 +83,60 @@ def calibrate(
             given if layers or share is not None or not keeping else None,
             kv_share=kept if keeping or kv_share is not None else None,
         )
-        for i in range(len(base.layers)):
-            if i in layers or i in keeping:
-                routings = [(base.blocks[i].route(x, c), c.attention_mask) for x, c, _ in states]
-            if i in layers:
-                scores = [_real(routing.score, mask) for routing, mask in routings]
-                layers[i].set_from(torch.cat(scores), model.config.attention_share)
-            if i in keeping:
-                scores = [_real(routing.kept_score, mask) for routing, mask in routings]
-                keeping[i].set_from(torch.cat(scores), model.config.kv_share)
-            states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
+        set_thresholds(
+            model,
+            states,
+            dict.fromkeys(layers, model.config.attention_share),
+            dict.fromkeys(keeping, model.config.kv_share),
+        )
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
+
+
+def embed_batch(model: ChiarPreTrainedModel, batch: Tensor | Mapping[str, Any]) -> State:
+    """The input of layer 0 for one batch: tokens, what the layers know about them, and the MetaRouter's gate.
+
+    Raises:
+        UserError: it has no `input_ids` of shape (B, T), or such that the model can't read.
+
+    """
+    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    ids, mask = fields.get("input_ids"), fields.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
+    ids, base = ids.to(model.device), model.trunk
+    x = base.embed(ids)
+    context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
+    return x, context, base.gate(x, context)
+
+
+def set_thresholds(
+    model: ChiarPreTrainedModel,
+    states: list[State],
+    shares: Mapping[int, float],
+    kv_shares: Mapping[int, float],
+) -> None:
+    """Set the thresholds of some layers to shares of their own, each on what the layers before it then produce.
+
+    Args:
+        model: in evaluation mode.
+        states: of `embed_batch`.
+        shares: of the tokens that go to a layer's last operator, by layer; the thresholds of other layers stay.
+        kv_shares: of the tokens that are kept, by layer.
+
+    Raises:
+        UserError: a score is not finite.
+
+    """
+    base, layers, keeping = model.trunk, model.thresholds(), model.kv_thresholds()
+    for i in range(len(base.layers)):
+        if i in shares or i in kv_shares:
+            routings = [(base.blocks[i].route(x, c), c.attention_mask) for x, c, _ in states]
+        if i in shares:
+            layers[i].set_from(torch.cat([_real(routing.score, mask) for routing, mask in routings]), shares[i])
+        if i in kv_shares:
+            scores = [_real(routing.kept_score, mask) for routing, mask in routings]
+            keeping[i].set_from(torch.cat(scores), kv_shares[i])
+        states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
 
 
 @torch.no_grad()

@@ -109,8 +109,9 @@ class ChiarConfig(PreTrainedConfig):
             see of x, N(x) or with post-norm x, is first added to its own causal depthwise convolution over k tokens.
             Its weights start at 0. Unless given, there is none.
         router: which operator gets which token. By a score against thresholds: `"threshold"` (the spectral entropy),
-            `"permuted"` (that of shuffled features), `"random"` (a hash of layer, position and token), `"learned"`
-            (a projection, which scales the last operator's output too). By weights: `"soft"`, `"hard"`. Or a
+            `"permuted"` (that of shuffled features), `"random"` (a hash of layer, position and token), `"norm"` (of
+            the layer's input), `"learned"` (a projection, which scales the last operator's output too), `"fitted"` (a
+            score that `chiaroscuro.fit` sets on a trained model; option `hidden`). By weights: `"soft"`, `"hard"`. Or a
             registered name, or as in a menu a mapping from the name to options.
         router_seed: of what `"random"` and `"permuted"` draw.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.

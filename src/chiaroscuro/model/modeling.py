@@ -120,7 +120,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChiarLayer"]  # noqa: RUF012 (transformers reads it so)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["calibration"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["calibration", "fitted"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -72,6 +72,26 @@ def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) ->
     return table
 
 
+def fit_table(found: Mapping[str, Any]) -> Table:
+    """A row per layer and side that was fitted."""
+    columns = _right("rank correlation", "recall", "by chance", "tokens held out", "fitted on")
+    table = Table("layer", "side", *columns, box=None)
+    for layer in found["layers"]:
+        for side in ("look", "kept"):
+            if side in layer:
+                fit = layer[side]
+                table.add_row(
+                    str(layer["layer"]),
+                    side,
+                    f"{fit['rank_correlation']:.3f}",
+                    f"{fit['recall']:.1%}",
+                    f"{found[side]:.1%}",
+                    f"{fit['tokens']:,}",
+                    f"{fit['fitted_tokens']:,}",
+                )
+    return table
+
+
 def checkpoint_tables(facts: Mapping[str, Any]) -> list[Table]:
     """What `info` found: the model and its training, and a row per layer."""
     recipe = facts.get("recipe")

@@ -1,0 +1,413 @@
+"""Scores that are fitted on a trained model: which tokens gain by looking far, and which will be looked at from far.
+
+One pass with everybody looking and everybody kept measures both for every layer (`Operator.reach_targets`); a
+regression on the operators' input learns to tell them beforehand.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import Context, FittedRouter, Operator, RoutedBlock, Router, ScoreRouter, build_router
+from chiaroscuro.layers.registry import build_kv_router, split_entry
+from chiaroscuro.model.calibration import State, embed_batch, set_thresholds
+from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.model.modeling import ChiarForCausalLM
+
+RIDGE = 1e-3
+"""λ, beside features of variance 1."""
+
+HELD_OUT = 0.2
+"""The part of the batches, the last ones, that nothing is fitted on."""
+
+FEWEST_QUERIES = 16
+"""What a token receives from beyond its window is a target where at least so many, and half a window, could give it."""
+
+SMALLEST = 1e-12
+"""Targets are fitted as logarithms, of this at least."""
+
+SAMPLE = 8192
+"""Tokens a layer that a score of two layers is fitted on; a linear one takes all."""
+
+STEPS, BATCH, RATE, DECAY = 400, 1024, 3e-3, 1e-2
+"""Of AdamW, for a score of two layers."""
+
+_FIELDS = ("router", "kv_router", "attention_share", "kv_share", "calibration", "entropy_thresholds")
+
+
+@dataclass(frozen=True)
+class SideFit:
+    """How well a layer's score foretells its target, on tokens that it was not fitted on.
+
+    Attributes:
+        rank_correlation: Spearman's, between score and target; the mean over heads.
+        recall: of the tokens with the largest targets, the share that is to be routed, how many are among as many with
+            the largest scores. By chance it is that share.
+        tokens: held out.
+        fitted_tokens: that it was fitted on.
+
+    """
+
+    rank_correlation: float
+    recall: float
+    tokens: int
+    fitted_tokens: int
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `fit` did.
+
+    Attributes:
+        look: by layer, how well the score of who looks far does; empty where it was not fitted.
+        kept: likewise of who is kept.
+        look_share: the share of tokens that look, or None.
+        kept_share: the share of tokens that are kept, or None.
+
+    """
+
+    look: dict[int, SideFit]
+    kept: dict[int, SideFit]
+    look_share: float | None
+    kept_share: float | None
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers with a score that was fitted."""
+        return sorted({*self.look, *self.kept})
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        layers = []
+        for i in self.layers:
+            sides = {"look": self.look.get(i), "kept": self.kept.get(i)}
+            layers.append({"layer": i, **{name: asdict(side) for name, side in sides.items() if side is not None}})
+        return {"look": self.look_share, "kept": self.kept_share, "layers": layers}
+
+    def __str__(self) -> str:
+        """A line per layer and side."""
+        lines = ["layer  side  rank correlation  recall  held-out tokens"]
+        for i in self.layers:
+            for name, sides in (("look", self.look), ("kept", self.kept)):
+                if i in sides:
+                    side = sides[i]
+                    lines.append(f"{i:5}  {name}  {side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.tokens:15,}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def fit(
+    model: ChiarForCausalLM,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    look: float | None = None,
+    kept: float | None = None,
+    hidden: int | None = None,
+) -> FitReport:
+    """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
+
+    The target of who looks is log ‖o − o'‖ / ‖x‖: how much of a layer's output hangs on what lies beyond the window, of
+    the tokens that have something there. The target of who is kept is the logarithm of the attention that a token goes
+    on to receive from beyond its window. Both are measured with everybody looking and everybody kept. The score is a
+    ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Routers of other
+    kinds make way for `"fitted"` ones. Then the thresholds are calibrated at the shares, on the same batches.
+
+    Args:
+        model: a language model whose layers choose who attends, or who is kept, by a score. Changed in place.
+        batches: two or more, as for `calibrate`; the last fifth of them is held out.
+        look: the share of the tokens that is to look far, or to attend. Unless given that side stays as it is.
+        kept: the share that is to be kept, where `attention_context="kept"`. Unless given that side stays as it is.
+        hidden: the width of the layer in between; None for a linear score.
+
+    Raises:
+        UserError: no share, or an impossible one; a layer that can't be fitted, or none that can; too few batches or
+            tokens; a target that is not finite. The model is then as it was.
+
+    Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
+
+    """
+    sides = _check(model, look, kept)
+    given = list(batches)
+    held_out = math.ceil(len(given) * HELD_OUT)
+    if len(given) < 2:
+        raise UserError(f"{len(given)} batches to fit on: give two or more, of which the last are held out")
+    entry: Any = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
+    fields = model.config.fields() | {"router": entry, "kv_router": _with_heads(entry, model), "thresholds": None}
+    fits: dict[tuple[str, int], _Fit] = {}
+    for side, i in sides:
+        router = _new_router(side, i, model.trunk.blocks[i], fields)
+        share = look if side == "look" else kept
+        assert share is not None
+        quota = math.ceil(SAMPLE / (len(given) - held_out))
+        fits[side, i] = _Fit(side, i, router.to(model.device), share, quota)
+    with evaluation_mode(model), full_attention(model):
+        for n, batch in enumerate(given):
+            if n == len(given) - held_out:
+                for one in fits.values():
+                    one.solve()
+            for side, i, x, targets in _targets(model, embed_batch(model, batch), sides):
+                fits[side, i].add(x, targets, held_out=n >= len(given) - held_out)
+    report = FitReport(
+        {i: one.result() for (side, i), one in fits.items() if side == "look"},
+        {i: one.result() for (side, i), one in fits.items() if side == "kept"},
+        look,
+        kept,
+    )
+    _install(model, given, fits, fields, look, kept)
+    return report
+
+
+def _check(model: ChiarForCausalLM, look: Any, kept: Any) -> list[tuple[str, int]]:
+    """The sides and layers that are to be fitted; or an error, if one of them can't be."""
+    if not isinstance(model, ChiarForCausalLM):
+        raise UserError(f"fit takes a ChiarForCausalLM, not a {type(model).__name__}")
+    if model.device.type == "meta":
+        raise UserError("the model's weights are offloaded: load it whole, fit it, and save it")
+    if look is None and kept is None:
+        raise UserError("nothing to fit: give look, the share that looks far, kept, the share that is kept, or both")
+    for name, share in (("look", look), ("kept", kept)):
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+            raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
+    found = []
+    for i, block in enumerate(model.trunk.blocks):
+        routers = {"look": block.router if look is not None else None}
+        routers["kept"] = block.kv_router if kept is not None else None
+        for side, router in routers.items():
+            if router is not None:
+                _check_router(side, i, block, router)
+                found.append((side, i))
+    for name, share in (("look", look), ("kept", kept)):
+        if share is not None and name not in dict(found):
+            raise UserError(
+                f"no layer chooses who looks far (menus {model.config.menus}): load the model with other menus, such "
+                "as operators=[['local', 'attention'], …]"
+                if name == "look"
+                else f"no layer decides who is kept (attention_context={model.config.attention_context!r}): load the "
+                "model with attention_context='kept'"
+            )
+    return found
+
+
+def _check_router(side: str, i: int, block: RoutedBlock, router: Router) -> None:
+    if not isinstance(router, ScoreRouter):
+        raise UserError(f"layer {i} routes by weights, and not by a score: there is nothing to fit there")
+    if router.scale(torch.zeros(1, 1)) is not None:
+        raise UserError(
+            f"the score of layer {i} scales what it routes, and the model was trained so: fit one that was trained "
+            "with another router, such as threshold or random"
+        )
+    if type(_reaching(side, block)).reach_targets is Operator.reach_targets:
+        raise UserError(f"layer {i} has the menu {block.operator_names}, the last of which has no far to look to")
+
+
+def _reaching(side: str, block: RoutedBlock) -> Operator:
+    """The operator whose reach the side decides about: the menu's last one, or the one that asks who is kept."""
+    operators = [unit.operator for unit in block.units]
+    if side == "kept":
+        return next(operator for operator in operators if operator.keeps(operator.options))
+    last = len(block.operator_names) - 1
+    return next(unit.operator for unit in block.units if last in unit.indices)
+
+
+def _with_heads(entry: Any, model: ChiarForCausalLM) -> Any:
+    """The router of the key side, with as many scores a token as the present one has."""
+    heads = split_entry(model.config.kv_router)[1].get("heads", 1)
+    return entry if heads == 1 else {"fitted": {**split_entry(entry)[1], "heads": heads}}
+
+
+def _new_router(side: str, i: int, block: RoutedBlock, fields: dict[str, Any]) -> FittedRouter:
+    width = fields["hidden_size"]
+    if side == "kept":
+        built: Any = build_kv_router(width, fields, i)
+    else:
+        built = build_router(width, block.operator_names, fields["router"], fields, i)
+    return built
+
+
+def _targets(
+    model: ChiarForCausalLM, state: State, sides: list[tuple[str, int]]
+) -> Iterable[tuple[str, int, Float[Tensor, "tokens width"], Float[Tensor, "tokens heads"]]]:
+    """Run a batch, and give for each side and layer the operator's input and the target, where it has one."""
+    x, context, gate = state
+    for i, block in enumerate(model.trunk.blocks):
+        source = block.operator_input(x, context)
+        measured: dict[Operator, Any] = {}
+        for side in (side for side, layer in sides if layer == i):
+            operator = _reaching(side, block)
+            if operator not in measured:
+                measured[operator] = operator.reach_targets(source, replace(context, layer_input=x))
+            looks, received = measured[operator]
+            target = looks[..., None] if side == "look" else received
+            valid = _with_target(side, operator, x, context)
+            yield side, i, source[valid], target[valid].double().clamp(min=SMALLEST).log()
+        x, _ = model.trunk.run_layer(i, x, gate, context)
+        if not bool(x.isfinite().all()):
+            raise UserError(f"layer {i} gives NaN or infinity: the model's weights or its input hold some")
+
+
+def _with_target(side: str, operator: Operator, x: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
+    """The tokens that have something beyond the window; or those that enough others have beyond theirs."""
+    window, sinks = (getattr(operator.options, name, None) or 0 for name in ("window", "sinks"))
+    window = window or 1
+    real = context.real(x.shape[1])
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+    place = real.cumsum(1) - 1
+    if side == "look":
+        return real & (place >= window + sinks)
+    later = real.sum(1, keepdim=True) - place - window
+    return real & (place >= sinks) & (later >= max(FEWEST_QUERIES, window // 2))
+
+
+class _Fit:
+    """The fit of one side of one layer: sums over the tokens, then a score, then what it says of tokens held out."""
+
+    def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int) -> None:
+        self.name = f"layer {layer}, side {side}"
+        self.router, self.share, self.quota = router, share, quota
+        self.count = 0
+        self.sums: list[Tensor] = []
+        self.samples: list[tuple[Tensor, Tensor]] = []
+        self.answers: list[tuple[Tensor, Tensor]] = []
+        self.generator = torch.Generator("cpu").manual_seed(layer)
+
+    def add(self, x: Float[Tensor, "tokens width"], target: Float[Tensor, "tokens heads"], held_out: bool) -> None:
+        """Learn of some tokens, or be asked about them."""
+        target = target if target.shape[1] == self.router.options.heads else target.mean(1, keepdim=True)
+        if held_out:
+            self.answers.append((self.router.fitted(x), target))
+            return
+        self.count += len(x)
+        if self.router.options.hidden is not None:
+            taken = torch.randperm(len(x), generator=self.generator)[: self.quota].to(x.device)
+            self.samples.append((x[taken].float(), target[taken].float()))
+        x = x.double()
+        new = [x.sum(0), x.T @ x, target.sum(0), x.T @ target]
+        self.sums = [old + one for old, one in zip(self.sums, new, strict=True)] if self.sums else new
+
+    def solve(self) -> None:
+        """Set the score by what was learnt."""
+        width = self.router.width
+        if self.count < 2 * width:
+            raise UserError(
+                f"{self.name}: {self.count} tokens with a target to fit {width} features on: give at least "
+                f"{2 * width}, in longer sequences or more of them"
+            )
+        n = self.count
+        mean, target_mean = self.sums[0] / n, self.sums[2] / n
+        covariance = self.sums[1] / n - mean[:, None] * mean
+        scale = covariance.diagonal().clamp(min=0).sqrt()
+        scale = scale.where(scale > 1e-6 * scale.max(), 1.0)
+        if self.router.options.hidden is None:
+            left = covariance / (scale[:, None] * scale) + RIDGE * torch.eye(width).to(covariance)
+            slope = torch.linalg.solve(left, (self.sums[3] / n - mean[:, None] * target_mean) / scale[:, None])
+            slope = slope / scale[:, None]
+            self.router.fitted.set_weights(slope.T.float(), (target_mean - mean @ slope).float())
+        else:
+            _fit_two_layers(self.router, self.samples, mean.float(), scale.float(), self.generator)
+        self.sums, self.samples = [], []
+
+    def result(self) -> SideFit:
+        """How well the score does on the tokens held out."""
+        score, target = (torch.cat(parts) for parts in zip(*self.answers, strict=True))
+        top = round(self.share * len(score))
+        if not 0 < top < len(score):
+            raise UserError(
+                f"{self.name}: {len(score)} tokens with a target are held out, too few for a share of {self.share:g}: "
+                "give longer sequences, or more of them"
+            )
+        heads = list(zip(score.double().unbind(1), target.unbind(1), strict=True))
+        return SideFit(
+            sum(rank_correlation(a, b) for a, b in heads) / len(heads),
+            sum(top_recall(a, b, top) for a, b in heads) / len(heads),
+            len(score),
+            self.count,
+        )
+
+
+@torch.enable_grad()
+def _fit_two_layers(
+    router: FittedRouter, samples: list[tuple[Tensor, Tensor]], mean: Tensor, scale: Tensor, generator: torch.Generator
+) -> None:
+    """Fit w·gelu(U x + c) + b by AdamW on standardised features, and fold the standardisation into U and c."""
+    x, target = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    x, (spread, middle) = (x - mean) / scale, torch.std_mean(target, 0)
+    spread = spread.clamp(min=SMALLEST)
+    target = (target - middle) / spread
+    hidden, width = router.options.hidden, router.width
+    first = (torch.randn(hidden, width, generator=generator) / math.sqrt(width)).to(x)
+    second = (torch.randn(target.shape[1], hidden, generator=generator) / math.sqrt(hidden)).to(x)
+    weights = [first, x.new_zeros(hidden), second, x.new_zeros(target.shape[1])]
+    for weight in weights:
+        weight.requires_grad_()
+    optimizer = torch.optim.AdamW(weights, RATE, weight_decay=DECAY)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        taken = torch.randint(len(x), (BATCH,), generator=generator).to(x.device)
+        predicted = F.linear(F.gelu(F.linear(x[taken], weights[0], weights[1])), weights[2], weights[3])
+        optimizer.zero_grad()
+        F.mse_loss(predicted, target[taken]).backward()
+        optimizer.step()
+    first, offset, second, last = (weight.detach() for weight in weights)
+    first = first / scale
+    router.fitted.set_weights(second * spread[:, None], last * spread + middle, first, offset - first @ mean)
+
+
+def _install(
+    model: ChiarForCausalLM,
+    batches: list[Tensor | Mapping[str, Any]],
+    fits: Mapping[tuple[str, int], _Fit],
+    fields: Mapping[str, Any],
+    look: float | None,
+    kept: float | None,
+) -> None:
+    """Put the routers into the model and calibrate them; leave it as it was if that fails."""
+    config, blocks = model.config, model.trunk.blocks
+    before = [(block.router, block.kv_router) for block in blocks]
+    said = {name: copy.deepcopy(getattr(config, name)) for name in _FIELDS}
+    try:
+        for (side, i), one in fits.items():
+            setattr(blocks[i], "router" if side == "look" else "kv_router", one.router)
+        if look is not None:
+            config.router, config.attention_share = fields["router"], look
+            config.calibration, config.entropy_thresholds = "running", None
+        if kept is not None:
+            config.kv_router, config.kv_share = fields["kv_router"], kept
+        shares = {i: one.share for (side, i), one in fits.items() if side == "look"}
+        kv_shares = {i: one.share for (side, i), one in fits.items() if side == "kept"}
+        with evaluation_mode(model):
+            set_thresholds(model, [embed_batch(model, batch) for batch in batches], shares, kv_shares)
+    except BaseException:
+        for block, (router, kv_router) in zip(blocks, before, strict=True):
+            block.router, block.kv_router = router, kv_router
+        for name, value in said.items():
+            setattr(config, name, value)
+        raise
+
+
+def rank_correlation(a: Float[Tensor, " tokens"], b: Float[Tensor, " tokens"]) -> float:
+    """Spearman's rank correlation; 0 where one of the two is the same for all tokens. Ties share their mean rank."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    norms = ranks.norm(dim=1).prod()
+    return float(ranks[0] @ ranks[1] / norms) if norms > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Float[Tensor, " tokens"]:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def top_recall(score: Float[Tensor, " tokens"], target: Float[Tensor, " tokens"], top: int) -> float:
+    """Of the `top` tokens with the largest targets, the share that is among the `top` with the largest scores."""
+    found = torch.isin(score.topk(top).indices, target.topk(top).indices)
+    return float(found.double().mean())

@@ -1,0 +1,85 @@
+"""Fitted scores for a trained model: a copy of it that routes by them, with the figures and a picture beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from chiaroscuro.data.tasks import PadToLongest
+from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model.fitting import fit
+from chiaroscuro.report.fit_figure import draw_fit
+from chiaroscuro.studies.workspace import Workspace
+from chiaroscuro.training import save_whole
+
+LONGEST = 1024
+"""T where no recipe says one: what is far shows in long sequences."""
+
+ROWS = 4
+"""Sequences at once."""
+
+FIGURES, PICTURE = "fit.json", "fit.png"
+
+
+def fit_copy(
+    workspace: Workspace,
+    output: Path,
+    *,
+    look: float | None = None,
+    kept: float | None = None,
+    hidden: int | None = None,
+    source: str | None = None,
+    split: str = "train",
+    tokens: int = 65536,
+    length: int | None = None,
+) -> dict[str, Any]:
+    """Save a copy of a model whose tokens look far, and are kept, by scores fitted on its text or its task.
+
+    Args:
+        workspace: the model.
+        output: the folder of the copy; it must not exist. `fit.json` and `fit.png` in it hold what is returned.
+        look: see `chiaroscuro.fit`; as `kept` and `hidden`.
+        kept: see there.
+        hidden: see there.
+        source: another text than the recipe's.
+        split: the split to fit on.
+        tokens: how many to take, from the split's beginning.
+        length: T; see `Workspace.length`.
+
+    Returns:
+        What was fitted and how well it does, ready for JSON.
+
+    Raises:
+        UserError: the folder exists, or the model or its text can't be fitted.
+
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists already: name another folder")
+    model = workspace.language_model("fit")
+    if not isinstance(model, ChiarForCausalLM):
+        raise UserError(f"fit needs a CHIAR-Former, and {workspace.name} is a {type(model).__name__}")
+    length = workspace.length(length, most=LONGEST)
+    named: Any
+    rows: Any
+    collate = None
+    if source is None and workspace.has_targets:
+        named, rows = workspace.target_rows(split, length=length)
+        collate = PadToLongest(workspace.tokenizer.pad_token_id)
+    else:
+        named, rows = workspace.blocks(split, length=length, source=source)
+    taken = Subset(rows, range(min(len(rows), max(1, tokens // length))))
+    # Blocks are whole; the rows of a task may be padded.
+    fields = ("input_ids", "attention_mask")
+    batches = [
+        {name: batch[name] for name in fields if name in batch}
+        for batch in DataLoader(taken, batch_size=ROWS, collate_fn=collate)
+    ]
+    found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
+    found |= fit(model, batches, look=look, kept=kept, hidden=hidden).figures()
+    save_whole(output, model, workspace.tokenizer, workspace.recipe)
+    write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
+    write_bytes(output / PICTURE, draw_fit(found))
+    return found

@@ -1,0 +1,294 @@
+"""Fitted scores: what a regression finds, on targets that are planted and on those of a model.
+
+Oracle: scipy's rank correlation, and the model's own targets on tokens that it was not fitted on.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, calibrate, fit
+from chiaroscuro.layers import SelfAttention
+from chiaroscuro.model.fitting import rank_correlation, top_recall
+
+VOCABULARY, WIDTH, TIME = 60, 16, 96
+MENUS = [["local", "attention"]] * 2
+
+
+def build(seed: int = 0, **changes: Any) -> ChiarForCausalLM:
+    fields: dict[str, Any] = {
+        "operators": MENUS,
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TIME,
+        "window": 6,
+        "sinks": 1,
+        "attention_context": "kept",
+        "router": "random",
+        "kv_router": "random",
+        "meta_router": "none",
+    }
+    torch.manual_seed(seed)
+    model = ChiarForCausalLM(ChiarConfig(**fields | changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.35)
+    return model
+
+
+def batches(seed: int, count: int = 10, rows: int = 4, time: int = TIME) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (rows, time), generator=generator) for _ in range(count)]
+
+
+def state(model: ChiarForCausalLM) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# The figures
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-5, 5)), min_size=3, max_size=40))
+def test_the_rank_correlation_is_scipys(pairs: list[tuple[int, float]]) -> None:
+    a, b = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
+    wanted = 0.0 if len({*a}) == 1 or len({*b}) == 1 else scipy.stats.spearmanr(a, b).statistic
+    assert rank_correlation(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_recall_counts_the_true_top() -> None:
+    target = torch.arange(10).double()
+    assert top_recall(target, target, 3) == 1.0
+    assert top_recall(-target, target, 3) == 0.0
+    assert top_recall(torch.tensor([0.0, 0, 0, 0, 0, 9, 9, 9, 9, 1]), target, 2) in (0.0, 0.5)
+
+
+# The fit
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_planted_score_is_found(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """Targets that are exponentials of linear functions of the input: the fit's ranking is theirs."""
+    generator = torch.Generator().manual_seed(1)
+    planted = torch.randn(1 + heads, WIDTH, generator=generator)
+
+    def targets(self: SelfAttention, x: Tensor, context: object) -> tuple[Tensor, Tensor]:
+        scores = (x @ planted.T - 2.0).exp()
+        return scores[..., 0], scores[..., 1:].expand(-1, -1, 2)
+
+    monkeypatch.setattr(SelfAttention, "reach_targets", targets)
+    model = build(kv_router="random" if heads == 1 else {"fitted": {"heads": 2}})
+    report = fit(model, batches(0), look=0.25, kept=0.25)
+    for side in (*report.look.values(), *report.kept.values()):
+        assert side.rank_correlation > 0.9999 and side.recall > 0.99
+    for block in model.model.layers:
+        # Features of a normed token add up to 0, so a constant added to all weights of a score changes nothing.
+        for router, wanted in ((block.router, planted[:1]), (block.kv_router, planted[1:])):
+            found = router.fitted.weight
+            centred = [w - w.mean(-1, keepdim=True) for w in (found, wanted)]
+            torch.testing.assert_close(*centred, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("hidden", [None, 16])
+def test_on_a_model_it_beats_chance_on_tokens_that_it_has_not_seen(hidden: int | None) -> None:
+    model = build()
+    report = fit(model, batches(0, 20), look=0.25, kept=0.25, hidden=hidden)
+    assert report.layers == [0, 1]
+    for sides in (report.look, report.kept):
+        for side in sides.values():
+            # By chance the standard deviations are 1/√n and about .43/√(n/4).
+            assert side.rank_correlation > 5 / side.tokens**0.5
+            assert side.recall > 0.25 + 3 * 0.43 / (side.tokens / 4) ** 0.5
+    assert "look" in str(report) and json.dumps(report.figures(), allow_nan=False)
+
+
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_the_shares_are_met_and_the_rest_of_the_model_stays(hidden: int | None) -> None:
+    model, data = build(), batches(0)
+    before = dict(model.named_parameters())
+    kept = {name: parameter.clone() for name, parameter in before.items()}
+    model.train()
+    fit(model, data, look=0.3, kept=0.4, hidden=hidden)
+    assert model.training
+    model.eval()
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
+    name = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
+    assert (model.config.router, model.config.kv_router) == (name, name)
+    assert (model.config.attention_share, model.config.kv_share) == (0.3, 0.4)
+    # In the first layer tokens of one id have one score, and go the same way.
+    with torch.no_grad():
+        routings = model(torch.cat(data), output_routing=True, use_cache=False).routing
+    for routing in routings:
+        assert routing.share[1].item() == pytest.approx(0.3, abs=1 / VOCABULARY)
+        assert routing.kept.float().mean().item() == pytest.approx(0.4, abs=1 / VOCABULARY)
+    model.set_attention_share(0.6, kv_share=0.1)  # the dial turns
+
+
+def test_one_side_leaves_the_other_alone() -> None:
+    for shares in ({"look": 0.3}, {"kept": 0.3}):
+        model, data = build(), batches(0)
+        calibrate(model, data, 0.5, 0.5)
+        others = model.kv_thresholds() if "look" in shares else model.thresholds()
+        before = {i: copy.deepcopy(thresholds.state_dict()) for i, thresholds in others.items()}
+        report = fit(model, data, **shares)
+        assert bool(report.look) == ("look" in shares) and bool(report.kept) == ("kept" in shares)
+        others = model.kv_thresholds() if "look" in shares else model.thresholds()
+        for i, thresholds in others.items():
+            assert all(torch.equal(thresholds.state_dict()[name], tensor) for name, tensor in before[i].items())
+        assert (model.config.router == "fitted") == ("look" in shares)
+        assert (model.config.kv_router == "fitted") == ("kept" in shares)
+
+
+@pytest.mark.parametrize("menu", [["conv", "attention"], ["dct", "attention"], ["dct", "local", "attention"]])
+def test_other_operators_may_take_the_tokens_that_do_not_look(menu: list[str]) -> None:
+    window = 6 if "local" in menu else None
+    model = build(operators=[menu, ["attention"]], attention_context="all", window=window, sinks=0)
+    report = fit(model, batches(0), look=0.25)
+    assert report.layers == [0] and report.look[0].rank_correlation > 0
+
+
+def test_padding_is_no_token() -> None:
+    """Rows that are padded on either side teach the same as the rows alone."""
+    data = batches(0, 10, time=60)
+    bare, padded = build(), build()
+    wider = []
+    for n, ids in enumerate(data):
+        ids, mask = (
+            torch.nn.functional.pad(part, (20, 0) if n % 2 else (0, 20)) for part in (ids, torch.ones_like(ids))
+        )
+        wider.append({"input_ids": ids, "attention_mask": mask})
+    found = [fit(bare, data, look=0.25, kept=0.25), fit(padded, wider, look=0.25, kept=0.25)]
+    for i in (0, 1):
+        assert found[0].look[i].tokens == found[1].look[i].tokens
+        assert found[0].kept[i].tokens == found[1].kept[i].tokens
+        for side in ("router", "kv_router"):
+            ours, theirs = (getattr(model.model.layers[i], side).fitted.weight for model in (bare, padded))
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+# The model afterwards
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 99), hidden=st.sampled_from([None, 8]), chunk=st.integers(1, 9))
+def test_cached_is_uncached(seed: int, hidden: int | None, chunk: int) -> None:
+    model = build(seed)
+    fit(model, batches(seed), look=0.25, kept=0.25, hidden=hidden)
+    ids = batches(seed + 1, 1, 2, 40)[0]
+    cache, parts = ChiarCache(model.config), []
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for part in ids.split(chunk, 1):
+            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_keeps_the_scores(tmp_path: Path, hidden: int | None, dtype: torch.dtype) -> None:
+    model = build()
+    fit(model, batches(0), look=0.25, kept=0.25, hidden=hidden)
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert (loaded.config.router, loaded.config.kv_router) == (model.config.router, model.config.kv_router)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if "router" in name}
+    assert len(wanted) == 2 * 2 * (3 + (2 if hidden is None else 4))
+    for name, tensor in wanted.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    if dtype == torch.float32:
+        ids = batches(1, 1)[0]
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_another_fit_takes_the_place_of_the_first() -> None:
+    model, data = build(), batches(0)
+    fit(model, data, look=0.25, kept=0.25, hidden=8)
+    fit(model, data, look=0.25, kept=0.25)
+    again = build()
+    fit(again, data, look=0.25, kept=0.25)
+    for name, tensor in state(again).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
+
+
+def test_a_model_with_scores_that_are_not_fitted_is_not_calibrated() -> None:
+    with pytest.raises(UserError, match="not fitted yet") as error:
+        calibrate(build(router="fitted"), batches(0, 1))
+    assert "\n" not in str(error.value)
+
+
+# Mistakes
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "data", "shares", "complaint"),
+    [
+        ({}, batches(0), {}, "nothing to fit"),
+        ({}, batches(0), {"look": 1.5}, "look=1.5: must be a share"),
+        ({}, batches(0), {"kept": 0}, "kept=0: must be a share"),
+        ({}, batches(0), {"kept": True}, "kept=True: must be a share"),
+        ({}, batches(0), {"look": 0.2, "hidden": 0}, "hidden=0: must be a positive"),
+        ({}, [], {"look": 0.2}, "0 batches to fit on"),
+        ({}, batches(0, 1), {"look": 0.2}, "1 batches to fit on"),
+        ({}, batches(0, 4, time=6), {"look": 0.2}, "layer 0, side look: 0 tokens with a target"),
+        ({}, batches(0, 4, time=20), {"kept": 0.2}, "layer 0, side kept: 0 tokens with a target"),
+        ({}, [*batches(0, 4), torch.zeros(1, 8).long()], {"look": 0.2}, "too few for a share of 0.2"),
+        ({}, [{"labels": torch.zeros(1, 4)}] * 2, {"look": 0.2}, "input_ids of shape"),
+        ({"operators": [["attention"]]}, batches(0), {"look": 0.2}, "no layer chooses who looks far"),
+        ({"attention_context": "all"}, batches(0), {"kept": 0.2}, "no layer decides who is kept"),
+        ({"operators": [["dct", "local"]]}, batches(0), {"look": 0.2}, "has no far to look to"),
+        ({"operators": [["dct", "rbf"]]}, batches(0), {"look": 0.2}, "has no far to look to"),
+        ({"router": "learned"}, batches(0), {"look": 0.2}, "scales what it routes"),
+        (
+            {"router": "soft", "operators": [["dct", "attention"]], "attention_context": "all"},
+            batches(0),
+            {"look": 0.2},
+            "routes by weights",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(changes: Any, data: Any, shares: Any, complaint: str) -> None:
+    model = build(**changes)
+    before, said = state(model), model.config.to_dict()
+    with pytest.raises(UserError, match=complaint) as error:
+        fit(model, data, **shares)
+    assert "\n" not in str(error.value)
+    assert model.config.to_dict() == said
+    assert state(model).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+
+
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_a_model_that_is_broken_is_left_as_it_is(hidden: int | None) -> None:
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].operators["attention"].q_proj.weight[0, 0] = torch.nan
+    routers = [block.router for block in model.model.layers]
+    with pytest.raises(UserError, match="layer 1 gives NaN or infinity"):
+        fit(model, batches(0), look=0.2, hidden=hidden)
+    assert [block.router for block in model.model.layers] == routers and model.config.router == "random"
+
+
+def test_an_error_in_the_calibration_puts_the_routers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no")
+
+    model = build()
+    before, said = state(model), model.config.to_dict()
+    monkeypatch.setattr("chiaroscuro.model.fitting.set_thresholds", fail)
+    with pytest.raises(UserError, match="no"):
+        fit(model, batches(0), look=0.2, kept=0.2)
+    assert model.config.to_dict() == said
+    assert state(model).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
