@@ -108,6 +108,7 @@ def test_a_model_of_a_task_is_fitted_on_its_task(run: Run, recall: Path, tmp_pat
         (["fit", "near", "--output", "TAKEN", "--look", "0.2"], "exists already"),
         (["fit", "near", "--output", "NEW", "--look", "2"], "look=2.0: must be a share"),
         (["fit", "near", "--output", "NEW", "--kept", "0"], "kept=0.0: must be a share"),
+        (["fit", "near", "--output", "NEW", "--look", "0.2", "--budget", "0.2"], "drop look and kept"),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--hidden", "0"], "Invalid value for '--hidden'"),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--split", "dev"], "--split dev"),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--length", "4"], "side look: 0 tokens with a target"),

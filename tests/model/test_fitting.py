@@ -4,6 +4,7 @@ Oracle: scipy's rank correlation, and the model's own targets on tokens that it 
 """
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, calibrate, fit
 from chiaroscuro.layers import SelfAttention
-from chiaroscuro.model.fitting import rank_correlation, top_recall
+from chiaroscuro.model.fitting import rank_correlation, spread, top_recall
+from chiaroscuro.model.full_attention import full_attention
 
 VOCABULARY, WIDTH, TIME = 60, 16, 96
 MENUS = [["local", "attention"]] * 2
@@ -177,6 +179,55 @@ def test_padding_is_no_token() -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+# A budget
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.floats(0.01, 0.99))
+def test_a_budget_is_spent_and_goes_where_the_harm_is(harms: list[float], mean: float) -> None:
+    shares = spread(harms, mean)
+    assert sum(shares) / len(shares) == pytest.approx(mean, rel=1e-6)
+    assert all(0.25 * mean - 1e-9 <= share <= 1 for share in shares)
+    ordered = [share for _, share in sorted(zip(harms, shares, strict=True))]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(ordered))
+
+
+def test_a_layer_s_harm_is_that_of_routing_it_alone() -> None:
+    data = batches(0)
+    model, flat = build(), build()
+    report = fit(model, data, budget=0.25)
+    fit(flat, data, look=0.25, kept=0.25)
+    held_out = torch.cat(data[8:])
+    with torch.no_grad(), full_attention(flat):
+        whole = flat(held_out).logits.log_softmax(-1)
+    for name, sides in (("router", report.look), ("kv_router", report.kept)):
+        assert sum(side.share for side in sides.values()) / 2 == pytest.approx(0.25)
+        for i, side in sides.items():
+            values = getattr(flat.model.layers[i], name).calibration.values.clone()
+            with torch.no_grad(), full_attention(flat):
+                getattr(flat.model.layers[i], name).calibration.values.copy_(values)
+                routed = flat(held_out).logits.log_softmax(-1)
+            harm = (whole.exp() * (whole - routed)).sum(-1).mean().item()
+            assert side.harm == pytest.approx(harm, rel=1e-3) and harm > 0
+    with torch.no_grad():
+        routings = model(torch.cat(data), output_routing=True, use_cache=False).routing
+    for i, routing in enumerate(routings):
+        assert routing.share[1].item() == pytest.approx(report.look[i].share, abs=1 / VOCABULARY)
+        assert routing.kept.float().mean().item() == pytest.approx(report.kept[i].share, abs=1 / VOCABULARY)
+
+
+def test_shares_by_layer_are_saved_in_the_thresholds(tmp_path: Path) -> None:
+    model, ids = build(), batches(1, 1)[0]
+    fit(model, batches(0), budget=0.25)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ChiarForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_budget_of_a_model_with_one_side() -> None:
+    model = build(attention_context="all")
+    report = fit(model, batches(0), budget=0.25)
+    assert report.look and not report.kept and report.kept_share is None
+
+
 # The model afterwards
 
 
@@ -239,6 +290,9 @@ def test_a_model_with_scores_that_are_not_fitted_is_not_calibrated() -> None:
         ({}, batches(0), {"kept": 0}, "kept=0: must be a share"),
         ({}, batches(0), {"kept": True}, "kept=True: must be a share"),
         ({}, batches(0), {"look": 0.2, "hidden": 0}, "hidden=0: must be a positive"),
+        ({}, batches(0), {"look": 0.2, "budget": 0.2}, "drop look and kept"),
+        ({}, batches(0), {"budget": 2}, "budget=2: must be a share"),
+        ({"operators": [["attention"]], "attention_context": "all"}, batches(0), {"budget": 0.2}, "no layer chooses"),
         ({}, [], {"look": 0.2}, "0 batches to fit on"),
         ({}, batches(0, 1), {"look": 0.2}, "1 batches to fit on"),
         ({}, batches(0, 4, time=6), {"look": 0.2}, "layer 0, side look: 0 tokens with a target"),

@@ -219,6 +219,13 @@ def fit(
         int | None,
         typer.Option(help="Fit scores of two layers, so wide in between; linear ones by default.", min=1, max=2**16),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --look and --kept, fit both for this mean share, spread over the layers by the harm that "
+            "each does alone."
+        ),
+    ] = None,
     data: Source = None,
     split: Annotated[str, typer.Option(help="The split to fit on.")] = "train",
     tokens: Annotated[
@@ -253,6 +260,7 @@ def fit(
         look=look,
         kept=kept,
         hidden=hidden,
+        budget=budget,
         source=data,
         split=split,
         tokens=tokens,

@@ -6,7 +6,8 @@ regression on the operators' input learns to tell them beforehand.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,6 +42,12 @@ SAMPLE = 8192
 STEPS, BATCH, RATE, DECAY = 400, 1024, 3e-3, 1e-2
 """Of AdamW, for a score of two layers."""
 
+CHUNK = 512
+"""Tokens whose logits are held at a time."""
+
+LEAST = 0.25
+"""Of a budget, what each layer gets in any case."""
+
 _FIELDS = ("router", "kv_router", "attention_share", "kv_share", "calibration", "entropy_thresholds")
 
 
@@ -54,6 +61,9 @@ class SideFit:
             the largest scores. By chance it is that share.
         tokens: held out.
         fitted_tokens: that it was fitted on.
+        share: of the tokens that the layer routes.
+        harm: where the share is of a budget, KL(full ‖ routed) in nats a token, with this side of this layer alone
+            routed, by the mean share.
 
     """
 
@@ -61,6 +71,8 @@ class SideFit:
     recall: float
     tokens: int
     fitted_tokens: int
+    share: float
+    harm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,8 @@ class FitReport:
     Attributes:
         look: by layer, how well the score of who looks far does; empty where it was not fitted.
         kept: likewise of who is kept.
-        look_share: the share of tokens that look, or None.
-        kept_share: the share of tokens that are kept, or None.
+        look_share: the share of tokens that look, or None; the mean over the layers, and what recall is measured at.
+        kept_share: the share of tokens that are kept, or None; likewise.
 
     """
 
@@ -95,12 +107,13 @@ class FitReport:
 
     def __str__(self) -> str:
         """A line per layer and side."""
-        lines = ["layer  side  rank correlation  recall  held-out tokens"]
+        lines = ["layer  side  rank correlation  recall  held-out tokens  share"]
         for i in self.layers:
             for name, sides in (("look", self.look), ("kept", self.kept)):
                 if i in sides:
                     side = sides[i]
-                    lines.append(f"{i:5}  {name}  {side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.tokens:15,}")
+                    found = f"{side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.tokens:15,}  {side.share:5.3f}"
+                    lines.append(f"{i:5}  {name}  {found}")
         return "\n".join(lines)
 
 
@@ -112,6 +125,7 @@ def fit(
     look: float | None = None,
     kept: float | None = None,
     hidden: int | None = None,
+    budget: float | None = None,
 ) -> FitReport:
     """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
 
@@ -127,6 +141,10 @@ def fit(
         look: the share of the tokens that is to look far, or to attend. Unless given that side stays as it is.
         kept: the share that is to be kept, where `attention_context="kept"`. Unless given that side stays as it is.
         hidden: the width of the layer in between; None for a linear score.
+        budget: instead of look and kept, the mean share of both sides, of those that the model has. It is spread over
+            the layers as the root of their harm, how far the model's predictions move where one side of one layer alone
+            is routed by the mean share; each layer gets a quarter of the mean or more. The thresholds are saved so; but
+            the config knows the mean alone, to which running calibration and `set_attention_share` return.
 
     Raises:
         UserError: no share, or an impossible one; a layer that can't be fitted, or none that can; too few batches or
@@ -135,7 +153,13 @@ def fit(
     Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
 
     """
-    sides = _check(model, look, kept)
+    if budget is not None:
+        if look is not None or kept is not None:
+            raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
+        _check_share("budget", budget)
+        look = kept = budget
+    sides = _check(model, look, kept, both=budget is None)
+    look, kept = (share if side in dict(sides) else None for side, share in (("look", look), ("kept", kept)))
     given = list(batches)
     held_out = math.ceil(len(given) * HELD_OUT)
     if len(given) < 2:
@@ -156,18 +180,39 @@ def fit(
                     one.solve()
             for side, i, x, targets in _targets(model, embed_batch(model, batch), sides):
                 fits[side, i].add(x, targets, held_out=n >= len(given) - held_out)
-    report = FitReport(
-        {i: one.result() for (side, i), one in fits.items() if side == "look"},
-        {i: one.result() for (side, i), one in fits.items() if side == "kept"},
-        look,
-        kept,
-    )
-    _install(model, given, fits, fields, look, kept)
-    return report
+    results = {place: one.result() for place, one in fits.items()}
+    with _installed(model, fits, fields, look, kept), evaluation_mode(model):
+        _calibrate(model, given, {place: result.share for place, result in results.items()})
+        if budget is not None:
+            harms = _harms(model, given[len(given) - held_out :], sides)
+            for side in dict(sides):
+                places = [place for place in results if place[0] == side]
+                for place, share in zip(places, spread([harms[p] for p in places], budget), strict=True):
+                    results[place] = replace(results[place], share=share, harm=harms[place])
+            _calibrate(model, given, {place: result.share for place, result in results.items()})
+    by_side = {name: {i: result for (side, i), result in results.items() if side == name} for name in ("look", "kept")}
+    return FitReport(by_side["look"], by_side["kept"], look, kept)
 
 
-def _check(model: ChiarForCausalLM, look: Any, kept: Any) -> list[tuple[str, int]]:
-    """The sides and layers that are to be fitted; or an error, if one of them can't be."""
+def spread(harms: Sequence[float], mean: float) -> list[float]:
+    """Shares of this mean, each as the root of its layer's harm, but a quarter of the mean at least and 1 at most.
+
+    The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
+    """
+    roots = torch.tensor(harms, dtype=torch.float64).clamp(min=0).sqrt()
+    roots = (roots / roots.max().clamp(min=SMALLEST)).clamp(min=1e-6)
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        if (roots * middle).clamp(LEAST * mean, 1).mean() < mean:
+            low = middle
+        else:
+            high = middle
+    return (roots * high).clamp(LEAST * mean, 1).tolist()
+
+
+def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tuple[str, int]]:
+    """The sides and layers that are to be fitted; or an error, if one of them can't be, or `both` and not both can."""
     if not isinstance(model, ChiarForCausalLM):
         raise UserError(f"fit takes a ChiarForCausalLM, not a {type(model).__name__}")
     if model.device.type == "meta":
@@ -175,8 +220,7 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any) -> list[tuple[str, int
     if look is None and kept is None:
         raise UserError("nothing to fit: give look, the share that looks far, kept, the share that is kept, or both")
     for name, share in (("look", look), ("kept", kept)):
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
-            raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
+        _check_share(name, share)
     found = []
     for i, block in enumerate(model.trunk.blocks):
         routers = {"look": block.router if look is not None else None}
@@ -186,7 +230,7 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any) -> list[tuple[str, int
                 _check_router(side, i, block, router)
                 found.append((side, i))
     for name, share in (("look", look), ("kept", kept)):
-        if share is not None and name not in dict(found):
+        if share is not None and name not in dict(found) and (both or not found):
             raise UserError(
                 f"no layer chooses who looks far (menus {model.config.menus}): load the model with other menus, such "
                 "as operators=[['local', 'attention'], …]"
@@ -195,6 +239,12 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any) -> list[tuple[str, int
                 "model with attention_context='kept'"
             )
     return found
+
+
+def _check_share(name: str, share: Any) -> None:
+    if share is None or (not isinstance(share, bool) and isinstance(share, int | float) and 0 < share < 1):
+        return
+    raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
 
 
 def _check_router(side: str, i: int, block: RoutedBlock, router: Router) -> None:
@@ -330,6 +380,7 @@ class _Fit:
             sum(top_recall(a, b, top) for a, b in heads) / len(heads),
             len(score),
             self.count,
+            self.share,
         )
 
 
@@ -361,15 +412,15 @@ def _fit_two_layers(
     router.fitted.set_weights(second * spread[:, None], last * spread + middle, first, offset - first @ mean)
 
 
-def _install(
+@contextmanager
+def _installed(
     model: ChiarForCausalLM,
-    batches: list[Tensor | Mapping[str, Any]],
     fits: Mapping[tuple[str, int], _Fit],
     fields: Mapping[str, Any],
     look: float | None,
     kept: float | None,
-) -> None:
-    """Put the routers into the model and calibrate them; leave it as it was if that fails."""
+) -> Iterator[None]:
+    """Put the routers into the model; if the block fails, it is as it was."""
     config, blocks = model.config, model.trunk.blocks
     before = [(block.router, block.kv_router) for block in blocks]
     said = {name: copy.deepcopy(getattr(config, name)) for name in _FIELDS}
@@ -381,16 +432,51 @@ def _install(
             config.calibration, config.entropy_thresholds = "running", None
         if kept is not None:
             config.kv_router, config.kv_share = fields["kv_router"], kept
-        shares = {i: one.share for (side, i), one in fits.items() if side == "look"}
-        kv_shares = {i: one.share for (side, i), one in fits.items() if side == "kept"}
-        with evaluation_mode(model):
-            set_thresholds(model, [embed_batch(model, batch) for batch in batches], shares, kv_shares)
+        yield
     except BaseException:
         for block, (router, kv_router) in zip(blocks, before, strict=True):
             block.router, block.kv_router = router, kv_router
         for name, value in said.items():
             setattr(config, name, value)
         raise
+
+
+def _calibrate(
+    model: ChiarForCausalLM, batches: list[Tensor | Mapping[str, Any]], shares: Mapping[tuple[str, int], float]
+) -> None:
+    """Set the thresholds of every side and layer to a share of its own."""
+    by_side = [{i: share for (side, i), share in shares.items() if side == name} for name in ("look", "kept")]
+    set_thresholds(model, [embed_batch(model, batch) for batch in batches], *by_side)
+
+
+def _harms(
+    model: ChiarForCausalLM, batches: list[Tensor | Mapping[str, Any]], sides: list[tuple[str, int]]
+) -> dict[tuple[str, int], float]:
+    """KL(full ‖ routed) in nats a token, with one side of one layer routed by its thresholds, and all else whole."""
+    trunk = model.trunk
+    thresholds = {"look": model.thresholds(), "kept": model.kv_thresholds()}
+    routed = {(side, i): thresholds[side][i].values.clone() for side, i in sides}
+    harms, count = dict.fromkeys(sides, 0.0), 0
+    with full_attention(model):
+        for batch in batches:
+            x, context, gate = embed_batch(model, batch)
+            inputs = [x]
+            for i in range(len(trunk.layers)):
+                inputs.append(trunk.run_layer(i, inputs[-1], gate, context)[0])
+            real = context.real(x.shape[1])
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+            whole = trunk.norm(inputs[-1])[real]
+            count += len(whole)
+            for (side, first), values in routed.items():
+                thresholds[side][first].values.copy_(values)
+                x = inputs[first]
+                for i in range(first, len(trunk.layers)):
+                    x, _ = trunk.run_layer(i, x, gate, context)
+                thresholds[side][first].values.fill_(-torch.inf)
+                for ours, theirs in zip(trunk.norm(x)[real].split(CHUNK), whole.split(CHUNK), strict=True):
+                    log_q, log_p = (model.lm_head(h).float().log_softmax(-1) for h in (ours, theirs))
+                    harms[side, first] += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return {place: harm / max(count, 1) for place, harm in harms.items()}
 
 
 def rank_correlation(a: Float[Tensor, " tokens"], b: Float[Tensor, " tokens"]) -> float:

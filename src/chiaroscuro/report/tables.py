@@ -74,7 +74,7 @@ def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) ->
 
 def fit_table(found: Mapping[str, Any]) -> Table:
     """A row per layer and side that was fitted."""
-    columns = _right("rank correlation", "recall", "by chance", "tokens held out", "fitted on")
+    columns = _right("rank correlation", "recall", "by chance", "tokens held out", "share")
     table = Table("layer", "side", *columns, box=None)
     for layer in found["layers"]:
         for side in ("look", "kept"):
@@ -87,7 +87,7 @@ def fit_table(found: Mapping[str, Any]) -> Table:
                     f"{fit['recall']:.1%}",
                     f"{found[side]:.1%}",
                     f"{fit['tokens']:,}",
-                    f"{fit['fitted_tokens']:,}",
+                    f"{fit['share']:.1%}",
                 )
     return table
 

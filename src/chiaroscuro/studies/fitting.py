@@ -31,6 +31,7 @@ def fit_copy(
     look: float | None = None,
     kept: float | None = None,
     hidden: int | None = None,
+    budget: float | None = None,
     source: str | None = None,
     split: str = "train",
     tokens: int = 65536,
@@ -44,6 +45,7 @@ def fit_copy(
         look: see `chiaroscuro.fit`; as `kept` and `hidden`.
         kept: see there.
         hidden: see there.
+        budget: see there.
         source: another text than the recipe's.
         split: the split to fit on.
         tokens: how many to take, from the split's beginning.
@@ -78,7 +80,7 @@ def fit_copy(
         for batch in DataLoader(taken, batch_size=ROWS, collate_fn=collate)
     ]
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
-    found |= fit(model, batches, look=look, kept=kept, hidden=hidden).figures()
+    found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
     save_whole(output, model, workspace.tokenizer, workspace.recipe)
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
     write_bytes(output / PICTURE, draw_fit(found))
