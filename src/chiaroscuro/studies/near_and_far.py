@@ -73,9 +73,11 @@ def study(run: str, window: int, sinks: int, share: float) -> dict[str, Any]:
         if model is not full:
             look = {"look": share, "both": share, "kept": 1.0, "nobody": 0.0}[sides]
             kept = {"look": 1.0, "both": share, "kept": share, "nobody": 0.0}[sides]
-            calibrate(model, batches, look, kv_share=kept if model.kv_thresholds() else None)
             if router == "fitted":
-                fit(model, batches, look=look if sides != "kept" else None, kept=kept if sides != "look" else None)
+                model.set_attention_share(look)
+                fit(model, batches, look=None if sides == "kept" else look, kept=None if sides == "look" else kept)
+            else:
+                calibrate(model, batches, look, kv_share=kept if model.kv_thresholds() else None)
         counted = count_flops(model.config, length)
         found = {
             "sides": sides,
