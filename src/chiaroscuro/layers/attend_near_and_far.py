@@ -7,7 +7,7 @@ from torch import Tensor
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.reach_state import Entries, ReachState
-from chiaroscuro.ops.attention import attend_to_all
+from chiaroscuro.ops.attention import AttentionImplementation, attend_to_all
 from chiaroscuro.ops.reach_attention import reach_attention, reach_attention_by_rows
 
 
@@ -41,15 +41,9 @@ def attend_near_and_far(
 
     """
     state: ReachState | None = context.state
-    batch, time = tokens.chosen.shape
-    real = context.real(time)
+    real = context.real(tokens.chosen.shape[1])
     heads = key.shape[1] if kept.ndim == 3 else 1
     looking, keeping = tokens.take(looks), keyed.take(kept)
-    if state is not None and state.begun and time == 1 and len(keyed) == batch and state.length is not None:
-        # One token a row, and all rows equally long.
-        fold = (batch * heads, key.shape[1] // heads, key.shape[2])
-        state.extend_by_one(torch.stack([key, value]).view(2, *fold), keeping.reshape(-1))
-        return _attend_from_newest(query, tokens, looking, state, context)
     everything = PackedTokens.all_of(tokens.chosen, tokens.segments)
     if real is not None:
         everything = PackedTokens.of(real, tokens.segments)
@@ -81,29 +75,41 @@ def attend_near_and_far(
     return mixed
 
 
-def _attend_from_newest(
-    query: Float[Tensor, "queries heads head_width"],
-    tokens: PackedTokens,
-    looking: Bool[Tensor, " queries"],
+def attend_from_newest(
+    query: Float[Tensor, "batch heads head_width"],
+    key: Float[Tensor, "batch key_heads head_width"],
+    value: Float[Tensor, "batch key_heads head_width"],
+    looks: Bool[Tensor, " batch"],
+    kept: Bool[Tensor, "batch *key_heads"],
     state: ReachState,
-    context: Context,
-) -> Float[Tensor, "queries heads head_width"]:
-    """What one new token of each row sees, of some rows: the window and the sinks, or all that the row keeps."""
-    if len(query) == 0:
-        return query
-    key_heads = state.vectors.shape[2]
-    rows = None
-    if tokens.index is not None:
-        rows = (tokens.index[:, None] * state.heads + torch.arange(state.heads, device=query.device)).flatten()
-    folded = query.view(len(query) * state.heads, key_heads, -1, query.shape[-1])
-    looking = looking.repeat_interleave(state.heads)
-    if not bool(looking.any()):
-        return _attend_to_slots(folded, rows, False, state, context).view_as(query)
-    if bool(looking.all()):
-        return _attend_to_slots(folded, rows, True, state, context).view_as(query)
-    mixed = _attend_to_slots(folded, rows, False, state, context)
-    far = looking.nonzero()[:, 0]
-    mixed[far] = _attend_to_slots(folded[far], far if rows is None else rows[far], True, state, context)
+    implementation: AttentionImplementation = "sdpa",
+) -> Float[Tensor, "batch heads head_width"]:
+    """What one new token of each row sees: the window and the sinks, or all that the row keeps.
+
+    Args:
+        query: of the new tokens.
+        key: of them, put into the state.
+        value: likewise.
+        looks: which of them look beyond the window.
+        kept: which are to be seen from beyond it, for all key-value heads or for each.
+        state: of rows that are equally long.
+        implementation: of attention.
+
+    """
+    heads = state.heads
+    state.extend_by_one(torch.stack([key, value]).view(2, state.rows, -1, key.shape[-1]), kept.reshape(-1))
+    folded = query.view(state.rows, key.shape[1] // heads, -1, query.shape[-1])
+    looking = int(looks.sum())
+    mixed = None
+    if looking < len(looks):
+        mixed = _attend_to_slots(folded, None, False, state, implementation)
+    if looking == len(looks):
+        mixed = _attend_to_slots(folded, None, True, state, implementation)
+    elif looking:
+        assert mixed is not None
+        far = looks.repeat_interleave(heads).nonzero()[:, 0]
+        mixed[far] = _attend_to_slots(folded[far], far, True, state, implementation)
+    assert mixed is not None
     return mixed.view_as(query)
 
 
@@ -112,14 +118,15 @@ def _attend_to_slots(
     rows: Int[Tensor, " rows"] | None,
     far: bool,
     state: ReachState,
-    context: Context,
+    implementation: AttentionImplementation,
 ) -> Float[Tensor, "rows heads group head_width"]:
     most, slots = state.visible(far)
-    vectors = state.vectors[:, :, :, :most]
-    if rows is not None:
+    vectors = state.vectors
+    if rows is not None:  # whole rows, which are copied faster than parts of them
         vectors, slots = vectors.index_select(1, rows), None if slots is None else slots[rows]
+    vectors = vectors[:, :, :, :most]
     mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
-    return attend_to_all(query, vectors[0], vectors[1], mask, implementation=context.implementation)
+    return attend_to_all(query, vectors[0], vectors[1], mask, implementation=implementation)
 
 
 def _by_row_and_head(lengths: Int[Tensor, " rows"], heads: int) -> Int[Tensor, " tokens_and_heads"]:

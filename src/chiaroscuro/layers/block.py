@@ -146,6 +146,10 @@ class RoutedBlock(nn.Module):
             name: tuple(k for k, other in enumerate(operators.values()) if other is operator)
             for operator, name in last.items()
         }
+        if torn := [name for name, own in self._indices.items() if own[-1] - own[0] != len(own) - 1]:
+            raise UserError(
+                f"menu {tuple(operators)}: the operators that are one module with {torn[0]!r} must stand side by side"
+            )
         self.operators = nn.ModuleDict({name: operator for operator, name in last.items()})
         self.router = router
         self.kv_router = kv_router
@@ -388,9 +392,7 @@ class RoutedBlock(nn.Module):
         state = None if context.cache is None else context.cache.of(unit.name, unit.operator)
         choice = None
         if len(unit.indices) > 1 and routing is not None:
-            choice = torch.full_like(routing.operator_index, -1)
-            for n, k in enumerate(unit.indices):
-                choice = choice.masked_fill(routing.operator_index == k, n)
+            choice = routing.operator_index - unit.indices[0]
         if state is None and choice is None and routed is None:
             return context
         return replace(context, state=state, choice=choice, routed=routed)

@@ -98,8 +98,8 @@ class Context:
         state: the state of the operator that is being run, from `cache`.
         spectra: the DCT of the layer's input, shared by the router and the operators.
         routed: in dense execution, the tokens whose output of this operator will be used.
-        choice: for an operator that a menu has under several names, by which of them each token goes to it, from 0; −1
-            for the tokens of other operators.
+        choice: for an operator that a menu has under several names, by which of them each token goes to it, from 0;
+            outside their range for the tokens of other operators.
         kept: which of the new tokens are seen from beyond the window, for all key-value heads or for each; None where
             nothing decides it.
         kept_scale: what their values are multiplied by, where the router that decides it says so.

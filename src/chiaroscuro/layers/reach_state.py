@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.state import OperatorState
 
 REMEMBERED = 64
@@ -83,6 +84,8 @@ class ReachState(OperatorState):
     _left_kept: Tensor
     _real: Tensor
     _longest = 0
+    _plain = 0
+    """Columns since `_real` was written, all of which held a real token in every row."""
 
     def __init__(self, window: int, sinks: int) -> None:
         self.window = window
@@ -92,6 +95,17 @@ class ReachState(OperatorState):
         self.begun = False
         self.length: int | None = 0
         """`seen` where all rows have the same, which spares a mask."""
+
+    def continues(self, x: Float[Tensor, "batch time width"], context: Context) -> bool:
+        """Whether x is one real token for each of rows that are equally long, so that there is nothing to pack."""
+        return (
+            x.shape[1] == 1
+            and self.begun
+            and self.length is not None
+            and len(x) * self.heads == self.rows
+            and context.attention_mask is None
+            and not torch.is_grad_enabled()
+        )
 
     def numbers_kept(self) -> int:
         """Two vectors for each token in the window or beyond it; buffers are up to a quarter larger."""
@@ -113,7 +127,8 @@ class ReachState(OperatorState):
         held = self._ring().then(entries) if self.begun else entries
         self._begin(entries, real, heads)
         self.seen = self.seen + real.sum(1)
-        self._real = torch.cat([self._real, real], 1)[:, -REMEMBERED:]
+        self._real = torch.cat([self._columns(), real], 1)[:, -REMEMBERED:]
+        self._plain = 0
         leaving = held.place < self.seen[held.row] - self.window
         left = held.at(leaving.nonzero()[:, 0])
         chosen = left.kept | (left.place < self.sinks)
@@ -160,7 +175,7 @@ class ReachState(OperatorState):
         self.kept[:, slot] = kept
         self.seen += 1
         self.length = place + 1
-        self._real = torch.cat([self._real[:, 1:], torch.ones_like(self._real[:, :1])], 1)
+        self._plain += 1
 
     def visible(self, far: bool) -> tuple[int, Int[Tensor, " rows"] | None]:
         """How many slots a newest token sees: the most of any row, and of each row unless all are alike."""
@@ -219,8 +234,9 @@ class ReachState(OperatorState):
                 f"crop of {tokens} tokens, but a window remembers the last {REMEMBERED} alone: start a new cache"
             )
         self._wake()
-        undone = self._real[:, -tokens:].sum(1)
-        self._real = torch.cat([torch.zeros_like(self._real[:, :tokens]), self._real[:, :-tokens]], 1)
+        columns, self._plain = self._columns(), 0
+        undone = columns[:, -tokens:].sum(1)
+        self._real = torch.cat([torch.zeros_like(columns[:, :tokens]), columns[:, :-tokens]], 1)
         if self.length is not None:
             self._undo(slice(None), self.length, int(undone[0]))
         else:
@@ -258,6 +274,11 @@ class ReachState(OperatorState):
         self.seen = torch.zeros(rows, dtype=torch.long, device=device)
         self._left_kept = torch.zeros(rows, REMEMBERED, dtype=torch.bool, device=device)
         self._real = torch.zeros(rows, REMEMBERED, dtype=torch.bool, device=device)
+
+    def _columns(self) -> Bool[Tensor, "rows remembered"]:
+        """Which of the last columns held a real token."""
+        plain = torch.ones_like(self._real[:, : self._plain]) if self._plain else self._real[:, :0]
+        return torch.cat([self._real, plain], 1)[:, -REMEMBERED:]
 
     def _measure(self) -> None:
         lengths = self.seen.tolist()

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
+from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
 from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Count, Operator, Work
@@ -197,9 +197,12 @@ class SelfAttention(Operator):
 
     def _mix_near_and_far(self, x: Tensor, context: Context) -> Tensor:
         """`mix` where near and far differ: under a mask in dense execution, else by the packed form."""
+        state: ReachState | None = context.state
+        if state is not None and state.continues(x, context):
+            return self._mix_newest(x, context)[:, None]
         masked = context.routed is not None or context.implementation == "eager" or torch.compiler.is_compiling()
         real = context.real(x.shape[1])
-        if context.state is not None or not masked:
+        if state is not None or not masked:
             tokens = PackedTokens.all_of(x, context.segments)
             if real is not None:
                 tokens = PackedTokens.of(real, context.segments)
@@ -228,6 +231,8 @@ class SelfAttention(Operator):
 
     def _mix_packed_near_and_far(self, x: Tensor, tokens: PackedTokens, context: Context) -> Tensor:
         state: ReachState | None = context.state
+        if state is not None and len(tokens) == len(x) and state.continues(x, context):
+            return self._mix_newest(x, context)
         time = x.shape[1]
         real = context.real(time)
         everything = (
@@ -249,6 +254,19 @@ class SelfAttention(Operator):
         mixed = attend_near_and_far(
             query, key, value, tokens, keyed, looks, kept, context, window, sinks, self._dropout
         )
+        return self.out_proj(mixed.flatten(1))
+
+    def _mix_newest(self, x: Float[Tensor, "batch 1 width"], context: Context) -> Float[Tensor, "batch width"]:
+        """One new token of each row, with nothing to pack: what decoding does."""
+        state: ReachState = context.state
+        everybody = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        looks, kept = self._decided(everybody, everybody, context)
+        cos, sin = (part[:, 0] for part in self._rotary(x, context))
+        query = rotate(self.q_proj(x[:, 0]).unflatten(-1, (self.heads, -1)), (cos, sin))
+        key = rotate(self.k_proj(x[:, 0]).unflatten(-1, (self.key_value_heads, -1)), (cos, sin))
+        scale = None if context.kept_scale is None else context.kept_scale[:, 0]
+        value = _gated(self.v_proj(x[:, 0]), scale).unflatten(-1, (self.key_value_heads, -1))
+        mixed = attend_from_newest(query, key, value, looks[:, 0], kept[:, 0], state, context.implementation)
         return self.out_proj(mixed.flatten(1))
 
     def _decided(
