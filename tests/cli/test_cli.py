@@ -587,6 +587,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a run of another trainer": (["gates", "FOREIGN"], "metrics.jsonl is not the record of a training run: line 1"),
     "another's recipe beside a model": (["info", "STRANGE"], "recipe.yaml: "),
     "an impossible share": (["evaluate", "RUN", "--share", "1.5"], "must be a number from 0 to 1"),
+    "a share to keep where nobody decides it": (
+        ["evaluate", "RUN", "--kv-share", "0.5"],
+        "no layer decides who is kept",
+    ),
+    "an impossible share to keep": (["generate", "RUN", "a", "--kv-share", "-1"], "kv_share -1.0: must be a number"),
     "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
     "a seed below none": (["generate", "RUN", "light", "--seed", "-1"], "Invalid value for '--seed'"),
     "a seed too large": (["generate", "RUN", "light", "--seed", str(2**32)], "Invalid value for '--seed'"),
@@ -618,7 +623,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
             ["calibrate", "RUN", "--method", "paper", option, value],
             f"{option} {value} goes with --method data",
         )
-        for option, value in {"--share": "0.0", "--tokens": "65536", "--split": "train", "--output": "x"}.items()
+        for option, value in {
+            "--share": "0.0",
+            "--kv-share": "0.5",
+            "--tokens": "65536",
+            "--split": "train",
+            "--output": "x",
+        }.items()
     },
     "calibration over a model": (["calibrate", "RUN", "--output", "EMPTY"], "exists already"),
     "an override without a value": (["train", "GOOD", "model.preset"], "section.field=value"),

@@ -226,6 +226,8 @@ def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
         ({"attention_context": "far"}, "choose one of all, routed, kept"),
         ({"kv_share": 1.5}, "kv_share=1.5: must be a number from 0 to 1"),
         ({"kv_router": "soft"}, "kv_router='soft'"),
+        ({"router": "soft"}, "two of these are one module"),
+        ({"router": "hard"}, "two of these are one module"),
         ({"kv_router": "nobody"}, "unknown router 'nobody'"),
         ({"kv_router": {"learned": {"heads": 3}}}, "heads=3 is neither 1 nor the number of key-value heads, 2"),
         ({"kv_router": {"random": {"heads": 2}}}, "unknown option heads=2"),
@@ -251,3 +253,79 @@ def test_both_dials_turn() -> None:
         build([["local", "attention"]], attention_context="all").set_attention_share(kv_share=0.5)
     with pytest.raises(UserError, match="no share to set"):
         model.set_attention_share()
+
+
+@pytest.mark.parametrize("window", [None, 2, 6])
+@pytest.mark.parametrize(
+    "steps",
+    [[20, -18, 5], [20, -10, 5], [20, 1, 1, 3, 1, 1, 4, 2], [40, 8, -4, 8, -4, 8, -4, 5], [30, -1, -2, 3, -3, 6]],
+)
+def test_pieces_and_crops_of_any_length_are_the_whole(window: int | None, steps: list[int]) -> None:
+    for menu, more in ((["dct", "attention"], {}), (["local", "attention"], {"sinks": 2})):
+        if window is None and menu[0] == "local":
+            continue
+        model = build([menu] * 2, window=window, attention_context="kept", **more)
+        ids, cache = ids_of(1, 64, 5), ChiarCache(model.config)
+        with torch.no_grad():
+            for step in steps:
+                if step < 0:
+                    cache.crop(step)
+                    continue
+                seen = cache.tokens_seen
+                # Other tokens than the last time, so that what a crop leaves behind shows.
+                ids[:, seen : seen + step] = (ids[:, seen : seen + step] + 7) % VOCABULARY
+                logits = model(input_ids=ids[:, seen : seen + step], past_key_values=cache).logits
+            whole = model(input_ids=ids[:, : cache.tokens_seen], use_cache=False).logits
+        torch.testing.assert_close(logits, whole[:, -logits.shape[1] :])
+
+
+def test_more_than_is_remembered_is_not_cropped() -> None:
+    model = build([["local", "attention"]], attention_context="kept", max_position_embeddings=256)
+    cache = ChiarCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids_of(1, 130, 0), past_key_values=cache)
+    cache.crop(-60)
+    with pytest.raises(UserError, match="crop of 60 tokens"):
+        cache.crop(-60)
+
+
+def test_dense_execution_caches_what_it_routes() -> None:
+    model = build([["dct", "attention"]] * 2, attention_context="routed", execution="dense")
+    ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)
+    with torch.no_grad():
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([12, 1, 7], 1)]
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_a_soft_router_beside_a_window_caches_what_it_weighs() -> None:
+    model = build([["dct", "attention"]] * 2, router="soft", execution="dense", use_cache=True)
+    ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)
+    with torch.no_grad():
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([12, 1, 7], 1)]
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_a_cache_goes_in_and_out_of_inference_mode() -> None:
+    model = build([["local", "attention"]], attention_context="kept")
+    ids, cache = ids_of(1, 20, 0), ChiarCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :10], past_key_values=cache)
+    with torch.inference_mode():
+        model(input_ids=ids[:, 10:15], past_key_values=cache)
+        model(input_ids=ids[:, 15:16], past_key_values=cache)
+    with torch.no_grad():
+        logits = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(16, 20)]
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, 1), whole[:, 16:])
+
+
+def test_another_router_of_one_side_leaves_the_other_calibrated(tmp_path: Any) -> None:
+    model = build([["local", "attention"]], attention_context="kept").float()
+    calibrate(model, [ids_of(2, 20, 0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, kv_router="norm")
+    assert loaded.thresholds()[0].calibrated and not loaded.kv_thresholds()[0].calibrated
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router="norm")
+    assert loaded.kv_thresholds()[0].calibrated and not loaded.thresholds()[0].calibrated

@@ -137,6 +137,10 @@ Share = Annotated[
     float | None,
     typer.Option(help="First set the share of tokens (0 to 1) that goes to attention."),
 ]
+KVShare = Annotated[
+    float | None,
+    typer.Option(help="First set the share of tokens (0 to 1) that is kept, to be seen from beyond the window."),
+]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs: cpu or cuda. By default cuda if PyTorch sees a GPU.")
 ]

@@ -13,6 +13,7 @@ from chiaroscuro.cli.application import (
     AsJson,
     Checkpoint,
     Device,
+    KVShare,
     Png,
     Share,
     Source,
@@ -54,6 +55,7 @@ def evaluate(
         str | None, typer.Option(help="For a mixed run: measure this task of its recipe instead of the text.")
     ] = None,
     share: Share = None,
+    kv_share: KVShare = None,
     device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1, max=2**20)] = 8,
     as_json: AsJson = False,
@@ -69,7 +71,7 @@ def evaluate(
     from chiaroscuro.studies.evaluation import evaluate
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, task=task)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, task=task)
     figures = evaluate(
         workspace, source=data, split=split, length=length, stride=stride, window=window, batch_size=batch_size
     )
@@ -92,6 +94,7 @@ def generate(
     ] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
     share: Share = None,
+    kv_share: KVShare = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +109,7 @@ def generate(
     from chiaroscuro.report.visible import harmless
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
     model, text = workspace.language_model("generate"), _text(prompt)
     result = continue_text(
         model,
@@ -135,6 +138,9 @@ def calibrate(
         typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper."),
     ] = None,
     share: Annotated[float | None, typer.Option(help="ρ; by default the model's own attention_share.")] = None,
+    kv_share: Annotated[
+        float | None, typer.Option(help="The share that is kept; by default the model's own kv_share.")
+    ] = None,
     data: Source = None,
     split: Annotated[str | None, typer.Option(help="The split to calibrate on; by default train.")] = None,
     tokens: Annotated[
@@ -167,7 +173,8 @@ def calibrate(
     if method not in ("data", "paper"):
         raise UserError(f"--method {method}: choose data or paper")
     if method == "paper":
-        for option, value in {"--output": output, "--share": share, "--split": split, "--tokens": tokens}.items():
+        given = {"--output": output, "--share": share, "--kv-share": kv_share, "--split": split, "--tokens": tokens}
+        for option, value in given.items():
             if value is not None:
                 raise UserError(
                     f"{option} {value} goes with --method data: paper takes the percentiles and the rows as published, "
@@ -187,6 +194,7 @@ def calibrate(
         Workspace(checkpoint, device=device),
         output,
         share=share,
+        kv_share=kv_share,
         source=data,
         split=split or "train",
         tokens=tokens or 65536,
@@ -283,6 +291,7 @@ def route(
     ] = None,
     png: Png = None,
     share: Share = None,
+    kv_share: KVShare = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -297,7 +306,7 @@ def route(
     from chiaroscuro.report.routing_terminal import print_routing
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
     trace = trace_routing(workspace.chiar("route"), workspace.tokenizer, _text(text))
     if html is not None:
         write_text(html, render_html(trace))

@@ -62,8 +62,11 @@ def attend_near_and_far(
         places = places + earlier.repeat_interleave(lengths)
         key_places = key_places + earlier.repeat_interleave(key_lengths)
         new = Entries(torch.stack([key, value]), row.repeat_interleave(key_lengths), key_places, keeping)
-        held = state.entries().then(new) if state.begun else new
+        idle = len(query) == 0 and not torch.is_grad_enabled()
+        held = state.entries().then(new) if state.begun and not idle else new
         state.extend(new, everything.chosen.repeat_interleave(heads, 0), heads)
+        if idle:
+            return query if heads == 1 else query.unflatten(0, (-1, heads)).flatten(1, 2)
         (key, value), key_places, keeping = held.vectors, held.place, held.kept
         key_lengths = torch.bincount(held.row, minlength=len(lengths))
     attention = reach_attention if context.implementation == "sdpa" else reach_attention_by_rows

@@ -409,7 +409,7 @@ class RoutedBlock(nn.Module):
         outputs = []
         for unit in self.units:
             routed = None
-            if self.router is not None and routing is not None:
+            if self.router is not None and routing is not None and self.router.one_operator_per_token:
                 routed = _goes_to(routing.operator_index, unit)
             own = self._context_of(unit, routing, context, routed)
             outputs.append(self._mix_in(unit, x, source, routing, own))

@@ -84,6 +84,8 @@ class ReachState(OperatorState):
     _left_kept: Tensor
     _real: Tensor
     _longest = 0
+    _undoable = 0
+    """How many of the last columns can still be cropped."""
     _plain = 0
     """Columns since `_real` was written, all of which held a real token in every row."""
 
@@ -128,6 +130,7 @@ class ReachState(OperatorState):
         self._begin(entries, real, heads)
         self.seen = self.seen + real.sum(1)
         self._real = torch.cat([self._columns(), real], 1)[:, -REMEMBERED:]
+        self._undoable = min(REMEMBERED, self._undoable + real.shape[1])
         self._plain = 0
         leaving = held.place < self.seen[held.row] - self.window
         left = held.at(leaving.nonzero()[:, 0])
@@ -176,6 +179,7 @@ class ReachState(OperatorState):
         self.seen += 1
         self.length = place + 1
         self._plain += 1
+        self._undoable = min(REMEMBERED, self._undoable + 1)
 
     def visible(self, far: bool) -> tuple[int, Int[Tensor, " rows"] | None]:
         """How many slots a newest token sees: the most of any row, and of each row unless all are alike."""
@@ -229,10 +233,12 @@ class ReachState(OperatorState):
         """
         if not self.begun or tokens == 0:
             return
-        if tokens > REMEMBERED:
+        if tokens > self._undoable:
             raise UserError(
-                f"crop of {tokens} tokens, but a window remembers the last {REMEMBERED} alone: start a new cache"
+                f"crop of {tokens} tokens, but of what left a window the last {REMEMBERED} alone are remembered, and "
+                f"{self._undoable} of them are left: start a new cache"
             )
+        self._undoable -= tokens
         self._wake()
         columns, self._plain = self._columns(), 0
         undone = columns[:, -tokens:].sum(1)
@@ -252,6 +258,7 @@ class ReachState(OperatorState):
         left = torch.arange(max(0, seen - number - window), max(0, seen - window), device=device)
         self.far[rows] -= self._left_kept[rows][:, left % REMEMBERED].sum(1)
         back = left[:window]
+        back = back[back < seen - number]  # where more is cropped than a window, what left it may be cropped too
         slot, remembered = back % window, back % REMEMBERED
         self.vectors[:, rows, :, slot] = self._left[:, rows, :, remembered]
         self.places[rows, slot] = back
@@ -306,6 +313,7 @@ class ReachState(OperatorState):
 
     def _wake(self) -> None:
         """Tensors made in inference mode can't be written to outside it."""
-        if self.vectors.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.is_inference_mode_enabled():
             for name in ("vectors", "_left", "places", "kept", "far", "seen", "_left_kept", "_real"):
-                setattr(self, name, getattr(self, name).clone())
+                if getattr(self, name).is_inference():
+                    setattr(self, name, getattr(self, name).clone())

@@ -240,7 +240,7 @@ class SelfAttention(Operator):
         )
         looks, kept = self._decided(tokens.chosen, everything.chosen, context)
         keyed = everything
-        if self.options.window is None and (state is None or time > 1):  # then some tokens are seen by nobody
+        if self.options.window is None and state is None:  # then some tokens are seen by nobody
             keyed = PackedTokens.of(tokens.chosen | (kept if kept.ndim == 2 else kept.any(-1)), context.segments)
         if len(tokens) == 0 and state is None and not torch.is_grad_enabled():
             return x.new_empty(0, x.shape[-1])
@@ -290,6 +290,7 @@ class SelfAttention(Operator):
 
     def _looking(self, chosen: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
         """Which of the chosen tokens look far: where `local` shares this module, those that are not its own."""
+        chosen = chosen if context.routed is None else chosen & context.routed
         return chosen if context.choice is None else chosen & (context.choice > 0)
 
     @torch.no_grad()
@@ -396,7 +397,7 @@ def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Co
     share = {"all": 1.0, "routed": looking / work.length, "kept": work.kept}[options.attention_context]
     window, sinks = options.window or 1, options.sinks
     # Without a window a token that nobody asks and nobody keeps needs no key.
-    keys = work.length if options.window is not None else n + share * (work.length - n)
+    keys = work.length if options.window is not None or work.past else n + share * (work.length - n)
     before, sunk = work.mean_beyond(window), work.mean_beyond(window) - work.mean_beyond(window + sinks)
     pairs = n * (work.mean_beyond(0) - before + sunk) + looking * share * (before - sunk)
     end = work.past + work.length

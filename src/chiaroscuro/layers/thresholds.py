@@ -253,7 +253,7 @@ class Thresholds(ExactBuffers):
             warnings.warn(
                 f"{FORGOTTEN} training forwards, and the thresholds have not followed the data: call "
                 "model.step_calibration() after optimizer.step(), or give the Trainer the callback "
-                "chiaroscuro.training.MoveThresholds()",
+                "chiaroscuro.model.MoveThresholds()",
                 stacklevel=2,
             )
 

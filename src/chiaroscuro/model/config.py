@@ -336,6 +336,12 @@ class ChiarConfig(PreTrainedConfig):
         return fields if layer is None else fields | {"thresholds": self.thresholds_of(layer)}
 
     @property
+    def shared_layers(self) -> list[int]:
+        """The layers in which several operators of the menu are one module."""
+        named = [{name: find_operator(name) for name in menu} for menu in self.menus]
+        return [i for i, classes in enumerate(named) if any(host != name for name, host in hosts(classes).items())]
+
+    @property
     def keeping_layers(self) -> list[int]:
         """The layers in which a router of the key side decides who is kept."""
         found = []
@@ -459,6 +465,12 @@ class ChiarConfig(PreTrainedConfig):
         except UserError as error:
             raise UserError(f"router={self.router!r}: {error}") from None
         self._check_kv_router()
+        if self.shared_layers and (router.trains_densely or not router.one_operator_per_token):
+            i = self.shared_layers[0]
+            raise UserError(
+                f"operators[{i}]={self.menus[i]} with router={self.router!r}, which weighs all operators' outputs: "
+                "two of these are one module, which gives a token one output; use a router by a score"
+            )
         if self.entropy_thresholds is not None:
             self.entropy_thresholds = _as_thresholds(self.entropy_thresholds)
             if self.calibration == "running":

@@ -155,10 +155,12 @@ class ChiarPreTrainedModel(PreTrainedModel):
         def changed(*fields: str) -> bool:
             return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
 
-        if changed("router", "kv_router", "router_seed"):
-            for module in model.modules():
-                if isinstance(module, Router | Thresholds):
-                    module.reset_parameters()
+        for block in model.trunk.blocks if saved is not None else ():
+            for field, router in (("router", block.router), ("kv_router", block.kv_router)):
+                if router is not None and changed(field, "router_seed"):
+                    for module in router.modules():
+                        if isinstance(module, Router | Thresholds):
+                            module.reset_parameters()
         for thresholds in model.thresholds().values():
             if not thresholds.running:
                 thresholds.set_fixed()

@@ -180,11 +180,14 @@ def near_and_far(
     return near, far
 
 
-def _parts(query_lengths: Tensor, key_lengths: Tensor, query_places: Tensor, *who: Any) -> list[Part]:
+def _parts(
+    query_lengths: Tensor, key_lengths: Tensor, query_places: Tensor, key_places: Tensor, *who: Any
+) -> list[Part]:
     """`near_and_far` as parts for a CPU."""
-    near, far = near_and_far(query_lengths, key_lengths, query_places, *who)
+    near, far = near_and_far(query_lengths, key_lengths, query_places, key_places, *who)
     *_, kept, window, _ = who
     whole = len(query_places) == len(kept) and bool((near.end == torch.arange(1, len(near.end) + 1)).all())
+    window = min(window, int(key_places.max()) + 1)  # what a band computes grows with its window
     parts: list[Part] = [Band(near.begin, window) if whole else Spans(query_lengths, near.begin, near.end)]
     rows = torch.arange(len(query_lengths))
     row, key_row = rows.repeat_interleave(query_lengths), rows.repeat_interleave(key_lengths)

@@ -21,6 +21,7 @@ def calibrate_copy(
     output: Path,
     *,
     share: float | None = None,
+    kv_share: float | None = None,
     source: str | None = None,
     split: str = "train",
     tokens: int = 65536,
@@ -31,6 +32,7 @@ def calibrate_copy(
         workspace: the model.
         output: the folder of the copy; it must not exist.
         share: ρ; the model's own unless given.
+        kv_share: the share that is kept; the model's own unless given.
         source: another text than the recipe's.
         split: the split to calibrate on.
         tokens: how many to take, from the split's beginning.
@@ -50,7 +52,7 @@ def calibrate_copy(
     _, blocks = workspace.blocks(split, length=length, source=source)
     taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
     batches = [batch["input_ids"] for batch in DataLoader(taken, batch_size=8)]
-    calibrate(model, batches, share)
+    calibrate(model, batches, share, kv_share)
     save_whole(output, model, workspace.tokenizer, workspace.recipe)
     return {"attention_share": model.config.attention_share, **measure_routing(model, batches)}
 

@@ -45,6 +45,7 @@ class Workspace:
         name: a model's folder, a run's folder (its `model/` is taken), or a Hub name `owner/name`.
         device: `"cpu"` or `"cuda"`; by default `"cuda"` if PyTorch sees a GPU.
         share: ρ to set before the model is used; the thresholds follow.
+        kv_share: the share that is kept, likewise.
         task: for a run with mixed training, the task to use instead of the text.
 
     Raises:
@@ -53,7 +54,13 @@ class Workspace:
     """
 
     def __init__(
-        self, name: str, *, device: str | None = None, share: float | None = None, task: str | None = None
+        self,
+        name: str,
+        *,
+        device: str | None = None,
+        share: float | None = None,
+        kv_share: float | None = None,
+        task: str | None = None,
     ) -> None:
         if device not in (None, "cpu", "cuda"):
             raise UserError(f"--device {device}: choose cpu or cuda")
@@ -63,6 +70,7 @@ class Workspace:
         self.path = find_checkpoint(name)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.share = share
+        self.kv_share = kv_share
         self.task = task
 
     # ---- the model -------------------------------------------------------------------------------------------
@@ -76,10 +84,11 @@ class Workspace:
     def model(self) -> PreTrainedModel:
         """The model on its device, in evaluation mode, with the share that was asked for."""
         model = load_checkpoint(self.name)
-        if self.share is not None:
+        if self.share is not None or self.kv_share is not None:
             if not isinstance(model, ChiarPreTrainedModel):
-                raise UserError(f"--share needs a CHIAR-Former, and {self.name} is a {type(model).__name__}")
-            model.set_attention_share(self.share)
+                option = "--kv-share" if self.share is None else "--share"
+                raise UserError(f"{option} needs a CHIAR-Former, and {self.name} is a {type(model).__name__}")
+            model.set_attention_share(self.share, kv_share=self.kv_share)
         return cast(Any, model).to(self.device)
 
     @cached_property
