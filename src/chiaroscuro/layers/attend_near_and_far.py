@@ -41,12 +41,9 @@ def attend_near_and_far(
 
     """
     state: ReachState | None = context.state
-    real = context.real(tokens.chosen.shape[1])
     heads = key.shape[1] if kept.ndim == 3 else 1
     looking, keeping = tokens.take(looks), keyed.take(kept)
-    everything = PackedTokens.all_of(tokens.chosen, tokens.segments)
-    if real is not None:
-        everything = PackedTokens.of(real, tokens.segments)
+    everything = PackedTokens.real_of(tokens.chosen, context.real(tokens.chosen.shape[1]), tokens.segments)
     lengths, key_lengths = tokens.lengths, keyed.lengths
     places, key_places = (part.ordinals(everything) - 1 for part in (tokens, keyed))
     if heads > 1:  # each key-value head, with its group of queries, is a row of its own

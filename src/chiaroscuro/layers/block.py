@@ -382,8 +382,7 @@ class RoutedBlock(nn.Module):
         """Which tokens a unit got; a single one gets the real ones."""
         if self.router is not None and routing is not None:
             return PackedTokens.of(_goes_to(routing.operator_index, unit), context.segments)
-        real = context.real(x.shape[1])
-        return PackedTokens.all_of(x, context.segments) if real is None else PackedTokens.of(real, context.segments)
+        return PackedTokens.real_of(x, context.real(x.shape[1]), context.segments)
 
     def _context_of(
         self, unit: _Unit, routing: Routing | None, context: Context, routed: Tensor | None = None

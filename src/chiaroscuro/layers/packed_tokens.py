@@ -45,6 +45,16 @@ class PackedTokens:
         return cls(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None, segments)
 
     @classmethod
+    def real_of(
+        cls,
+        x: Shaped[Tensor, "batch time *rest"],
+        real: Bool[Tensor, "batch time"] | None,
+        segments: Tensor | None = None,
+    ) -> "PackedTokens":
+        """The real tokens, which are all where `real` is None."""
+        return cls.all_of(x, segments) if real is None else cls.of(real, segments)
+
+    @classmethod
     def none_of(cls, x: Shaped[Tensor, "batch time *rest"]) -> "PackedTokens":
         """No token."""
         empty = torch.empty(0, dtype=torch.long, device=x.device)

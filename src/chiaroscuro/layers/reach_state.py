@@ -15,10 +15,7 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.state import OperatorState
-
-REMEMBERED = 64
-"""Tokens that can be cropped: more than assisted generation drafts."""
+from chiaroscuro.layers.state import REMEMBERED, OperatorState
 
 
 @dataclass(frozen=True)

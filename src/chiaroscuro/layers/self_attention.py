@@ -201,11 +201,8 @@ class SelfAttention(Operator):
         if state is not None and state.continues(x, context):
             return self._mix_newest(x, context)[:, None]
         masked = context.routed is not None or context.implementation == "eager" or torch.compiler.is_compiling()
-        real = context.real(x.shape[1])
         if state is not None or not masked:
-            tokens = PackedTokens.all_of(x, context.segments)
-            if real is not None:
-                tokens = PackedTokens.of(real, context.segments)
+            tokens = PackedTokens.real_of(x, context.real(x.shape[1]), context.segments)
             return tokens.put_in(torch.zeros_like(x), self._mix_packed_near_and_far(x, tokens, context))
         table = self._rotary(x, context)
         query = rotate(_split(self.q_proj(x), self.heads), table)
@@ -233,11 +230,7 @@ class SelfAttention(Operator):
         state: ReachState | None = context.state
         if state is not None and len(tokens) == len(x) and state.continues(x, context):
             return self._mix_newest(x, context)
-        time = x.shape[1]
-        real = context.real(time)
-        everything = (
-            PackedTokens.all_of(x, context.segments) if real is None else PackedTokens.of(real, context.segments)
-        )
+        everything = PackedTokens.real_of(x, context.real(x.shape[1]), context.segments)
         looks, kept = self._decided(tokens.chosen, everything.chosen, context)
         keyed = everything
         if self.options.window is None and state is None:  # then some tokens are seen by nobody

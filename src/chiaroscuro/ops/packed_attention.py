@@ -186,7 +186,74 @@ class _AttentionInParts(torch.autograd.Function):
         return *totals, None, None
 
 
-class PrefixPart(Part):
+@dataclass(frozen=True)
+class Piece:
+    """Keys that some queries see, and the mask that says which sees which; none where all see all, or are causal."""
+
+    keys: slice
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+class TiledPart(Part):
+    """A part that goes tile by tile: so many queries at once, against one or more pieces of keys."""
+
+    @abstractmethod
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+        """The queries of each tile, and the pieces that together are the keys they see."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Tile by tile, the pieces merged by their normalisers."""
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for rows, pieces in self.tiles(query.dtype):
+            merged: tuple[Tensor, Tensor] | None = None
+            for piece in pieces:
+                out, lse = flash(
+                    heads_first(query[rows]),
+                    heads_first(key[piece.keys]),
+                    heads_first(value[piece.keys]),
+                    piece.mask,
+                    causal=piece.causal,
+                    scale=scale,
+                )
+                out, lse = out[0].transpose(0, 1), lse[0].T
+                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
+            if merged is not None:
+                output[rows], normaliser[rows] = merged
+        return output, normaliser
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        scale: float | None,
+    ) -> Sequence[Tensor]:
+        """Over the same tiles."""
+        totals = [torch.zeros_like(x) for x in (query, key, value)]
+        for rows, pieces in self.tiles(query.dtype):
+            for piece in pieces:
+                gradients = flash_backward(
+                    heads_first(grad[rows]),
+                    heads_first(query[rows]),
+                    heads_first(key[piece.keys]),
+                    heads_first(value[piece.keys]),
+                    heads_first(output[rows]),
+                    normaliser[rows].T[None],
+                    piece.mask,
+                    causal=piece.causal,
+                    scale=scale,
+                )
+                for total, place, part in zip(totals, (rows, piece.keys, piece.keys), gradients, strict=True):
+                    total[place] += part[0].transpose(0, 1)
+        return totals
+
+
+class PrefixPart(TiledPart):
     """Queries that each see the first so many keys of their row: `prefix_attention`, tile by tile.
 
     Args:
@@ -207,69 +274,22 @@ class PrefixPart(Part):
         keys: Int[Tensor, " chosen_keys"] | None = None,
     ) -> None:
         self.queries, self.keys, self.visible = queries, keys, visible
-        self.tiles = list(_tiles(query_lengths.tolist(), key_lengths.tolist(), visible.tolist()))
+        self._tiles = list(_tiles(query_lengths.tolist(), key_lengths.tolist(), visible.tolist()))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        """Each tile in one or two parts."""
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        for tile in self.tiles:
-            merged: tuple[Tensor, Tensor] | None = None
-            for keys, mask in self._halves(tile, query.dtype):
-                out, lse = flash(
-                    heads_first(query[tile.queries]),
-                    heads_first(key[keys]),
-                    heads_first(value[keys]),
-                    mask,
-                    causal=tile.square,
-                    scale=scale,
-                )
-                out, lse = out[0].transpose(0, 1), lse[0].T
-                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
-            if merged is not None:
-                output[tile.queries], normaliser[tile.queries] = merged
-        return output, normaliser
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        normaliser: Tensor,
-        scale: float | None,
-    ) -> Sequence[Tensor]:
-        """Over the same tiles."""
-        totals = [torch.zeros_like(x) for x in (query, key, value)]
-        for tile in self.tiles:
-            for keys, mask in self._halves(tile, query.dtype):
-                gradients = flash_backward(
-                    heads_first(grad[tile.queries]),
-                    heads_first(query[tile.queries]),
-                    heads_first(key[keys]),
-                    heads_first(value[keys]),
-                    heads_first(output[tile.queries]),
-                    normaliser[tile.queries].T[None],
-                    mask,
-                    causal=tile.square,
-                    scale=scale,
-                )
-                for total, rows, part in zip(totals, (tile.queries, keys, keys), gradients, strict=True):
-                    total[rows] += part[0].transpose(0, 1)
-        return totals
-
-    def _halves(self, tile: "_Tile", dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
-        """The tile's keys that all of its queries see, and those that some see, with the mask that says which."""
-        if tile.square:
-            yield slice(tile.start, tile.end), None
-            return
-        if tile.shared > tile.start:
-            yield slice(tile.start, tile.shared), None
-        if tile.end > tile.shared:
-            ordinal = torch.arange(tile.shared - tile.start, tile.end - tile.start)
-            hidden = ordinal >= self.visible[tile.queries, None]
-            yield slice(tile.shared, tile.end), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+        """Of each tile the keys that all of its queries see, and those that some see."""
+        for tile in self._tiles:
+            if tile.square:
+                yield tile.queries, [Piece(slice(tile.start, tile.end), causal=True)]
+                continue
+            pieces = []
+            if tile.shared > tile.start:
+                pieces.append(Piece(slice(tile.start, tile.shared)))
+            if tile.end > tile.shared:
+                ordinal = torch.arange(tile.shared - tile.start, tile.end - tile.start)
+                hidden = ordinal >= self.visible[tile.queries, None]
+                pieces.append(Piece(slice(tile.shared, tile.end), additive_mask(hidden, dtype)))
+            yield tile.queries, pieces
 
 
 @dataclass(frozen=True)
@@ -331,6 +351,11 @@ def flash_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, output, normaliser, 0.0, causal, attn_mask=mask, scale=scale
     )
+
+
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """−∞ where a key is hidden from a query, 0 elsewhere: a mask as the kernel takes it."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def heads_first(x: Float[Tensor, "tokens heads head_width"]) -> Float[Tensor, "1 heads tokens head_width"]:

@@ -11,7 +11,7 @@ computed alone, with the log of its normaliser, and the two are merged by these;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from chiaroscuro.ops.packed_attention import Part, PrefixPart, attend_in_parts, flash, flash_backward, heads_first
+from chiaroscuro.ops.packed_attention import (
+    Part,
+    Piece,
+    PrefixPart,
+    TiledPart,
+    additive_mask,
+    attend_in_parts,
+    flash,
+    flash_backward,
+)
 
 SPAN = 64
 """Queries of a tile of `Spans`."""
@@ -222,7 +231,7 @@ class Band(Part):
         self.hidden = (key[:, None] < first[..., None]) | (key[:, None] > own[..., None])
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.hidden.shape, dtype=dtype).masked_fill_(self.hidden, -torch.inf)[:, None]
+        return additive_mask(self.hidden, dtype)[:, None]
 
     def _queries(self, x: Tensor) -> Tensor:
         """(blocks, heads, C, c)."""
@@ -280,7 +289,7 @@ def block_of(window: int) -> int:
     return max(16, min(64, 1 << max(0, (window // 2 - 1).bit_length())))
 
 
-class Spans(Part):
+class Spans(TiledPart):
     """What is near, where some tokens attend and others are attended to alone: a span of keys each, tile by tile.
 
     Args:
@@ -295,55 +304,16 @@ class Spans(Part):
     ) -> None:
         self.begin, self.end = begin, end
         ends = query_lengths.cumsum(0).tolist()
-        self.tiles = [
+        self._queries = [
             slice(a, min(a + SPAN, last))
             for first, last in zip([0, *ends[:-1]], ends, strict=True)
             for a in range(first, last, SPAN)
         ]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        """Tile by tile."""
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        for tile in self.tiles:
-            keys, mask = self._keys(tile, query.dtype)
-            out, lse = flash(
-                heads_first(query[tile]), heads_first(key[keys]), heads_first(value[keys]), mask, scale=scale
-            )
-            output[tile], normaliser[tile] = out[0].transpose(0, 1), lse[0].T
-        return output, normaliser
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        normaliser: Tensor,
-        scale: float | None,
-    ) -> Sequence[Tensor]:
-        """Over the same tiles."""
-        totals = [torch.zeros_like(x) for x in (query, key, value)]
-        for tile in self.tiles:
-            keys, mask = self._keys(tile, query.dtype)
-            gradients = flash_backward(
-                heads_first(grad[tile]),
-                heads_first(query[tile]),
-                heads_first(key[keys]),
-                heads_first(value[keys]),
-                heads_first(output[tile]),
-                normaliser[tile].T[None],
-                mask,
-                scale=scale,
-            )
-            for total, rows, part in zip(totals, (tile, keys, keys), gradients, strict=True):
-                total[rows] += part[0].transpose(0, 1)
-        return totals
-
-    def _keys(self, tile: slice, dtype: torch.dtype) -> tuple[slice, Tensor]:
-        """The keys that some query of the tile sees, and the mask that says which sees which."""
-        first, last = int(self.begin[tile][0]), int(self.end[tile][-1])
-        place = torch.arange(first, last)
-        hidden = (place < self.begin[tile, None]) | (place >= self.end[tile, None])
-        return slice(first, last), torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+        """Of each tile the keys that some of its queries see."""
+        for queries in self._queries:
+            first, last = int(self.begin[queries][0]), int(self.end[queries][-1])
+            place = torch.arange(first, last)
+            hidden = (place < self.begin[queries, None]) | (place >= self.end[queries, None])
+            yield queries, [Piece(slice(first, last), additive_mask(hidden, dtype))]
