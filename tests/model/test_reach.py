@@ -3,6 +3,7 @@
 The oracle is dense execution: one attention under a mask that says who sees whom.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -261,11 +262,10 @@ def test_both_dials_turn() -> None:
     [[20, -18, 5], [20, -10, 5], [20, 1, 1, 3, 1, 1, 4, 2], [40, 8, -4, 8, -4, 8, -4, 5], [30, -1, -2, 3, -3, 6]],
 )
 def test_pieces_and_crops_of_any_length_are_the_whole(window: int | None, steps: list[int]) -> None:
-    for menu, more in ((["dct", "attention"], {}), (["local", "attention"], {"sinks": 2})):
-        if window is None and menu[0] == "local":
-            continue
-        model = build([menu] * 2, window=window, attention_context="kept", **more)
-        ids, cache = ids_of(1, 64, 5), ChiarCache(model.config)
+    menus = [(["dct", "attention"], 0)] if window is None else [(["dct", "attention"], 0), (["local", "attention"], 2)]
+    for (menu, sinks), seed in itertools.product(menus, range(4)):
+        model = build([menu] * 2, seed, window=window, attention_context="kept", sinks=sinks, router_seed=seed)
+        ids, cache = ids_of(1, 64, seed), ChiarCache(model.config)
         with torch.no_grad():
             for step in steps:
                 if step < 0:
@@ -298,13 +298,16 @@ def test_dense_execution_caches_what_it_routes() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
-def test_a_soft_router_beside_a_window_caches_what_it_weighs() -> None:
-    model = build([["dct", "attention"]] * 2, router="soft", execution="dense", use_cache=True)
+def test_a_soft_router_beside_a_window_weighs_what_full_attention_says_of_every_token() -> None:
+    fields: dict[str, Any] = {"router": "soft", "execution": "dense", "use_cache": True}
+    model, full = (build([["dct", "attention"]] * 2, window=window, **fields) for window in (4, None))
+    full.load_state_dict(model.state_dict())
     ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)
     with torch.no_grad():
         parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([12, 1, 7], 1)]
-        whole = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
+        expected = full(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
 def test_a_cache_goes_in_and_out_of_inference_mode() -> None:
