@@ -58,13 +58,13 @@ def attend_near_and_far(
         earlier = state.seen if state.begun else torch.zeros_like(lengths)
         places = places + earlier.repeat_interleave(lengths)
         key_places = key_places + earlier.repeat_interleave(key_lengths)
-        new = Entries(torch.stack([key, value]), row.repeat_interleave(key_lengths), key_places, keeping)
+        new = Entries(key, value, row.repeat_interleave(key_lengths), key_places, keeping)
         idle = len(query) == 0 and not torch.is_grad_enabled()
         held = state.entries().then(new) if state.begun and not idle else new
         state.extend(new, everything.chosen.repeat_interleave(heads, 0), heads)
         if idle:
             return query if heads == 1 else query.unflatten(0, (-1, heads)).flatten(1, 2)
-        (key, value), key_places, keeping = held.vectors, held.place, held.kept
+        key, value, key_places, keeping = held.key, held.value, held.place, held.kept
         key_lengths = torch.bincount(held.row, minlength=len(lengths))
     attention = reach_attention if context.implementation == "sdpa" else reach_attention_by_rows
     mixed = attention(
@@ -97,19 +97,14 @@ def attend_from_newest(
 
     """
     heads = state.heads
-    state.extend_by_one(torch.stack([key, value]).view(2, state.rows, -1, key.shape[-1]), kept.reshape(-1))
-    folded = query.view(state.rows, key.shape[1] // heads, -1, query.shape[-1])
-    looking = int(looks.sum())
-    mixed = None
-    if looking < len(looks):
-        mixed = _attend_to_slots(folded, None, False, state, implementation)
-    if looking == len(looks):
-        mixed = _attend_to_slots(folded, None, True, state, implementation)
-    elif looking:
-        assert mixed is not None
+    key, value = (x.reshape(state.rows, -1, key.shape[-1]) for x in (key, value))
+    state.extend_by_one(key, value, kept.flatten())
+    folded = query.reshape(state.rows, key.shape[1], -1, query.shape[-1])
+    looking = looks.tolist()
+    mixed = _attend_to_slots(folded, None, all(looking), state, implementation)
+    if any(looking) and not all(looking):
         far = looks.repeat_interleave(heads).nonzero()[:, 0]
         mixed[far] = _attend_to_slots(folded[far], far, True, state, implementation)
-    assert mixed is not None
     return mixed.view_as(query)
 
 

@@ -206,9 +206,6 @@ class RoutedBlock(nn.Module):
         source = self.operator_input(x, context)
         context = replace(context, spectra=self._spectra(source), layer_input=x)
         routing = self._route(source, context, output_routing) if self._decides or output_routing else None
-        if self.kv_router is not None and routing is not None:
-            assert routing.kept_score is not None
-            context = replace(context, kept=routing.kept, kept_scale=self.kv_router.scale(routing.kept_score))
         if self._runs_sparsely(routing, context):
             x = self._mix_sparsely(x, source, routing, context)
         else:
@@ -301,9 +298,12 @@ class RoutedBlock(nn.Module):
         assert context.spectra is not None
         routers = [router for router in (self.router, self.kv_router) if router is not None]
         reported = report or any(router.reads_entropy for router in routers)
-        entropy = (
-            context.spectra.entropy().float() if reported else source.new_zeros(()).expand(source.shape[:2]).float()
-        )
+        if reported:
+            entropy = context.spectra.entropy().float()
+        else:
+            if "no entropy" not in context.shared:
+                context.shared["no entropy"] = torch.zeros(source.shape[:2], dtype=torch.float32, device=source.device)
+            entropy = context.shared["no entropy"]
         if self.router is None:
             decision = Decision(torch.zeros(source.shape[:2], dtype=torch.long, device=source.device))
         else:
@@ -320,7 +320,7 @@ class RoutedBlock(nn.Module):
             decision.score,
             decision.scale,
             decision.weights,
-            None if kept is None else kept.operator_index > 0,
+            None if kept is None else kept.operator_index.bool(),
             None if kept is None else kept.score,
         )
 
@@ -391,10 +391,14 @@ class RoutedBlock(nn.Module):
         state = None if context.cache is None else context.cache.of(unit.name, unit.operator)
         choice = None
         if len(unit.indices) > 1 and routing is not None:
-            choice = routing.operator_index - unit.indices[0]
-        if state is None and choice is None and routed is None:
+            choice = routing.operator_index - unit.indices[0] if unit.indices[0] else routing.operator_index
+        kept = scale = None
+        if self.kv_router is not None and routing is not None:
+            assert routing.kept_score is not None
+            kept, scale = routing.kept, self.kv_router.scale(routing.kept_score)
+        if state is None and choice is None and routed is None and kept is None:
             return context
-        return replace(context, state=state, choice=choice, routed=routed)
+        return replace(context, state=state, choice=choice, routed=routed, kept=kept, kept_scale=scale)
 
     def _scale_of(self, unit: _Unit, routing: Routing | None) -> Tensor | None:
         """What a unit's outputs are multiplied by: those of the menu's last operator by what the router says."""

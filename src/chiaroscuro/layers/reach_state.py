@@ -5,6 +5,9 @@
 
 A token that is decoded alone sees either the first w + s slots or all that are filled: one attention, without a mask
 where rows are equally long. What has left the window last is remembered a little longer, so that `crop` can undo it.
+
+Where a token stood is not kept: in the window it follows from how many tokens there were, and beyond it the order is
+all that matters, and that the sinks come first.
 """
 
 from dataclasses import dataclass
@@ -23,33 +26,39 @@ class Entries:
     """Keys and values of some tokens, row after row, places rising within a row.
 
     Attributes:
-        vectors: keys and values, (2, N, h, c).
+        key: of each.
+        value: of each.
         row: of each.
         place: of each in its sequence, counted over real tokens.
         kept: which are seen from far.
 
     """
 
-    vectors: Float[Tensor, "2 entries heads head_width"]
+    key: Float[Tensor, "entries heads head_width"]
+    value: Float[Tensor, "entries heads head_width"]
     row: Int[Tensor, " entries"]
     place: Int[Tensor, " entries"]
     kept: Bool[Tensor, " entries"]
 
-    def at(self, index: Tensor) -> "Entries":
+    def where(self, chosen: Bool[Tensor, " entries"]) -> "Entries":
         """Some of them."""
-        return Entries(self.vectors[:, index], self.row[index], self.place[index], self.kept[index])
+        return self._at(chosen.nonzero()[:, 0])
 
     def then(self, other: "Entries") -> "Entries":
         """These and, in each row, the others after them."""
         row = torch.cat([self.row, other.row])
-        order = row.argsort(stable=True)
         both = Entries(
-            torch.cat([self.vectors.to(other.vectors.dtype), other.vectors], 1),
+            torch.cat([self.key.to(other.key.dtype), other.key]),
+            torch.cat([self.value.to(other.value.dtype), other.value]),
             row,
             torch.cat([self.place, other.place]),
             torch.cat([self.kept, other.kept]),
         )
-        return both.at(order)
+        return both._at(row.argsort(stable=True))
+
+    def _at(self, index: Int[Tensor, " chosen"]) -> "Entries":
+        parts = (self.key, self.value, self.row, self.place, self.kept)
+        return Entries(*(part.index_select(0, index) for part in parts))
 
 
 class ReachState(OperatorState):
@@ -64,27 +73,28 @@ class ReachState(OperatorState):
     Attributes:
         heads: how many rows a batch element has.
         vectors: keys and values, (2, rows, heads, slots, c).
-        places: the place of the token in each slot, −1 where there is none, (rows, slots).
-        kept: whether the token in each slot of the window is to be kept when it leaves it, (rows, w).
         far: how many tokens each row has kept beyond the window.
-        seen: how many real tokens each row has had.
+        length: `seen` where all rows have the same, which spares a mask; else None.
 
     """
 
     croppable = True
     vectors: Tensor
-    places: Tensor
-    kept: Tensor
     far: Tensor
-    seen: Tensor
+    _kept: Tensor
+    """Which of the last w + `REMEMBERED` tokens are kept, that at place p in column p mod (w + `REMEMBERED`)."""
     _left: Tensor
-    _left_kept: Tensor
+    """Keys and values of the last `REMEMBERED` tokens that left the window, that at place p in slot p mod these."""
     _real: Tensor
-    _longest = 0
+    _counted: Tensor
+    _least = _most = 0
+    """Of `far`."""
     _undoable = 0
     """How many of the last columns can still be cropped."""
     _plain = 0
-    """Columns since `_real` was written, all of which held a real token in every row."""
+    """Columns since `_real` and `_counted` were written, all of which held a real token in every row."""
+    _of_inference = False
+    """Whether some tensors may have been made in inference mode."""
 
     def __init__(self, window: int, sinks: int) -> None:
         self.window = window
@@ -93,7 +103,11 @@ class ReachState(OperatorState):
         self.rows = 0
         self.begun = False
         self.length: int | None = 0
-        """`seen` where all rows have the same, which spares a mask."""
+
+    @property
+    def seen(self) -> Int[Tensor, " rows"]:
+        """How many real tokens each row has had."""
+        return self._counted + self._plain
 
     def continues(self, x: Float[Tensor, "batch time width"], context: Context) -> bool:
         """Whether x is one real token for each of rows that are equally long, so that there is nothing to pack."""
@@ -118,104 +132,105 @@ class ReachState(OperatorState):
         """Take up some new tokens.
 
         Args:
-            entries: those that have keys; without a window of more than one token, others may be left out.
-            real: which of the new columns hold real tokens, all of which are counted.
+            entries: the real ones.
+            real: which of the new columns hold real tokens.
             heads: how many rows a batch element has.
 
         """
         held = self._ring().then(entries) if self.begun else entries
         self._begin(entries, real, heads)
-        self.seen = self.seen + real.sum(1)
+        self._counted = self.seen + real.sum(1)
         self._real = torch.cat([self._columns(), real], 1)[:, -REMEMBERED:]
         self._undoable = min(REMEMBERED, self._undoable + real.shape[1])
         self._plain = 0
-        leaving = held.place < self.seen[held.row] - self.window
-        left = held.at(leaving.nonzero()[:, 0])
-        chosen = left.kept | (left.place < self.sinks)
-        self._remember(left, chosen)
-        added = left.at(chosen.nonzero()[:, 0])
+        age = self.seen[held.row] - held.place
+        beyond = age > self.window
+        added = held.where(beyond & (held.kept | (held.place < self.sinks)))
         number = torch.bincount(added.row, minlength=self.rows)
         rank = torch.arange(len(added.row), device=added.row.device) - (number.cumsum(0) - number)[added.row]
-        self._make_room(self.window + int((self.far + number).max()))
-        self._put(added, self.window + self.far[added.row] + rank)
-        self.far = self.far + number
-        self.places[:, : self.window] = -1
-        staying = held.at((~leaving).nonzero()[:, 0])
-        self._put(staying, staying.place % self.window)
-        self.kept[staying.row, staying.place % self.window] = staying.kept
+        before, self.far = self.far, self.far + number
         self._measure()
+        self._make_room(int(self.seen.max()))
+        self._put(self.vectors, added, self.window + before[added.row] + rank)
+        staying = held.where(~beyond)
+        self._put(self.vectors, staying, staying.place % self.window)
+        leaving = held.where(beyond & (age <= self.window + REMEMBERED))
+        self._put(self._left, leaving, leaving.place % REMEMBERED)
+        for last in (leaving, staying):
+            self._kept[last.row, last.place % (self.window + REMEMBERED)] = last.kept
 
     @torch.no_grad()
-    def extend_by_one(self, vectors: Float[Tensor, "2 rows heads head_width"], kept: Bool[Tensor, " rows"]) -> None:
-        """Take up one real token a row, which has a key, where all rows are equally long."""
+    def extend_by_one(
+        self,
+        key: Float[Tensor, "rows heads head_width"],
+        value: Float[Tensor, "rows heads head_width"],
+        kept: Bool[Tensor, " rows"],
+    ) -> None:
+        """Take up one real token a row, where all rows are equally long."""
         assert self.length is not None
         self._wake()
-        place, window = self.length, self.window
-        slot = place % window
-        if place >= window:
-            leaving, sink = self.vectors[:, :, :, slot], place - window < self.sinks
-            self._make_room(window + self._longest + 1)
-            self._left[:, :, :, (place - window) % REMEMBERED] = leaving
-            chosen = self.kept[:, slot] | sink
-            self._left_kept[:, (place - window) % REMEMBERED] = chosen
-            if self.rows == 1:
-                if sink or bool(chosen):
-                    self.vectors[:, :, :, window + self._longest] = leaving
-                    self.places[:, window + self._longest] = place - window
-                    self._longest += 1
-                    self.far += 1
-            else:  # for every row; where the token is not kept the next one takes the slot
-                row, end = torch.arange(self.rows, device=self.far.device), window + self.far
-                self.vectors[:, row, :, end] = leaving.transpose(0, 1)
-                self.places[row, end] = place - window
-                self.far = self.far + chosen
-                self._longest = int(self.far.max())
-        self.vectors[:, :, :, slot] = vectors
-        self.places[:, slot] = place
-        self.kept[:, slot] = kept
-        self.seen += 1
+        place, slot = self.length, self.length % self.window
+        self._make_room(place + 1, more=1)
+        if place >= self.window:
+            self._let_go(self.vectors[:, :, :, slot], place - self.window)
+        self.vectors[0, :, :, slot] = key
+        self.vectors[1, :, :, slot] = value
+        self._kept[:, place % (self.window + REMEMBERED)] = kept
         self.length = place + 1
         self._plain += 1
         self._undoable = min(REMEMBERED, self._undoable + 1)
 
+    def _let_go(self, leaving: Float[Tensor, "2 rows heads head_width"], place: int) -> None:
+        """What happens to the tokens at this place, which leave the window: they are kept or not, and remembered."""
+        self._left[:, :, :, place % REMEMBERED] = leaving
+        kept = self._kept[:, place % (self.window + REMEMBERED)]
+        if self.rows == 1:
+            if place < self.sinks or bool(kept):
+                self.vectors[:, :, :, self.window + self._most] = leaving
+                self.far += 1
+                self._least = self._most = self._most + 1
+            return
+        # For every row; where the token is not kept the next one takes the slot.
+        row = torch.arange(self.rows, device=self.far.device)
+        self.vectors[:, row, :, self.window + self.far] = leaving.transpose(0, 1)
+        self.far += 1 if place < self.sinks else kept
+        self._least, self._most = (int(number) for number in self.far.aminmax())
+
     def visible(self, far: bool) -> tuple[int, Int[Tensor, " rows"] | None]:
-        """How many slots a newest token sees: the most of any row, and of each row unless all are alike."""
-        if far:
-            if self.length is not None and self.length <= self.window:
-                return self.length, None
-            slots = torch.where(self.seen > self.window, self.window + self.far, self.seen)
-        else:
-            if self.length is not None:
-                return min(self.length, self.window + self.sinks), None
-            slots = self.seen.clamp(max=self.window + self.sinks)
-        most = self.window + self._longest if self.rows == 1 and far else int(slots.max())
-        return most, None if self.rows == 1 else slots
+        """How many slots the newest token sees where rows are equally long: the most, and each row's unless alike."""
+        assert self.length is not None
+        if not far:
+            return min(self.length, self.window + self.sinks), None
+        if self.length <= self.window:
+            return self.length, None
+        return self.window + self._most, None if self._least == self._most else self.window + self.far
 
     def entries(self) -> Entries:
-        """All that it holds, row after row in order."""
-        filled = torch.arange(self.places.shape[1] - self.window, device=self.far.device) < self.far[:, None]
-        row, slot = filled.nonzero().unbind(1)
-        slot = slot + self.window
-        beyond = Entries(
-            self.vectors[:, row, :, slot].transpose(0, 1), row, self.places[row, slot], torch.ones_like(row).bool()
-        )
-        return beyond.then(self._ring())
+        """All that it holds, row after row in order; beyond the window and the sinks, at places that keep the order."""
+        row, rank = (torch.arange(self._most, device=self.far.device) < self.far[:, None]).nonzero().unbind(1)
+        place = torch.where(rank < self.sinks, rank, (self.seen - self.window - self.far)[row] + rank)
+        return self._entries(row, self.window + rank, place, torch.ones_like(row).bool()).then(self._ring())
 
     def _ring(self) -> Entries:
-        row, slot = (self.places[:, : self.window] >= 0).nonzero().unbind(1)
-        place = self.places[row, slot]
-        order = (row * (int(self.seen.max()) + 1) + place).argsort()
-        row, slot, place = row[order], slot[order], place[order]
-        return Entries(self.vectors[:, row, :, slot].transpose(0, 1), row, place, self.kept[row, slot])
+        """Those in the window."""
+        seen = self.seen
+        number = seen.clamp(max=self.window)
+        row, rank = (torch.arange(int(number.max()), device=seen.device) < number[:, None]).nonzero().unbind(1)
+        place = (seen - number)[row] + rank
+        return self._entries(row, place % self.window, place, self._kept[row, place % (self.window + REMEMBERED)])
+
+    def _entries(self, row: Tensor, slot: Tensor, place: Tensor, kept: Tensor) -> Entries:
+        return Entries(self.vectors[0][row, :, slot], self.vectors[1][row, :, slot], row, place, kept)
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these batch elements, in this order."""
         if not self.begun:
             return
+        self._wake()
         index = rows.to(self.far.device)
         index = (index[:, None] * self.heads + torch.arange(self.heads, device=index.device)).flatten()
         self.vectors, self._left = self.vectors[:, index], self._left[:, index]
-        for name in ("places", "kept", "far", "seen", "_left_kept", "_real"):
+        for name in ("far", "_kept", "_real", "_counted"):
             setattr(self, name, getattr(self, name)[index])
         self.rows = len(index)
         self._measure()
@@ -237,29 +252,25 @@ class ReachState(OperatorState):
             )
         self._undoable -= tokens
         self._wake()
-        columns, self._plain = self._columns(), 0
+        columns, seen = self._columns(), self.seen
         undone = columns[:, -tokens:].sum(1)
         self._real = torch.cat([torch.zeros_like(columns[:, :tokens]), columns[:, :-tokens]], 1)
         if self.length is not None:
             self._undo(slice(None), self.length, int(undone[0]))
         else:
-            for row, (seen, number) in enumerate(zip(self.seen.tolist(), undone.tolist(), strict=True)):
-                self._undo(slice(row, row + 1), seen, number)
-        self.seen = self.seen - undone
+            for row, (last, number) in enumerate(zip(seen.tolist(), undone.tolist(), strict=True)):
+                self._undo(slice(row, row + 1), last, number)
+        self._counted, self._plain = seen - undone, 0
         self._measure()
 
     def _undo(self, rows: slice, seen: int, number: int) -> None:
-        window, device = self.window, self.far.device
-        gone = torch.arange(max(0, seen - number), seen, device=device)[-window:] % window
-        self.places[rows, gone] = -1
-        left = torch.arange(max(0, seen - number - window), max(0, seen - window), device=device)
-        self.far[rows] -= self._left_kept[rows][:, left % REMEMBERED].sum(1)
+        window = self.window
+        left = torch.arange(max(0, seen - number - window), max(0, seen - window), device=self.far.device)
+        kept = self._kept[rows][:, left % (window + REMEMBERED)] | (left < self.sinks)
+        self.far[rows] -= kept.sum(1)
         back = left[:window]
         back = back[back < seen - number]  # where more is cropped than a window, what left it may be cropped too
-        slot, remembered = back % window, back % REMEMBERED
-        self.vectors[:, rows, :, slot] = self._left[:, rows, :, remembered]
-        self.places[rows, slot] = back
-        self.kept[rows, slot] = self._left_kept[rows][:, remembered]
+        self.vectors[:, rows, :, back % window] = self._left[:, rows, :, back % REMEMBERED]
 
     def _begin(self, entries: Entries, real: Tensor, heads: int) -> None:
         rows, device = len(real), real.device
@@ -269,14 +280,13 @@ class ReachState(OperatorState):
             self._wake()
             return
         self.begun, self.rows, self.heads = True, rows, heads
-        kind = entries.vectors.shape[2:]
-        self.vectors = entries.vectors.new_zeros(2, rows, kind[0], self.window, kind[1])
-        self._left = entries.vectors.new_zeros(2, rows, kind[0], REMEMBERED, kind[1])
-        self.places = torch.full((rows, self.window), -1, device=device)
-        self.kept = torch.zeros(rows, self.window, dtype=torch.bool, device=device)
+        self._of_inference = torch.is_inference_mode_enabled()
+        key_heads, width = entries.key.shape[1:]
+        self.vectors = entries.key.new_zeros(2, rows, key_heads, 0, width)
+        self._left = entries.key.new_zeros(2, rows, key_heads, REMEMBERED, width)
+        self._kept = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.far = torch.zeros(rows, dtype=torch.long, device=device)
-        self.seen = torch.zeros(rows, dtype=torch.long, device=device)
-        self._left_kept = torch.zeros(rows, REMEMBERED, dtype=torch.bool, device=device)
+        self._counted = torch.zeros(rows, dtype=torch.long, device=device)
         self._real = torch.zeros(rows, REMEMBERED, dtype=torch.bool, device=device)
 
     def _columns(self) -> Bool[Tensor, "rows remembered"]:
@@ -287,30 +297,29 @@ class ReachState(OperatorState):
     def _measure(self) -> None:
         lengths = self.seen.tolist()
         self.length = lengths[0] if len(set(lengths)) == 1 else None
-        self._longest = int(self.far.max())
+        self._least, self._most = (int(number) for number in self.far.aminmax())
 
-    def _put(self, entries: Entries, slot: Tensor) -> None:
-        self.vectors[:, entries.row, :, slot] = entries.vectors.transpose(0, 1).to(self.vectors.dtype)
-        self.places[entries.row, slot] = entries.place
+    @staticmethod
+    def _put(vectors: Tensor, entries: Entries, slot: Tensor) -> None:
+        for kind, new in zip(vectors, (entries.key, entries.value), strict=True):
+            kind[entries.row, :, slot] = new.to(kind.dtype)
 
-    def _remember(self, left: Entries, chosen: Tensor) -> None:
-        """What left the window last."""
-        index = (left.place >= self.seen[left.row] - self.window - REMEMBERED).nonzero()[:, 0]
-        row, slot = left.row[index], left.place[index] % REMEMBERED
-        self._left[:, row, :, slot] = left.vectors[:, index].transpose(0, 1).to(self._left.dtype)
-        self._left_kept[row, slot] = chosen[index]
-
-    def _make_room(self, slots: int) -> None:
-        have = self.places.shape[1]
-        if slots <= have:
-            return
-        more = slots + slots // 4 + 16 - have
-        self.vectors = torch.nn.functional.pad(self.vectors, (0, 0, 0, more))
-        self.places = torch.nn.functional.pad(self.places, (0, more), value=-1)
+    def _make_room(self, seen: int, more: int = 0) -> None:
+        """Slots and columns for rows of so many tokens, of which `more` may yet be kept beyond the window."""
+        slots = seen if seen <= self.window else self.window + self._most + more
+        missing = slots - self.vectors.shape[3]
+        if missing > 0:
+            self.vectors = torch.nn.functional.pad(self.vectors, (0, 0, 0, missing + slots // 4 + 16))
+        columns = self._kept.shape[1]
+        if columns < self.window + REMEMBERED and columns < seen:  # they do not wrap around before that many
+            wanted = min(self.window + REMEMBERED, seen + seen // 4 + REMEMBERED)
+            self._kept = torch.nn.functional.pad(self._kept, (0, wanted - columns))
 
     def _wake(self) -> None:
         """Tensors made in inference mode can't be written to outside it."""
-        if not torch.is_inference_mode_enabled():
-            for name in ("vectors", "_left", "places", "kept", "far", "seen", "_left_kept", "_real"):
-                if getattr(self, name).is_inference():
-                    setattr(self, name, getattr(self, name).clone())
+        if torch.is_inference_mode_enabled():
+            self._of_inference = True
+        elif self._of_inference:
+            for name in ("vectors", "far", "_kept", "_left", "_real", "_counted"):
+                setattr(self, name, getattr(self, name).clone())
+            self._of_inference = False

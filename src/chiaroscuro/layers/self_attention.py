@@ -255,10 +255,13 @@ class SelfAttention(Operator):
         everybody = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         looks, kept = self._decided(everybody, everybody, context)
         cos, sin = (part[:, 0] for part in self._rotary(x, context))
-        query = rotate(self.q_proj(x[:, 0]).unflatten(-1, (self.heads, -1)), (cos, sin))
-        key = rotate(self.k_proj(x[:, 0]).unflatten(-1, (self.key_value_heads, -1)), (cos, sin))
+        newest = x[:, 0]
+        turned = rotate(
+            torch.cat([self.q_proj(newest), self.k_proj(newest)], -1).unflatten(-1, (-1, self.head_width)), (cos, sin)
+        )
+        query, key = turned.split([self.heads, self.key_value_heads], 1)
         scale = None if context.kept_scale is None else context.kept_scale[:, 0]
-        value = _gated(self.v_proj(x[:, 0]), scale).unflatten(-1, (self.key_value_heads, -1))
+        value = _gated(self.v_proj(newest), scale).unflatten(-1, (self.key_value_heads, -1))
         mixed = attend_from_newest(query, key, value, looks[:, 0], kept[:, 0], state, context.implementation)
         return self.out_proj(mixed.flatten(1))
 

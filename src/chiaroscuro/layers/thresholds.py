@@ -173,6 +173,8 @@ class Thresholds(ExactBuffers):
 
     def forward(self, score: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
         """How many thresholds each score lies above: the number of its operator."""
+        if self.operators == 2:  # decoding counts every operation
+            return (score > self.values).view_as(score).long()
         return (score[..., None] > self.values).sum(-1)
 
     def check_present(self) -> None:
