@@ -289,6 +289,28 @@ def test_more_than_is_remembered_is_not_cropped() -> None:
         cache.crop(-60)
 
 
+def test_a_short_prompt_takes_no_room_for_a_whole_window() -> None:
+    model = build([["local", "attention"]], attention_context="kept", window=10**6)
+    ids, cache = ids_of(2, 40, 0), ChiarCache(model.config)
+    with torch.no_grad():
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, *[1] * 35], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=ids, use_cache=False).logits.detach())
+    [state] = cache.states[0].kept()
+    assert state.vectors.shape[3] < 100
+
+
+@pytest.mark.parametrize("look", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_decoding_a_batch_is_the_whole_whoever_looks_and_is_kept(look: float, kept: float) -> None:
+    shares: dict[str, Any] = {"attention_share": look, "kv_share": kept}
+    model = build([["local", "attention"]] * 2, attention_context="kept", sinks=2, **shares)
+    ids, cache = ids_of(5, 30, 0), ChiarCache(model.config)
+    with torch.no_grad():
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([3, *[1] * 27], 1)]
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
 def test_dense_execution_caches_what_it_routes() -> None:
     model = build([["dct", "attention"]] * 2, attention_context="routed", execution="dense")
     ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)

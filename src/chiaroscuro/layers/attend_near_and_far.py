@@ -100,28 +100,30 @@ def attend_from_newest(
     key, value = (x.reshape(state.rows, -1, key.shape[-1]) for x in (key, value))
     state.extend_by_one(key, value, kept.flatten())
     folded = query.reshape(state.rows, key.shape[1], -1, query.shape[-1])
-    looking = looks.tolist()
-    mixed = _attend_to_slots(folded, None, all(looking), state, implementation)
-    if any(looking) and not all(looking):
-        far = looks.repeat_interleave(heads).nonzero()[:, 0]
-        mixed[far] = _attend_to_slots(folded[far], far, True, state, implementation)
+    near, (most, slots) = state.near, state.far_and_near
+    looking = len(looks) if most == near else sum(looks.tolist())
+    if looking == len(looks):
+        return _attend_to_slots(folded, state.vectors, most, slots, implementation).view_as(query)
+    mixed = _attend_to_slots(folded, state.vectors, near, None, implementation)
+    if looking:
+        rows = looks.repeat_interleave(heads).nonzero()[:, 0]
+        # Whole rows, which are copied faster than parts of them.
+        vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
+        mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation)
     return mixed.view_as(query)
 
 
 def _attend_to_slots(
     query: Float[Tensor, "rows heads group head_width"],
-    rows: Int[Tensor, " rows"] | None,
-    far: bool,
-    state: ReachState,
+    vectors: Float[Tensor, "2 rows heads slots head_width"],
+    most: int,
+    slots: Int[Tensor, " rows"] | None,
     implementation: AttentionImplementation,
 ) -> Float[Tensor, "rows heads group head_width"]:
-    most, slots = state.visible(far)
-    vectors = state.vectors
-    if rows is not None:  # whole rows, which are copied faster than parts of them
-        vectors, slots = vectors.index_select(1, rows), None if slots is None else slots[rows]
-    vectors = vectors[:, :, :, :most]
+    """Attention to the first slots: `most` of them, or as many as `slots` says of each row."""
+    key, value = vectors[:, :, :, :most]
     mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
-    return attend_to_all(query, vectors[0], vectors[1], mask, implementation=implementation)
+    return attend_to_all(query, key, value, mask, implementation=implementation)
 
 
 def _by_row_and_head(lengths: Int[Tensor, " rows"], heads: int) -> Int[Tensor, " tokens_and_heads"]:

@@ -196,11 +196,16 @@ class ReachState(OperatorState):
         self.far += 1 if place < self.sinks else kept
         self._least, self._most = (int(number) for number in self.far.aminmax())
 
-    def visible(self, far: bool) -> tuple[int, Int[Tensor, " rows"] | None]:
-        """How many slots the newest token sees where rows are equally long: the most, and each row's unless alike."""
+    @property
+    def near(self) -> int:
+        """How many slots a newest token sees that does not look, where rows are equally long."""
         assert self.length is not None
-        if not far:
-            return min(self.length, self.window + self.sinks), None
+        return min(self.length, self.window + self.sinks)
+
+    @property
+    def far_and_near(self) -> tuple[int, Int[Tensor, " rows"] | None]:
+        """How many slots one sees that looks: the most of any row, and of each row unless they are alike."""
+        assert self.length is not None
         if self.length <= self.window:
             return self.length, None
         return self.window + self._most, None if self._least == self._most else self.window + self.far
