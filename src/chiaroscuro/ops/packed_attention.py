@@ -310,8 +310,10 @@ def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[
             # Each sees itself and all before it: what the kernel calls causal, without a mask.
             yield _Tile(slice(first, first + n), start, start, start + n, square=n > 1)
         else:
-            for a in range(first, first + n, CHUNK):
-                b = min(a + CHUNK, first + n)
+            # Few keys, such as sinks: one tile, because what it computes in vain costs less than the calls it spares.
+            step = CHUNK if s > CHUNK else max(n, 1)
+            for a in range(first, first + n, step):
+                b = min(a + step, first + n)
                 low, high = visible[a], visible[b - 1]
                 # The first query sees `low` keys and so needs one of them left in the masked part. Few shared keys are
                 # not worth a call of their own.
