@@ -151,7 +151,8 @@ class _AttentionInParts(torch.autograd.Function):
                 output, normaliser = merged, lse
             else:
                 output, normaliser = output.contiguous(), normaliser.contiguous()
-                output[part.queries], normaliser[part.queries] = merged, lse
+                output.index_copy_(0, part.queries, merged)
+                normaliser.index_copy_(0, part.queries, lse)
         ctx.save_for_backward(query, key, value, output, normaliser)
         ctx.parts, ctx.scale = parts, scale
         return output
@@ -372,6 +373,5 @@ def _taken(x: Tensor, index: Tensor | None) -> Tensor:
 
 def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two softmax averages over disjoint keys, with their log Σ exp, as one over all of them."""
-    lse = torch.logaddexp(a_lse, b_lse)
-    weigh = ((part - lse).exp()[..., None].to(a.dtype) for part in (a_lse, b_lse))
-    return a * next(weigh) + b * next(weigh), lse
+    share = (b_lse - a_lse).sigmoid()  # b's, of the sum of both normalisers
+    return torch.lerp(a, b, share[..., None].to(a.dtype)), torch.logaddexp(a_lse, b_lse)
