@@ -214,6 +214,15 @@ def test_sparse_is_never_more_than_dense_and_all_attention_is_the_baseline(shape
     assert count == pytest.approx(baseline)
 
 
+@pytest.mark.parametrize("menu", [["attention"], ["local", "attention"]])
+def test_the_baseline_of_near_and_far_has_no_window(menu: list[str]) -> None:
+    near = config(operators=[menu] * 2, window=8, sinks=2, attention_context="kept", kv_share=0.25)
+    whole = config(operators=[["attention"]] * 2)
+    for count, length in ((count_flops, 100), (count_decode_flops, 100)):
+        assert count(full_attention(near), length) == count(full_attention(whole), length)
+        assert count(near, length).numbers_kept < count(full_attention(near), length).numbers_kept
+
+
 @given(length=st.integers(1, 5000), share=st.floats(0, 1), context=st.sampled_from(["all", "routed"]))
 def test_a_decoded_token_is_what_the_sequence_grows_by(length: int, share: float, context: str) -> None:
     # With attention alone exactly; where tokens are routed, in the mean over them.

@@ -149,6 +149,12 @@ def test_every_run_is_its_recipe_with_changes_seed_and_folder(write: Callable[..
     assert sweep.runs[2].recipe.trainer.learning_rate == 2e-3
 
 
+def test_a_variant_goes_on_from_another_one_with_its_seed(write: Callable[..., Path]) -> None:
+    sweep = Sweep.load(write(variants={"plain": {}, "on": {"trainer.init_from": "runs/plain/seed-{seed}/model"}}))
+    starts = [run.recipe.trainer.init_from for run in sweep.runs]
+    assert starts == [None, "runs/plain/seed-0/model", None, "runs/plain/seed-1/model"]
+
+
 def test_fields_on_the_command_are_the_common_recipe_s(write: Callable[..., Path]) -> None:
     path = write(variants={"plain": {}, "other": {"trainer.learning_rate": 1e-3}})
     sweep = Sweep.load(path, ["trainer.learning_rate=5e-4", "data.source=python-docs"])

@@ -22,6 +22,7 @@ from chiaroscuro.training.recipe import (
     MixtureSection,
     ScheduleSection,
     TrainerSection,
+    read_yaml,
 )
 
 SMALL: dict[str, Any] = {"model": {"preset": "small"}, "trainer": {"output_dir": "runs/x", "steps": 100}}
@@ -240,6 +241,19 @@ def test_a_mistake_is_one_line_that_names_it(content: dict[str, Any], fragments:
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+
+
+def test_a_merge_key_gives_fields_that_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: &model {preset: small, attention_share: 0.5}\n"
+        "other: {<<: *model, attention_share: 0.1}\n"
+        "twice: {<<: *model, preset: small, preset: small}\n"
+    )
+    with pytest.raises(UserError, match="'preset' is given more than once"):
+        read_yaml(path, "recipe", "")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert read_yaml(path, "recipe", "")["other"] == {"preset": "small", "attention_share": 0.1}
 
 
 @pytest.mark.parametrize(

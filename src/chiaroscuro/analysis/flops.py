@@ -193,6 +193,7 @@ def full_attention(config: ChiarConfig) -> ChiarConfig:
     baseline = copy.deepcopy(config)
     baseline.operators = [["attention"]] * len(config.menus)
     baseline.meta_router = "none"
+    baseline.window, baseline.sinks, baseline.attention_context = None, 0, "all"
     return baseline
 
 

@@ -26,8 +26,8 @@ def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width
         width: d, the width of the white noise that the entropies are compared with.
 
     Returns:
-        `layers` (of each its number, its `operators`, their `share` and the quantiles of the `entropy`),
-        `null_entropy`, and `gate` if there is a MetaRouter.
+        `layers` (of each its number, its `operators`, their `share`, the quantiles of the `entropy` and, where it is
+        decided who is kept, the share that is `kept`), `null_entropy`, and `gate` if there is a MetaRouter.
     """
     layers = [
         {
@@ -35,6 +35,7 @@ def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width
             "operators": list(batches[0].operators),
             "share": _share(batches),
             "entropy": _entropy_quantiles(batches),
+            **_kept(batches),
         }
         for number, batches in enumerate(zip(*(routing for routing, _ in looks), strict=True), start=1)
     ]
@@ -65,6 +66,14 @@ def _share(batches: Sequence[Any]) -> list[float]:
     tokens = torch.stack([(batch.operator_index >= 0).sum() for batch in batches]).float()
     shares = torch.stack([batch.share.detach().float() for batch in batches])
     return (tokens @ shares / tokens.sum().clamp_min(1)).tolist()
+
+
+def _kept(batches: Sequence[Any]) -> dict[str, float]:
+    """The share of the tokens that are kept, the mean over key-value heads; nothing where that is not decided."""
+    if batches[0].kept is None:
+        return {}
+    kept = torch.cat([batch.kept[batch.operator_index >= 0].float().flatten() for batch in batches])
+    return {"kept": kept.mean().item()}
 
 
 def _entropy_quantiles(batches: Sequence[Any]) -> list[float]:

@@ -20,6 +20,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, FittedRouter, Operator, RoutedBlock, Router, ScoreRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
 from chiaroscuro.model.calibration import State, embed_batch, set_thresholds
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.model.modeling import ChiarForCausalLM
@@ -192,6 +193,27 @@ def fit(
             _calibrate(model, given, {place: result.share for place, result in results.items()})
     by_side = {name: {i: result for (side, i), result in results.items() if side == name} for name in ("look", "kept")}
     return FitReport(by_side["look"], by_side["kept"], look, kept)
+
+
+@dataclass(frozen=True)
+class FittedSide:
+    """A side that decides by a fitted score: the config's field of its share, the share, and the score's `hidden`."""
+
+    field: str
+    share: float
+    hidden: int | None
+
+
+def fitted_sides(config: ChiarConfig) -> dict[str, FittedSide]:
+    """The sides of a model that decide by a fitted score, `"look"` and `"kept"`."""
+    sides = {}
+    if config.routed_layers and issubclass(config.router_class, FittedRouter):
+        hidden = split_entry(config.router)[1].get("hidden")
+        sides["look"] = FittedSide("attention_share", config.attention_share, hidden)
+    if config.keeping_layers and issubclass(config.kv_router_class, FittedRouter):
+        hidden = split_entry(config.kv_router)[1].get("hidden")
+        sides["kept"] = FittedSide("kv_share", config.kv_share, hidden)
+    return sides
 
 
 def spread(harms: Sequence[float], mean: float) -> list[float]:

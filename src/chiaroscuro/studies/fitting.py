@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Subset
-
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
@@ -14,12 +12,10 @@ from chiaroscuro.model.fitting import fit
 from chiaroscuro.report.fit_figure import draw_fit
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import save_whole
+from chiaroscuro.training.initial_weights import fit_batches
 
 LONGEST = 1024
 """T where no recipe says one: what is far shows in long sequences."""
-
-ROWS = 4
-"""Sequences at once."""
 
 FIGURES, PICTURE = "fit.json", "fit.png"
 
@@ -72,13 +68,7 @@ def fit_copy(
         collate = PadToLongest(workspace.tokenizer.pad_token_id)
     else:
         named, rows = workspace.blocks(split, length=length, source=source)
-    taken = Subset(rows, range(min(len(rows), max(1, tokens // length))))
-    # Blocks are whole; the rows of a task may be padded.
-    fields = ("input_ids", "attention_mask")
-    batches = [
-        {name: batch[name] for name in fields if name in batch}
-        for batch in DataLoader(taken, batch_size=ROWS, collate_fn=collate)
-    ]
+    batches = fit_batches(rows, min(len(rows), max(1, tokens // length)), collate)
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
     save_whole(output, model, workspace.tokenizer, workspace.recipe)

@@ -1,141 +1,394 @@
-"""Who should look far, and who should be kept to be seen from far: a trained full-attention model, routed afterwards.
+"""docs/near-and-far.md: who should look far, who should be kept to be seen from far, and what it is worth.
 
-    chiaroscuro train FULL.yaml && python -m chiaroscuro.studies.near_and_far RUN [--window 64] [--out RESULTS.json]
+    chiaroscuro sweep recipes/sweeps/reach-text.yaml      # likewise reach-mqar.yaml and reach-passkey.yaml
+    python -m chiaroscuro.studies.near_and_far
 
-The model of the run, of full attention in every layer, is given a window and sinks, and nothing is trained any more. In
-every layer a share of its tokens looks beyond the window, or is kept to be seen from beyond it, or both, as routers of
-each kind decide: by chance, by the spectral entropy, by the norm, and by scores that are fitted on the training split.
-Measured is the loss of each on the validation split against the full model's, on all tokens and on recall tokens, or of
-a task the accuracy; and the attention operations and the cache that are left of full attention's, by count.
+Every finished run of the sweeps is measured on its validation split once: on a text the perplexity of all tokens and of
+recall tokens, in a task the accuracy. Beside it stand the attention scores that the model computes and the numbers that
+its cache holds, counted at the shares that were measured, as parts of full attention's. The figures go to
+experiments/results/near-and-far; those that are there stay, where the runs themselves are not. Then page and pictures
+are written. A verdict is what its rule, which stands beside it, makes of the figures.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, fit
-from chiaroscuro.analysis.classification import evaluate_targets
-from chiaroscuro.analysis.flops import count_flops
-from chiaroscuro.analysis.perplexity import evaluate_blocks
-from chiaroscuro.data.tasks import PadToLongest
+from chiaroscuro.analysis.flops import count_flops, full_attention
+from chiaroscuro.analysis.recall import WINDOW
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import write_text
-from chiaroscuro.model.calibration import calibrate
+from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.report.reach_figure import Point, draw_reach
+from chiaroscuro.studies.evaluation import evaluate
+from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
+from chiaroscuro.studies.sweep import Sweep, SweepRun
 from chiaroscuro.studies.workspace import Workspace
 
-ROUTERS = ("random", "threshold", "norm", "fitted")
-BATCHES, BATCH = 16, 4
-"""What scores are fitted and thresholds set on: batches of so many sequences of the training split."""
+RESULTS = Path("experiments/results/near-and-far")
+PAGE = Path("docs/near-and-far.md")
+IMAGES = Path("docs/images")
+BASELINES = ("full attention", "full attention + conv")
+UNFINISHED = " part"
+"""What the runs that others go on from are called: they have seen fewer tokens, and are not compared."""
+
+MOST_LOST, LEAST_KEPT = 0.02, 0.95
+"""The goal at a quarter on both sides: perplexity at most so much higher, accuracy at least such a part."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Route the model in every way, and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m chiaroscuro.studies.near_and_far", description=__doc__)
-    parser.add_argument("run", help="the folder of a run whose model has full attention in every layer")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--share", type=float, default=0.25, help="that looks, and that is kept")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/near-and-far.json"))
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Metric:
+    """What models are judged by.
+
+    Attributes:
+        key: its name in the figures.
+        title: its name on the page.
+        rises: whether more is better: an accuracy, not a perplexity.
+
+    """
+
+    key: str
+    title: str
+    rises: bool
+
+    def shown(self, found: Estimate) -> str:
+        """A mean, with its spread over several seeds."""
+        scale, unit = (100, "%") if self.rises else (1, "")
+        digits = 1 if self.rises else 2
+        spread = "" if found.sd is None else f" ± {scale * found.sd:.{digits}f}"
+        return f"{scale * found.mean:.{digits}f}{spread}{unit}"
+
+
+PERPLEXITY = Metric("perplexity", "perplexity", rises=False)
+RECALL = Metric("recall_perplexity", "on recall tokens", rises=False)
+ACCURACY = Metric("accuracy", "accuracy", rises=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the sweeps, and what the page says of it."""
+
+    name: str
+    title: str
+    question: str
+    metrics: tuple[Metric, ...]
+
+    @property
+    def sweep(self) -> str:
+        """The sweep's file."""
+        return f"recipes/sweeps/reach-{self.name}.yaml"
+
+    @property
+    def results(self) -> Path:
+        """The figures of its runs."""
+        return RESULTS / f"{self.name}.json"
+
+
+TASKS = (
+    Task(
+        "text",
+        "Text",
+        "WikiText-2 in rows of 1,024 tokens. *Recall tokens* end a pair of tokens that stood earlier in the row, last "
+        f"more than {WINDOW} tokens ago: what a window cannot show.",
+        (PERPLEXITY, RECALL),
+    ),
+    Task(
+        "mqar",
+        "Associative recall",
+        "Pairs of a key and a value, and later some of the keys again, each asking for its value (zoology's "
+        "multi-query associative recall): far attention is all that the task needs.",
+        (ACCURACY,),
+    ),
+    Task(
+        "passkey",
+        "Passkey",
+        "Numbers in a long text of noise, and a question for them at its end (RULER's needles).",
+        (ACCURACY,),
+    ),
+)
+
+
+def main() -> int:
+    """Measure what is not measured yet, and write figures, pictures and page."""
+    console = Console()
     try:
-        figures = study(options.run, options.window, options.sinks, options.share)
-        write_text(options.out, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        found = {task.name: gather(task, console) for task in TASKS}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for task in TASKS:
+        variants = Variants(task, found[task.name])
+        if variants.names:
+            for metric in task.metrics:
+                write_bytes(
+                    IMAGES / _picture(task, metric), draw_reach(points(variants, metric), metric.title, metric.rises)
+                )
+    write_text(PAGE, page(found))
+    console.print(f"wrote {PAGE}")
     return 0
 
 
-def study(run: str, window: int, sinks: int, share: float) -> dict[str, Any]:
-    """The full model and every routed one.
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def gather(task: Task, console: Console) -> dict[str, dict[str, Any]]:
+    """The figures of a sweep's runs, by variant and seed: those that are known, and those of runs measured now.
 
     Raises:
-        UserError: no such run, or its model has something else than full attention in a layer.
+        UserError: the sweep's file or one of its runs can't be read.
 
     """
-    workspace, console = Workspace(run, device="cpu"), Console()
-    full = workspace.model
-    if not isinstance(full, ChiarForCausalLM) or any(menu != ["attention"] for menu in full.config.menus):
-        raise UserError(f"{run}: the study routes a model that has full attention in every layer")
-    batches = list(_batches(workspace))
-    figures: dict[str, Any] = {"run": run, "window": window, "sinks": sinks, "share": share, "models": []}
-    length = workspace.length()
-    whole = count_flops(full.config, length)
-    for sides, router in _variants():
-        model = full if router is None and sides == "full" else route(full, sides, router, window, sinks)
-        if model is not full:
-            look = {"look": share, "both": share, "kept": 1.0, "nobody": 0.0}[sides]
-            kept = {"look": 1.0, "both": share, "kept": share, "nobody": 0.0}[sides]
-            if router == "fitted":
-                model.set_attention_share(look)
-                fit(model, batches, look=None if sides == "kept" else look, kept=None if sides == "look" else kept)
-            else:
-                calibrate(model, batches, look, kv_share=kept if model.kv_thresholds() else None)
-        counted = count_flops(model.config, length)
-        found = {
-            "sides": sides,
-            "router": router,
-            "attention_scores": counted.by_operator["attention scores"] / whole.by_operator["attention scores"],
-            "cache": counted.numbers_kept / whole.numbers_kept,
-            **_measure(workspace, model, window),
+    known = json.loads(task.results.read_text("utf-8")) if task.results.is_file() else {}
+    sweep = Sweep.load(task.sweep)
+    found: dict[str, dict[str, Any]] = {name: known.get(name, {}) for name in sweep.changes}
+    for run in sweep.runs:
+        seed = str(run.seed)
+        if seed in found[run.variant] or run.variant.endswith(UNFINISHED) or not run.is_done():
+            continue
+        found[run.variant][seed] = measure(run)
+        write_text(task.results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        console.print(f"{task.name}, {run.title}: {found[run.variant][seed]}", highlight=False)
+    return found
+
+
+def measure(run: SweepRun) -> dict[str, Any]:
+    """How good a run's model is, whom it routes, and what it costs."""
+    workspace = Workspace(str(run.folder), device="cpu")
+    window = None if workspace.has_targets else WINDOW
+    seen = evaluate(workspace, window=window, batch_size=4 if window else 16)
+    config, length = workspace.config, workspace.length()
+    assert isinstance(config, ChiarConfig)
+    shares = [layer["share"][-1] for layer in seen["layers"] if len(layer["operators"]) > 1]
+    kept = [layer["kept"] for layer in seen["layers"] if "kept" in layer]
+    figures = (
+        {"accuracy": seen["accuracy"], "depths": seen["depths"]}
+        if window is None
+        else {
+            "perplexity": seen["perplexity"],
+            "recall_perplexity": seen["recall"]["perplexity"],
+            "recall_tokens": seen["recall"]["tokens"],
+            "tokens": seen["tokens"],
         }
-        figures["models"].append(found)
-        console.print({name: value for name, value in found.items() if not isinstance(value, list)})
-    return figures
-
-
-def route(full: ChiarForCausalLM, sides: str, router: str | None, window: int, sinks: int) -> ChiarForCausalLM:
-    """The same weights, with the far part routed on the given sides."""
-    fields = full.config.to_dict() | {
-        "operators": [["local", "attention"]] * len(full.config.menus),
-        "window": window,
-        "sinks": sinks,
-        "attention_context": "all" if sides == "look" else "kept",
-        "router": router if router is not None and sides in ("look", "both") else "random",
-        "kv_router": router if router is not None and sides in ("kept", "both") else "random",
+    )
+    return {
+        **figures,
+        "look": mean(shares) if shares else None,
+        "kept": mean(kept) if kept else None,
+        **costs(config, length, mean(shares) if shares else None, mean(kept) if kept else None),
+        "parameters": workspace.model.num_parameters(),
     }
-    model = ChiarForCausalLM(ChiarConfig.from_dict(fields))
-    lacking = model.load_state_dict(full.state_dict(), strict=False)
-    assert not lacking.unexpected_keys and all("router" in name for name in lacking.missing_keys)
-    return model.eval()
 
 
-def _variants() -> Iterator[tuple[str, str | None]]:
-    yield "full", None
-    yield "nobody", None
-    for sides in ("look", "kept", "both"):
-        for router in ROUTERS:
-            yield sides, router
+def costs(config: ChiarConfig, length: int, look: float | None, kept: float | None) -> dict[str, float]:
+    """The attention scores of a forward, and the numbers of the cache, as parts of full attention's, by count."""
+    ours = count_flops(config, length, share=look, kv_share=kept)
+    whole = count_flops(full_attention(config), length)
+    scores = ours.by_operator.get("attention scores", 0.0) / whole.by_operator["attention scores"]
+    return {"scores": scores, "cache": ours.numbers_kept / whole.numbers_kept}
 
 
-def _batches(workspace: Workspace) -> Iterator[dict[str, Tensor]]:
-    """Sequences of the training split."""
-    if workspace.has_targets:
-        _, rows = workspace.target_rows("train")
-        collate = PadToLongest(workspace.tokenizer.pad_token_id)
-        for first in range(0, BATCHES * BATCH * 4, BATCH * 4):
-            batch = collate([rows[i] for i in range(first, first + BATCH * 4)])
-            yield {name: batch[name] for name in ("input_ids", "attention_mask")}
+# ---- comparing ---------------------------------------------------------------------------------------------
+
+
+class Variants:
+    """The variants of a task that have a figure.
+
+    Args:
+        task: the sweep.
+        found: of `gather`.
+
+    """
+
+    def __init__(self, task: Task, found: Mapping[str, Mapping[str, Any]]) -> None:
+        self.task = task
+        self.found = {name: runs for name, runs in found.items() if runs}
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the sweep."""
+        return list(self.found)
+
+    def estimate(self, name: str, key: str) -> Estimate:
+        """A figure's mean over the seeds."""
+        return estimate([run[key] for run in self.found[name].values()])
+
+    def best(self, names: list[str], metric: Metric) -> str | None:
+        """The best of some variants, of those that are done."""
+        done = [name for name in names if name in self.found]
+        order = sorted(done, key=lambda name: self.estimate(name, metric.key).mean, reverse=metric.rises)
+        return order[0] if order else None
+
+    @property
+    def baseline(self) -> str | None:
+        """The best model of full attention, without convolutions."""
+        return self.best([name for name in self.names if family(name) == BASELINES[0]], self.task.metrics[0])
+
+    def against(self, name: str, baseline: str, metric: Metric) -> Estimate | None:
+        """The ratio of perplexities, or the difference of accuracies, over the seeds that both have."""
+        seeds = [seed for seed in self.found[name] if seed in self.found[baseline]]
+        ours, theirs = ([self.found[each][seed][metric.key] for seed in seeds] for each in (name, baseline))
+        if not seeds:
+            return None
+        return compare(ours, theirs) if metric.rises else compare_ratios(ours, theirs)
+
+    def front(self, metric: Metric, cost: str) -> list[str]:
+        """The variants than which no other is both cheaper, or as cheap, and better."""
+        sign = 1 if metric.rises else -1
+        at = {n: (self.estimate(n, cost).mean, sign * self.estimate(n, metric.key).mean) for n in self.names}
+        return [
+            name
+            for name, (price, worth) in at.items()
+            if not any(p <= price and w >= worth and (p, w) != (price, worth) for p, w in at.values())
+        ]
+
+
+def family(name: str) -> str:
+    """What a variant has in common with others: its name up to the comma."""
+    return name.partition(",")[0]
+
+
+def points(variants: Variants, metric: Metric) -> list[Point]:
+    """What the picture shows."""
+    fronts = {cost: variants.front(metric, cost) for cost in ("scores", "cache")}
+    found = []
+    for name in variants.names:
+        value = variants.estimate(name, metric.key)
+        found.append(
+            Point(
+                name=name,
+                family=family(name),
+                costs={cost: variants.estimate(name, cost).mean for cost in fronts},
+                value=value.mean,
+                spread=value.sd or 0.0,
+                best={cost: name in front for cost, front in fronts.items()},
+            )
+        )
+    return found
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Near and far: the study
+
+Written by `python -m chiaroscuro.studies.near_and_far` from `experiments/results/near-and-far/`; do not edit.
+
+In a layer whose tokens all see their [window](concepts/near-and-far.md), some **look** beyond it, or some are **kept**
+to be seen from beyond it, or both, a quarter of them each. Who does is decided by chance (`random`), by the spectral
+entropy (`H`), by a score that is trained along (`learned`), or by one that was [fitted](how-to/fit.md) on the
+full-attention model before (`fitted`). The routed models begin with the weights of a full-attention model that has seen
+a part of the tokens. In the first half of the rest their shares fall from 1 to a quarter.
+
+The controls: full attention, from the start to the end and trained on from the same weights; **local** attention alone;
+**static** hybrids, in which every third or every sixth layer has full attention and the others see their window; a
+**convolution** over four tokens in every layer, or in the place of attention; and the paper's choice of dct or
+attention. All of a task have the same depth and width and see the same number of tokens.
+
+*Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full attention's,
+counted at the shares measured. A mean of several seeds has its standard deviation; the differences from the best full
+attention without convolutions are paired by seed, with their 95% interval. Bold names are on a front: no other variant
+is better at the same or a lower cost, in scores (s) or in cache (c).
+"""
+
+
+def page(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The page, as Markdown."""
+    parts = [INTRODUCTION]
+    for task in TASKS:
+        parts += [f"## {task.title}", "", task.question, "", f"`chiaroscuro sweep {task.sweep}`", ""]
+        parts += section(Variants(task, found[task.name]))
+    return "\n".join(parts)
+
+
+def section(variants: Variants) -> list[str]:
+    """The table of a task, its pictures, and what it says of the goal."""
+    baseline = variants.baseline
+    if baseline is None:
+        return ["Not measured yet.", ""]
+    metrics = variants.task.metrics
+    main = metrics[0]
+    fronts = {cost: variants.front(main, cost) for cost in ("scores", "cache")}
+    head = ["", *(title for metric in metrics for title in (metric.title, f"against {baseline}"))]
+    head += ["scores", "cache", "look", "kept", "seeds"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name in variants.names:
+        where = "".join(cost[0] for cost, front in fronts.items() if name in front)
+        cells = [f"**{name}** ({where})" if where else name]
+        for metric in metrics:
+            cells += [metric.shown(variants.estimate(name, metric.key)), _against(variants, name, baseline, metric)]
+        cells += [f"{variants.estimate(name, cost).mean:.2f}" for cost in ("scores", "cache")]
+        runs = list(variants.found[name].values())
+        cells += [
+            f"{mean(r[side] for r in runs):.2f}" if runs[0][side] is not None else "" for side in ("look", "kept")
+        ]
+        lines.append(_row([*cells, str(len(runs))]))
+    pictures = [f"![{variants.task.title}: {m.title} over cost](images/{_picture(variants.task, m)})" for m in metrics]
+    return [*lines, "", *(line for picture in pictures for line in (picture, "")), *verdicts(variants, baseline), ""]
+
+
+def verdicts(variants: Variants, baseline: str) -> list[str]:
+    """Whether the goal is reached, and how a quarter on both sides stands against static hybrids."""
+    metric = variants.task.metrics[0]
+    ours = variants.best([name for name in variants.names if family(name) == "both"], metric)
+    if ours is None:
+        return ["A quarter on both sides is not measured yet."]
+    value, whole = (variants.estimate(name, metric.key).mean for name in (ours, baseline))
+    if metric.rises:
+        part = value / whole
+        reached = "reached" if part >= LEAST_KEPT else "**not reached**"
+        goal = f"at least {LEAST_KEPT:.0%} of full attention's accuracy: {part:.1%} ({ours}), {reached}"
     else:
-        _, blocks = workspace.blocks("train")
-        chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[: BATCHES * BATCH]
-        for some in chosen.split(BATCH):
-            yield {"input_ids": torch.stack([blocks[int(i)]["input_ids"] for i in some])}
+        more = value / whole - 1
+        reached = "reached" if more <= MOST_LOST else "**not reached**"
+        goal = f"at most {MOST_LOST:.0%} more perplexity than full attention: {more:+.1%} ({ours}), {reached}"
+    lines = [f"- The goal at a quarter on both sides, {goal}."]
+    for name in (name for name in variants.names if family(name) == "static"):
+        theirs = variants.estimate(name, metric.key).mean
+        better = value > theirs if metric.rises else value < theirs
+        costs_ = {
+            each: " and ".join(
+                f"{variants.estimate(each, cost).mean:.2f} of the {cost}" for cost in ("scores", "cache")
+            )
+            for each in (ours, name)
+        }
+        shown = " against ".join(metric.shown(variants.estimate(each, metric.key)) for each in (ours, name))
+        lines.append(
+            f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {costs_[ours]} against "
+            f"{costs_[name]}."
+        )
+    chance = [name for name in variants.names if family(name) == "both" and name.endswith("random")]
+    if chance and (found := variants.against(ours, chance[0], metric)) is not None and ours != chance[0]:
+        lines.append(f"- Against chance on both sides: {_difference(found, metric)}.")
+    return lines
 
 
-def _measure(workspace: Workspace, model: ChiarForCausalLM, window: int) -> dict[str, Any]:
-    if workspace.has_targets:
-        _, rows = workspace.target_rows("validation")
-        return evaluate_targets(model, rows, PadToLongest(workspace.tokenizer.pad_token_id), batch_size=32).figures()
-    _, blocks = workspace.blocks("validation")
-    return evaluate_blocks(model, blocks, batch_size=4, window=window).figures()
+def _against(variants: Variants, name: str, baseline: str, metric: Metric) -> str:
+    if name == baseline:
+        return "–"
+    found = variants.against(name, baseline, metric)
+    return "" if found is None else _difference(found, metric)
+
+
+def _difference(found: Estimate, metric: Metric) -> str:
+    """A difference of accuracies in points, or the part by which a perplexity is higher."""
+    shift = 0.0 if metric.rises else 1.0
+    middle, *ends = (None if x is None else 100 * (x - shift) for x in (found.mean, found.low, found.high))
+    unit = " points" if metric.rises else "%"
+    interval = "" if ends[0] is None else f" ({ends[0]:+.1f} to {ends[1]:+.1f})"
+    return f"{middle:+.1f}{unit}{interval}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _picture(task: Task, metric: Metric) -> str:
+    return f"near-and-far-{task.name}{'' if metric is task.metrics[0] else '-recall'}.png"
 
 
 if __name__ == "__main__":

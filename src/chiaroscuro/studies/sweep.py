@@ -14,6 +14,9 @@
 These are five variants: `full-attention`, `attention_context=all,learning_rate=0.001`, and so on. The grid changes the
 recipe as it is; `variants` are not crossed with it. The sweep itself sets `trainer.seed` and `trainer.output_dir`.
 
+`{seed}` in `trainer.init_from` and `tokenizer` stands for the run's seed, so that a variant can go on from another one,
+which comes before it in the file: `trainer.init_from: runs/sweeps/routers/full-attention/seed-{seed}`.
+
 Every run is a process of its own, `chiaroscuro train`, so a failure doesn't affect the others. Finished runs are not
 repeated and interrupted ones are resumed: to resume a sweep, start it again. The first seed of all variants comes
 before the second of any, so the tables of a half-finished sweep already compare all variants.
@@ -261,6 +264,9 @@ def _run(file: SweepFile, recipe: Mapping[str, Any], variant: str, changes: Mapp
     try:
         for name, value in copy.deepcopy(dict(changes)).items():
             set_field(content, name, value)
+        for section, name in ((content, "tokenizer"), (content.get("trainer"), "init_from")):
+            if isinstance(section, dict) and isinstance(section.get(name), str):
+                section[name] = section[name].replace("{seed}", str(seed))
         set_field(content, "trainer.seed", seed)
         set_field(content, "trainer.output_dir", str(Path(file.output_dir) / variant / f"seed-{seed}"))
         checked = Recipe.from_dict(content)

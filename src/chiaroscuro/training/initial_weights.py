@@ -1,16 +1,21 @@
-"""Start a run from the weights of a trained model, whose routing may be another."""
+"""Start a run from the weights of a trained model, whose routing may be another, with scores fitted beforehand."""
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from statistics import mean
+from typing import Any, cast
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RoutedBlock, Router, ScoreRouter
 from chiaroscuro.layers.operator import hosts
+from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.config import ChiarConfig
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.fitting import fit, fitted_sides
+from chiaroscuro.model.loading import find_checkpoint, load_checkpoint, load_checkpoint_tokenizer
 
 MAY_DIFFER = frozenset(
     {
@@ -69,7 +74,7 @@ def load_weights(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokeniz
     if type(saved) is not type(model):
         raise UserError(f"{place} is a {type(saved).__name__}, and the recipe's model a {type(model).__name__}")
     if theirs.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{place} was trained with another tokenizer; set tokenizer: {name}")
+        raise UserError(f"{place} was trained with another tokenizer; set tokenizer: {find_checkpoint(name)}")
     for field in _fields(model):
         then, now = getattr(saved.config, field), getattr(model.config, field)
         if then != now:
@@ -146,3 +151,44 @@ def _take_over(router: Router, other: Router) -> None:
         ours.set_fixed()
     elif not theirs.running or theirs.share != ours.share:
         ours.set_share(ours.share)
+
+
+def fit_scores(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> str:
+    """Fit the scores of the sides that decide by one, at the model's own shares.
+
+    Args:
+        model: A language model with trained weights. Changed in place.
+        batches: As of `fit_batches`.
+
+    Returns:
+        How well they foretell, in one line.
+
+    Raises:
+        UserError: as `chiaroscuro.fit`.
+
+    """
+    if not isinstance(model, ChiarForCausalLM):
+        raise UserError(f"fit needs a language model, and the recipe's is a {type(model).__name__}; remove fit")
+    found = []
+    # One side at a time, since each has a width of its own.
+    for name, side in fitted_sides(model.config).items():
+        report = fit(model, batches, hidden=side.hidden, **cast(Any, {name: side.share}))
+        correlation = mean(layer.rank_correlation for layer in getattr(report, name).values())
+        found.append(f"{name} {correlation:.2f}")
+    return f"fitted scores: mean rank correlation with their targets {', '.join(found)}"
+
+
+FIT_ROWS = 4
+"""Sequences that a score is fitted on at once."""
+
+
+def fit_batches(
+    rows: Dataset[Any], count: int, collate: Callable[[Any], dict[str, Any]] | None = None
+) -> list[dict[str, Tensor]]:
+    """The first `count` rows, as batches to fit on."""
+    taken = Subset(rows, range(count))
+    fields = ("input_ids", "attention_mask")
+    return [
+        {name: batch[name] for name in fields if name in batch}
+        for batch in DataLoader(taken, batch_size=FIT_ROWS, collate_fn=collate)
+    ]

@@ -1,10 +1,10 @@
 """A training run, described by one page of YAML.
 
 A recipe has the sections `model`, `data`, `tokenizer` and `trainer`; `mixture` if other tasks are learned beside a
-text; `calibration` if the thresholds are not to come from where the model's configuration says; `schedule` if the
-share of attention is to change while the model trains; and `distill` if it is to learn from its full-attention self. A
-field that is left out has its default, and an unknown field is an error that names it. `section.field=value` on the
-command line changes one field.
+text; `calibration` if the thresholds are not to come from where the model's configuration says; `fit` if scores are to
+be fitted before the first step; `schedule` if the share of attention is to change while the model trains; and `distill`
+if it is to learn from its full-attention self. A field that is left out has its default, and an unknown field is an
+error that names it. `section.field=value` on the command line changes one field.
 
 Two of YAML's traps are closed here. A key that is given twice is refused, where YAML would let the later one win; and a
 number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
@@ -26,6 +26,7 @@ from chiaroscuro.data.tasks import ClassificationTask, Task, TextTask, make_task
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.training.schedule import Course, Draws, Ramp
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
@@ -290,6 +291,16 @@ class DistillSection(Section):
         return self.weight * self.temperature**2
 
 
+class FitSection(Section):
+    """Fit the scores before the first step, with the weights of `trainer.init_from`.
+
+    Those of each side whose router is `fitted`, at the model's own share of it, on the first `tokens` tokens of the
+    training split; see `chiaroscuro.fit`.
+    """
+
+    tokens: Count = 65536
+
+
 class Recipe(Section):
     """Everything a training run needs to know. Read one with [`Recipe.load`][]."""
 
@@ -304,6 +315,7 @@ class Recipe(Section):
     calibration: CalibrationSection | None = None
     schedule: ScheduleSection | None = None
     distill: DistillSection | None = None
+    fit: FitSection | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -358,6 +370,7 @@ class Recipe(Section):
             config = self._chiar_config(self.model, vocab_size, thresholds)
             self._refuse_impossible_schedule(config)
             self._refuse_impossible_distillation(config)
+            self._refuse_impossible_fit(config)
         read = {"data": self.data}
         if self.mixture is not None:
             read |= {f"mixture.tasks.{name}": data for name, data in self.mixture.tasks.items()}
@@ -425,6 +438,8 @@ class Recipe(Section):
             raise UserError("schedule changes a share of routed tokens, of which model.architecture: llama has none")
         if self.distill is not None:
             raise UserError("distill learns from what routing leaves out, and model.architecture: llama routes nothing")
+        if self.fit is not None:
+            raise UserError("fit learns who is to be routed, and model.architecture: llama routes nothing; remove it")
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(
                 f"data.task={self.data.task!r} with model.architecture: llama, which is here a language model alone; "
@@ -526,6 +541,24 @@ class Recipe(Section):
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(f"distill with data.task={self.data.task!r}: only predictions of tokens are distilled")
 
+    def _refuse_impossible_fit(self, config: ChiarConfig) -> None:
+        if self.fit is None:
+            return
+        if self.trainer.init_from is None:
+            raise UserError(
+                "fit without trainer.init_from: scores are fitted on a trained model; name it, or remove fit"
+            )
+        if not (sides := fitted_sides(config)):
+            raise UserError(
+                f"fit with router={config.router!r} and kv_router={config.kv_router!r}: no layer decides by a fitted "
+                "score; set model.router or model.kv_router to fitted, or remove fit"
+            )
+        if isinstance(self.data.build_task(), ClassificationTask):
+            raise UserError(f"fit with data.task={self.data.task!r}: only the scores of a language model are fitted")
+        for side in sides.values():
+            if not 0 < side.share < 1:
+                raise UserError(f"fit with {side.field}={side.share}: must be more than 0 and less than 1; change it")
+
     def courses(self, steps: int) -> dict[str, Course]:
         """The shares that change in a run, by the model's field.
 
@@ -577,7 +610,7 @@ class Recipe(Section):
         """The recipe that trains the baseline of `calibration.method: paper`."""
         layers = self.build_config(vocab_size=256, thresholds=(0.0, 1.0)).num_hidden_layers
         content = self._content()
-        for section in ("calibration", "distill"):
+        for section in ("calibration", "distill", "fit"):
             content.pop(section, None)
         content["model"] |= {
             "operators": [["attention"]] * (layers or 0),
@@ -633,11 +666,15 @@ class Recipe(Section):
 # ---- YAML --------------------------------------------------------------------------------------------------
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which takes 2e-3 for a number and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # A merge key, `<<: *common`, may come to give a field again: what stands beside it is to win.
+        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         for name in names:
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(

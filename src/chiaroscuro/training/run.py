@@ -46,7 +46,7 @@ from chiaroscuro.training.checkpoints import (
     refuse_foreign_scratch,
     scratch_in,
 )
-from chiaroscuro.training.initial_weights import load_weights
+from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records, write_records
@@ -150,6 +150,9 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
     model = _build_model(recipe, objective, baseline)
     if checkpoint is None and recipe.trainer.init_from is not None:
         load_weights(model, recipe.trainer.init_from, objective.tokenizer)
+        if recipe.fit is not None:
+            count = min(len(rows), max(1, recipe.fit.tokens // recipe.data.sequence_length))
+            say(fit_scores(model, fit_batches(objective.train, count, objective.collate)))
     finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
         if finished:

@@ -1,0 +1,118 @@
+"""A run whose scores are fitted before its first step. The oracle is `fit` on the loaded model, with the same rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_initial_weights import FROZEN, FULL, Stage, initial, stage  # noqa: F401
+from test_recipe import LLAMA, SMALL, with_changes
+from test_schedule import REACH
+from test_train import assert_same_bits, break_off, interrupt_at
+
+from chiaroscuro import ChiarForCausalLM, fit
+from chiaroscuro.data import default_cache_dir
+from chiaroscuro.errors import UserError
+from chiaroscuro.training import Recipe, TrainingInterrupted
+from chiaroscuro.training.initial_weights import fit_batches
+from chiaroscuro.training.objectives import load_objective
+
+FITTED = REACH | {
+    "meta_router": "none",
+    "operators": [["local", "attention"]] * 3,
+    "router": "fitted",
+    "kv_router": {"fitted": {"hidden": 6}},
+    "attention_share": 0.4,
+    "kv_share": 0.3,
+}
+
+
+@pytest.fixture
+def asked(stage: Stage) -> dict[str, Any]:  # noqa: F811
+    full = stage("full", model=FULL)
+    return {"model": FITTED, "trainer__init_from": str(full.folder), "fit": {"tokens": 640}}
+
+
+def scores(model: ChiarForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".fitted." in name}
+
+
+def test_the_scores_are_those_of_a_fit_at_the_model_s_shares(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F811
+    begun = initial(stage, "begun", **asked)
+    fields = {name: value for name, value in FITTED.items() if "router" not in name}
+    oracle = ChiarForCausalLM.from_pretrained(
+        Path(asked["trainer__init_from"]) / "model", **fields, router="random", kv_router="random"
+    )
+    recipe = Recipe.load(Path(asked["trainer__init_from"]) / "recipe.yaml")
+    objective = load_objective(recipe, default_cache_dir())
+    batches = fit_batches(objective.train, 640 // recipe.data.sequence_length, objective.collate)
+    assert sum(batch["input_ids"].numel() for batch in batches) == 640
+    fit(oracle, batches, look=0.4)
+    fit(oracle, batches, kept=0.3, hidden=6)
+    ours, theirs = scores(begun), scores(oracle)
+    assert len(ours) == 3 * (2 + 4) and ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=name)
+        assert tensor.any(), name
+    for one, other in zip(
+        [*begun.thresholds().values(), *begun.kv_thresholds().values()],
+        [*oracle.thresholds().values(), *oracle.kv_thresholds().values()],
+        strict=True,
+    ):
+        assert one.calibrated
+        torch.testing.assert_close(one.values, other.values)
+
+
+def test_no_step_changes_a_score_and_no_resume_fits_again(
+    stage: Stage,  # noqa: F811
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = scores(initial(stage, "begun", **asked))
+    whole = stage("whole", **asked)
+    for name, tensor in scores(ChiarForCausalLM.from_pretrained(whole.model)).items():
+        assert torch.equal(tensor, begun[name])
+    interrupt_at(monkeypatch, 7, break_off)
+    with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+        stage("broken", **asked)
+    shutil.rmtree(asked["trainer__init_from"])
+    assert_same_bits(whole.model, stage("broken", resume=True, **asked).model)
+
+
+def test_one_side_alone(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F811
+    asked["model"] = FITTED | {"router": "random"}
+    found = ChiarForCausalLM.from_pretrained(stage("kept", **asked, **FROZEN).model)
+    assert {name.split(".fitted.")[0].rpartition(".")[2] for name in scores(found)} == {"kv_router"}
+
+
+TRAINER = {**SMALL["trainer"], "init_from": "runs/full"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (with_changes(model=FITTED, fit={}), "fit without trainer.init_from"),
+        (with_changes(model=FITTED, fit={"tokens": 0}, trainer=TRAINER), "fit.tokens=0: input should be greater"),
+        (with_changes(model=FITTED, fit={"token": 9}, trainer=TRAINER), "unknown field; did you mean 'tokens'?"),
+        (with_changes(model=FITTED | {"router": "H"}, fit={}, trainer=TRAINER), "router='H'"),
+        (
+            with_changes(model=FITTED | {"router": "norm", "kv_router": "norm"}, fit={}, trainer=TRAINER),
+            "no layer decides by a fitted score",
+        ),
+        (
+            with_changes(model=FITTED | {"kv_share": 1.0}, fit={}, trainer=TRAINER),
+            "fit with kv_share=1.0: must be more than 0 and less than 1",
+        ),
+        (with_changes(model=LLAMA, fit={}, trainer=TRAINER), "model.architecture: llama routes nothing"),
+        (
+            with_changes(model=FITTED, data={"task": "imdb"}, fit={}, trainer=TRAINER),
+            "only the scores of a language model are fitted",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Recipe.from_dict(content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
