@@ -64,10 +64,16 @@ def depths_table(depths: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) -> Table:
-    """A row per layer: the share of each operator and the quantiles of H; the last row is white noise."""
-    table = Table("layer", "share per operator", "H 5 / 50 / 95 %", box=None)
+    """A row per layer: the share of each operator, the quantiles of H, and of some the share that is kept.
+
+    The last row is white noise.
+    """
+    layers = list(layers)
+    keeps = any("kept" in layer for layer in layers)
+    table = Table("layer", "share per operator", "H 5 / 50 / 95 %", *(_right("kept") if keeps else []), box=None)
     for layer in layers:
-        table.add_row(str(layer["layer"]), shares(layer["operators"], layer["share"]), three(layer["entropy"]))
+        kept = [f"{layer['kept']:.1%}"] if "kept" in layer else []
+        table.add_row(str(layer["layer"]), shares(layer["operators"], layer["share"]), three(layer["entropy"]), *kept)
     table.add_row("null", "white noise of the same width", three(null), style="dim")
     return table
 

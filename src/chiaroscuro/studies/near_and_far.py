@@ -102,13 +102,15 @@ TASKS = (
         "mqar",
         "Associative recall",
         "Pairs of a key and a value, and later some of the keys again, each asking for its value (zoology's "
-        "multi-query associative recall): far attention is all that the task needs.",
+        "multi-query associative recall): far attention is all that the task needs. All models, the hybrids too, go on "
+        "from one of full attention that has learned the task.",
         (ACCURACY,),
     ),
     Task(
         "passkey",
         "Passkey",
-        "Numbers in a long text of noise, and a question for them at its end (RULER's needles).",
+        "A number of four digits in a long text of noise, and a question for it at the end (RULER's single needle). "
+        "All models, the hybrids too, go on from one of full attention that has learned the task.",
         (ACCURACY,),
     ),
 )
@@ -282,7 +284,8 @@ In a layer whose tokens all see their [window](concepts/near-and-far.md), some *
 to be seen from beyond it, or both, a quarter of them each. Who does is decided by chance (`random`), by the spectral
 entropy (`H`), by a score that is trained along (`learned`), or by one that was [fitted](how-to/fit.md) on the
 full-attention model before (`fitted`). The routed models begin with the weights of a full-attention model that has seen
-a part of the tokens. In the first half of the rest their shares fall from 1 to a quarter.
+a part of the tokens, and so does what is *trained on*. In the first half of the rest their shares fall from 1 to a
+quarter.
 
 The controls: full attention, from the start to the end and trained on from the same weights; **local** attention alone;
 **static** hybrids, in which every third or every sixth layer has full attention and the others see their window; a
