@@ -33,7 +33,6 @@ from chiaroscuro.studies.workspace import Workspace
 
 RESULTS = Path("experiments/results/near-and-far")
 PAGE = Path("docs/near-and-far.md")
-IMAGES = Path("docs/images")
 BASELINES = ("full attention", "full attention + conv")
 UNFINISHED = " part"
 """What the runs that others go on from are called: they have seen fewer tokens, and are not compared."""
@@ -129,7 +128,7 @@ def main() -> int:
         if variants.names:
             for metric in task.metrics:
                 write_bytes(
-                    IMAGES / _picture(task, metric), draw_reach(points(variants, metric), metric.title, metric.rises)
+                    RESULTS / _picture(task, metric), draw_reach(points(variants, metric), metric.title, metric.rises)
                 )
     write_text(PAGE, page(found))
     console.print(f"wrote {PAGE}")
@@ -330,7 +329,9 @@ def section(variants: Variants) -> list[str]:
             f"{mean(r[side] for r in runs):.2f}" if runs[0][side] is not None else "" for side in ("look", "kept")
         ]
         lines.append(_row([*cells, str(len(runs))]))
-    pictures = [f"![{variants.task.title}: {m.title} over cost](images/{_picture(variants.task, m)})" for m in metrics]
+    pictures = [
+        f"![{variants.task.title}: {m.title} over cost](../{RESULTS / _picture(variants.task, m)})" for m in metrics
+    ]
     return [*lines, "", *(line for picture in pictures for line in (picture, "")), *verdicts(variants, baseline), ""]
 
 
@@ -391,7 +392,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _picture(task: Task, metric: Metric) -> str:
-    return f"near-and-far-{task.name}{'' if metric is task.metrics[0] else '-recall'}.png"
+    return f"{task.name}{'' if metric is task.metrics[0] else '-recall'}.png"
 
 
 if __name__ == "__main__":
