@@ -168,3 +168,11 @@ def test_what_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert near_and_far.main() == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_the_page_is_made_of_the_committed_figures() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = {task.name: json.loads((root / task.results).read_text("utf-8")) for task in TASKS}
+    assert (root / near_and_far.PAGE).read_text("utf-8") == page(found)
+    for task in TASKS:
+        assert list(found[task.name]) == list(near_and_far.Sweep.load(root / task.sweep).changes)

@@ -91,10 +91,10 @@ def _draw(axes: Axes, points: Sequence[Point], families: Sequence[str], cost: st
             elinewidth=0.8,
             zorder=2,
         )
-    for point in points:
-        if point.best[cost]:
-            where = (point.costs[cost], point.value)
-            axes.annotate(point.name, where, (4, 5), textcoords="offset points", fontsize=7, color=INK)
+    for number, point in enumerate(sorted((p for p in points if p.best[cost]), key=lambda p: (p.costs[cost], p.value))):
+        # Neighbours on the front are labelled in turn above and below.
+        where, offset = (point.costs[cost], point.value), (4, -11 if number % 2 else 5)
+        axes.annotate(point.name, where, offset, textcoords="offset points", fontsize=7, color=INK)
     axes.grid(color=GRID, linewidth=0.4)
     axes.set_xlim(left=0)
     if rises:
