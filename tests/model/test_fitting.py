@@ -6,6 +6,7 @@ Oracle: scipy's rank correlation, and the model's own targets on tokens that it 
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, calibrate, fit
-from chiaroscuro.layers import SelfAttention
+from chiaroscuro.layers import Context, SelfAttention
 from chiaroscuro.model.fitting import rank_correlation, spread, top_recall
 from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.ops.attention import rotate
 
 VOCABULARY, WIDTH, TIME = 60, 16, 96
 MENUS = [["local", "attention"]] * 2
@@ -77,6 +79,36 @@ def test_recall_counts_the_true_top() -> None:
 
 
 # The fit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_targets_are_what_the_attention_weights_say(padded: bool) -> None:
+    """Oracle: the weights of every pair, one by one, and an output without those from beyond the window."""
+    model = build()
+    attention, window, sinks = model.trunk.blocks[0].units[0].operator, 6, 1
+    x, time, skipped = torch.randn(1, 30, WIDTH), 30, 11 if padded else 0
+    mask = (torch.arange(time) >= skipped)[None]
+    context = Context(attention_mask=mask if padded else None)
+    look, received = attention.reach_targets(x, context)
+    q, k, v = (getattr(attention, f"{n}_proj")(x[0]).unflatten(-1, (-1, 4)).transpose(0, 1) for n in "qkv")
+    turn = attention._rotary(x, context)
+    q, k = (rotate(y[None], turn)[0] for y in (q, k))
+    outputs = torch.zeros(2, time, 4, 4)  # with all, and with what is near alone
+    largest = torch.zeros(time, 2)
+    for head in range(4):
+        for i in range(skipped, time):
+            scores = {j: float(q[head, i] @ k[head // 2, j]) / 2 for j in range(skipped, i + 1)}
+            weights = {j: math.exp(score) for j, score in scores.items()}
+            near = {j: w for j, w in weights.items() if i - j < window or j - skipped < sinks}
+            for which, part in enumerate((weights, near)):
+                whole = sum(part.values())
+                outputs[which, i, head] = sum(w / whole * v[head // 2, j] for j, w in part.items())
+            for j in weights.keys() - near.keys():
+                largest[j, head // 2] = max(float(largest[j, head // 2]), weights[j] / sum(weights.values()))
+    torch.testing.assert_close(received[0], largest, atol=1e-5, rtol=1e-4)
+    moved = attention.out_proj((outputs[0] - outputs[1]).flatten(1)) - attention.out_proj(torch.zeros(4 * 4))
+    torch.testing.assert_close(look[0], moved.norm(dim=-1) / x[0].norm(dim=-1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -67,6 +67,8 @@ def test_the_goal_is_reached_or_not_by_its_rule() -> None:
         assert verdict in written(exact | {"both, random": {"0": run(0.1)}, "both, fitted": {"0": run(value)}}, "mqar")
     assert "A quarter on both sides is not measured yet." in written(full)
     assert written({}).count("Not measured yet.") == len(TASKS)
+    assert "Not run yet: look, H; kept, H." in written(full | {"look, H": {}, "kept, H": {}, "x, first part": {}})
+    assert "Not run yet" not in written(full)
 
 
 def test_the_hybrids_are_held_against_the_best_of_both_sides() -> None:

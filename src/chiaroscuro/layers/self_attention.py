@@ -301,8 +301,8 @@ class SelfAttention(Operator):
 
         Returns:
             look: ‖o_i − o'_i‖ / ‖x_i‖, with o the output of token i, o' that of what is near alone, and x the layer's
-            input. kept: the attention that token j receives from beyond its window, the mean over those who could give
-            it and over the heads of a group; 0 where nobody could. Both are 0 at padding.
+            input. kept: the largest attention that a token gives to token j from beyond its window, in any head of a
+            group; 0 where nobody could. Both are 0 at padding.
 
         """
         real = context.real(x.shape[1])
@@ -326,8 +326,8 @@ class SelfAttention(Operator):
             nearby = inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
             moved = ((weights - nearby).to(value.dtype) @ value[row]).flatten(0, 1).transpose(0, 1).flatten(1)
             look[row] = F.linear(moved, self.out_proj.weight).float().norm(dim=-1) / given[row]
-            able = (seen & ~near & real[row, :, None]).sum(0).clamp(min=1)
-            received.append((beyond * real[row, :, None]).sum(-2).mean(1).transpose(0, 1) / able[:, None])
+            # The largest and not the mean: a needle that one question asks for is small in a mean over all that follow.
+            received.append((beyond * real[row, :, None]).amax((1, 2)).transpose(0, 1))
         return look * real, torch.stack(received)
 
     @property

@@ -131,9 +131,9 @@ def fit(
     """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
 
     The target of who looks is log ‖o − o'‖ / ‖x‖: how much of a layer's output hangs on what lies beyond the window, of
-    the tokens that have something there. The target of who is kept is the logarithm of the attention that a token goes
-    on to receive from beyond its window. Both are measured with everybody looking and everybody kept. The score is a
-    ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Routers of other
+    the tokens that have something there. The target of who is kept is the logarithm of the largest attention that any
+    later token gives it from beyond its window. Both are measured with everybody looking and everybody kept. The score
+    is a ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Routers of other
     kinds make way for `"fitted"` ones. Then the thresholds are calibrated at the shares, on the same batches.
 
     Args:

@@ -209,6 +209,7 @@ class Variants:
     def __init__(self, task: Task, found: Mapping[str, Mapping[str, Any]]) -> None:
         self.task = task
         self.found = {name: runs for name, runs in found.items() if runs}
+        self.missing = [name for name, runs in found.items() if not runs and not name.endswith(UNFINISHED)]
 
     @property
     def names(self) -> list[str]:
@@ -332,7 +333,9 @@ def section(variants: Variants) -> list[str]:
     pictures = [
         f"![{variants.task.title}: {m.title} over cost](../{RESULTS / _picture(variants.task, m)})" for m in metrics
     ]
-    return [*lines, "", *(line for picture in pictures for line in (picture, "")), *verdicts(variants, baseline), ""]
+    missing = [f"Not run yet: {'; '.join(variants.missing)}.", ""] if variants.missing else []
+    shown = [line for picture in pictures for line in (picture, "")]
+    return [*lines, "", *missing, *shown, *verdicts(variants, baseline), ""]
 
 
 def verdicts(variants: Variants, baseline: str) -> list[str]:
