@@ -28,10 +28,22 @@ FITTED = REACH | {
 }
 
 
+ROWS = {
+    "task": "mqar",
+    "sequence_length": 64,
+    "length": 64,
+    "pairs": 8,
+    "vocabulary": 32,
+    "train_examples": 64,
+    "heldout_examples": 8,
+}
+
+
 @pytest.fixture
 def asked(stage: Stage) -> dict[str, Any]:  # noqa: F811
-    full = stage("full", model=FULL)
-    return {"model": FITTED, "trainer__init_from": str(full.folder), "fit": {"tokens": 640}}
+    full = stage("full", model=FULL, data=ROWS, tokenizer="words")
+    asked = {"trainer__init_from": str(full.folder), "fit": {"tokens": 1024}, "data": ROWS, "tokenizer": "words"}
+    return {"model": FITTED, **asked}
 
 
 def scores(model: ChiarForCausalLM) -> dict[str, torch.Tensor]:
@@ -46,8 +58,8 @@ def test_the_scores_are_those_of_a_fit_at_the_model_s_shares(stage: Stage, asked
     )
     recipe = Recipe.load(Path(asked["trainer__init_from"]) / "recipe.yaml")
     objective = load_objective(recipe, default_cache_dir())
-    batches = fit_batches(objective.train, 640 // recipe.data.sequence_length, objective.collate)
-    assert sum(batch["input_ids"].numel() for batch in batches) == 640
+    batches = fit_batches(objective.train, 1024 // recipe.data.sequence_length, objective.collate)
+    assert sum(batch["input_ids"].numel() for batch in batches) == 1024
     fit(oracle, batches, look=0.4)
     fit(oracle, batches, kept=0.3, hidden=6)
     ours, theirs = scores(begun), scores(oracle)
@@ -61,7 +73,7 @@ def test_the_scores_are_those_of_a_fit_at_the_model_s_shares(stage: Stage, asked
         strict=True,
     ):
         assert one.calibrated
-        torch.testing.assert_close(one.values, other.values)
+        torch.testing.assert_close(one.values, other.values, atol=1e-3, rtol=1e-3)
 
 
 def test_no_step_changes_a_score_and_no_resume_fits_again(
@@ -95,7 +107,7 @@ TRAINER = {**SMALL["trainer"], "init_from": "runs/full"}
         (with_changes(model=FITTED, fit={}), "fit without trainer.init_from"),
         (with_changes(model=FITTED, fit={"tokens": 0}, trainer=TRAINER), "fit.tokens=0: input should be greater"),
         (with_changes(model=FITTED, fit={"token": 9}, trainer=TRAINER), "unknown field; did you mean 'tokens'?"),
-        (with_changes(model=FITTED | {"router": "H"}, fit={}, trainer=TRAINER), "router='H'"),
+        (with_changes(model=FITTED | {"router": "H"}, fit={}, trainer=TRAINER), "unknown router 'H'"),
         (
             with_changes(model=FITTED | {"router": "norm", "kv_router": "norm"}, fit={}, trainer=TRAINER),
             "no layer decides by a fitted score",

@@ -19,6 +19,7 @@ from chiaroscuro.training.recipe import (
     CalibrationSection,
     DataSection,
     DistillSection,
+    FitSection,
     MixtureSection,
     ScheduleSection,
     TrainerSection,
@@ -318,6 +319,7 @@ def test_the_two_small_recipes_differ_in_the_model_alone() -> None:
         ("mixture", MixtureSection),
         ("schedule", ScheduleSection),
         ("distill", DistillSection),
+        ("fit", FitSection),
     ],
 )
 def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseModel]) -> None:

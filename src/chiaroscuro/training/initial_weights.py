@@ -1,5 +1,6 @@
 """Start a run from the weights of a trained model, whose routing may be another, with scores fitted beforehand."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from statistics import mean
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RoutedBlock, Router, ScoreRouter
+from chiaroscuro.layers.fitted_router import UNFITTED
 from chiaroscuro.layers.operator import hosts
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.config import ChiarConfig
@@ -170,11 +172,13 @@ def fit_scores(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> str:
     if not isinstance(model, ChiarForCausalLM):
         raise UserError(f"fit needs a language model, and the recipe's is a {type(model).__name__}; remove fit")
     found = []
-    # One side at a time, since each has a width of its own.
-    for name, side in fitted_sides(model.config).items():
-        report = fit(model, batches, hidden=side.hidden, **cast(Any, {name: side.share}))
-        correlation = mean(layer.rank_correlation for layer in getattr(report, name).values())
-        found.append(f"{name} {correlation:.2f}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", UNFITTED)  # the other side's score, whose turn comes
+        # One side at a time, since each has a width of its own.
+        for name, side in fitted_sides(model.config).items():
+            report = fit(model, batches, hidden=side.hidden, **cast(Any, {name: side.share}))
+            correlation = mean(layer.rank_correlation for layer in getattr(report, name).values())
+            found.append(f"{name} {correlation:.2f}")
     return f"fitted scores: mean rank correlation with their targets {', '.join(found)}"
 
 

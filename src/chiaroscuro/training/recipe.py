@@ -766,6 +766,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "schedule": ScheduleSection,
     "schedule.*": ShareSection,
     "distill": DistillSection,
+    "fit": FitSection,
 }
 
 
