@@ -346,7 +346,7 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         return ["A quarter on both sides is not measured yet."]
     value, whole = (variants.estimate(name, metric.key).mean for name in (ours, baseline))
     if metric.rises:
-        part = value / whole
+        part = value / whole if whole else 1.0  # of nothing, nothing is lost
         reached = "reached" if part >= LEAST_KEPT else "**not reached**"
         goal = f"at least {LEAST_KEPT:.0%} of full attention's accuracy: {part:.1%} ({ours}), {reached}"
     else:
