@@ -42,7 +42,8 @@ def change_from(ids: Tensor, cut: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_later_tokens_change_no_earlier_logits(preset: str, router: str) -> None:
-    model, switches = build(causal_form(preset, router)), Switches()
+    # In float64: which tokens are routed together changes how float32 rounds, by up to 1e-5 at logits of 6.
+    model, switches = build(causal_form(preset, router)).double(), Switches()
 
     @settings(max_examples=5)
     @given(seed=seeds, cut=cuts)
