@@ -42,6 +42,16 @@ def with_changes(**sections: Any) -> dict[str, Any]:
     return {**SMALL, **sections}
 
 
+def assert_refused(content: dict[str, Any], *fragments: str) -> None:
+    """The content is no recipe, and one line says all of this."""
+    with pytest.raises(UserError) as caught:
+        Recipe.from_dict(content)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
 def trainer(**fields: Any) -> dict[str, Any]:
     return with_changes(trainer={**SMALL["trainer"], **fields})
 
@@ -236,12 +246,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("content", "fragments"), WRONG, ids=[fragments[0] for _, fragments in WRONG])
 def test_a_mistake_is_one_line_that_names_it(content: dict[str, Any], fragments: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        Recipe.from_dict(content)
-    message = str(caught.value)
-    assert "\n" not in message
-    for fragment in fragments:
-        assert fragment in message
+    assert_refused(content, *fragments)
 
 
 def test_a_merge_key_gives_fields_that_may_be_given_again(tmp_path: Path) -> None:

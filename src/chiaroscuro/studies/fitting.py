@@ -68,7 +68,7 @@ def fit_copy(
         collate = PadToLongest(workspace.tokenizer.pad_token_id)
     else:
         named, rows = workspace.blocks(split, length=length, source=source)
-    batches = fit_batches(rows, min(len(rows), max(1, tokens // length)), collate)
+    batches = fit_batches(rows, tokens, length, collate)
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
     save_whole(output, model, workspace.tokenizer, workspace.recipe)

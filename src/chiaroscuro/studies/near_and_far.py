@@ -12,7 +12,7 @@ are written. A verdict is what its rule, which stands beside it, makes of the fi
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,7 +33,10 @@ from chiaroscuro.studies.workspace import Workspace
 
 RESULTS = Path("experiments/results/near-and-far")
 PAGE = Path("docs/near-and-far.md")
-BASELINES = ("full attention", "full attention + conv")
+BASELINE = "full attention"
+"""The variants that are called so: the best of them is what the others are held against."""
+
+COSTS = ("scores", "cache")
 UNFINISHED = " part"
 """What the runs that others go on from are called: they have seen fewer tokens, and are not compared."""
 
@@ -165,8 +168,8 @@ def measure(run: SweepRun) -> dict[str, Any]:
     seen = evaluate(workspace, window=window, batch_size=4 if window else 16)
     config, length = workspace.config, workspace.length()
     assert isinstance(config, ChiarConfig)
-    shares = [layer["share"][-1] for layer in seen["layers"] if len(layer["operators"]) > 1]
-    kept = [layer["kept"] for layer in seen["layers"] if "kept" in layer]
+    look = _mean(layer["share"][-1] for layer in seen["layers"] if len(layer["operators"]) > 1)
+    kept = _mean(layer["kept"] for layer in seen["layers"] if "kept" in layer)
     figures = (
         {"accuracy": seen["accuracy"], "depths": seen["depths"]}
         if window is None
@@ -179,11 +182,17 @@ def measure(run: SweepRun) -> dict[str, Any]:
     )
     return {
         **figures,
-        "look": mean(shares) if shares else None,
-        "kept": mean(kept) if kept else None,
-        **costs(config, length, mean(shares) if shares else None, mean(kept) if kept else None),
+        "look": look,
+        "kept": kept,
+        **costs(config, length, look, kept),
         "parameters": workspace.model.num_parameters(),
     }
+
+
+def _mean(shares: Iterable[float]) -> float | None:
+    """The mean over the layers that have such a share; None where none has."""
+    found = list(shares)
+    return mean(found) if found else None
 
 
 def costs(config: ChiarConfig, length: int, look: float | None, kept: float | None) -> dict[str, float]:
@@ -221,15 +230,18 @@ class Variants:
         return estimate([run[key] for run in self.found[name].values()])
 
     def best(self, names: list[str], metric: Metric) -> str | None:
-        """The best of some variants, of those that are done."""
-        done = [name for name in names if name in self.found]
-        order = sorted(done, key=lambda name: self.estimate(name, metric.key).mean, reverse=metric.rises)
+        """The best of some variants."""
+        order = sorted(names, key=lambda name: self.estimate(name, metric.key).mean, reverse=metric.rises)
         return order[0] if order else None
+
+    def of(self, name: str) -> list[str]:
+        """The variants of a family."""
+        return [each for each in self.names if family(each) == name]
 
     @property
     def baseline(self) -> str | None:
         """The best model of full attention, without convolutions."""
-        return self.best([name for name in self.names if family(name) == BASELINES[0]], self.task.metrics[0])
+        return self.best(self.of(BASELINE), self.task.metrics[0])
 
     def against(self, name: str, baseline: str, metric: Metric) -> Estimate | None:
         """The ratio of perplexities, or the difference of accuracies, over the seeds that both have."""
@@ -238,6 +250,10 @@ class Variants:
         if not seeds:
             return None
         return compare(ours, theirs) if metric.rises else compare_ratios(ours, theirs)
+
+    def fronts(self, metric: Metric) -> dict[str, list[str]]:
+        """The front by each cost."""
+        return {cost: self.front(metric, cost) for cost in COSTS}
 
     def front(self, metric: Metric, cost: str) -> list[str]:
         """The variants than which no other is both cheaper, or as cheap, and better."""
@@ -257,7 +273,7 @@ def family(name: str) -> str:
 
 def points(variants: Variants, metric: Metric) -> list[Point]:
     """What the picture shows."""
-    fronts = {cost: variants.front(metric, cost) for cost in ("scores", "cache")}
+    fronts = variants.fronts(metric)
     found = []
     for name in variants.names:
         value = variants.estimate(name, metric.key)
@@ -314,17 +330,16 @@ def section(variants: Variants) -> list[str]:
     if baseline is None:
         return ["Not measured yet.", ""]
     metrics = variants.task.metrics
-    main = metrics[0]
-    fronts = {cost: variants.front(main, cost) for cost in ("scores", "cache")}
+    fronts = variants.fronts(metrics[0])
     head = ["", *(title for metric in metrics for title in (metric.title, f"against {baseline}"))]
-    head += ["scores", "cache", "look", "kept", "seeds"]
+    head += [*COSTS, "look", "kept", "seeds"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name in variants.names:
         where = "".join(cost[0] for cost, front in fronts.items() if name in front)
         cells = [f"**{name}** ({where})" if where else name]
         for metric in metrics:
             cells += [metric.shown(variants.estimate(name, metric.key)), _against(variants, name, baseline, metric)]
-        cells += [f"{variants.estimate(name, cost).mean:.2f}" for cost in ("scores", "cache")]
+        cells += [f"{variants.estimate(name, cost).mean:.2f}" for cost in COSTS]
         runs = list(variants.found[name].values())
         cells += [
             f"{mean(r[side] for r in runs):.2f}" if runs[0][side] is not None else "" for side in ("look", "kept")
@@ -341,7 +356,7 @@ def section(variants: Variants) -> list[str]:
 def verdicts(variants: Variants, baseline: str) -> list[str]:
     """Whether the goal is reached, and how a quarter on both sides stands against static hybrids."""
     metric = variants.task.metrics[0]
-    ours = variants.best([name for name in variants.names if family(name) == "both"], metric)
+    ours = variants.best(variants.of("both"), metric)
     if ours is None:
         return ["A quarter on both sides is not measured yet."]
     value, whole = (variants.estimate(name, metric.key).mean for name in (ours, baseline))
@@ -354,24 +369,20 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         reached = "reached" if more <= MOST_LOST else "**not reached**"
         goal = f"at most {MOST_LOST:.0%} more perplexity than full attention: {more:+.1%} ({ours}), {reached}"
     lines = [f"- The goal at a quarter on both sides, {goal}."]
-    for name in (name for name in variants.names if family(name) == "static"):
+    for name in variants.of("static"):
         theirs = variants.estimate(name, metric.key).mean
         better = value > theirs if metric.rises else value < theirs
-        costs_ = {
-            each: " and ".join(
-                f"{variants.estimate(each, cost).mean:.2f} of the {cost}" for cost in ("scores", "cache")
-            )
-            for each in (ours, name)
-        }
         shown = " against ".join(metric.shown(variants.estimate(each, metric.key)) for each in (ours, name))
-        lines.append(
-            f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {costs_[ours]} against "
-            f"{costs_[name]}."
-        )
-    chance = [name for name in variants.names if family(name) == "both" and name.endswith("random")]
+        price = " against ".join(_price(variants, each) for each in (ours, name))
+        lines.append(f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {price}.")
+    chance = [name for name in variants.of("both") if name.endswith("random")]
     if chance and (found := variants.against(ours, chance[0], metric)) is not None and ours != chance[0]:
         lines.append(f"- Against chance on both sides: {_difference(found, metric)}.")
     return lines
+
+
+def _price(variants: Variants, name: str) -> str:
+    return " and ".join(f"{variants.estimate(name, cost).mean:.2f} of the {cost}" for cost in COSTS)
 
 
 def _against(variants: Variants, name: str, baseline: str, metric: Metric) -> str:

@@ -1,7 +1,7 @@
 """Start a run from the weights of a trained model, whose routing may be another, with scores fitted beforehand."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import asdict
 from statistics import mean
 from typing import Any, cast
@@ -187,10 +187,11 @@ FIT_ROWS = 4
 
 
 def fit_batches(
-    rows: Dataset[Any], count: int, collate: Callable[[Any], dict[str, Any]] | None = None
+    rows: Dataset[Any], tokens: int, length: int, collate: Callable[[Any], dict[str, Any]] | None = None
 ) -> list[dict[str, Tensor]]:
-    """The first `count` rows, as batches to fit on."""
-    taken = Subset(rows, range(count))
+    """The first rows of `length` tokens that hold so many `tokens`, one at least, as batches to fit on."""
+    count = len(cast(Sized, rows))
+    taken = Subset(rows, range(min(count, max(1, tokens // length))))
     fields = ("input_ids", "attention_mask")
     return [
         {name: batch[name] for name in fields if name in batch}

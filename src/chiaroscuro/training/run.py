@@ -151,8 +151,8 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
     if checkpoint is None and recipe.trainer.init_from is not None:
         load_weights(model, recipe.trainer.init_from, objective.tokenizer)
         if recipe.fit is not None:
-            count = min(len(rows), max(1, recipe.fit.tokens // recipe.data.sequence_length))
-            say(fit_scores(model, fit_batches(objective.train, count, objective.collate)))
+            batches = fit_batches(rows, recipe.fit.tokens, recipe.data.sequence_length, objective.collate)
+            say(fit_scores(model, batches))
     finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
         if finished:
