@@ -160,6 +160,7 @@ def test_a_sweep_is_trained_measured_once_and_written(tmp_path: Path, monkeypatc
     assert 0 < both["look"] < 1 and 0 < both["kept"] < 1 and both["scores"] < 1 and both["cache"] < 1
     assert json.loads((tmp_path / "mqar.json").read_text()) == found
     monkeypatch.setattr(near_and_far, "measure", None)  # nothing is measured again, and nothing forgotten
+    assert gather(RECALL, Console(quiet=True)) == found
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert gather(RECALL, Console(quiet=True)) == found
     assert "| both, fitted |" in page({"text": {}, "mqar": found, "passkey": {}}).replace("**", "").replace(" (sc)", "")
