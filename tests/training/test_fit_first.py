@@ -11,10 +11,10 @@ from test_recipe import LLAMA, SMALL, assert_refused, with_changes
 from test_schedule import REACH
 from test_train import assert_same_bits, break_off, interrupt_at
 
-from chiaroscuro import ChiarForCausalLM, fit
+from chiaroscuro import ChiarForCausalLM, UserError, fit
 from chiaroscuro.data import default_cache_dir
-from chiaroscuro.training import Recipe, TrainingInterrupted
-from chiaroscuro.training.initial_weights import fit_batches
+from chiaroscuro.training import Recipe, TrainingInterrupted, read_records
+from chiaroscuro.training.initial_weights import fit_batches, fit_scores
 from chiaroscuro.training.objectives import load_objective
 
 FITTED = REACH | {
@@ -91,6 +91,56 @@ def test_no_step_changes_a_score_and_no_resume_fits_again(
     assert_same_bits(whole.model, stage("broken", resume=True, **asked).model)
 
 
+def test_shares_that_are_spread_stay_so_through_a_run_and_a_resume(
+    stage: Stage,  # noqa: F811
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked["fit"] = {"tokens": 1024, "spread": True}
+    begun = initial(stage, "begun", **asked)
+    saved = stage("whole", **asked).model
+    whole = ChiarForCausalLM.from_pretrained(saved)
+    for model in (begun, whole):
+        for field, layers in (("attention_share", model.thresholds()), ("kv_share", model.kv_thresholds())):
+            shares = [thresholds.share for thresholds in layers.values()]
+            assert shares == list(model.config.layer_shares(field).values())
+            assert len(set(shares)) == len(shares)
+            assert sum(shares) / len(shares) == pytest.approx(getattr(model.config, field))
+    assert whole.config.attention_spread == begun.config.attention_spread
+    interrupt_at(monkeypatch, 7, break_off)
+    with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+        stage("broken", **asked)
+    assert_same_bits(saved, stage("broken", resume=True, **asked).model)
+
+
+def test_scores_can_be_fitted_while_the_model_trains(
+    stage: Stage,  # noqa: F811
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del asked["trainer__init_from"]
+    asked["fit"] = {"tokens": 1024, "after": 5, "spread": True}
+    waiting = {"from": 1.0, "after": 5, "steps": 2}
+    asked["schedule"] = {"attention_share": waiting, "kv_share": waiting}
+    asked["trainer__steps"] = 9
+    fitted = []
+    with monkeypatch.context() as patch:
+        patch.setattr("chiaroscuro.training.run.fit_scores", lambda *args: fitted.append(fit_scores(*args)) or "")
+        whole = stage("whole", **asked)
+    assert len(fitted) == 1 and fitted[0].startswith("fitted scores: mean rank correlation")
+    found = ChiarForCausalLM.from_pretrained(whole.model)
+    assert all(tensor.any() for tensor in scores(found).values())
+    assert (found.config.attention_share, found.config.kv_share) == (0.4, 0.3)
+    shares = {r["step"]: r["kv_share"] for r in read_records(whole.folder / "metrics.jsonl") if r["kind"] == "train"}
+    assert {shares[step] for step in shares if step <= 6} == {1.0} and shares[max(shares)] == 0.3
+    for last, step in ((5, "checkpoint-4"), (9, "checkpoint-8")):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, last, break_off)
+            with pytest.raises(TrainingInterrupted, match=step):
+                stage(f"broken-{last}", **asked)
+        assert_same_bits(whole.model, stage(f"broken-{last}", resume=True, **asked).model)
+
+
 def test_one_side_alone(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F811
     asked["model"] = FITTED | {"router": "random"}
     found = ChiarForCausalLM.from_pretrained(stage("kept", **asked, **FROZEN).model)
@@ -98,6 +148,7 @@ def test_one_side_alone(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F
 
 
 TRAINER = {**SMALL["trainer"], "init_from": "runs/full"}
+WAITING = {"from": 1.0, "after": 5, "steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +166,15 @@ TRAINER = {**SMALL["trainer"], "init_from": "runs/full"}
             with_changes(model=FITTED | {"kv_share": 1.0}, fit={}, trainer=TRAINER),
             "fit with kv_share=1.0: must be more than 0 and less than 1",
         ),
+        (with_changes(model=FITTED, fit={"after": 0}), "fit.after: 0 needs a number of steps"),
+        (
+            with_changes(model=FITTED, fit={"after": 5}),
+            "set schedule.attention_share: {from: 1.0, after: 5, steps: 0.3}",
+        ),
+        (
+            with_changes(model=FITTED, fit={"after": 5}, schedule={"attention_share": WAITING, "kv_share": [0.1, 1.0]}),
+            "set schedule.kv_share: {from: 1.0, after: 5, steps: 0.3}",
+        ),
         (with_changes(model=LLAMA, fit={}, trainer=TRAINER), "model.architecture: llama routes nothing"),
         (
             with_changes(model=FITTED, data={"task": "imdb"}, fit={}, trainer=TRAINER),
@@ -124,3 +184,10 @@ TRAINER = {**SMALL["trainer"], "init_from": "runs/full"}
 )
 def test_a_mistake_is_one_line(content: dict[str, Any], message: str) -> None:
     assert_refused(content, message)
+
+
+def test_a_share_that_falls_before_the_scores_are_fitted_is_refused() -> None:
+    early = {"attention_share": WAITING, "kv_share": WAITING | {"after": 4}}
+    recipe = Recipe.model_validate(with_changes(model=FITTED, fit={"after": 5}, schedule=early))
+    with pytest.raises(UserError, match=r"^fit\.after=5 is later than schedule\.kv_share\.after"):
+        recipe.courses(100)

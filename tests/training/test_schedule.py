@@ -25,14 +25,14 @@ from chiaroscuro.training.schedule import Draws, Ramp
 SHARES = st.floats(0, 1)
 
 
-@given(SHARES, SHARES, st.integers(1, 10_000), st.integers(1, 20_000))
-def test_a_ramp_is_a_line_and_then_stands(start: float, end: float, steps: int, step: int) -> None:
-    ramp = Ramp(start, end, steps)
-    assert ramp.during(1) == start
-    assert ramp.after(step) == pytest.approx(start + (end - start) * min(1, step / steps))
+@given(SHARES, SHARES, st.integers(1, 10_000), st.integers(0, 5_000), st.integers(1, 20_000))
+def test_a_ramp_waits_is_a_line_and_then_stands(start: float, end: float, steps: int, wait: int, step: int) -> None:
+    ramp = Ramp(start, end, steps, wait)
+    assert ramp.during(1) == ramp.during(wait + 1) == start
+    assert ramp.after(step) == pytest.approx(start + (end - start) * min(1, max(0, step - wait) / steps))
     assert ramp.during(step + 1) == ramp.after(step)
     assert min(start, end) <= ramp.after(step) <= max(start, end)
-    assert ramp.after(steps) == ramp.after(steps + step) == end
+    assert ramp.after(wait + steps) == ramp.after(wait + steps + step) == end
 
 
 @given(st.tuples(SHARES, SHARES).map(sorted), SHARES, st.integers(0, 2**31), st.integers(1, 10**6))
@@ -264,7 +264,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (scheduled({"from": 1.0, "steps": True}), "schedule.attention_share.steps: True needs a number of steps"),
     (scheduled({"form": 1.0, "steps": 10}), "schedule.attention_share.form=1.0: unknown field; did you mean 'from'?"),
     (with_changes(schedule={"attention": {}}), "schedule.attention={}: unknown field; did you mean 'attention_share'?"),
-    (scheduled({"from": 1.0, "steps": 10, "between": [0, 1]}), "give either between, or from, to and steps"),
+    (scheduled({"from": 1.0, "steps": 10, "between": [0, 1]}), "give either between, or from, to, steps and after"),
     (
         scheduled({"from": 1.0, "to": 0.1, "steps": 10}, {"attention_share": 0.25}),
         "attention_share=0.25 and schedule.attention_share.to=0.1 both say where the share ends",

@@ -64,9 +64,9 @@ def count_flops(
         config: of the model; its `execution` and `attention_context` say what runs on which tokens.
         length: T.
         share: ρ, of tokens at the last operator of a menu of several, the others alike; the config's
-            `attention_share` unless given. The exact number of pairs depends on where the routed tokens stand; this is
-            its mean.
-        kv_share: of tokens that are kept, where that is decided; the config's unless given.
+            `attention_share` unless given. Where the config spreads it over the layers, it is their mean. The exact
+            number of pairs depends on where the routed tokens stand; this is its mean.
+        kv_share: of tokens that are kept, where that is decided, likewise; the config's unless given.
         training: forward and backward, not the forward alone.
         causal: whether a token attends to those before it alone, T (T + 1) / 2 pairs, as the kernels have it. False
             counts T² pairs, as kernels that compute and mask do.
@@ -80,7 +80,7 @@ def count_flops(
     share = _checked(config, length, share)
     head = head and not (config.architectures or [""])[0].endswith("ForSequenceClassification")
     kept = _checked(config, length, kv_share, "kv_share")
-    return _count(config, Work(length, length, training=training, causal=causal, kept=kept), share, head)
+    return _count(config, Work(length, length, training=training, causal=causal), share, kept, head)
 
 
 def count_decode_flops(
@@ -91,11 +91,11 @@ def count_decode_flops(
     Args and errors as for `count_flops`.
     """
     kept = _checked(config, length, kv_share, "kv_share")
-    return _count(config, Work(1, 1, past=length, kept=kept), _checked(config, length, share), head=True)
+    return _count(config, Work(1, 1, past=length), _checked(config, length, share), kept, head=True)
 
 
-def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCount:
-    """Operations of the work on one sequence, summed over layers and operators."""
+def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head: bool) -> FlopCount:
+    """Operations of the work on one sequence at these mean shares, summed over layers and operators."""
     d, length = config.hidden_size, work.length
     router = config.router_class
     once = transform_operations(d, length)
@@ -103,6 +103,7 @@ def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCou
     counted: dict[str, float] = {}
     counts: list[Count] = []
     kept = 0.0
+    shares, kv_shares = config.layer_shares("attention_share", share), config.layer_shares("kv_share", kv_share)
     for i, (names, menu) in enumerate(zip(config.menus, config.entries, strict=True)):
         if config.short_conv is not None:
             options = make_options(NeighbourMixing, {"kernel": config.short_conv})
@@ -124,11 +125,14 @@ def _count(config: ChiarConfig, work: Work, share: float, head: bool) -> FlopCou
         for k, (operator, options) in enumerate(menu):
             if host[names[k]] != names[k]:
                 continue
-            parts = [_part(len(menu), j, share) for j, name in enumerate(names) if host[name] == names[k]]
+            parts = [
+                _part(len(menu), j, shares.get(i, share)) for j, name in enumerate(names) if host[name] == names[k]
+            ]
             tokens, last = (length, None) if dense else (length * sum(parts), length * parts[-1])
             own = replace(
                 work,
                 tokens=tokens,
+                kept=kv_shares.get(i, kv_share),
                 routed=routes and not dense,
                 spectrum_at_hand=spectrum,
                 last=last if len(parts) > 1 else None,
@@ -184,7 +188,7 @@ def count_published_flops(config: ChiarConfig, length: int, *, share: float | No
     """
     routed = copy.deepcopy(config)
     routed.execution = "sparse"  # the formula takes the share of the tokens, whatever is executed
-    counted = _count(routed, Work(length, length), _checked(config, length, share), head=False)
+    counted = _count(routed, Work(length, length), _checked(config, length, share), config.kv_share, head=False)
     return FlopCount({"attention": counted.published})
 
 
@@ -194,6 +198,7 @@ def full_attention(config: ChiarConfig) -> ChiarConfig:
     baseline.operators = [["attention"]] * len(config.menus)
     baseline.meta_router = "none"
     baseline.window, baseline.sinks, baseline.attention_context = None, 0, "all"
+    baseline.attention_spread = baseline.kv_spread = None
     return baseline
 
 

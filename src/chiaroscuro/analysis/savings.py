@@ -42,6 +42,7 @@ def describe_flops(config: ChiarConfig, length: int, share: float | None = None)
         "length": length,
         "share": config.attention_share if share is None else share,
         "attention_context": config.attention_context,
+        "kv_share": config.kv_share if config.keeping_layers else None,
         "execution": config.execution,
         "by_operator": operators,
         "protocols": compare_protocols(config, length, share),

@@ -21,7 +21,10 @@ def flops(
     ],
     length: Annotated[int, typer.Option(help="T, tokens of a sequence.", min=1, max=LARGEST)] = 256,
     share: Annotated[float | None, typer.Option(help="ρ; by default the model's own attention_share.")] = None,
-    context: Annotated[str | None, typer.Option(help="all or routed; by default the model's own.")] = None,
+    kv_share: Annotated[
+        float | None, typer.Option(help="The share that is kept; by default the model's own kv_share.")
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="all, routed or kept; by default the model's own.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="V; by default the model's own.", min=1, max=LARGEST)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,9 +40,17 @@ def flops(
 
     config = _config_of(model)
     if context is not None:
-        if context not in ("all", "routed"):
-            raise UserError(f"--context {context}: choose all or routed")
+        if context not in ("all", "routed", "kept"):
+            raise UserError(f"--context {context}: choose all, routed or kept")
         config.attention_context = context
+    if kv_share is not None:
+        if not config.keeping_layers:
+            raise UserError(
+                f"--kv-share {kv_share}: no layer of {model} decides who is kept; give --context kept too, or drop it"
+            )
+        if not 0 <= kv_share <= 1:
+            raise UserError(f"--kv-share {kv_share}: must be from 0 to 1")
+        config.kv_share = kv_share
     config.vocab_size = vocabulary or config.vocab_size
     config.use_cache = False  # nothing is generated, so a model that can't be cached can be counted, too
     config.check()

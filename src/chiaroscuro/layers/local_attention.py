@@ -28,7 +28,7 @@ class LocalAttention(SelfAttention):
 
     cost = 1.5
     part_of = SelfAttention
-    reach_targets = Operator.reach_targets  # it has no far
+    received_from_far = Operator.received_from_far  # it has no far
 
     @classmethod
     def check(cls, width: int, options: AttentionOptions) -> None:

@@ -157,12 +157,13 @@ class Operator(nn.Module):
         """The output of some tokens. Unless overridden all are computed, and these are taken: nothing is saved."""
         return tokens.take(self.mix(x, context))
 
-    def reach_targets(
+    def received_from_far(
         self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]] | None:
-        """What a fitted score of who looks far, and one of who is kept, is to say of these tokens.
+    ) -> Float[Tensor, "batch time key_heads"] | None:
+        """How much each token is seen from beyond the window, which a fitted score of who is kept is to foretell.
 
-        None for an operator that does not tell near from far. Arguments and values as of `SelfAttention.reach_targets`.
+        None for an operator that does not tell near from far. Arguments and values as of
+        `SelfAttention.received_from_far`.
         """
         return None
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -290,19 +289,16 @@ class SelfAttention(Operator):
         return chosen if context.choice is None else chosen & (context.choice > 0)
 
     @torch.no_grad()
-    def reach_targets(
+    def received_from_far(
         self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]] | None:
-        """What a score of who looks and a score of who is kept should know, were all to look and all kept.
+    ) -> Float[Tensor, "batch time key_heads"]:
+        """The largest attention that a later token gives each token from beyond its window, were all to look.
+
+        In any head of a group; 0 where nobody could, and at padding.
 
         Args:
             x: the operator's input.
             context: what else is known about the tokens; without a cache.
-
-        Returns:
-            look: ‖o_i − o'_i‖ / ‖x_i‖, with o the output of token i, o' that of what is near alone, and x the layer's
-            input. kept: the largest attention that a token gives to token j from beyond its window, in any head of a
-            group; 0 where nobody could. Both are 0 at padding.
 
         """
         real = context.real(x.shape[1])
@@ -310,9 +306,7 @@ class SelfAttention(Operator):
         table, places = self._rotary(x, context), self._places(x, real, context)
         query = rotate(_split(self.q_proj(x), self.heads), table).unflatten(1, (self.key_value_heads, -1))
         key = rotate(_split(self.k_proj(x), self.key_value_heads), table)[:, :, None]
-        value = _split(self.v_proj(x), self.key_value_heads)[:, :, None]
-        given = (x if context.layer_input is None else context.layer_input).float().norm(dim=-1).clamp(min=1e-12)
-        look, received = torch.zeros_like(given), []
+        received = []
         for row in range(len(x)):  # queries × keys are held for one row at a time
             i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
             seen = real[row] & (j <= i)
@@ -321,14 +315,10 @@ class SelfAttention(Operator):
             near = seen & reach_mask(places[row], places[row], none, none, self.options.window or 1, self.options.sinks)
             scores = (query[row] @ key[row].transpose(-1, -2) / math.sqrt(self.head_width)).float()
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-            beyond = weights.masked_fill(near, 0.0)
-            inside = weights - beyond
-            nearby = inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
-            moved = ((weights - nearby).to(value.dtype) @ value[row]).flatten(0, 1).transpose(0, 1).flatten(1)
-            look[row] = F.linear(moved, self.out_proj.weight).float().norm(dim=-1) / given[row]
+            beyond = weights.masked_fill(near | ~real[row, :, None], 0.0)
             # The largest and not the mean: a needle that one question asks for is small in a mean over all that follow.
-            received.append((beyond * real[row, :, None]).amax((1, 2)).transpose(0, 1))
-        return look * real, torch.stack(received)
+            received.append(beyond.amax((1, 2)).transpose(0, 1))
+        return torch.stack(received)
 
     @property
     def _dropout(self) -> float:

@@ -86,8 +86,8 @@ def calibrate(
         set_thresholds(
             model,
             states,
-            dict.fromkeys(layers, model.config.attention_share),
-            dict.fromkeys(keeping, model.config.kv_share),
+            {i: one for i, one in model.config.layer_shares("attention_share").items() if i in layers},
+            model.config.layer_shares("kv_share"),
         )
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
 

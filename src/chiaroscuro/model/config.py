@@ -26,6 +26,7 @@ from chiaroscuro.layers.operator import hosts, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import Entry, key_side, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
+from chiaroscuro.model.spread import spread
 from chiaroscuro.ops.spectral import Spectrum
 
 ClassifierPooling = Literal["mean", "last"]
@@ -57,6 +58,7 @@ _INTEGERS = _POSITIVE[:-1]
 _LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "intermediate_size": 2**26}
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "kv_share", "hidden_dropout", "attention_dropout")
+_SPREADS = {"attention_share": "attention_spread", "kv_share": "kv_spread"}
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
 _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
     "_commit_hash",
@@ -115,6 +117,9 @@ class ChiarConfig(PreTrainedConfig):
             registered name, or as in a menu a mapping from the name to options.
         router_seed: of what `"random"` and `"permuted"` draw.
         attention_share: ρ, the share of tokens that running calibration sends to a menu's last operator.
+        attention_spread: a weight for each of the L layers. The shares of those that are routed are in proportion to
+            it, but ρ / 4 at least and 1 at most, and ρ is their mean. `chiaroscuro.fit` can set it. Unless given, all
+            have ρ.
         attention_context: what a token that is routed to attention attends to, beyond its window if there is one:
             `"all"` earlier tokens (the paper), only the `"routed"` ones among them (ρ² of the scores and ρ of the keys
             and values), or those that are `"kept"`, which a router of their own decides when they are written.
@@ -122,6 +127,7 @@ class ChiarConfig(PreTrainedConfig):
             attention has no window: a token sees itself, and the attention_context.
         sinks: s, how many tokens at the beginning of a sequence are seen from everywhere.
         kv_share: the share of tokens that running calibration keeps where attention_context is `"kept"`.
+        kv_spread: what `attention_spread` is to ρ, to `kv_share`.
         kv_router: which tokens are kept: a router by a score, named as `router` is. Its option `heads` lets each of the
             key-value heads keep tokens of its own, where the router has it.
         execution: `"sparse"` runs each operator on its own tokens alone; `"dense"` runs each on all tokens and drops
@@ -178,10 +184,12 @@ class ChiarConfig(PreTrainedConfig):
     router: Entry = "threshold"
     router_seed: int = 0
     attention_share: float = 0.25
+    attention_spread: list[float] | None = None
     attention_context: AttentionContext = "all"
     window: int | None = None
     sinks: int = 0
     kv_share: float = 0.25
+    kv_spread: list[float] | None = None
     kv_router: Entry = "threshold"
     rbf_causal: bool = True
     execution: Execution | None = None
@@ -331,9 +339,28 @@ class ChiarConfig(PreTrainedConfig):
         return _router_class(self.kv_router, "kv_router")
 
     def fields(self, layer: int | None = None) -> dict[str, Any]:
-        """Our fields by name, and of a layer its fixed `thresholds`: what operators and routers are built with."""
+        """Our fields by name: what operators and routers are built with. Of a layer its own shares and `thresholds`."""
         fields = {name: getattr(self, name) for name in get_annotations(ChiarConfig) if name[0] != "_"}
-        return fields if layer is None else fields | {"thresholds": self.thresholds_of(layer)}
+        if layer is None:
+            return fields
+        shared = [name for name, weights in _SPREADS.items() if getattr(self, weights) is not None]
+        shares = {name: by_layer[layer] for name in shared if layer in (by_layer := self.layer_shares(name))}
+        return fields | shares | {"thresholds": self.thresholds_of(layer)}
+
+    def layer_shares(self, field: str, mean: float | None = None) -> dict[int, float]:
+        """The share of each layer that has one, by layer number.
+
+        Args:
+            field: `"attention_share"` or `"kv_share"`.
+            mean: the mean over these layers; the field's own unless given.
+
+        """
+        mean = float(getattr(self, field) if mean is None else mean)
+        layers = self.routed_layers if field == "attention_share" else self.keeping_layers
+        weights = getattr(self, _SPREADS[field])
+        if weights is None:
+            return dict.fromkeys(layers, mean)
+        return dict(zip(layers, spread([weights[i] for i in layers], mean), strict=True)) if layers else {}
 
     @property
     def shared_layers(self) -> list[int]:
@@ -412,6 +439,7 @@ class ChiarConfig(PreTrainedConfig):
                 )
         self._check_rope()
         self._check_menus()
+        self._check_spreads()
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
             raise UserError(f"use_cache=True with {reason}: set use_cache=False")
@@ -457,6 +485,22 @@ class ChiarConfig(PreTrainedConfig):
                     if not options:  # then a field of the model is to blame, and no single menu
                         raise
                     raise UserError(f"operators[{i}]={menu}: {error}") from None
+
+    def _check_spreads(self) -> None:
+        for field in _SPREADS.values():
+            weights = getattr(self, field)
+            if weights is None:
+                continue
+            listed = isinstance(weights, Sequence) and not isinstance(weights, str)
+            if not listed or not all(_is_finite(weight) and weight >= 0 for weight in weights):
+                raise UserError(
+                    f"{field}={weights!r}: give a list of weights, 0 or more, one a layer, or null for none"
+                )
+            if len(weights) != self.num_hidden_layers:
+                raise UserError(
+                    f"{field} has {len(weights)} weights, num_hidden_layers={self.num_hidden_layers}: give one a layer"
+                )
+            setattr(self, field, [float(weight) for weight in weights])
 
     def _check_router(self) -> None:
         router, by_score = self.router_class, _routes_by_score(self.router)

@@ -1,19 +1,19 @@
 """Scores that are fitted on a trained model: which tokens gain by looking far, and which will be looked at from far.
 
-One pass with everybody looking and everybody kept measures both for every layer (`Operator.reach_targets`); a
-regression on the operators' input learns to tell them beforehand.
+A pass with nobody looking measures who gains (`gain_of_looking`), and one with everybody looking and everybody kept who
+is looked at (`Operator.received_from_far`). A regression on the operators' input learns to tell them beforehand.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
@@ -24,6 +24,8 @@ from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.model.modeling import ChiarForCausalLM
+from chiaroscuro.ops import linear_cross_entropy
+from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
 RIDGE = 1e-3
 """λ, beside features of variance 1."""
@@ -34,8 +36,8 @@ HELD_OUT = 0.2
 FEWEST_QUERIES = 16
 """What a token receives from beyond its window is a target where at least so many, and half a window, could give it."""
 
-SMALLEST = 1e-12
-"""Targets are fitted as logarithms, of this at least."""
+SMALLEST = {"look": 1e-3, "kept": 1e-12}
+"""Targets are fitted as logarithms, of this at least: in nats, and in attention."""
 
 SAMPLE = 8192
 """Tokens a layer that a score of two layers is fitted on; a linear one takes all."""
@@ -46,10 +48,19 @@ STEPS, BATCH, RATE, DECAY = 400, 1024, 3e-3, 1e-2
 CHUNK = 512
 """Tokens whose logits are held at a time."""
 
-LEAST = 0.25
-"""Of a budget, what each layer gets in any case."""
+_FIELDS = (
+    "router",
+    "kv_router",
+    "attention_share",
+    "attention_spread",
+    "kv_share",
+    "kv_spread",
+    "calibration",
+    "entropy_thresholds",
+)
 
-_FIELDS = ("router", "kv_router", "attention_share", "kv_share", "calibration", "entropy_thresholds")
+
+_SPREADS = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,19 @@ class SideFit:
         rank_correlation: Spearman's, between score and target; the mean over heads.
         recall: of the tokens with the largest targets, the share that is to be routed, how many are among as many with
             the largest scores. By chance it is that share.
+        captured: of what the targets of the tokens with the largest targets add up to, how much those of as many with
+            the largest scores do. Few tokens may have nearly all, and the ranks of the others mean nothing.
         tokens: held out.
         fitted_tokens: that it was fitted on.
         share: of the tokens that the layer routes.
-        harm: where the share is of a budget, KL(full ‖ routed) in nats a token, with this side of this layer alone
+        harm: where the shares are spread, KL(full ‖ routed) in nats a token, with this side of this layer alone
             routed, by the mean share.
 
     """
 
     rank_correlation: float
     recall: float
+    captured: float
     tokens: int
     fitted_tokens: int
     share: float
@@ -108,13 +122,13 @@ class FitReport:
 
     def __str__(self) -> str:
         """A line per layer and side."""
-        lines = ["layer  side  rank correlation  recall  held-out tokens  share"]
+        lines = ["layer  side  rank correlation  recall  captured  held-out tokens  share"]
         for i in self.layers:
             for name, sides in (("look", self.look), ("kept", self.kept)):
                 if i in sides:
                     side = sides[i]
-                    found = f"{side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.tokens:15,}  {side.share:5.3f}"
-                    lines.append(f"{i:5}  {name}  {found}")
+                    ranked = f"{side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.captured:8.3f}"
+                    lines.append(f"{i:5}  {name}  {ranked}  {side.tokens:15,}  {side.share:5.3f}")
         return "\n".join(lines)
 
 
@@ -126,26 +140,30 @@ def fit(
     look: float | None = None,
     kept: float | None = None,
     hidden: int | None = None,
+    spread: bool = False,
     budget: float | None = None,
 ) -> FitReport:
     """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
 
-    The target of who looks is log ‖o − o'‖ / ‖x‖: how much of a layer's output hangs on what lies beyond the window, of
-    the tokens that have something there. The target of who is kept is the logarithm of the largest attention that any
-    later token gives it from beyond its window. Both are measured with everybody looking and everybody kept. The score
+    The target of who looks is the logarithm of how much the model's loss falls by it, in nats, to first order and
+    where nobody looks yet (`gain_of_looking`), of the tokens that have something beyond their window. The target of who
+    is kept is the logarithm of the largest attention that any later token gives it from beyond its window, where
+    everybody looks and everybody is kept. The score
     is a ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Routers of other
     kinds make way for `"fitted"` ones. Then the thresholds are calibrated at the shares, on the same batches.
 
     Args:
         model: a language model whose layers choose who attends, or who is kept, by a score. Changed in place.
-        batches: two or more, as for `calibrate`; the last fifth of them is held out.
+        batches: two or more, as for `calibrate`; the last fifth of them is held out. The loss is that of their `labels`
+            or `shift_labels`, as the model's forward takes them, and without these of each next token.
         look: the share of the tokens that is to look far, or to attend. Unless given that side stays as it is.
         kept: the share that is to be kept, where `attention_context="kept"`. Unless given that side stays as it is.
         hidden: the width of the layer in between; None for a linear score.
-        budget: instead of look and kept, the mean share of both sides, of those that the model has. It is spread over
-            the layers as the root of their harm, how far the model's predictions move where one side of one layer alone
-            is routed by the mean share; each layer gets a quarter of the mean or more. The thresholds are saved so; but
-            the config knows the mean alone, to which running calibration and `set_attention_share` return.
+        spread: whether a share is a mean over the layers, each of which gets a part in proportion to the root of its
+            harm: how far the model's predictions move where one side of one layer alone is routed by the mean share.
+            The roots become the config's `attention_spread` and `kv_spread`, by which a dial, a calibration and
+            training go afterwards.
+        budget: instead of look and kept, one such mean for both sides, or for the one that the model has.
 
     Raises:
         UserError: no share, or an impossible one; a layer that can't be fitted, or none that can; too few batches or
@@ -158,7 +176,7 @@ def fit(
         if look is not None or kept is not None:
             raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
         _check_share("budget", budget)
-        look = kept = budget
+        look, kept, spread = budget, budget, True
     sides = _check(model, look, kept, both=budget is None)
     look, kept = (share if side in dict(sides) else None for side, share in (("look", look), ("kept", kept)))
     given = list(batches)
@@ -179,17 +197,15 @@ def fit(
             if n == len(given) - held_out:
                 for one in fits.values():
                     one.solve()
-            for side, i, x, targets in _targets(model, embed_batch(model, batch), sides):
+            for side, i, x, targets in _targets(model, batch, sides):
                 fits[side, i].add(x, targets, held_out=n >= len(given) - held_out)
     results = {place: one.result() for place, one in fits.items()}
     with _installed(model, fits, fields, look, kept), evaluation_mode(model):
         _calibrate(model, given, {place: result.share for place, result in results.items()})
-        if budget is not None:
+        if spread:
             harms = _harms(model, given[len(given) - held_out :], sides)
-            for side in dict(sides):
-                places = [place for place in results if place[0] == side]
-                for place, share in zip(places, spread([harms[p] for p in places], budget), strict=True):
-                    results[place] = replace(results[place], share=share, harm=harms[place])
+            for place, share in _spread(model.config, harms).items():
+                results[place] = replace(results[place], share=share, harm=harms[place])
             _calibrate(model, given, {place: result.share for place, result in results.items()})
     by_side = {name: {i: result for (side, i), result in results.items() if side == name} for name in ("look", "kept")}
     return FitReport(by_side["look"], by_side["kept"], look, kept)
@@ -214,23 +230,6 @@ def fitted_sides(config: ChiarConfig) -> dict[str, FittedSide]:
         hidden = split_entry(config.kv_router)[1].get("hidden")
         sides["kept"] = FittedSide("kv_share", config.kv_share, hidden)
     return sides
-
-
-def spread(harms: Sequence[float], mean: float) -> list[float]:
-    """Shares of this mean, each as the root of its layer's harm, but a quarter of the mean at least and 1 at most.
-
-    The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
-    """
-    roots = torch.tensor(harms, dtype=torch.float64).clamp(min=0).sqrt()
-    roots = (roots / roots.max().clamp(min=SMALLEST)).clamp(min=1e-6)
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        if (roots * middle).clamp(LEAST * mean, 1).mean() < mean:
-            low = middle
-        else:
-            high = middle
-    return (roots * high).clamp(LEAST * mean, 1).tolist()
 
 
 def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tuple[str, int]]:
@@ -277,8 +276,8 @@ def _check_router(side: str, i: int, block: RoutedBlock, router: Router) -> None
             f"the score of layer {i} scales what it routes, and the model was trained so: fit one that was trained "
             "with another router, such as threshold or random"
         )
-    if type(_reaching(side, block)).reach_targets is Operator.reach_targets:
-        raise UserError(f"layer {i} has the menu {block.operator_names}, the last of which has no far to look to")
+    if side == "kept" and type(_reaching(side, block)).received_from_far is Operator.received_from_far:
+        raise UserError(f"layer {i} has the menu {block.operator_names}, none of which says who is seen from far")
 
 
 def _reaching(side: str, block: RoutedBlock) -> Operator:
@@ -306,24 +305,87 @@ def _new_router(side: str, i: int, block: RoutedBlock, fields: dict[str, Any]) -
 
 
 def _targets(
-    model: ChiarForCausalLM, state: State, sides: list[tuple[str, int]]
+    model: ChiarForCausalLM, batch: Tensor | Mapping[str, Any], sides: list[tuple[str, int]]
 ) -> Iterable[tuple[str, int, Float[Tensor, "tokens width"], Float[Tensor, "tokens heads"]]]:
     """Run a batch, and give for each side and layer the operator's input and the target, where it has one."""
-    x, context, gate = state
+    x, context, gate = state = embed_batch(model, batch)
+    looking = [i for side, i in sides if side == "look"]
+    gains = gain_of_looking(model, state, _predicted(batch, context), looking) if looking else {}
     for i, block in enumerate(model.trunk.blocks):
         source = block.operator_input(x, context)
-        measured: dict[Operator, Any] = {}
         for side in (side for side, layer in sides if layer == i):
             operator = _reaching(side, block)
-            if operator not in measured:
-                measured[operator] = operator.reach_targets(source, replace(context, layer_input=x))
-            looks, received = measured[operator]
-            target = looks[..., None] if side == "look" else received
+            if side == "look":
+                target = gains[i][..., None]
+            else:
+                received = operator.received_from_far(source, replace(context, layer_input=x))
+                assert received is not None  # `_check_router` has seen to it
+                target = received
             valid = _with_target(side, operator, x, context)
-            yield side, i, source[valid], target[valid].double().clamp(min=SMALLEST).log()
+            yield side, i, source[valid], target[valid].double().clamp(min=SMALLEST[side]).log()
         x, _ = model.trunk.run_layer(i, x, gate, context)
-        if not bool(x.isfinite().all()):
-            raise UserError(f"layer {i} gives NaN or infinity: the model's weights or its input hold some")
+        _refuse_broken(i, x)
+
+
+def _refuse_broken(layer: int, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise UserError(f"layer {layer} gives NaN or infinity: the model's weights or its input hold some")
+
+
+def _predicted(batch: Tensor | Mapping[str, Any], context: Context) -> Int[Tensor, "batch time"]:
+    """What each token of a batch is to predict, and −100 where that is nothing."""
+    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
+    mask = context.attention_mask
+    given = (labels, fields.get("shift_labels"))
+    device = None if mask is None else mask.device
+    return ChiarForCausalLM.targets_of(*(None if one is None else one.to(device) for one in given), mask)
+
+
+@torch.enable_grad()
+def gain_of_looking(
+    model: ChiarForCausalLM, state: State, predicted: Int[Tensor, "batch time"], layers: Collection[int]
+) -> dict[int, Float[Tensor, "batch time"]]:
+    """How much the loss falls if one token of one layer looks far: g_i = −∂L/∂y_i · (y'_i − y_i), in nats.
+
+    That is to first order, with y_i what the layer gives of token i, and y'_i what it would, were the token sent to the
+    last operator of the menu and not to the first. L, the sum over all predictions, and y are those of the model in
+    which nobody looks. One backward measures all tokens of all layers.
+
+    Where everybody looks the same derivative says little: the loss is near its minimum there.
+
+    Args:
+        model: in evaluation mode and inside `full_attention`.
+        state: of `embed_batch`.
+        predicted: the token that each position is to predict, −100 for none.
+        layers: which layers to measure, each with thresholds.
+
+    """
+    x, context, gate = state
+    outputs, changes = [], []
+    x = x.detach().requires_grad_()
+    for i in range(len(model.trunk.layers)):
+        if i not in layers:
+            x, _ = model.trunk.run_layer(i, x, gate, context)
+            continue
+        with torch.no_grad():
+            looked, _ = model.trunk.run_layer(i, x, gate, context)
+        _refuse_broken(i, looked)
+        thresholds = model.thresholds()[i].values
+        thresholds.fill_(torch.inf)
+        try:
+            x, _ = model.trunk.run_layer(i, x, gate, context)
+        finally:
+            thresholds.fill_(-torch.inf)
+        _refuse_broken(i, x)
+        outputs.append(x)
+        changes.append(looked - x.detach())
+    hidden = model.trunk.norm(x).flatten(0, 1)
+    loss = linear_cross_entropy(hidden, model.lm_head.weight, predicted.to(x.device).flatten(), divisor=1)
+    # Of the outputs alone: the weights keep whatever gradient they have.
+    gradients = torch.autograd.grad(loss, outputs)
+    gains = [-(slope * change).sum(-1) for slope, change in zip(gradients, changes, strict=True)]
+    return dict(zip(sorted(layers), gains, strict=True))
 
 
 def _with_target(side: str, operator: Operator, x: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
@@ -343,7 +405,7 @@ class _Fit:
     """The fit of one side of one layer: sums over the tokens, then a score, then what it says of tokens held out."""
 
     def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int) -> None:
-        self.name = f"layer {layer}, side {side}"
+        self.side, self.name = side, f"layer {layer}, side {side}"
         self.router, self.share, self.quota = router, share, quota
         self.count = 0
         self.sums: list[Tensor] = []
@@ -400,6 +462,7 @@ class _Fit:
         return SideFit(
             sum(rank_correlation(a, b) for a, b in heads) / len(heads),
             sum(top_recall(a, b, top) for a, b in heads) / len(heads),
+            sum(top_captured(a, b.exp() - SMALLEST[self.side], top) for a, b in heads) / len(heads),
             len(score),
             self.count,
             self.share,
@@ -413,7 +476,7 @@ def _fit_two_layers(
     """Fit w·gelu(U x + c) + b by AdamW on standardised features, and fold the standardisation into U and c."""
     x, target = (torch.cat(parts) for parts in zip(*samples, strict=True))
     x, (spread, middle) = (x - mean) / scale, torch.std_mean(target, 0)
-    spread = spread.clamp(min=SMALLEST)
+    spread = spread.clamp(min=1e-12)
     target = (target - middle) / spread
     hidden, width = router.options.hidden, router.width
     first = (torch.randn(hidden, width, generator=generator) / math.sqrt(width)).to(x)
@@ -450,10 +513,10 @@ def _installed(
         for (side, i), one in fits.items():
             setattr(blocks[i], "router" if side == "look" else "kv_router", one.router)
         if look is not None:
-            config.router, config.attention_share = fields["router"], look
+            config.router, config.attention_share, config.attention_spread = fields["router"], look, None
             config.calibration, config.entropy_thresholds = "running", None
         if kept is not None:
-            config.kv_router, config.kv_share = fields["kv_router"], kept
+            config.kv_router, config.kv_share, config.kv_spread = fields["kv_router"], kept, None
         yield
     except BaseException:
         for block, (router, kv_router) in zip(blocks, before, strict=True):
@@ -471,10 +534,24 @@ def _calibrate(
     set_thresholds(model, [embed_batch(model, batch) for batch in batches], *by_side)
 
 
+def _spread(config: ChiarConfig, harms: Mapping[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+    """Spread the sides' shares by the roots of the harms, in the config, and say what each layer gets.
+
+    The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
+    """
+    shares = {}
+    for side, (field, weights) in _SPREADS.items():
+        own = {i: math.sqrt(max(harm, 0.0)) for (name, i), harm in harms.items() if name == side}
+        if own:
+            setattr(config, weights, [own.get(i, 0.0) for i in range(len(config.menus))])
+            shares |= {(side, i): share for i, share in config.layer_shares(field).items()}
+    return shares
+
+
 def _harms(
     model: ChiarForCausalLM, batches: list[Tensor | Mapping[str, Any]], sides: list[tuple[str, int]]
 ) -> dict[tuple[str, int], float]:
-    """KL(full ‖ routed) in nats a token, with one side of one layer routed by its thresholds, and all else whole."""
+    """KL(full ‖ routed) in nats a prediction, with one side of one layer routed by its thresholds, all else whole."""
     trunk = model.trunk
     thresholds = {"look": model.thresholds(), "kept": model.kv_thresholds()}
     routed = {(side, i): thresholds[side][i].values.clone() for side, i in sides}
@@ -485,9 +562,8 @@ def _harms(
             inputs = [x]
             for i in range(len(trunk.layers)):
                 inputs.append(trunk.run_layer(i, inputs[-1], gate, context)[0])
-            real = context.real(x.shape[1])
-            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-            whole = trunk.norm(inputs[-1])[real]
+            counted = _predicted(batch, context).to(x.device) != IGNORED
+            whole = trunk.norm(inputs[-1])[counted]
             count += len(whole)
             for (side, first), values in routed.items():
                 thresholds[side][first].values.copy_(values)
@@ -495,7 +571,7 @@ def _harms(
                 for i in range(first, len(trunk.layers)):
                     x, _ = trunk.run_layer(i, x, gate, context)
                 thresholds[side][first].values.fill_(-torch.inf)
-                for ours, theirs in zip(trunk.norm(x)[real].split(CHUNK), whole.split(CHUNK), strict=True):
+                for ours, theirs in zip(trunk.norm(x)[counted].split(CHUNK), whole.split(CHUNK), strict=True):
                     log_q, log_p = (model.lm_head(h).float().log_softmax(-1) for h in (ours, theirs))
                     harms[side, first] += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return {place: harm / max(count, 1) for place, harm in harms.items()}
@@ -519,3 +595,9 @@ def top_recall(score: Float[Tensor, " tokens"], target: Float[Tensor, " tokens"]
     """Of the `top` tokens with the largest targets, the share that is among the `top` with the largest scores."""
     found = torch.isin(score.topk(top).indices, target.topk(top).indices)
     return float(found.double().mean())
+
+
+def top_captured(score: Float[Tensor, " tokens"], target: Float[Tensor, " tokens"], top: int) -> float:
+    """What the targets of the `top` tokens with the largest scores add up to, as a part of the most that it can be."""
+    best = float(target.topk(top).values.sum())
+    return float(target[score.topk(top).indices].sum()) / best if best > 0 else 1.0

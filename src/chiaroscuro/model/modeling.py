@@ -146,7 +146,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
         uncalibrated: thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given
         or saved.
         """
-        routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"}
+        spreads = {"attention_spread", "kv_spread"}
+        routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"} | spreads
         asked = (routing | {"config", "entropy_thresholds"}) & {*kwargs}
         saved = cls._saved_config(*args, **kwargs) if asked else None
         loaded = super().from_pretrained(*args, **kwargs)
@@ -166,9 +167,9 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 thresholds.set_fixed()
         # Given fixed thresholds count for more than a share.
         given = model.config.calibration == "fixed" and changed("calibration", "entropy_thresholds")
-        if model.thresholds() and not given and changed("attention_share", "calibration"):
+        if model.thresholds() and not given and changed("attention_share", "attention_spread", "calibration"):
             model.set_attention_share(model.config.attention_share)
-        if model.kv_thresholds() and changed("kv_share"):
+        if model.kv_thresholds() and changed("kv_share", "kv_spread"):
             model.set_attention_share(kv_share=model.config.kv_share)
         return loaded
 
@@ -206,7 +207,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """Route this share of the tokens to each menu's last operator, and keep that share, by the quantiles seen.
 
         A layer that was never calibrated answers with the quantile of white noise, which is all that is known of it.
-        Thresholds that were fixed are so no longer: the config then says `calibration="running"`.
+        Thresholds that were fixed are so no longer: the config then says `calibration="running"`. Where the config
+        spreads a share over the layers (`attention_spread`, `kv_spread`), this is their mean.
 
         Args:
             share: ρ from 0 to 1; as it is unless given.
@@ -219,14 +221,17 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """
         if share is None and kv_share is None:
             raise UserError("no share to set: give the share that looks, kv_share, the share that is kept, or both")
-        sides = ((share, "attention share", self.thresholds()), (kv_share, "kv_share", self.kv_thresholds()))
+        sides = (
+            (share, "attention share", "attention_share", self.thresholds()),
+            (kv_share, "kv_share", "kv_share", self.kv_thresholds()),
+        )
         missing = {
             "attention share": f"no layer routes by thresholds (router={self.config.router!r}, menus "
             f"{self.config.operators}): there is no share to set",
             "kv_share": f"no layer decides who is kept (attention_context={self.config.attention_context!r}): there is "
             "no kv_share to set",
         }
-        for value, name, layers in sides:
+        for value, name, _, layers in sides:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
@@ -235,11 +240,11 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 raise UserError(missing[name])
             for thresholds in layers.values():
                 thresholds.check_present()
-        for value, _, layers in sides:
-            for thresholds in layers.values() if value is not None else ():
-                assert value is not None
+        for value, _, field, layers in sides:
+            shares = self.config.layer_shares(field, value) if value is not None else {}
+            for i, thresholds in layers.items() if value is not None else ():
                 thresholds.running = True
-                thresholds.set_share(float(value))
+                thresholds.set_share(shares[i])
         if share is not None:
             self.config.attention_share = float(share)
             self.config.calibration, self.config.entropy_thresholds = "running", None
@@ -611,9 +616,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         loss = term = None
         if predicts:
             self._check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
-            targets = given = self._shifted(labels) if shift_labels is None else shift_labels
-            if attention_mask is not None:
-                targets = self._without_padding(given, attention_mask, shifted_here=shift_labels is None)
+            given = self._shifted(labels) if shift_labels is None else shift_labels
+            targets = self.targets_of(labels, shift_labels, attention_mask)
             if num_items_in_batch is not None and attention_mask is not None:
                 counted, labelled = targets.ne(-100).sum(), given.ne(-100).sum()
                 num_items_in_batch = num_items_in_batch * torch.where(counted > 0, counted / labelled, 1)
@@ -659,6 +663,16 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
     def _loss_needs_logits(self) -> bool:
         """Whether the head or the loss was replaced, by an adapter or by the user."""
         return type(self.lm_head) is not nn.Linear or self.loss_function is not ForCausalLMLoss
+
+    @classmethod
+    def targets_of(
+        cls, labels: Tensor | None, shift_labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Int[Tensor, "batch time"]:
+        """The token that each position is to predict, and −100 where none is; arguments as of `forward`."""
+        targets = cls._shifted(labels) if shift_labels is None else shift_labels
+        if attention_mask is None:
+            return targets
+        return cls._without_padding(targets, attention_mask, shifted_here=shift_labels is None)
 
     @staticmethod
     def _shifted(labels: Tensor | None) -> Tensor:

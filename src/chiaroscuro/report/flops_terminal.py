@@ -12,7 +12,8 @@ _UNITS = {1e9: "GFLOP", 1e12: "TFLOP", 1e15: "PFLOP", 1e18: "EFLOP", 1e21: "ZFLO
 def print_flops(figures: dict[str, Any], console: Console) -> None:
     """Print what `describe_flops` gives, of the model that `figures["model"]` names."""
     length, share = figures["length"], figures["share"]
-    what = f"{figures['model']}, T = {length:,}, ρ = {share:g}, context {figures['attention_context']}, "
+    kept = "" if figures["kv_share"] is None else f" ({figures['kv_share']:g} kept)"
+    what = f"{figures['model']}, T = {length:,}, ρ = {share:g}, context {figures['attention_context']}{kept}, "
     console.print(f"{what}{figures['execution']} execution; one sequence\n", highlight=False)
     counted = figures["by_operator"]
     columns = [counted[step][whose] for step in ("forward", "training") for whose in ("ours", "full attention")]

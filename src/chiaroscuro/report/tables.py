@@ -80,7 +80,7 @@ def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) ->
 
 def fit_table(found: Mapping[str, Any]) -> Table:
     """A row per layer and side that was fitted."""
-    columns = _right("rank correlation", "recall", "by chance", "tokens held out", "share")
+    columns = _right("rank correlation", "recall", "by chance", "captured", "tokens held out", "share")
     table = Table("layer", "side", *columns, box=None)
     for layer in found["layers"]:
         for side in ("look", "kept"):
@@ -92,6 +92,7 @@ def fit_table(found: Mapping[str, Any]) -> Table:
                     f"{fit['rank_correlation']:.3f}",
                     f"{fit['recall']:.1%}",
                     f"{found[side]:.1%}",
+                    f"{fit['captured']:.1%}",
                     f"{fit['tokens']:,}",
                     f"{fit['share']:.1%}",
                 )

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from chiaroscuro.training.schedule import Course
 
 
+def _chiar(wrapped: nn.Module) -> Any:
+    """The model in what the trainer has wrapped around it."""
+    return next(module for module in wrapped.modules() if hasattr(module, "set_attention_share"))
+
+
 class TurnDials(TrainerCallback):
     """Gives the model the shares of each step, and outside the steps those that it is validated and saved with.
 
@@ -57,11 +62,35 @@ class TurnDials(TrainerCallback):
         self._turn(kwargs["model"], {name: course.after(state.global_step) for name, course in self.courses.items()})
 
     def _turn(self, wrapped: nn.Module, shares: Mapping[str, float]) -> None:
-        model: Any = next(module for module in wrapped.modules() if hasattr(module, "set_attention_share"))
+        model = _chiar(wrapped)
         changed = {name: share for name, share in shares.items() if getattr(model.config, name) != share}
         # Left alone where nothing changes: thresholds that were calibrated at this share are finer than its table.
         if changed:
             model.set_attention_share(changed.get("attention_share"), kv_share=changed.get("kv_share"))
+
+
+class FitScores(TrainerCallback):
+    """Fits the scores by which tokens are routed, once, on what the model has become by then.
+
+    It comes before `TurnDials`, which puts the shares back that fitting sets.
+
+    Args:
+        step: after which it does.
+        fit: fits the model's scores, and says in one line how well they do.
+        say: prints a line.
+    """
+
+    def __init__(self, step: int, fit: Callable[[Any], str], say: Callable[[str], None]) -> None:
+        self.step = step
+        self._fit = fit
+        self._say = say
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first step that may be routed by them; a resume after it finds them in the checkpoint."""
+        if state.global_step == self.step:
+            self._say(self._fit(_chiar(kwargs["model"])))
 
 
 class Reporter(TrainerCallback):

@@ -1,7 +1,7 @@
 """Start a run from the weights of a trained model, whose routing may be another, with scores fitted beforehand."""
 
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import asdict
 from statistics import mean
 from typing import Any, cast
@@ -14,10 +14,15 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RoutedBlock, Router, ScoreRouter
 from chiaroscuro.layers.fitted_router import UNFITTED
 from chiaroscuro.layers.operator import hosts
-from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model import ChiarForCausalLM, ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
-from chiaroscuro.model.fitting import fit, fitted_sides
-from chiaroscuro.model.loading import find_checkpoint, load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.fitting import FittedSide, fit
+from chiaroscuro.model.loading import (
+    find_checkpoint,
+    load_checkpoint,
+    load_checkpoint_config,
+    load_checkpoint_tokenizer,
+)
 
 MAY_DIFFER = frozenset(
     {
@@ -28,7 +33,9 @@ MAY_DIFFER = frozenset(
         "router_seed",
         "spectrum",
         "attention_share",
+        "attention_spread",
         "kv_share",
+        "kv_spread",
         "attention_context",
         "window",
         "sinks",
@@ -155,12 +162,19 @@ def _take_over(router: Router, other: Router) -> None:
         ours.set_share(ours.share)
 
 
-def fit_scores(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> str:
-    """Fit the scores of the sides that decide by one, at the model's own shares.
+def fit_scores(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    sides: Mapping[str, FittedSide],
+    spread: bool = False,
+) -> str:
+    """Fit the scores of the sides that decide by one.
 
     Args:
         model: A language model with trained weights. Changed in place.
         batches: As of `fit_batches`.
+        sides: Of `fitted_sides`, of the model's config as it is when its shares are those that it ends with.
+        spread: See `chiaroscuro.fit`.
 
     Returns:
         How well they foretell, in one line.
@@ -175,11 +189,25 @@ def fit_scores(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", UNFITTED)  # the other side's score, whose turn comes
         # One side at a time, since each has a width of its own.
-        for name, side in fitted_sides(model.config).items():
-            report = fit(model, batches, hidden=side.hidden, **cast(Any, {name: side.share}))
+        for name, side in sides.items():
+            report = fit(model, batches, hidden=side.hidden, spread=spread, **cast(Any, {name: side.share}))
             correlation = mean(layer.rank_correlation for layer in getattr(report, name).values())
             found.append(f"{name} {correlation:.2f}")
     return f"fitted scores: mean rank correlation with their targets {', '.join(found)}"
+
+
+def take_over_spread(model: PreTrainedModel, checkpoint: str) -> None:
+    """Spread the model's shares over the layers as in a checkpoint, which it resumes from."""
+    saved = load_checkpoint_config(checkpoint)
+    if not isinstance(model, ChiarPreTrainedModel) or not isinstance(saved, ChiarConfig):
+        return
+    config = model.config
+    if saved.attention_spread != config.attention_spread:
+        config.attention_spread = saved.attention_spread
+        model.set_attention_share(config.attention_share)
+    if saved.kv_spread != config.kv_spread:
+        config.kv_spread = saved.kv_spread
+        model.set_attention_share(kv_share=config.kv_share)
 
 
 FIT_ROWS = 4
@@ -192,7 +220,7 @@ def fit_batches(
     """The first rows of `length` tokens that hold so many `tokens`, one at least, as batches to fit on."""
     count = len(cast(Sized, rows))
     taken = Subset(rows, range(min(count, max(1, tokens // length))))
-    fields = ("input_ids", "attention_mask")
+    fields = ("input_ids", "attention_mask", "labels", "shift_labels")
     return [
         {name: batch[name] for name in fields if name in batch}
         for batch in DataLoader(taken, batch_size=FIT_ROWS, collate_fn=collate)

@@ -221,17 +221,23 @@ def _count_or_part(value: Any) -> Any:
     return value
 
 
+def _in_steps(given: int | float, steps: int) -> int:
+    """A number of steps, or a part of the run's, one at least."""
+    return given if isinstance(given, int) else max(1, round(given * steps))
+
+
 class ShareSection(Section):
     """How one share changes from step to step.
 
     Either it moves linearly, `from` a share `to` another one in the first `steps` steps (a whole number, or a part of
-    the run: 0.33), and stays there. Or it is drawn `between` two shares anew for each step; `[low, high]` in the place
-    of this section says the same.
+    the run: 0.33), or in as many that come `after` some others, and stays there. Or it is drawn `between` two shares
+    anew for each step; `[low, high]` in the place of this section says the same.
     """
 
     from_: Share | None = Field(None, alias="from")
     to: Share | None = None
     steps: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
+    after: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
     between: Annotated[tuple[float, float] | None, Field(strict=False), BeforeValidator(_range_of_shares)] = None
 
     @model_validator(mode="before")
@@ -241,8 +247,8 @@ class ShareSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ShareSection":
-        if self.between is not None and (self.from_, self.to, self.steps) != (None, None, None):
-            raise ValueError("give either between, or from, to and steps, and not both")
+        if self.between is not None and {self.from_, self.to, self.steps, self.after} != {None}:
+            raise ValueError("give either between, or from, to, steps and after, and not both")
         if self.between is None and None in (self.from_, self.steps):
             raise ValueError("give {from: 1.0, to: 0.25, steps: 0.33}, or a range to draw from, [0.1, 1.0]")
         return self
@@ -261,10 +267,11 @@ class ShareSection(Section):
         if self.between is not None:
             return Draws(*self.between, at_rest, seed)
         assert self.from_ is not None and self.steps is not None  # `_consistent` has seen to it
-        length = self.steps if isinstance(self.steps, int) else max(1, round(self.steps * steps))
-        if length > steps:
-            raise ValueError(f"steps={length} is more than the {steps} steps of the run; lower it or train longer")
-        return Ramp(self.from_, at_rest, length)
+        length, wait = _in_steps(self.steps, steps), 0 if self.after is None else _in_steps(self.after, steps)
+        if wait + length > steps:
+            late = f"after={wait} and steps={length} are" if wait else f"steps={length} is"
+            raise ValueError(f"{late} more than the {steps} steps of the run; lower it or train longer")
+        return Ramp(self.from_, at_rest, length, wait)
 
 
 class ScheduleSection(Section):
@@ -292,13 +299,20 @@ class DistillSection(Section):
 
 
 class FitSection(Section):
-    """Fit the scores before the first step, with the weights of `trainer.init_from`.
+    """Fit the scores before the first step, with the weights of `trainer.init_from`, or `after` some steps.
 
     Those of each side whose router is `fitted`, at the model's own share of it, on the first `tokens` tokens of the
-    training split; see `chiaroscuro.fit`.
+    training split. With `spread`, the shares are means over the layers, each of which gets its part by the harm that
+    routing it does; see `chiaroscuro.fit`.
     """
 
     tokens: Count = 65536
+    spread: bool = False
+    after: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
+
+    def step(self, steps: int) -> int | None:
+        """Of a run of so many steps, those after which the scores are fitted; None for before the first one."""
+        return None if self.after is None else _in_steps(self.after, steps)
 
 
 class Recipe(Section):
@@ -544,9 +558,10 @@ class Recipe(Section):
     def _refuse_impossible_fit(self, config: ChiarConfig) -> None:
         if self.fit is None:
             return
-        if self.trainer.init_from is None:
+        if self.trainer.init_from is None and self.fit.after is None:
             raise UserError(
-                "fit without trainer.init_from: scores are fitted on a trained model; name it, or remove fit"
+                "fit without trainer.init_from: scores are fitted on a trained model; name it, or set fit.after, the "
+                "steps to train before, or remove fit"
             )
         if not (sides := fitted_sides(config)):
             raise UserError(
@@ -558,6 +573,18 @@ class Recipe(Section):
         for side in sides.values():
             if not 0 < side.share < 1:
                 raise UserError(f"fit with {side.field}={side.share}: must be more than 0 and less than 1; change it")
+            if self.fit.after is not None:
+                self._refuse_routing_before_the_fit(side.field)
+
+    def _refuse_routing_before_the_fit(self, field: str) -> None:
+        """A score that is not fitted yet must not decide: until then the share is 1."""
+        course = self._scheduled().get(field)
+        assert self.fit is not None
+        if course is None or course.from_ != 1 or course.after is None:
+            raise UserError(
+                f"fit.after={self.fit.after} while {field} is less than 1 from the start, by a score not yet fitted; "
+                f"set schedule.{field}: {{from: 1.0, after: {self.fit.after}, steps: 0.3}}"
+            )
 
     def courses(self, steps: int) -> dict[str, Course]:
         """The shares that change in a run, by the model's field.
@@ -577,6 +604,13 @@ class Recipe(Section):
                 courses[name] = share.course(getattr(config, name), steps, f"{name} {self.trainer.seed}")
             except ValueError as error:
                 raise UserError(f"schedule.{name}.{error}") from None
+        if self.fit is not None and (fitted := self.fit.step(steps)) is not None:
+            for field in (side.field for side in fitted_sides(config).values()):
+                if courses[field].after(fitted) < 1:
+                    raise UserError(
+                        f"fit.after={self.fit.after} is later than schedule.{field}.after: until the scores are fitted "
+                        "the share has to be 1; change one of them"
+                    )
         return courses
 
     def steps(self, world_size: int = 1, rows: int | None = None) -> int:

@@ -31,8 +31,9 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
 from chiaroscuro.model.calibration import paper_thresholds
+from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config
-from chiaroscuro.training.callbacks import Reporter, StopOnSignal, TurnDials
+from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
     SCRATCH,
@@ -46,7 +47,7 @@ from chiaroscuro.training.checkpoints import (
     refuse_foreign_scratch,
     scratch_in,
 )
-from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights
+from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights, take_over_spread
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe
 from chiaroscuro.training.records import read_records, write_records
@@ -148,17 +149,19 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         _refuse_other_facts(checkpoint, facts)
 
     model = _build_model(recipe, objective, baseline)
+    fit, fit_after = _fit_of(recipe, model, objective, rows), recipe.fit.step(steps) if recipe.fit is not None else None
     if checkpoint is None and recipe.trainer.init_from is not None:
         load_weights(model, recipe.trainer.init_from, objective.tokenizer)
-        if recipe.fit is not None:
-            batches = fit_batches(rows, recipe.fit.tokens, recipe.data.sequence_length, objective.collate)
-            say(fit_scores(model, batches))
+        if recipe.fit is not None and fit_after is None:
+            say(fit(model))
     finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
         if finished:
             model = load_checkpoint(str(checkpoint.path))
         else:
             _refuse_other_weights(checkpoint.path, model)
+            if recipe.fit is not None:
+                take_over_spread(model, str(checkpoint.path))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
     say(
@@ -199,6 +202,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             processing_class=objective.tokenizer,
             callbacks=[
                 *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
+                *([FitScores(fit_after, fit, say)] if fit_after is not None else []),
                 *([TurnDials(run.courses)] if run.courses else []),
                 *([reporter] if reporter is not None else []),
                 stop,
@@ -236,6 +240,18 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         validation_loss=validated["loss"],
         **{name: validated.get(name) for name in ("perplexity", "bits_per_byte", "accuracy")},
     )
+
+
+def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, rows: Dataset[Any]) -> Callable[[Any], str]:
+    """What fits the scores that the recipe asks for, at the shares that the model is built with."""
+    sides = {} if recipe.fit is None else fitted_sides(model.config)
+
+    def fit(model: Any) -> str:
+        assert recipe.fit is not None
+        batches = fit_batches(rows, recipe.fit.tokens, recipe.data.sequence_length, objective.collate)
+        return fit_scores(model, batches, sides, recipe.fit.spread)
+
+    return fit
 
 
 # ---- the folder --------------------------------------------------------------------------------------------

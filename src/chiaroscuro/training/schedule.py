@@ -23,18 +23,20 @@ class Course(Protocol):
 
 @dataclass(frozen=True)
 class Ramp:
-    """ρ(n) = start + (end − start) · min(n / steps, 1) after n steps; step n + 1 trains with ρ(n).
+    """ρ(n) = start + (end − start) · min(max(n − wait, 0) / steps, 1) after n steps; step n + 1 trains with ρ(n).
 
     Attributes:
         start: the share of the first step.
-        end: the share after `steps` steps and from then on.
+        end: the share after `wait` + `steps` steps and from then on.
         steps: the length of the ramp, 1 or more.
+        wait: steps before it.
 
     """
 
     start: float
     end: float
     steps: int
+    wait: int = 0
 
     def during(self, step: int) -> float:
         """ρ(step − 1)."""
@@ -42,9 +44,10 @@ class Ramp:
 
     def after(self, step: int) -> float:
         """ρ(step)."""
-        if step >= self.steps:
+        passed = max(0, step - self.wait)
+        if passed >= self.steps:
             return self.end
-        return _between(self.start, self.end, step / self.steps)
+        return _between(self.start, self.end, passed / self.steps)
 
 
 @dataclass(frozen=True)
