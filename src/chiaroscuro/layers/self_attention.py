@@ -291,7 +291,7 @@ class SelfAttention(Operator):
     @torch.no_grad()
     def received_from_far(
         self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> Float[Tensor, "batch time key_heads"]:
+    ) -> Float[Tensor, "batch time key_heads"] | None:
         """The largest attention that a later token gives each token from beyond its window, were all to look.
 
         In any head of a group; 0 where nobody could, and at padding.

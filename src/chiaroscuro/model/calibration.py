@@ -127,16 +127,28 @@ def set_thresholds(
         UserError: a score is not finite.
 
     """
-    base, layers, keeping = model.trunk, model.thresholds(), model.kv_thresholds()
-    for i in range(len(base.layers)):
-        if i in shares or i in kv_shares:
-            routings = [(base.blocks[i].route(x, c), c.attention_mask) for x, c, _ in states]
-        if i in shares:
-            layers[i].set_from(torch.cat([_real(routing.score, mask) for routing, mask in routings]), shares[i])
-        if i in kv_shares:
-            scores = [_real(routing.kept_score, mask) for routing, mask in routings]
-            keeping[i].set_from(torch.cat(scores), kv_shares[i])
-        states = [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
+    for i in range(len(model.trunk.layers)):
+        states = calibrate_layer(model, i, states, shares, kv_shares)
+
+
+def calibrate_layer(
+    model: ChiarPreTrainedModel,
+    i: int,
+    states: list[State],
+    shares: Mapping[int, float],
+    kv_shares: Mapping[int, float],
+) -> list[State]:
+    """Set the thresholds of layer i, if the shares name it, and run it; arguments and errors as of `set_thresholds`."""
+    base = model.trunk
+    if i in shares or i in kv_shares:
+        routings = [(base.blocks[i].route(x, c), c.attention_mask) for x, c, _ in states]
+    if i in shares:
+        scores = [_real(routing.score, mask) for routing, mask in routings]
+        model.thresholds()[i].set_from(torch.cat(scores), shares[i])
+    if i in kv_shares:
+        scores = [_real(routing.kept_score, mask) for routing, mask in routings]
+        model.kv_thresholds()[i].set_from(torch.cat(scores), kv_shares[i])
+    return [(base.run_layer(i, x, gate, context)[0], context, gate) for x, context, gate in states]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, FittedRouter, Operator, RoutedBlock, Router, ScoreRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
-from chiaroscuro.model.calibration import State, embed_batch, set_thresholds
+from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
@@ -149,8 +149,9 @@ def fit(
     where nobody looks yet (`gain_of_looking`), of the tokens that have something beyond their window. The target of who
     is kept is the logarithm of the largest attention that any later token gives it from beyond its window, where
     everybody looks and everybody is kept. The score
-    is a ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Routers of other
-    kinds make way for `"fitted"` ones. Then the thresholds are calibrated at the shares, on the same batches.
+    is a ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Layers are fitted
+    in turn, each on what those before it give when they are routed, and calibrated at the shares on the same batches.
+    Routers of other kinds make way for `"fitted"` ones.
 
     Args:
         model: a language model whose layers choose who attends, or who is kept, by a score. Changed in place.
@@ -192,23 +193,26 @@ def fit(
         assert share is not None
         quota = math.ceil(SAMPLE / (len(given) - held_out))
         fits[side, i] = _Fit(side, i, router.to(model.device), share, quota)
-    with evaluation_mode(model), full_attention(model):
-        for n, batch in enumerate(given):
-            if n == len(given) - held_out:
-                for one in fits.values():
-                    one.solve()
-            for side, i, x, targets in _targets(model, batch, sides):
-                fits[side, i].add(x, targets, held_out=n >= len(given) - held_out)
-    results = {place: one.result() for place, one in fits.items()}
-    with _installed(model, fits, fields, look, kept), evaluation_mode(model):
-        _calibrate(model, given, {place: result.share for place, result in results.items()})
-        if spread:
-            harms = _harms(model, given[len(given) - held_out :], sides)
-            for place, share in _spread(model.config, harms).items():
-                results[place] = replace(results[place], share=share, harm=harms[place])
-            _calibrate(model, given, {place: result.share for place, result in results.items()})
+    with evaluation_mode(model):
+        with full_attention(model):
+            targets = [dict(_targets(model, batch, sides)) for batch in given]
+        with _installed(model, fits, fields, look, kept):
+            results = _fit_in_turn(model, given, targets, fits, len(given) - held_out)
+            if spread:
+                harms = _harms(model, given[len(given) - held_out :], sides)
+                for place, share in _spread(model.config, harms).items():
+                    results[place] = replace(results[place], share=share, harm=harms[place])
+                _calibrate(model, given, {place: result.share for place, result in results.items()})
     by_side = {name: {i: result for (side, i), result in results.items() if side == name} for name in ("look", "kept")}
     return FitReport(by_side["look"], by_side["kept"], look, kept)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Of a batch, what a score is to say: for which tokens, and what."""
+
+    valid: Bool[Tensor, "batch time"]
+    values: Float[Tensor, "tokens heads"]
 
 
 @dataclass(frozen=True)
@@ -306,8 +310,8 @@ def _new_router(side: str, i: int, block: RoutedBlock, fields: dict[str, Any]) -
 
 def _targets(
     model: ChiarForCausalLM, batch: Tensor | Mapping[str, Any], sides: list[tuple[str, int]]
-) -> Iterable[tuple[str, int, Float[Tensor, "tokens width"], Float[Tensor, "tokens heads"]]]:
-    """Run a batch, and give for each side and layer the operator's input and the target, where it has one."""
+) -> Iterable[tuple[tuple[str, int], _Target]]:
+    """Run a batch inside `full_attention`, and give the targets of each side and layer."""
     x, context, gate = state = embed_batch(model, batch)
     looking = [i for side, i in sides if side == "look"]
     gains = gain_of_looking(model, state, _predicted(batch, context), looking) if looking else {}
@@ -315,16 +319,69 @@ def _targets(
         source = block.operator_input(x, context)
         for side in (side for side, layer in sides if layer == i):
             operator = _reaching(side, block)
-            if side == "look":
-                target = gains[i][..., None]
-            else:
-                received = operator.received_from_far(source, replace(context, layer_input=x))
-                assert received is not None  # `_check_router` has seen to it
-                target = received
+            values = gains[i][..., None] if side == "look" else None
+            if values is None:
+                values = operator.received_from_far(source, replace(context, layer_input=x))
+            assert values is not None  # `_check_router` has seen to it
             valid = _with_target(side, operator, x, context)
-            yield side, i, source[valid], target[valid].double().clamp(min=SMALLEST[side]).log()
+            yield (side, i), _Target(valid, values[valid].double().clamp(min=SMALLEST[side]).log())
         x, _ = model.trunk.run_layer(i, x, gate, context)
         _refuse_broken(i, x)
+
+
+def _fit_in_turn(
+    model: ChiarForCausalLM,
+    batches: list[Tensor | Mapping[str, Any]],
+    targets: list[dict[tuple[str, int], _Target]],
+    fits: Mapping[tuple[str, int], "_Fit"],
+    fitting: int,
+) -> dict[tuple[str, int], SideFit]:
+    """Fit layer after layer, each on what the layers before it give when they are routed by their scores.
+
+    Where those before it are not routed a layer's input holds what is far, and a score would read it there.
+
+    Args:
+        model: with the routers of the fits in it.
+        batches: as of `fit`.
+        targets: of each batch.
+        fits: by side and layer.
+        fitting: how many batches, the first ones, to fit on; the others are held out.
+
+    """
+    states, results = [embed_batch(model, batch) for batch in batches], {}
+    with _unready_sides_whole(model, fits):
+        for i, block in enumerate(model.trunk.blocks):
+            own = {place: one for place, one in fits.items() if place[1] == i}
+            for n, (x, context, _) in enumerate(states if own else []):
+                if n == fitting:
+                    for one in own.values():
+                        one.solve()
+                source = block.operator_input(x, context)
+                for place, one in own.items():
+                    valid, values = targets[n][place].valid, targets[n][place].values
+                    one.add(source[valid], values, held_out=n >= fitting)
+            results |= {place: one.result() for place, one in own.items()}
+            shares = [{i: one.share} if (one := own.get((side, i))) else {} for side in ("look", "kept")]
+            states = calibrate_layer(model, i, states, *shares)
+    return results
+
+
+@contextmanager
+def _unready_sides_whole(model: ChiarForCausalLM, fits: Collection[tuple[str, int]]) -> Iterator[None]:
+    """Inside the block, routers with scores that nobody fits now, and nobody has, let all look and keep all."""
+    waiting = []
+    for i, block in enumerate(model.trunk.blocks):
+        for side, router in (("look", block.router), ("kept", block.kv_router)):
+            if isinstance(router, ScoreRouter) and (side, i) not in fits and router.unready():
+                waiting.append(router.calibration.values)
+    before = [values.clone() for values in waiting]
+    try:
+        for values in waiting:
+            values.fill_(-torch.inf)
+        yield
+    finally:
+        for values, kept in zip(waiting, before, strict=True):
+            values.copy_(kept)
 
 
 def _refuse_broken(layer: int, x: Tensor) -> None:
@@ -337,9 +394,9 @@ def _predicted(batch: Tensor | Mapping[str, Any], context: Context) -> Int[Tenso
     fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
     mask = context.attention_mask
-    given = (labels, fields.get("shift_labels"))
-    device = None if mask is None else mask.device
-    return ChiarForCausalLM.targets_of(*(None if one is None else one.to(device) for one in given), mask)
+    return ChiarForCausalLM.targets_of(
+        labels, fields.get("shift_labels"), None if mask is None else mask.to(labels.device)
+    )
 
 
 @torch.enable_grad()
@@ -539,7 +596,7 @@ def _spread(config: ChiarConfig, harms: Mapping[tuple[str, int], float]) -> dict
 
     The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
     """
-    shares = {}
+    shares: dict[tuple[str, int], float] = {}
     for side, (field, weights) in _SPREADS.items():
         own = {i: math.sqrt(max(harm, 0.0)) for (name, i), harm in harms.items() if name == side}
         if own:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -605,7 +605,7 @@ class Recipe(Section):
             except ValueError as error:
                 raise UserError(f"schedule.{name}.{error}") from None
         if self.fit is not None and (fitted := self.fit.step(steps)) is not None:
-            for field in (side.field for side in fitted_sides(config).values()):
+            for field in (side.field for side in fitted_sides(cast(ChiarConfig, config)).values()):
                 if courses[field].after(fitted) < 1:
                     raise UserError(
                         f"fit.after={self.fit.after} is later than schedule.{field}.after: until the scores are fitted "

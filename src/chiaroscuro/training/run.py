@@ -31,6 +31,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
 from chiaroscuro.model.calibration import paper_thresholds
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config
 from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
@@ -244,7 +245,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
 
 def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, rows: Dataset[Any]) -> Callable[[Any], str]:
     """What fits the scores that the recipe asks for, at the shares that the model is built with."""
-    sides = {} if recipe.fit is None else fitted_sides(model.config)
+    sides = {} if recipe.fit is None else fitted_sides(cast(ChiarConfig, model.config))
 
     def fit(model: Any) -> str:
         assert recipe.fit is not None
