@@ -34,6 +34,7 @@ OURS = {
     "small": ([[D], *[[D, A]] * 4, [A]], "causal"),
     "small-baseline": ([[A]] * 6, "none"),
 }
+REACH = {"reach-small": (128, 4, 6, 64, 8192, 1024), "reach-400m": (1024, 16, 28, 128, 50257, 32768)}
 
 
 def config(**changes: Any) -> ChiarConfig:
@@ -45,7 +46,7 @@ def config(**changes: Any) -> ChiarConfig:
 
 def test_presets_are_these_each_with_a_line() -> None:
     presets = ChiarConfig.presets()
-    assert set(presets) == set(PAPER) | set(OURS)
+    assert set(presets) == set(PAPER) | set(OURS) | set(REACH)
     assert all(line and "\n" not in line for line in presets.values())
 
 
@@ -64,6 +65,18 @@ def test_the_paper_s_presets(name: str) -> None:
     if c.routed_layers:
         assert c.calibration == "fixed"
     assert c.use_cache == (name != "v2-400m")
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_the_presets_of_near_and_far(name: str) -> None:
+    width, heads, layers, window, vocabulary, longest = REACH[name]
+    c = ChiarConfig.preset(name)
+    assert (c.hidden_size, c.num_attention_heads, c.vocab_size) == (width, heads, vocabulary)
+    assert (c.operators, c.max_position_embeddings) == ([["local", "attention"]] * layers, longest)
+    assert (c.window, c.sinks, c.attention_context) == (window, 4, "kept")
+    assert (c.router, c.kv_router, c.attention_share, c.kv_share) == ("fitted", "fitted", 0.25, 0.25)
+    assert (c.norm, c.embedding_norm, c.meta_router, c.use_cache) == ("pre", True, "none", True)
+    assert ChiarConfig.preset(name, num_hidden_layers=3).operators == [["local", "attention"]] * 3
 
 
 @pytest.mark.parametrize("name", OURS)

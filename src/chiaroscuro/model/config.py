@@ -267,8 +267,8 @@ class ChiarConfig(PreTrainedConfig):
         fields = copy.deepcopy(_PRESETS[name][1])
         layers, menus = changes.get("num_hidden_layers"), fields["operators"]
         if isinstance(layers, int) and layers > 0 and "operators" not in changes:
-            if menus == [["attention"]] * len(menus):
-                fields["operators"] = [["attention"]] * layers
+            if menus == [menus[0]] * len(menus):
+                fields["operators"] = [menus[0]] * layers
             elif menus == default_operators(len(menus)):
                 fields["operators"] = default_operators(layers)
         if changes.get("calibration") == "running" or not _routes_by_entropy(changes.get("router", "threshold")):
@@ -698,6 +698,13 @@ _V1: dict[str, Any] = {
 }
 _V2: dict[str, Any] = {**_PAPER, "hidden_size": 1024, "num_attention_heads": 16}
 _SMALL: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 8192}
+_REACH: dict[str, Any] = {
+    "sinks": 4,
+    "attention_context": "kept",
+    "router": "fitted",
+    "kv_router": "fitted",
+    "meta_router": "none",
+}
 _BASELINE_THRESHOLDS: dict[str, Any] = {"calibration": "running", "entropy_thresholds": None}
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -708,6 +715,22 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "small-baseline": (
         "the same size with full attention in every layer",
         {**_SMALL, "operators": [["attention"]] * 6, "meta_router": "none"},
+    ),
+    "reach-small": (
+        "near and far: 6 layers, d 128, window 64; a quarter looks far, a quarter is kept, by fitted scores",
+        {**_SMALL, **_REACH, "operators": [["local", "attention"]] * 6, "window": 64},
+    ),
+    "reach-400m": (
+        "near and far in the size of the paper's v2: 28 layers, d 1024, window 128, up to 32,768 tokens",
+        {
+            **_REACH,
+            "vocab_size": 50257,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 32768,
+            "operators": [["local", "attention"]] * 28,
+            "window": 128,
+        },
     ),
     "v1-three-operator": (
         "paper v1, 17M: dct · dct/rbf · rbf/attention · attention",

@@ -1,4 +1,4 @@
-"""The first five minutes: a CHIAR-Former and full attention of the same size, trained alike and compared."""
+"""The first minutes: two CHIAR-Formers and full attention of the same size, trained alike and compared."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from chiaroscuro.report.visible import harmless
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, read_records, train
 
-RECIPES = {"small": Path("recipes/small.yaml"), "small-baseline": Path("recipes/small-baseline.yaml")}
+RECIPES = {name: Path(f"recipes/{name}.yaml") for name in ("small", "reach-small", "small-baseline")}
 PROMPT = "Return a copy of the string with"
 TEXT = (
     "Return a list of the words in the string, using sep as the delimiter string. If maxsplit is given, at most "
@@ -26,14 +26,14 @@ TEXT = (
 
 
 def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
-    """Train both models on the same tokens, print a comparison, and write the pictures.
+    """Train the models on the same tokens, print a comparison, and write the pictures.
 
     Args:
         output: the folder; an interrupted run in it is resumed, a finished one is shown again.
         console: where progress and results go.
 
     Returns:
-        The figures of both runs and the paths of the pictures.
+        The figures of the runs and the paths of the pictures.
 
     Raises:
         UserError: the folder is a file, the recipes are missing, or a run fails.
