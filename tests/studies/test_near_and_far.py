@@ -119,14 +119,14 @@ baseline: full attention
 variants:
   full attention, first part: {{trainer.steps: 4}}
   full attention: {{}}
-  both, fitted:
+  both, random: &both
     trainer.init_from: "{folder}/runs/full attention, first part/seed-{{seed}}"
     model.operators: [[local, attention], [local, attention]]
     model.window: 4
     model.attention_context: kept
-    model.router: fitted
-    model.kv_router: fitted
-    fit: {{}}
+    model.router: random
+    model.kv_router: random
+  both, fitted: {{<<: *both, model.router: fitted, model.kv_router: fitted, fit: {{}}}}
 """
 
 RECIPE = """
@@ -153,9 +153,11 @@ def test_a_sweep_is_trained_measured_once_and_written(tmp_path: Path, monkeypatc
     assert {name: list(runs) for name, runs in found.items()} == {
         "full attention, first part": [],
         "full attention": ["0"],
+        "both, random": ["0"],
         "both, fitted": ["0"],
+        **{f"both, {name} afterwards": ["0"] for name in ("random", "H", "fitted")},
     }
-    full, both = found["full attention"]["0"], found["both, fitted"]["0"]
+    full, both = found["full attention"]["0"], found["both, fitted afterwards"]["0"]
     assert (full["scores"], full["cache"], full["look"], full["kept"]) == (1.0, 1.0, None, None)
     assert 0 < both["look"] < 1 and 0 < both["kept"] < 1 and both["scores"] < 1 and both["cache"] < 1
     assert json.loads((tmp_path / "mqar.json").read_text()) == found

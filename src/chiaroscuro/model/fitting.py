@@ -6,6 +6,7 @@ is looked at (`Operator.received_from_far`). A regression on the operators' inpu
 
 import copy
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ FEWEST_QUERIES = 16
 """What a token receives from beyond its window is a target where at least so many, and half a window, could give it."""
 
 SMALLEST = {"look": 1e-3, "kept": 1e-12}
-"""Targets are fitted as logarithms, of this at least: in nats, and in attention."""
+"""Targets are fitted as logarithms, of this at least, or of their mean if it is less: in nats, and in attention."""
 
 SAMPLE = 8192
 """Tokens a layer that a score of two layers is fitted on; a linear one takes all."""
@@ -209,7 +210,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Target:
-    """Of a batch, what a score is to say: for which tokens, and what."""
+    """Of a batch, what a score is to say the logarithm of: for which tokens, and what."""
 
     valid: Bool[Tensor, "batch time"]
     values: Float[Tensor, "tokens heads"]
@@ -324,7 +325,7 @@ def _targets(
                 values = operator.received_from_far(source, replace(context, layer_input=x))
             assert values is not None  # `_check_router` has seen to it
             valid = _with_target(side, operator, x, context)
-            yield (side, i), _Target(valid, values[valid].double().clamp(min=SMALLEST[side]).log())
+            yield (side, i), _Target(valid, values[valid].double())
         x, _ = model.trunk.run_layer(i, x, gate, context)
         _refuse_broken(i, x)
 
@@ -348,10 +349,14 @@ def _fit_in_turn(
         fitting: how many batches, the first ones, to fit on; the others are held out.
 
     """
-    states, results = [embed_batch(model, batch) for batch in batches], {}
+    states = [embed_batch(model, batch) for batch in batches]
+    results: dict[tuple[str, int], SideFit] = {}
     with _unready_sides_whole(model, fits):
         for i, block in enumerate(model.trunk.blocks):
             own = {place: one for place, one in fits.items() if place[1] == i}
+            for place, one in own.items():
+                seen = torch.cat([target[place].values for target in targets[:fitting]])
+                one.floor = min(SMALLEST[place[0]], float(seen.clamp(min=0).mean())) if seen.numel() else 1.0
             for n, (x, context, _) in enumerate(states if own else []):
                 if n == fitting:
                     for one in own.values():
@@ -361,7 +366,7 @@ def _fit_in_turn(
                     valid, values = targets[n][place].valid, targets[n][place].values
                     one.add(source[valid], values, held_out=n >= fitting)
             results |= {place: one.result() for place, one in own.items()}
-            shares = [{i: one.share} if (one := own.get((side, i))) else {} for side in ("look", "kept")]
+            shares = [{i: own[side, i].share} if (side, i) in own else {} for side in ("look", "kept")]
             states = calibrate_layer(model, i, states, *shares)
     return results
 
@@ -462,16 +467,18 @@ class _Fit:
     """The fit of one side of one layer: sums over the tokens, then a score, then what it says of tokens held out."""
 
     def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int) -> None:
-        self.side, self.name = side, f"layer {layer}, side {side}"
+        self.name = f"layer {layer}, side {side}"
         self.router, self.share, self.quota = router, share, quota
         self.count = 0
         self.sums: list[Tensor] = []
         self.samples: list[tuple[Tensor, Tensor]] = []
         self.answers: list[tuple[Tensor, Tensor]] = []
         self.generator = torch.Generator("cpu").manual_seed(layer)
+        self.floor = 1.0
 
     def add(self, x: Float[Tensor, "tokens width"], target: Float[Tensor, "tokens heads"], held_out: bool) -> None:
         """Learn of some tokens, or be asked about them."""
+        target = target.clamp(min=max(self.floor, sys.float_info.min)).log()
         target = target if target.shape[1] == self.router.options.heads else target.mean(1, keepdim=True)
         if held_out:
             self.answers.append((self.router.fitted(x), target))
@@ -519,7 +526,7 @@ class _Fit:
         return SideFit(
             sum(rank_correlation(a, b) for a, b in heads) / len(heads),
             sum(top_recall(a, b, top) for a, b in heads) / len(heads),
-            sum(top_captured(a, b.exp() - SMALLEST[self.side], top) for a, b in heads) / len(heads),
+            sum(top_captured(a, b.exp() - self.floor, top) for a, b in heads) / len(heads),
             len(score),
             self.count,
             self.share,

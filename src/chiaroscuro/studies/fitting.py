@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
@@ -18,6 +20,21 @@ LONGEST = 1024
 """T where no recipe says one: what is far shows in long sequences."""
 
 FIGURES, PICTURE = "fit.json", "fit.png"
+
+
+def batches_of(
+    workspace: Workspace, *, length: int, source: str | None = None, split: str = "train", tokens: int = 65536
+) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The text or the task, and the first tokens of a split of it, as batches to fit on; arguments as of `fit_copy`."""
+    named: Any
+    rows: Any
+    collate = None
+    if source is None and workspace.has_targets:
+        named, rows = workspace.target_rows(split, length=length)
+        collate = PadToLongest(workspace.tokenizer.pad_token_id)
+    else:
+        named, rows = workspace.blocks(split, length=length, source=source)
+    return named, fit_batches(rows, tokens, length, collate)
 
 
 def fit_copy(
@@ -60,15 +77,7 @@ def fit_copy(
     if not isinstance(model, ChiarForCausalLM):
         raise UserError(f"fit needs a CHIAR-Former, and {workspace.name} is a {type(model).__name__}")
     length = workspace.length(length, most=LONGEST)
-    named: Any
-    rows: Any
-    collate = None
-    if source is None and workspace.has_targets:
-        named, rows = workspace.target_rows(split, length=length)
-        collate = PadToLongest(workspace.tokenizer.pad_token_id)
-    else:
-        named, rows = workspace.blocks(split, length=length, source=source)
-    batches = fit_batches(rows, tokens, length, collate)
+    named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
     save_whole(output, model, workspace.tokenizer, workspace.recipe)

@@ -3,11 +3,12 @@
     chiaroscuro sweep recipes/sweeps/reach-text.yaml      # likewise reach-mqar.yaml and reach-passkey.yaml
     python -m chiaroscuro.studies.near_and_far
 
-Every finished run of the sweeps is measured on its validation split once: on a text the perplexity of all tokens and of
-recall tokens, in a task the accuracy. Beside it stand the attention scores that the model computes and the numbers that
-its cache holds, counted at the shares that were measured, as parts of full attention's. The figures go to
-experiments/results/near-and-far; those that are there stay, where the runs themselves are not. Then page and pictures
-are written. A verdict is what its rule, which stands beside it, makes of the figures.
+A finished model of full attention is also routed afterwards, with no training on: by chance, by H, and by scores that
+are fitted to it. These models and the finished runs of the sweeps are measured on their validation split once: on a
+text the perplexity of all tokens and of recall tokens, in a task the accuracy. Beside it stand the attention scores
+that a model computes and the numbers that its cache holds, counted at the shares that were measured, as parts of full
+attention's. The figures go to experiments/results/near-and-far; those that are there stay, where the runs themselves
+are not. Then page and pictures are written. A verdict is what its rule, which stands beside it, makes of the figures.
 """
 
 import json
@@ -24,9 +25,13 @@ from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.recall import WINDOW
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.model.fitting import fit
 from chiaroscuro.report.reach_figure import Point, draw_reach
 from chiaroscuro.studies.evaluation import evaluate
+from chiaroscuro.studies.fitting import batches_of
 from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
 from chiaroscuro.studies.sweep import Sweep, SweepRun
 from chiaroscuro.studies.workspace import Workspace
@@ -35,6 +40,13 @@ RESULTS = Path("experiments/results/near-and-far")
 PAGE = Path("docs/near-and-far.md")
 BASELINE = "full attention"
 """The variants that are called so: the best of them is what the others are held against."""
+
+AFTERWARDS = {
+    f"{side}, {name} afterwards": (side, router)
+    for side in ("look", "kept", "both")
+    for name, router in (("random", "random"), ("H", "threshold"), ("fitted", "fitted"))
+}
+"""How a finished model of full attention is routed: the side, and the router, by name."""
 
 COSTS = ("scores", "cache")
 UNFINISHED = " part"
@@ -80,6 +92,8 @@ class Task:
     title: str
     question: str
     metrics: tuple[Metric, ...]
+    whole: str = BASELINE
+    """The variant whose models are routed afterwards."""
 
     @property
     def sweep(self) -> str:
@@ -99,6 +113,7 @@ TASKS = (
         "WikiText-2 in rows of 1,024 tokens. *Recall tokens* end a pair of tokens that stood earlier in the row, last "
         f"more than {WINDOW} tokens ago: what a window cannot show.",
         (PERPLEXITY, RECALL),
+        whole=f"{BASELINE}, trained on",
     ),
     Task(
         "mqar",
@@ -155,18 +170,66 @@ def gather(task: Task, console: Console) -> dict[str, dict[str, Any]]:
         seed = str(run.seed)
         if seed in found[run.variant] or run.variant.endswith(UNFINISHED) or not run.is_done():
             continue
-        found[run.variant][seed] = measure(run)
-        write_text(task.results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        console.print(f"{task.name}, {run.title}: {found[run.variant][seed]}", highlight=False)
+        _take_up(task, run.variant, seed, measure(_workspace(run)), found, console)
+    patterns = {run.variant: run for run in sweep.runs}
+    for name, (side, router) in AFTERWARDS.items():
+        if (pattern := patterns.get(f"{side}, random")) is None:
+            continue
+        for run in (run for run in sweep.runs if run.variant == task.whole):
+            seed = str(run.seed)
+            runs = found.setdefault(name, known.get(name, {}))
+            if seed not in runs and run.is_done():
+                workspace = _workspace(run)
+                route_afterwards(workspace, pattern, side, router)
+                _take_up(task, name, seed, measure(workspace), found, console)
     return found
 
 
-def measure(run: SweepRun) -> dict[str, Any]:
-    """How good a run's model is, whom it routes, and what it costs."""
-    workspace = Workspace(str(run.folder), device="cpu")
+def _workspace(run: SweepRun) -> Workspace:
+    return Workspace(str(run.folder), device="cpu")
+
+
+def _take_up(
+    task: Task, name: str, seed: str, figures: dict[str, Any], found: dict[str, dict[str, Any]], console: Console
+) -> None:
+    """Keep the figures of a run."""
+    found[name][seed] = figures
+    write_text(task.results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"{task.name}, {name}, seed {seed}: {figures}", highlight=False)
+
+
+def route_afterwards(workspace: Workspace, pattern: SweepRun, side: str, router: str) -> None:
+    """Route a finished model of full attention, and train it no further.
+
+    Args:
+        workspace: of the model, which is replaced by the routed one.
+        pattern: a run whose menus, window and shares to take.
+        side: `"look"`, `"kept"` or `"both"`.
+        router: who is chosen by what; `"fitted"` scores are fitted to the model.
+
+    """
+    config = pattern.recipe.build_config(workspace.config.vocab_size)
+    assert isinstance(config, ChiarConfig)
+    fields: Any = {name: getattr(config, name) for name in ("operators", "window", "sinks", "attention_context")}
+    named = (
+        {"router": "random", "kv_router": "random"} if router == "fitted" else {"router": router, "kv_router": router}
+    )
+    model = ChiarForCausalLM.from_pretrained(workspace.path, **fields, **named)
+    _, batches = batches_of(workspace, length=workspace.length())
+    look = config.attention_share if side != "kept" else None
+    kept = config.kv_share if side != "look" else None
+    if router == "fitted":
+        fit(model, batches, look=look, kept=kept)
+    else:
+        calibrate(model, batches, look, kept)
+    workspace.model = model
+
+
+def measure(workspace: Workspace) -> dict[str, Any]:
+    """How good a model is, whom it routes, and what it costs."""
     window = None if workspace.has_targets else WINDOW
     seen = evaluate(workspace, window=window, batch_size=4 if window else 16)
-    config, length = workspace.config, workspace.length()
+    config, length = workspace.model.config, workspace.length()
     assert isinstance(config, ChiarConfig)
     look = _mean(layer["share"][-1] for layer in seen["layers"] if len(layer["operators"]) > 1)
     kept = _mean(layer["kept"] for layer in seen["layers"] if "kept" in layer)
@@ -299,9 +362,9 @@ Written by `python -m chiaroscuro.studies.near_and_far` from `experiments/result
 In a layer whose tokens all see their [window](concepts/near-and-far.md), some **look** beyond it, or some are **kept**
 to be seen from beyond it, or both, a quarter of them each. Who does is decided by chance (`random`), by the spectral
 entropy (`H`), by a score that is trained along (`learned`), or by one that was [fitted](how-to/fit.md) on the
-full-attention model before (`fitted`). The routed models begin with the weights of a full-attention model that has seen
-a part of the tokens, and so does what is *trained on*. In the first half of the rest their shares fall from 1 to a
-quarter.
+full-attention model before (`fitted`). *Afterwards* the finished full-attention model is routed as it is. The other
+routed models begin with the weights of a full-attention model that has seen a part of the tokens, and so does what is
+*trained on*; in the first half of the rest their shares fall from 1 to a quarter.
 
 The controls: full attention, from the start to the end and trained on from the same weights; **local** attention alone;
 **static** hybrids, in which every third or every sixth layer has full attention and the others see their window; a
@@ -375,8 +438,8 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         shown = " against ".join(metric.shown(variants.estimate(each, metric.key)) for each in (ours, name))
         price = " against ".join(_price(variants, each) for each in (ours, name))
         lines.append(f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {price}.")
-    chance = [name for name in variants.of("both") if name.endswith("random")]
-    if chance and (found := variants.against(ours, chance[0], metric)) is not None and ours != chance[0]:
+    chance = variants.best([name for name in variants.of("both") if "random" in name], metric)
+    if chance and ours != chance and (found := variants.against(ours, chance, metric)) is not None:
         lines.append(f"- Against chance on both sides: {_difference(found, metric)}.")
     return lines
 
