@@ -214,6 +214,26 @@ def test_sparse_is_never_more_than_dense_and_all_attention_is_the_baseline(shape
     assert count == pytest.approx(baseline)
 
 
+@given(weights=st.lists(st.floats(0.1, 10), min_size=3, max_size=3), share=st.floats(0.01, 0.99))
+def test_a_share_that_is_spread_counts_in_each_layer_and_is_the_mean(weights: list[float], share: float) -> None:
+    """What grows with the number of tokens that look, with everybody kept, is the same whichever layer they look in."""
+    near = {"operators": [["local", "attention"]] * 3, "window": 8, "attention_context": "all"}
+    flat, spread = config(**near), config(**near, attention_spread=weights)
+    totals = [count_flops(c, 200, share=share).total for c in (flat, spread)]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-6)
+    kept = {**near, "attention_context": "kept", "kv_spread": weights}
+    assert count_flops(config(**kept), 200, share=share).numbers_kept == pytest.approx(
+        count_flops(config(**kept | {"kv_spread": None}), 200, share=share).numbers_kept, rel=1e-6
+    )
+    # Where the same layers look and keep more than others, more pairs are seen than if all had the mean.
+    both = config(**kept, attention_spread=weights)
+    scores = [
+        count_flops(c, 200, share=share, kv_share=share).by_operator["attention scores"]
+        for c in (both, config(**{**near, "attention_context": "kept"}))
+    ]
+    assert scores[0] >= scores[1] * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("menu", [["attention"], ["local", "attention"]])
 def test_the_baseline_of_near_and_far_has_no_window(menu: list[str]) -> None:
     near = config(operators=[menu] * 2, window=8, sinks=2, attention_context="kept", kv_share=0.25)
