@@ -32,9 +32,10 @@ install: $(STAMP) ## build .venv with the library and its development tools; onc
 quickstart: install ## train CHIAR-Former and full attention on real text, side by side
 	@$(BIN)/chiaroscuro quickstart
 
-# The tests run side by side, one process a core, so each process keeps to one thread.
+# The tests run side by side, one process a core, so each process keeps to one thread. Each begins with half of the list, in
+# which tests with a common set-up stand together, and takes over from the other when it is done.
 test: lint $(KERNELS) ## lint, then the whole test suite, the slow tests too
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install ## formatting, lint rules, types, and the direction of imports
 	@$(BIN)/ruff check --quiet

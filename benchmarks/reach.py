@@ -23,7 +23,7 @@ from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_tur
 from chiaroscuro.model.calibration import calibrate
 
 RESULTS = Path("benchmarks/results/reach.json")
-LENGTHS = (1024, 4096, 8192, 16384)
+LENGTHS = (256, 1024, 4096, 8192, 16384)
 TOKENS = 8192
 LAYERS = 12
 CANDIDATES: dict[str, dict[str, Any]] = {

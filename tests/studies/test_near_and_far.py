@@ -161,6 +161,12 @@ def test_a_sweep_is_trained_measured_once_and_written(tmp_path: Path, monkeypatc
     assert (full["scores"], full["cache"], full["look"], full["kept"]) == (1.0, 1.0, None, None)
     assert 0 < both["look"] < 1 and 0 < both["kept"] < 1 and both["scores"] < 1 and both["cache"] < 1
     assert json.loads((tmp_path / "mqar.json").read_text()) == found
+    # A run that comes later leaves what is there.
+    (tmp_path / "mqar.json").write_text(json.dumps(found | {"both, random": {}}))
+    monkeypatch.setattr(near_and_far, "measure", lambda workspace: both)
+    assert gather(RECALL, Console(quiet=True)) == found | {"both, random": {"0": both}}
+    assert json.loads((tmp_path / "mqar.json").read_text()) == found | {"both, random": {"0": both}}
+    (tmp_path / "mqar.json").write_text(json.dumps(found))
     monkeypatch.setattr(near_and_far, "measure", None)  # nothing is measured again, and nothing forgotten
     assert gather(RECALL, Console(quiet=True)) == found
     (tmp_path / "runs").rename(tmp_path / "elsewhere")

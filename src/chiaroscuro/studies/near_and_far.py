@@ -120,7 +120,8 @@ TASKS = (
         "Associative recall",
         "Pairs of a key and a value, and later some of the keys again, each asking for its value (zoology's "
         "multi-query associative recall): far attention is all that the task needs. All models, the hybrids too, go on "
-        "from one of full attention that has learned the task.",
+        "from one of full attention that has learned the task. A third of the words are keys, and a key learns whether "
+        "the row asks for it by looking alone; in *0.4 look* four tenths of the tokens look.",
         (ACCURACY,),
     ),
     Task(
@@ -165,22 +166,20 @@ def gather(task: Task, console: Console) -> dict[str, dict[str, Any]]:
     """
     known = json.loads(task.results.read_text("utf-8")) if task.results.is_file() else {}
     sweep = Sweep.load(task.sweep)
-    found: dict[str, dict[str, Any]] = {name: known.get(name, {}) for name in sweep.changes}
+    patterns = {run.variant: run for run in sweep.runs}
+    routed = {name: how for name, how in AFTERWARDS.items() if f"{how[0]}, random" in patterns}
+    found: dict[str, dict[str, Any]] = {name: known.get(name, {}) for name in (*sweep.changes, *routed)}
     for run in sweep.runs:
         seed = str(run.seed)
         if seed in found[run.variant] or run.variant.endswith(UNFINISHED) or not run.is_done():
             continue
         _take_up(task, run.variant, seed, measure(_workspace(run)), found, console)
-    patterns = {run.variant: run for run in sweep.runs}
-    for name, (side, router) in AFTERWARDS.items():
-        if (pattern := patterns.get(f"{side}, random")) is None:
-            continue
+    for name, (side, router) in routed.items():
         for run in (run for run in sweep.runs if run.variant == task.whole):
             seed = str(run.seed)
-            runs = found.setdefault(name, known.get(name, {}))
-            if seed not in runs and run.is_done():
+            if seed not in found[name] and run.is_done():
                 workspace = _workspace(run)
-                route_afterwards(workspace, pattern, side, router)
+                route_afterwards(workspace, patterns[f"{side}, random"], side, router)
                 _take_up(task, name, seed, measure(workspace), found, console)
     return found
 
