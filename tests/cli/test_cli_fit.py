@@ -74,7 +74,9 @@ def test_it_writes_the_model_the_figures_and_a_picture(run: Run, near: Path, tmp
 
     workspace = Workspace(str(near))
     _, blocks = workspace.blocks("train")
-    batches = torch.stack([blocks[i]["input_ids"] for i in range(len(blocks))]).split(4)
+    rows = [blocks[i] for i in range(len(blocks))]
+    ids, predicted = (torch.stack([row[name] for row in rows]).split(4) for name in ("input_ids", "shift_labels"))
+    batches = [{"input_ids": a, "shift_labels": b} for a, b in zip(ids, predicted, strict=True)]
     assert isinstance(workspace.model, ChiarForCausalLM)
     wanted = fit(workspace.model, batches, look=0.25, kept=0.4)
     assert found["layers"] == wanted.figures()["layers"]

@@ -472,7 +472,7 @@ def test_an_error_in_the_calibration_puts_the_routers_back(monkeypatch: pytest.M
 
     model = build()
     before, said = state(model), model.config.to_dict()
-    monkeypatch.setattr("chiaroscuro.model.fitting.set_thresholds", fail)
+    monkeypatch.setattr("chiaroscuro.model.fitting.calibrate_layer", fail)
     with pytest.raises(UserError, match="no"):
         fit(model, batches(0), look=0.2, kept=0.2)
     assert model.config.to_dict() == said

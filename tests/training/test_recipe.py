@@ -344,7 +344,7 @@ def test_the_page_has_every_field_and_its_default(name: str, section: type[BaseM
 
 
 def test_the_page_s_recipe_is_one_and_what_is_added_to_it_another(tmp_path: Path) -> None:
-    text, added = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    text, amid, added = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(text)
     assert Recipe.load(tmp_path / "recipe.yaml").trainer.tokens == 5_000_000
     content = yaml.safe_load(text)
@@ -352,6 +352,8 @@ def test_the_page_s_recipe_is_one_and_what_is_added_to_it_another(tmp_path: Path
     for section, fields in yaml.safe_load(added).items():
         content[section] = {**content.get(section, {}), **fields}
     assert Recipe.from_dict(content).courses(100)["attention_share"].after(50) == 0.25
+    fitted = Recipe.from_dict(yaml.safe_load(text) | {"model": {"preset": "reach-small"}} | yaml.safe_load(amid))
+    assert [fitted.courses(100)["kv_share"].after(n) for n in (40, 70)] == [1.0, 0.25]
 
 
 def test_a_null_over_a_preset_s_value_is_kept() -> None:

@@ -103,7 +103,8 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
     counted: dict[str, float] = {}
     counts: list[Count] = []
     kept = 0.0
-    shares, kv_shares = config.layer_shares("attention_share", share), config.layer_shares("kv_share", kv_share)
+    shares = {} if config.attention_spread is None else config.layer_shares("attention_share", share)
+    kv_shares = {} if config.kv_spread is None else config.layer_shares("kv_share", kv_share)
     for i, (names, menu) in enumerate(zip(config.menus, config.entries, strict=True)):
         if config.short_conv is not None:
             options = make_options(NeighbourMixing, {"kernel": config.short_conv})
@@ -111,7 +112,11 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
             _add(counted, "short convolution", sum(convolved.operations.values()))
             kept += convolved.numbers_kept
         routes = len(menu) > 1
-        asked = [config.router_class] * routes + [config.kv_router_class] * (i in config.keeping_layers)
+        host = hosts({name: operator for name, (operator, _) in zip(names, menu, strict=True)})
+        keeps = any(
+            operator.keeps(options) for name, (operator, options) in zip(names, menu, strict=True) if host[name] == name
+        )
+        asked = [config.router_class] * routes + [config.kv_router_class] * keeps
         if routes:
             _add(counted, "router", router.count(d, len(menu), work) * length)
         if len(asked) > routes:
@@ -121,7 +126,6 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
             # The entropy's transform, which a filter takes over. A choice by thresholds alone sends no gradient back.
             learns = router.differentiates_entropy or any(operator.reads_spectrum for operator, _ in menu)
             _add(counted, "router", (work.transform if learns else 1) * once * length)
-        host = hosts({name: operator for name, (operator, _) in zip(names, menu, strict=True)})
         for k, (operator, options) in enumerate(menu):
             if host[names[k]] != names[k]:
                 continue
@@ -254,7 +258,11 @@ def shortest_length(config: ChiarConfig, share: float | None = None, target: flo
 
 def largest_share(config: ChiarConfig, length: int, target: float = TARGET) -> float | None:
     """The largest ρ, to a thousandth, at which a training step saves `target` at this length; None where none does."""
-    return next((n / 1000 for n in range(1000, -1, -1) if saving(config, length, n / 1000) >= target), None)
+    low, high = -1, 1000  # in thousandths; the saving only falls with the share
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if saving(config, length, middle / 1000) >= target else (low, middle - 1)
+    return None if low < 0 else low / 1000
 
 
 def _compared(ours: float, baseline: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from chiaroscuro.layers.registry import build_kv_router, split_entry
 from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.model.full_attention import full_attention, lowered
 from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.ops import linear_cross_entropy
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
@@ -149,10 +149,9 @@ def fit(
     The target of who looks is the logarithm of how much the model's loss falls by it, in nats, to first order and
     where nobody looks yet (`gain_of_looking`), of the tokens that have something beyond their window. The target of who
     is kept is the logarithm of the largest attention that any later token gives it from beyond its window, where
-    everybody looks and everybody is kept. The score
-    is a ridge regression on the operators' input, in closed form, or with `hidden` one of two layers. Layers are fitted
-    in turn, each on what those before it give when they are routed, and calibrated at the shares on the same batches.
-    Routers of other kinds make way for `"fitted"` ones.
+    everybody looks and everybody is kept. The score is a ridge regression on the operators' input, in closed form, or
+    with `hidden` one of two layers. Layers are fitted in turn, each on what those before it give when they are routed,
+    and calibrated at the shares on the same batches. Routers of other kinds make way for `"fitted"` ones.
 
     Args:
         model: a language model whose layers choose who attends, or who is kept, by a score. Changed in place.
@@ -351,7 +350,7 @@ def _fit_in_turn(
     """
     states = [embed_batch(model, batch) for batch in batches]
     results: dict[tuple[str, int], SideFit] = {}
-    with _unready_sides_whole(model, fits):
+    with lowered(_unready(model, fits)):  # they let all look, and keep all
         for i, block in enumerate(model.trunk.blocks):
             own = {place: one for place, one in fits.items() if place[1] == i}
             for place, one in own.items():
@@ -371,22 +370,14 @@ def _fit_in_turn(
     return results
 
 
-@contextmanager
-def _unready_sides_whole(model: ChiarForCausalLM, fits: Collection[tuple[str, int]]) -> Iterator[None]:
-    """Inside the block, routers with scores that nobody fits now, and nobody has, let all look and keep all."""
+def _unready(model: ChiarForCausalLM, fits: Collection[tuple[str, int]]) -> list[Tensor]:
+    """The thresholds of routers with scores that nobody fits now, and nobody has."""
     waiting = []
     for i, block in enumerate(model.trunk.blocks):
         for side, router in (("look", block.router), ("kept", block.kv_router)):
             if isinstance(router, ScoreRouter) and (side, i) not in fits and router.unready():
                 waiting.append(router.calibration.values)
-    before = [values.clone() for values in waiting]
-    try:
-        for values in waiting:
-            values.fill_(-torch.inf)
-        yield
-    finally:
-        for values, kept in zip(waiting, before, strict=True):
-            values.copy_(kept)
+    return waiting
 
 
 def _refuse_broken(layer: int, x: Tensor) -> None:

@@ -1,9 +1,10 @@
 """A routed model as it would be without its routing: the full-attention self that it is compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from chiaroscuro.model.modeling import ChiarPreTrainedModel
 
@@ -20,7 +21,13 @@ def full_attention(model: ChiarPreTrainedModel) -> Iterator[None]:
 
     """
     sides = (model.thresholds(), model.kv_thresholds())
-    thresholds = [calibration.values for side in sides for calibration in side.values()]
+    with lowered([calibration.values for side in sides for calibration in side.values()]):
+        yield
+
+
+@contextmanager
+def lowered(thresholds: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block these thresholds are below every score; afterwards they are as they were, to the bit."""
     before = [values.clone() for values in thresholds]
     try:
         for values in thresholds:

@@ -80,7 +80,7 @@ def routing_table(layers: Iterable[Mapping[str, Any]], null: Iterable[float]) ->
 
 def fit_table(found: Mapping[str, Any]) -> Table:
     """A row per layer and side that was fitted."""
-    columns = _right("rank correlation", "recall", "by chance", "captured", "tokens held out", "share")
+    columns = _right("rank correlation", "recall", "by chance", "captured", "held out", "share")
     table = Table("layer", "side", *columns, box=None)
     for layer in found["layers"]:
         for side in ("look", "kept"):
