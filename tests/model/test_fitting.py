@@ -344,8 +344,10 @@ def test_a_budget_stays_spread_when_the_dial_is_turned_and_while_the_model_train
     assert all(thresholds.values.isneginf().all() for thresholds in loaded.kv_thresholds().values())
     calibrate(loaded, data, share=0.25, kv_share=0.25)
     assert [loaded.thresholds()[i].share for i in (0, 1)] == pytest.approx(shares["look"])
-    flat = ChiarForCausalLM.from_pretrained(tmp_path, attention_spread=None)
-    assert [flat.thresholds()[i].share for i in (0, 1)] == [0.25, 0.25]
+    flat = ChiarForCausalLM.from_pretrained(tmp_path, attention_spread=None, kv_spread=None)
+    for layers, before in ((flat.thresholds(), model.thresholds()), (flat.kv_thresholds(), model.kv_thresholds())):
+        assert [layers[i].share for i in (0, 1)] == [0.25, 0.25]
+        assert all(layers[i].values != before[i].values for i in (0, 1))
 
 
 def test_another_fit_without_a_budget_is_flat_again() -> None:

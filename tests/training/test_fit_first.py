@@ -10,10 +10,12 @@ from test_initial_weights import FROZEN, FULL, Stage, initial, stage  # noqa: F4
 from test_recipe import LLAMA, SMALL, assert_refused, with_changes
 from test_schedule import REACH
 from test_train import assert_same_bits, break_off, interrupt_at
+from transformers import TrainerState
 
-from chiaroscuro import ChiarForCausalLM, UserError, fit
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, fit
 from chiaroscuro.data import default_cache_dir
 from chiaroscuro.training import Recipe, TrainingInterrupted, read_records
+from chiaroscuro.training.callbacks import FitScores
 from chiaroscuro.training.initial_weights import fit_batches, fit_scores
 from chiaroscuro.training.objectives import load_objective
 
@@ -140,6 +142,15 @@ def test_scores_can_be_fitted_while_the_model_trains(
             with pytest.raises(TrainingInterrupted, match=step):
                 stage(f"broken-{last}", **asked)
         assert_same_bits(whole.model, stage(f"broken-{last}", resume=True, **asked).model)
+
+
+def test_the_callback_fits_once_and_after_its_steps() -> None:
+    model, fitted = ChiarForCausalLM(ChiarConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)), []
+    callback = FitScores(5, lambda given: f"{type(given).__name__} at {state.global_step}", fitted.append)
+    for step in range(9):
+        state = TrainerState(global_step=step)
+        callback.on_step_begin(None, state, None, model=torch.nn.Sequential(model))
+    assert fitted == ["ChiarForCausalLM at 5"]
 
 
 def test_one_side_alone(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F811

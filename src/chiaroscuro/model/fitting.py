@@ -77,7 +77,7 @@ class SideFit:
         tokens: held out.
         fitted_tokens: that it was fitted on.
         share: of the tokens that the layer routes.
-        harm: where the shares are spread, KL(full ‖ routed) in nats a token, with this side of this layer alone
+        harm: where the shares are spread, KL(full ‖ routed) in nats a prediction, with this side of this layer alone
             routed, by the mean share.
 
     """

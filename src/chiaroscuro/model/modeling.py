@@ -616,10 +616,9 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         loss = term = None
         if predicts:
             self._check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
-            given = self._shifted(labels) if shift_labels is None else shift_labels
             targets = self.targets_of(labels, shift_labels, attention_mask)
             if num_items_in_batch is not None and attention_mask is not None:
-                counted, labelled = targets.ne(-100).sum(), given.ne(-100).sum()
+                counted, labelled = targets.ne(-100).sum(), self.targets_of(labels, shift_labels).ne(-100).sum()
                 num_items_in_batch = num_items_in_batch * torch.where(counted > 0, counted / labelled, 1)
             targets = targets[:, kept].long().contiguous()
             if logits is None:
