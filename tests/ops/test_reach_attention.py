@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from chiaroscuro.ops import packed_attention_cuda
 from chiaroscuro.ops import reach_attention as module
-from chiaroscuro.ops.reach_attention import reach_attention, reach_attention_by_rows
+from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_attention, reach_attention_by_rows
 
 
 @dataclass
@@ -85,18 +85,42 @@ def test_the_plain_form_is_attention_under_a_mask(problem: Problem) -> None:
     torch.testing.assert_close(output, expected.nan_to_num(0.0))
 
 
-@given(problems, st.sampled_from([2, 16]), st.sampled_from([3, 64]))
-def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: int) -> None:
+@given(problems, st.sampled_from([2, 16]), st.sampled_from([3, 64]), st.sampled_from([None, 0.7, 30.0]))
+def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: int, softcap: float | None) -> None:
     numbers, arguments = problem.numbers(), problem.arguments()
     found = []
     for attention in (reach_attention, reach_attention_by_rows):
         query, key, value, direction = (x.clone().requires_grad_() for x in numbers)
         with mock.patch.object(module, "block_of", lambda window: block), mock.patch.object(module, "SPAN", span):
-            output = attention(query, key, value, *arguments, problem.window, problem.sinks)
+            output = attention(query, key, value, *arguments, problem.window, problem.sinks, softcap=softcap)
             gradients = torch.autograd.grad(output, (query, key, value), direction.detach())
         found.append((output, *gradients))
     for fast, plain in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain)
+
+
+@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 2), st.sampled_from([None, 0.7]))
+def test_gains_of_pairs_are_what_looking_changes(seed: int, window: int, groups: int, softcap: float | None) -> None:
+    """Oracle: the outputs with and without what is far, and each pair by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    time, heads = 9, 2 * groups
+    query, slope = (torch.randn(heads, time, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    key, value = (torch.randn(2, time, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    i, j = torch.arange(time)[:, None], torch.arange(time)
+    near, far = (i >= j) & (i - j < window), (i >= j) & (i - j >= window)
+    look, kept = gains_of_pairs(query, key, value, slope, near, far, softcap)
+    repeated = [x.repeat_interleave(groups, 0) for x in (key, value)]
+    scores = query @ repeated[0].transpose(-1, -2) / 2
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    whole, nearby = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ repeated[1] for seen in (near | far, near))
+    torch.testing.assert_close(look, -(slope * (whole - nearby)).sum((0, 2)), atol=1e-6, rtol=1e-5)
+    weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1)
+    wanted = torch.zeros(2, time, dtype=torch.float64)
+    for head in range(heads):
+        for a, b in far.nonzero().tolist():
+            change = weights[head, a, b] * (repeated[1][head, b] - nearby[head, a])
+            wanted[head // groups, b] -= slope[head, a] @ change
+    torch.testing.assert_close(kept, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

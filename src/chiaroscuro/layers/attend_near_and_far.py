@@ -23,6 +23,7 @@ def attend_near_and_far(
     window: int,
     sinks: int,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """`reach_attention` of the tokens of a batch, cached ones included.
 
@@ -38,6 +39,7 @@ def attend_near_and_far(
         window: w.
         sinks: s.
         dropout: on the attention weights.
+        softcap: as of `reach_attention`.
 
     """
     state: ReachState | None = context.state
@@ -68,7 +70,7 @@ def attend_near_and_far(
         key_lengths = torch.bincount(held.row, minlength=len(lengths))
     attention = reach_attention if context.implementation == "sdpa" else reach_attention_by_rows
     mixed = attention(
-        query, key, value, lengths, key_lengths, places, key_places, looking, keeping, window, sinks, dropout
+        query, key, value, lengths, key_lengths, places, key_places, looking, keeping, window, sinks, dropout, softcap
     )
     if heads > 1:
         mixed = torch.empty_like(mixed).index_copy(0, order, mixed).unflatten(0, (-1, heads)).flatten(1, 2)
@@ -83,6 +85,7 @@ def attend_from_newest(
     kept: Bool[Tensor, "batch *key_heads"],
     state: ReachState,
     implementation: AttentionImplementation = "sdpa",
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads head_width"]:
     """What one new token of each row sees: the window and the sinks, or all that the row keeps.
 
@@ -94,6 +97,7 @@ def attend_from_newest(
         kept: which are to be seen from beyond it, for all key-value heads or for each.
         state: of rows that are equally long.
         implementation: of attention.
+        softcap: as of `reach_attention`.
 
     """
     heads = state.heads
@@ -103,13 +107,13 @@ def attend_from_newest(
     near, (most, slots) = state.near, state.far_and_near
     looking = len(looks) if most == near else sum(looks.tolist())
     if looking == len(looks):
-        return _attend_to_slots(folded, state.vectors, most, slots, implementation).view_as(query)
-    mixed = _attend_to_slots(folded, state.vectors, near, None, implementation)
+        return _attend_to_slots(folded, state.vectors, most, slots, implementation, softcap).view_as(query)
+    mixed = _attend_to_slots(folded, state.vectors, near, None, implementation, softcap)
     if looking:
         rows = looks.repeat_interleave(heads).nonzero()[:, 0]
         # Whole rows, which are copied faster than parts of them.
         vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
-        mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation)
+        mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation, softcap)
     return mixed.view_as(query)
 
 
@@ -119,11 +123,12 @@ def _attend_to_slots(
     most: int,
     slots: Int[Tensor, " rows"] | None,
     implementation: AttentionImplementation,
+    softcap: float | None,
 ) -> Float[Tensor, "rows heads group head_width"]:
     """Attention to the first slots: `most` of them, or as many as `slots` says of each row."""
     key, value = vectors[:, :, :, :most]
     mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
-    return attend_to_all(query, key, value, mask, implementation=implementation)
+    return attend_to_all(query, key, value, mask, implementation=implementation, softcap=softcap)
 
 
 def _by_row_and_head(lengths: Int[Tensor, " rows"], heads: int) -> Int[Tensor, " tokens_and_heads"]:

@@ -125,14 +125,17 @@ def attend_to_all(
     dropout: float = 0.0,
     implementation: AttentionImplementation = "sdpa",
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads query head_width"]:
     """`attend` without a causal order: every query sees every key, or those that the mask says.
 
-    Args and errors are as for `attend`; `scale` replaces 1/√c.
+    Args and errors are as for `attend`; `scale` replaces 1/√c, and with a softcap κ scores s are κ tanh(s / κ), which
+    is always written out.
     """
-    if implementation == "sdpa":
+    if implementation == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     wide = torch.promote_types(scores.dtype, torch.float32)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -103,7 +103,7 @@ class Part(ABC):
     keys: Int[Tensor, " chosen_keys"] | None = None
 
     @abstractmethod
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: "Kernel") -> tuple[Tensor, Tensor]:
         """The output (N, h, c) and log Σ exp (N, h) of these queries over these keys alone."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Part(ABC):
         value: Tensor,
         output: Tensor,
         normaliser: Tensor,
-        scale: float | None,
+        kernel: "Kernel",
     ) -> Sequence[Tensor]:
         """The gradients of query, key and value; `output` and `normaliser` are those of the whole."""
 
@@ -126,12 +126,14 @@ def attend_in_parts(
     value: Float[Tensor, "keys key_heads head_width"],
     parts: Sequence[Part],
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """Attention over the keys of all parts together, on a CPU; the first part is of all queries."""
+    kernel = Flash(scale) if softcap is None else Softcapped(scale, softcap)
     # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into the
     # queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
     grouped = query.unflatten(1, (key.shape[1], -1)).unbind(2)
-    outputs = [_AttentionInParts.apply(heads, key, value, parts, scale) for heads in grouped]
+    outputs = [_AttentionInParts.apply(heads, key, value, parts, kernel) for heads in grouped]
     return torch.stack(outputs, 2).flatten(1, 2) if len(outputs) > 1 else outputs[0]
 
 
@@ -140,12 +142,10 @@ class _AttentionInParts(torch.autograd.Function):
 
     @staticmethod
     @torch._disable_dynamo
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], scale: float | None
-    ) -> Tensor:
-        output, normaliser = parts[0].forward(query, _taken(key, parts[0].keys), _taken(value, parts[0].keys), scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], kernel: "Kernel") -> Tensor:
+        output, normaliser = parts[0].forward(query, _taken(key, parts[0].keys), _taken(value, parts[0].keys), kernel)
         for part in parts[1:]:
-            own = part.forward(_taken(query, part.queries), _taken(key, part.keys), _taken(value, part.keys), scale)
+            own = part.forward(_taken(query, part.queries), _taken(key, part.keys), _taken(value, part.keys), kernel)
             merged, lse = _merge(_taken(output, part.queries), _taken(normaliser, part.queries), *own)
             if part.queries is None:
                 output, normaliser = merged, lse
@@ -154,7 +154,7 @@ class _AttentionInParts(torch.autograd.Function):
                 output.index_copy_(0, part.queries, merged)
                 normaliser.index_copy_(0, part.queries, lse)
         ctx.save_for_backward(query, key, value, output, normaliser)
-        ctx.parts, ctx.scale = parts, scale
+        ctx.parts, ctx.kernel = parts, kernel
         return output
 
     @staticmethod
@@ -172,7 +172,7 @@ class _AttentionInParts(torch.autograd.Function):
                 _taken(value, part.keys),
                 _taken(output, part.queries),
                 _taken(normaliser, part.queries),
-                ctx.scale,
+                ctx.kernel,
             )
             places = (part.queries, part.keys, part.keys)
             if not totals and all(place is None for place in places):
@@ -203,20 +203,19 @@ class TiledPart(Part):
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
         """The queries of each tile, and the pieces that together are the keys they see."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: "Kernel") -> tuple[Tensor, Tensor]:
         """Tile by tile, the pieces merged by their normalisers."""
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         for rows, pieces in self.tiles(query.dtype):
             merged: tuple[Tensor, Tensor] | None = None
             for piece in pieces:
-                out, lse = flash(
+                out, lse = kernel.forward(
                     heads_first(query[rows]),
                     heads_first(key[piece.keys]),
                     heads_first(value[piece.keys]),
                     piece.mask,
                     causal=piece.causal,
-                    scale=scale,
                 )
                 out, lse = out[0].transpose(0, 1), lse[0].T
                 merged = (out, lse) if merged is None else _merge(*merged, out, lse)
@@ -232,13 +231,13 @@ class TiledPart(Part):
         value: Tensor,
         output: Tensor,
         normaliser: Tensor,
-        scale: float | None,
+        kernel: "Kernel",
     ) -> Sequence[Tensor]:
         """Over the same tiles."""
         totals = [torch.zeros_like(x) for x in (query, key, value)]
         for rows, pieces in self.tiles(query.dtype):
             for piece in pieces:
-                gradients = flash_backward(
+                gradients = kernel.backward(
                     heads_first(grad[rows]),
                     heads_first(query[rows]),
                     heads_first(key[piece.keys]),
@@ -247,7 +246,6 @@ class TiledPart(Part):
                     normaliser[rows].T[None],
                     piece.mask,
                     causal=piece.causal,
-                    scale=scale,
                 )
                 for total, place, part in zip(totals, (rows, piece.keys, piece.keys), gradients, strict=True):
                     total[place] += part[0].transpose(0, 1)
@@ -323,37 +321,126 @@ def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[
         first, start = first + n, start + s
 
 
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention for CPUs, (batch, heads, tokens, c): the output, and log Σ exp."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
+class Kernel(ABC):
+    """Attention of a rectangle of queries and keys, (batch, heads, tokens, c), and its backward.
+
+    Args:
+        scale: of the scores; 1/√c unless given.
+
+    """
+
+    def __init__(self, scale: float | None = None) -> None:
+        self.scale = scale
+
+    @abstractmethod
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and log Σ exp."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+    ) -> Sequence[Tensor]:
+        """The gradients of query, key and value."""
 
 
-def flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    normaliser: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Sequence[Tensor]:
-    """Its backward: the gradients of query, key and value."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, output, normaliser, 0.0, causal, attn_mask=mask, scale=scale
-    )
+class Flash(Kernel):
+    """PyTorch's flash attention for CPUs."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Of one kernel."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=self.scale
+        )
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+    ) -> Sequence[Tensor]:
+        """Of one kernel."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, output, normaliser, 0.0, causal, attn_mask=mask, scale=self.scale
+        )
+
+
+class Softcapped(Kernel):
+    """Attention whose scores s become κ tanh(s / κ), which no kernel for CPUs has: written out for the rectangle.
+
+    Source: Gemma 2, arXiv 2408.00118.
+
+    Args:
+        scale: of the scores before the cap; 1/√c unless given.
+        softcap: κ.
+
+    """
+
+    def __init__(self, scale: float | None, softcap: float) -> None:
+        super().__init__(scale)
+        self.softcap = softcap
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """In float32."""
+        scores, _ = self._scores(query, key, mask, causal)
+        normaliser = scores.logsumexp(-1)
+        return (scores - normaliser[..., None]).exp().to(value.dtype) @ value, normaliser
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+    ) -> Sequence[Tensor]:
+        """DS = P ∘ (dO Vᵀ − dO·O) (1 − tanh²) of the scores before the cap."""
+        scores, tanh = self._scores(query, key, mask, causal)
+        weights = (scores - normaliser[..., None]).exp()
+        wide, given = grad.to(weights.dtype), grad.dtype
+        slope = wide @ value.to(wide.dtype).transpose(-1, -2) - (wide * output).sum(-1, keepdim=True)
+        slope = weights * slope * (1 - tanh.square()) * self._factor(query)
+        to_query, to_key = slope @ key.to(wide.dtype), slope.transpose(-1, -2) @ query.to(wide.dtype)
+        return [part.to(given) for part in (to_query, to_key, weights.transpose(-1, -2) @ wide)]
+
+    def _factor(self, query: Tensor) -> float:
+        return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+
+    def _scores(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+        """The scores, and the tanh that they come from."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        tanh = (query.to(wide) @ key.to(wide).transpose(-1, -2) * (self._factor(query) / self.softcap)).tanh()
+        scores = tanh * self.softcap
+        if mask is not None:
+            scores = scores + mask
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return scores, tanh
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

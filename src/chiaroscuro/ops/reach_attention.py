@@ -21,14 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chiaroscuro.ops.packed_attention import (
+    Kernel,
     Part,
     Piece,
     PrefixPart,
     TiledPart,
     additive_mask,
     attend_in_parts,
-    flash,
-    flash_backward,
 )
 
 SPAN = 64
@@ -48,6 +47,7 @@ def reach_attention(
     window: int,
     sinks: int = 0,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """softmax(q_i k_jᵀ / √c) v_j over the keys j of i's row that are near, sinks, or kept where i looks.
 
@@ -65,19 +65,20 @@ def reach_attention(
         sinks: s, how many keys at the beginning of the sequence every query sees.
         dropout: of the attention weights; the caller passes 0 outside training. With dropout a row's weights are held
             in memory: queries × keys.
+        softcap: κ, where scores s are to be κ tanh(s / κ). On a GPU a row's scores are then held in memory.
 
     """
-    if dropout or query.device.type not in ("cpu", "cuda") or len(query) == 0:
-        return reach_attention_by_rows(
-            query, key, value, query_lengths, key_lengths, query_places, key_places, looks, kept, window, sinks, dropout
-        )
+    places = (query_lengths, key_lengths, query_places, key_places)
+    by_rows = dropout or query.device.type not in ("cpu", "cuda") or len(query) == 0
+    if by_rows or (softcap is not None and query.device.type == "cuda"):
+        return reach_attention_by_rows(query, key, value, *places, looks, kept, window, sinks, dropout, softcap)
     if query.device.type == "cuda":
         from chiaroscuro.ops import packed_attention_cuda  # not at the top: it loads torch.compile's code generator
 
-        near, far = near_and_far(query_lengths, key_lengths, query_places, key_places, looks, kept, window, sinks)
+        near, far = near_and_far(*places, looks, kept, window, sinks)
         return packed_attention_cuda.reach_attention(query, key, value, near, far)
-    parts = _parts(query_lengths, key_lengths, query_places, key_places, looks, kept, window, sinks)
-    return attend_in_parts(query, key, value, parts)
+    parts = _parts(*places, looks, kept, window, sinks)
+    return attend_in_parts(query, key, value, parts, softcap=softcap)
 
 
 def reach_attention_by_rows(
@@ -93,6 +94,7 @@ def reach_attention_by_rows(
     window: int,
     sinks: int = 0,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """`reach_attention` written out, row by row: the plain form that the fast one is held to."""
     queries, keys = query_lengths.tolist(), key_lengths.tolist()
@@ -108,6 +110,7 @@ def reach_attention_by_rows(
         strict=True,
     ):
         scores = torch.einsum("qhgc,khc->hgqk", q.unflatten(1, (k.shape[1], -1)), k) / math.sqrt(q.shape[-1])
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
         seen = reach_mask(i, j, looking, keeping, window, sinks)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(v.dtype)
@@ -126,6 +129,48 @@ def reach_mask(
     """Which keys each query sees, written out."""
     i, j = query_places[..., :, None], key_places[..., None, :]
     return (j <= i) & ((j > i - window) | (j < sinks) | (looks[..., :, None] & kept[..., None, :]))
+
+
+@torch.no_grad()
+def gains_of_pairs(
+    query: Float[Tensor, "heads time head_width"],
+    key: Float[Tensor, "key_heads time head_width"],
+    value: Float[Tensor, "key_heads time head_width"],
+    slope: Float[Tensor, "heads time head_width"],
+    near: Bool[Tensor, "time time"],
+    far: Bool[Tensor, "time time"],
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, " time"], Float[Tensor, "key_heads time"]]:
+    """What the loss loses, to first order and in nats, if query i sees key j that it does not see yet.
+
+    gᵢⱼ = −aᵢⱼ Gᵢ·(vⱼ − oᵢ), with a the attention to all that is near or far, o the output over what is near alone, and
+    G = ∂L/∂o. Σⱼ aᵢⱼ (vⱼ − oᵢ) over the far keys is exactly what looking far changes in oᵢ. So the sum of a row is the
+    gain of a token that looks, and the sum of a column that of a token that is kept.
+
+    One row of a batch; queries × keys are held in memory.
+
+    Args:
+        query: of one row, rotated.
+        key: likewise. Each of its heads serves as many heads of the queries in turn.
+        value: likewise.
+        slope: G.
+        near: which keys each query sees now; at least one, or the query's gains are 0.
+        far: which others it would see.
+        softcap: as of `reach_attention`.
+
+    Returns:
+        The gain of each token that looks, over all heads; and of each that is kept, over the heads that share a key.
+
+    """
+    query, slope = (x.unflatten(0, (len(key), -1)) for x in (query, slope))
+    key, value = key[:, None], value[:, None]
+    scores = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).float()
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    output = scores.masked_fill(~near, -torch.inf).softmax(-1).nan_to_num(0.0).to(value.dtype) @ value
+    weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1).masked_fill(~far, 0.0).nan_to_num(0.0)
+    change = slope @ value.transpose(-1, -2) - (slope * output).sum(-1, keepdim=True)
+    gains = -weights * change
+    return gains.sum((0, 1, 3)), gains.sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -242,10 +287,10 @@ class Band(Part):
         line = F.pad(x, (0, 0, 0, 0, self.before * self.block, self.filled))
         return line.unfold(0, (self.before + 1) * self.block, self.block).transpose(2, 3)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """All blocks at once."""
-        output, normaliser = flash(
-            self._queries(query), self._keys(key), self._keys(value), self._mask(query.dtype), scale=scale
+        output, normaliser = kernel.forward(
+            self._queries(query), self._keys(key), self._keys(value), self._mask(query.dtype)
         )
         return self._line(output, len(query)), self._line(normaliser, len(query))
 
@@ -257,10 +302,10 @@ class Band(Part):
         value: Tensor,
         output: Tensor,
         normaliser: Tensor,
-        scale: float | None,
+        kernel: Kernel,
     ) -> Sequence[Tensor]:
         """Over the same blocks."""
-        to_query, *to_keys = flash_backward(
+        to_query, *to_keys = kernel.backward(
             self._queries(grad),
             self._queries(query),
             self._keys(key),
@@ -268,7 +313,6 @@ class Band(Part):
             self._queries(output),
             F.pad(normaliser, (0, 0, 0, self.filled)).view(self.blocks, self.block, -1).transpose(1, 2),
             self._mask(query.dtype),
-            scale=scale,
         )
         return self._line(to_query, len(query)), *(self._overlapped(part, len(key)) for part in to_keys)
 
