@@ -19,11 +19,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, calibrate, fit
-from chiaroscuro.layers import Context, SelfAttention
+from chiaroscuro.layers import Context
 from chiaroscuro.model import fitting
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.fitting import _targets, gain_of_looking, rank_correlation, top_captured, top_recall
+from chiaroscuro.model.fitting import (
+    _targets,
+    gain_of_being_kept,
+    gain_of_looking,
+    rank_correlation,
+    top_captured,
+    top_recall,
+)
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.model.spread import spread
 from chiaroscuro.ops.attention import rotate
@@ -92,27 +99,71 @@ def test_captured_is_the_part_of_what_the_best_choice_would_hold() -> None:
 # The fit
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-def test_who_is_seen_from_far_is_what_the_attention_weights_say(padded: bool) -> None:
-    """Oracle: the weights of every pair, one by one."""
-    model = build()
-    attention, window, sinks = model.trunk.blocks[0].units[0].operator, 6, 1
-    x, time, skipped = torch.randn(1, 30, WIDTH), 30, 11 if padded else 0
-    mask = (torch.arange(time) >= skipped)[None]
-    context = Context(attention_mask=mask if padded else None)
-    received = attention.received_from_far(x, context)
-    q, k = (getattr(attention, f"{n}_proj")(x[0]).unflatten(-1, (-1, 4)).transpose(0, 1) for n in "qk")
-    turn = attention._rotary(x, context)
-    q, k = (rotate(y[None], turn)[0] for y in (q, k))
-    largest = torch.zeros(time, 2)
-    for head in range(4):
-        for i in range(skipped, time):
-            scores = {j: float(q[head, i] @ k[head // 2, j]) / 2 for j in range(skipped, i + 1)}
-            weights = {j: math.exp(score) for j, score in scores.items()}
-            for j in (j for j in weights if i - j >= window and j - skipped >= sinks):
-                largest[j, head // 2] = max(float(largest[j, head // 2]), weights[j] / sum(weights.values()))
-    torch.testing.assert_close(received[0], largest, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("menu", [["attention"], ["local", "attention"]])
+def test_the_gain_of_being_kept_is_how_fast_the_loss_falls(padded: bool, menu: list[str]) -> None:
+    """Oracle: the loss itself, with one token of one layer seen from far a little; its weights pair by pair."""
+    model = build(operators=[menu] * 2).double()
+    ids, labels = batches(3, 1, 2, 24)[0], batches(4, 1, 2, 24)[0]
+    labels[:, ::3] = -100
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7], mask[1, 20:] = 0, 0
+    window, sinks = 6, 1
+    first = mask.int().argmax(1)
+
+    def run(layer: int, place: tuple[int, int], head: int, part: float) -> Tensor:
+        """The loss where the later tokens of the row see this key a little."""
+        row, j = place
+        attention = model.trunk.blocks[layer].units[0].operator
+        given: list[tuple[Tensor, Context]] = []
+
+        def note(_: Any, arguments: tuple[Any, ...]) -> None:
+            given.append((arguments[0], arguments[1]))
+
+        def move(_: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            (mixed,) = arguments
+            x, context = given[-1]
+            q, k, v = (getattr(attention, f"{n}_proj")(x).unflatten(-1, (-1, 4)).transpose(1, 2) for n in "qkv")
+            q, k = (rotate(y, attention._rotary(x, context)) for y in (q, k))
+            moved = torch.zeros(*x.shape[:2], 4, 4).double()
+            real = [i for i in range(24) if mask[row, i]]
+            for i in (i for i in real if i - j >= window and j - int(first[row]) >= sinks):
+                for h in (2 * head, 2 * head + 1):
+                    scores = {m: float(q[row, h, i] @ k[row, head, m]) / 2 for m in real if m <= i}
+                    near = {m: s for m, s in scores.items() if i - m < window or m - int(first[row]) < sinks}
+                    total, nearby = (sum(math.exp(s) for s in part.values()) for part in (scores, near))
+                    output = sum(math.exp(s) / nearby * v[row, head, m] for m, s in near.items())
+                    moved[row, i, h] = math.exp(scores[j]) / total * (v[row, head, j] - output)
+            moved = moved.flatten(2)
+            return (mixed + part * (moved if mixed.ndim == 3 else moved[mask.bool()]),)
+
+        handles = [attention.register_forward_pre_hook(note), attention.out_proj.register_forward_pre_hook(move)]
+        try:
+            x, context, gate = embed_batch(model, {"input_ids": ids, "attention_mask": mask})
+            for i in (0, 1):
+                x = model.trunk.run_layer(i, x, gate, context)[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        predicted = model.lm_head(model.trunk.norm(x))[:, :-1]
+        targets = labels.masked_fill(mask == 0, -100)[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+        return torch.nn.functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with evaluation_mode(model), full_attention(model):
+        state = embed_batch(model, batch)
+        gains = gain_of_being_kept(model, state, model.targets_of(labels, None, mask != 0), [0, 1])
+        thresholds = [model.kv_thresholds()[i].values for i in (0, 1)]
+        assert all(values.isneginf().all() for values in thresholds)
+        for values in thresholds:
+            values.fill_(torch.inf)
+        with torch.no_grad():
+            for layer, place, head in ((0, (0, 9), 0), (0, (1, 3), 1), (1, (0, 8), 1), (1, (1, 10), 0)):
+                higher, lower = (run(layer, place, head, part) for part in (1e-4, -1e-4))
+                wanted = pytest.approx(float(lower - higher) / 2e-4, rel=1e-4, abs=1e-6)
+                assert float(gains[layer][(*place, head)]) == wanted
+    assert (gains[0].abs() > 1e-5).any() and (gains[1].abs() > 1e-5).any()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -152,7 +203,7 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(padded: bool, menu: list
     with torch.no_grad():
         for layer, place in ((0, (0, 9)), (0, (1, 15)), (1, (0, 16)), (1, (1, 2))):
             higher, lower = (run(layer, place, part)[0] for part in (1e-4, -1e-4))
-            assert float(gains[layer][place]) == pytest.approx(float(lower - higher) / 2e-4, rel=1e-4, abs=1e-6)
+            assert float(gains[layer][place][0]) == pytest.approx(float(lower - higher) / 2e-4, rel=1e-4, abs=1e-6)
     assert (gains[0].abs() > 1e-4).any() and (gains[1].abs() > 1e-4).any()
 
 
@@ -160,31 +211,35 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(padded: bool, menu: list
 def test_a_planted_score_is_found(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     """Targets that are exponentials of linear functions of the input: the fit's ranking is theirs."""
     generator = torch.Generator().manual_seed(1)
-    planted = torch.randn(1 + heads, WIDTH, generator=generator)
+    planted = 0.4 * torch.randn(1 + heads, WIDTH, generator=generator)
 
-    def received(self: SelfAttention, x: Tensor, context: object) -> Tensor:
-        return (x @ planted[1:].T - 2.0).exp().expand(-1, -1, 2)
+    def kept(model: ChiarForCausalLM, state: Any, predicted: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        return planted_in(model, state, layers, lambda x: (x @ planted[1:].T + 5.0).exp().expand(-1, -1, 2))
 
-    def gain(model: ChiarForCausalLM, state: Any, predicted: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    def look(model: ChiarForCausalLM, state: Any, predicted: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        return planted_in(model, state, layers, lambda x: (x @ planted[:1].T + 5.0).exp())
+
+    def planted_in(model: ChiarForCausalLM, state: Any, layers: list[int], of: Any) -> dict[int, Tensor]:
         (x, context, gate), found = state, {}
         for i in layers:
-            found[i] = (model.trunk.blocks[i].operator_input(x, context) @ planted[0] + 5.0).exp()
+            found[i] = of(model.trunk.blocks[i].operator_input(x, context))
             x, _ = model.trunk.run_layer(i, x, gate, context)
         return found
 
-    monkeypatch.setattr(SelfAttention, "received_from_far", received)
-    monkeypatch.setattr(fitting, "gain_of_looking", gain)
+    monkeypatch.setattr(fitting, "gain_of_being_kept", kept)
+    monkeypatch.setattr(fitting, "gain_of_looking", look)
     model = build(kv_router="random" if heads == 1 else {"fitted": {"heads": 2}})
     report = fit(model, batches(0), look=0.25, kept=0.25)
     for side in (report.look[0], report.kept[0]):
-        assert side.rank_correlation > 0.999 and side.recall > 0.99 and side.captured > 0.99
+        assert side.rank_correlation > 0.9 and side.recall > 0.8 and side.captured > 0.96
     # Targets are of the whole model, and the second layer's input is what the first gives when it is routed.
-    assert 0.5 < report.look[1].rank_correlation < 0.999
+    assert 0.5 < report.look[1].rank_correlation < report.look[0].rank_correlation
     block = model.model.layers[0]
     # Features of a normed token add up to 0, so a constant added to all weights of a score changes nothing.
     for router, wanted in ((block.router, planted[:1]), (block.kv_router, planted[1:])):
         centred = [w - w.mean(-1, keepdim=True) for w in (router.fitted.weight, wanted)]
-        torch.testing.assert_close(*centred, atol=0.02, rtol=0.02)
+        # Smaller by the penalty, and of the same direction.
+        assert torch.cosine_similarity(*centred).min() > 0.99
 
 
 def test_a_task_s_targets_count_and_not_its_next_words() -> None:
@@ -202,10 +257,13 @@ def test_a_task_s_targets_count_and_not_its_next_words() -> None:
 
 @pytest.mark.parametrize("hidden", [None, 16])
 def test_on_a_model_it_beats_chance_on_tokens_that_it_has_not_seen(hidden: int | None) -> None:
-    """A quarter of the words ask for another one; which one is chance, and in the last layer no others gain at all."""
-    model, data = build(), batches(0, 20)
-    asks = VOCABULARY // 4
-    data = [{"input_ids": ids, "labels": ids.where(ids.roll(1, 1) < asks, -100)} for ids in data]
+    """A quarter of the words ask for what the whole model says, and in the last layer no others gain at all."""
+    model, asks = build(), VOCABULARY // 4
+    with torch.no_grad(), full_attention(model):
+        data = [
+            {"input_ids": ids, "shift_labels": model(ids).logits.argmax(-1).where(ids < asks, -100)}
+            for ids in batches(0, 20)
+        ]
     report = fit(model, data, look=0.25, kept=0.25, hidden=hidden)
     assert report.layers == [0, 1]
     for side in (report.look[1], *report.kept.values()):

@@ -28,7 +28,7 @@ class LocalAttention(SelfAttention):
 
     cost = 1.5
     part_of = SelfAttention
-    received_from_far = Operator.received_from_far  # it has no far
+    gain_of_being_kept = Operator.gain_of_being_kept  # it has no far
 
     @classmethod
     def check(cls, width: int, options: AttentionOptions) -> None:

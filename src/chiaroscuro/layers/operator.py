@@ -157,13 +157,16 @@ class Operator(nn.Module):
         """The output of some tokens. Unless overridden all are computed, and these are taken: nothing is saved."""
         return tokens.take(self.mix(x, context))
 
-    def received_from_far(
-        self, x: Float[Tensor, "batch time width"], context: Context
+    def gain_of_being_kept(
+        self,
+        x: Float[Tensor, "batch time width"],
+        context: Context,
+        slope: Float[Tensor, "batch time width"],
     ) -> Float[Tensor, "batch time key_heads"] | None:
-        """How much each token is seen from beyond the window, which a fitted score of who is kept is to foretell.
+        """What the loss gains by a token that is seen from far, which a fitted score of who is kept is to foretell.
 
         None for an operator that does not tell near from far. Arguments and values as of
-        `SelfAttention.received_from_far`.
+        `SelfAttention.gain_of_being_kept`.
         """
         return None
 

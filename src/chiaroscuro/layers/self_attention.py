@@ -1,6 +1,5 @@
 """The full operator: multi-head causal self-attention with rotary positions and, optionally, grouped heads."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
 from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
-from chiaroscuro.ops.reach_attention import reach_mask
+from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
 
 
 @dataclass(frozen=True)
@@ -289,36 +288,39 @@ class SelfAttention(Operator):
         return chosen if context.choice is None else chosen & (context.choice > 0)
 
     @torch.no_grad()
-    def received_from_far(
-        self, x: Float[Tensor, "batch time width"], context: Context
+    def gain_of_being_kept(
+        self,
+        x: Float[Tensor, "batch time width"],
+        context: Context,
+        slope: Float[Tensor, "batch time width"],
     ) -> Float[Tensor, "batch time key_heads"] | None:
-        """The largest attention that a later token gives each token from beyond its window, were all to look.
+        """What the loss loses if a token is seen from far, in nats, to first order: `gains_of_pairs`.
 
-        In any head of a group; 0 where nobody could, and at padding.
+        The sum over the queries that have it beyond their window, and over the heads that share a key; 0 where nobody
+        could see it, and at padding.
 
         Args:
             x: the operator's input.
             context: what else is known about the tokens; without a cache.
+            slope: ∂L/∂y of the operator's output y where nothing far is seen.
 
         """
         real = context.real(x.shape[1])
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
         table, places = self._rotary(x, context), self._places(x, real, context)
-        query = rotate(_split(self.q_proj(x), self.heads), table).unflatten(1, (self.key_value_heads, -1))
-        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)[:, :, None]
-        received = []
+        query = rotate(_split(self.q_proj(x), self.heads), table)
+        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
+        value = _split(self.v_proj(x), self.key_value_heads)
+        slopes = _split(slope @ self.out_proj.weight, self.heads)
+        gains = []
         for row in range(len(x)):  # queries × keys are held for one row at a time
             i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
-            seen = real[row] & (j <= i)
+            seen = real[row] & (j <= i) & real[row, :, None]
             if context.segments is not None:
                 seen = seen & (context.segments[row, :, None] == context.segments[row])
             near = seen & reach_mask(places[row], places[row], none, none, self.options.window or 1, self.options.sinks)
-            scores = (query[row] @ key[row].transpose(-1, -2) / math.sqrt(self.head_width)).float()
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-            beyond = weights.masked_fill(near | ~real[row, :, None], 0.0)
-            # The largest and not the mean: a needle that one question asks for is small in a mean over all that follow.
-            received.append(beyond.amax((1, 2)).transpose(0, 1))
-        return torch.stack(received)
+            gains.append(gains_of_pairs(query[row], key[row], value[row], slopes[row], near, seen & ~near)[1].T)
+        return torch.stack(gains)
 
     @property
     def _dropout(self) -> float:

@@ -1,13 +1,13 @@
 """Scores that are fitted on a trained model: which tokens gain by looking far, and which will be looked at from far.
 
-A pass with nobody looking measures who gains (`gain_of_looking`), and one with everybody looking and everybody kept who
-is looked at (`Operator.received_from_far`). A regression on the operators' input learns to tell them beforehand.
+One backward through the model in which nobody looks measures what each token gains by looking (`gain_of_looking`), and
+one through that in which nobody is kept what is gained by keeping it (`gain_of_being_kept`). A regression on the
+operators' input learns to tell them beforehand.
 """
 
 import copy
 import math
-import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,7 +18,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Context, FittedRouter, Operator, RoutedBlock, Router, ScoreRouter, build_router
+from chiaroscuro.layers import (
+    Context,
+    FittedRouter,
+    Operator,
+    PackedTokens,
+    RoutedBlock,
+    Router,
+    ScoreRouter,
+    build_router,
+)
 from chiaroscuro.layers.registry import build_kv_router, split_entry
 from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
@@ -28,17 +37,22 @@ from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.ops import linear_cross_entropy
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
-RIDGE = 1e-3
-"""λ, beside features of variance 1."""
+RIDGE = 0.5
+"""λ, beside features of variance 1 and gains of mean 1."""
+
+NEWTON_STEPS = 12
+
+LARGEST_SCORE = 20.0
+"""Above it a score counts as this, while it is fitted: exp would leave float32."""
+
+LEAST_GAIN = 1e-9
+"""Nats that are expected of a token where none of those seen gained anything."""
 
 HELD_OUT = 0.2
 """The part of the batches, the last ones, that nothing is fitted on."""
 
 FEWEST_QUERIES = 16
-"""What a token receives from beyond its window is a target where at least so many, and half a window, could give it."""
-
-SMALLEST = {"look": 1e-3, "kept": 1e-12}
-"""Targets are fitted as logarithms, of this at least, or of their mean if it is less: in nats, and in attention."""
+"""What is gained by keeping a token is a target where at least so many later ones, and half a window, could see it."""
 
 SAMPLE = 8192
 """Tokens a layer that a score of two layers is fitted on; a linear one takes all."""
@@ -69,7 +83,7 @@ class SideFit:
     """How well a layer's score foretells its target, on tokens that it was not fitted on.
 
     Attributes:
-        rank_correlation: Spearman's, between score and target; the mean over heads.
+        rank_correlation: Spearman's, between score and gain.
         recall: of the tokens with the largest targets, the share that is to be routed, how many are among as many with
             the largest scores. By chance it is that share.
         captured: of what the targets of the tokens with the largest targets add up to, how much those of as many with
@@ -146,10 +160,10 @@ def fit(
 ) -> FitReport:
     """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
 
-    The target of who looks is the logarithm of how much the model's loss falls by it, in nats, to first order and
-    where nobody looks yet (`gain_of_looking`), of the tokens that have something beyond their window. The target of who
-    is kept is the logarithm of the largest attention that any later token gives it from beyond its window, where
-    everybody looks and everybody is kept. The score is a ridge regression on the operators' input, in closed form, or
+    The target of who looks is how much the model's loss falls by it, in nats, to first order and where nobody looks yet
+    (`gain_of_looking`), of the tokens that have something beyond their window. The target of who is kept is how much it
+    falls if the token is seen from beyond the window, where nobody is yet (`gain_of_being_kept`). The score is the
+    logarithm of the expected gain: a Poisson regression on the operators' input, by Newton's method, or
     with `hidden` one of two layers. Layers are fitted in turn, each on what those before it give when they are routed,
     and calibrated at the shares on the same batches. Routers of other kinds make way for `"fitted"` ones.
 
@@ -186,13 +200,13 @@ def fit(
         raise UserError(f"{len(given)} batches to fit on: give two or more, of which the last are held out")
     entry: Any = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
     fields = model.config.fields() | {"router": entry, "kv_router": _with_heads(entry, model), "thresholds": None}
-    fits: dict[tuple[str, int], _Fit] = {}
+    fits: dict[tuple[str, int], SideFitting] = {}
     for side, i in sides:
         router = _new_router(side, i, model.trunk.blocks[i], fields)
         share = look if side == "look" else kept
         assert share is not None
-        quota = math.ceil(SAMPLE / (len(given) - held_out))
-        fits[side, i] = _Fit(side, i, router.to(model.device), share, quota)
+        quota = None if hidden is None else math.ceil(SAMPLE / (len(given) - held_out))
+        fits[side, i] = SideFitting(side, i, router.to(model.device), share, quota)
     with evaluation_mode(model):
         with full_attention(model):
             targets = [dict(_targets(model, batch, sides)) for batch in given]
@@ -209,7 +223,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Target:
-    """Of a batch, what a score is to say the logarithm of: for which tokens, and what."""
+    """Of a batch, the gains that a score is to foretell: of which tokens, and what."""
 
     valid: Bool[Tensor, "batch time"]
     values: Float[Tensor, "tokens heads"]
@@ -280,7 +294,7 @@ def _check_router(side: str, i: int, block: RoutedBlock, router: Router) -> None
             f"the score of layer {i} scales what it routes, and the model was trained so: fit one that was trained "
             "with another router, such as threshold or random"
         )
-    if side == "kept" and type(_reaching(side, block)).received_from_far is Operator.received_from_far:
+    if side == "kept" and type(_reaching(side, block)).gain_of_being_kept is Operator.gain_of_being_kept:
         raise UserError(f"layer {i} has the menu {block.operator_names}, none of which says who is seen from far")
 
 
@@ -312,28 +326,28 @@ def _targets(
     model: ChiarForCausalLM, batch: Tensor | Mapping[str, Any], sides: list[tuple[str, int]]
 ) -> Iterable[tuple[tuple[str, int], _Target]]:
     """Run a batch inside `full_attention`, and give the targets of each side and layer."""
-    x, context, gate = state = embed_batch(model, batch)
+    x, context, _ = state = embed_batch(model, batch)
     looking = [i for side, i in sides if side == "look"]
-    gains = gain_of_looking(model, state, _predicted(batch, context), looking) if looking else {}
-    for i, block in enumerate(model.trunk.blocks):
-        source = block.operator_input(x, context)
-        for side in (side for side, layer in sides if layer == i):
-            operator = _reaching(side, block)
-            values = gains[i][..., None] if side == "look" else None
-            if values is None:
-                values = operator.received_from_far(source, replace(context, layer_input=x))
-            assert values is not None  # `_check_router` has seen to it
-            valid = _with_target(side, operator, x, context)
-            yield (side, i), _Target(valid, values[valid].double())
-        x, _ = model.trunk.run_layer(i, x, gate, context)
-        _refuse_broken(i, x)
+    keeping = [i for side, i in sides if side == "kept"]
+    predicted = _predicted(batch, context)
+    gains = {
+        "look": gain_of_looking(model, state, predicted, looking) if looking else {},
+        "kept": gain_of_being_kept(model, state, predicted, keeping) if keeping else {},
+    }
+    for side, i in sides:
+        options: Any = _reaching(side, model.trunk.blocks[i]).options
+        window, sinks = getattr(options, "window", None) or 1, getattr(options, "sinks", 0)
+        real = context.real(x.shape[1])
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+        valid = with_target(side, window, sinks, real)
+        yield (side, i), _Target(valid, gains[side][i][valid].double())
 
 
 def _fit_in_turn(
     model: ChiarForCausalLM,
     batches: list[Tensor | Mapping[str, Any]],
     targets: list[dict[tuple[str, int], _Target]],
-    fits: Mapping[tuple[str, int], "_Fit"],
+    fits: Mapping[tuple[str, int], "SideFitting"],
     fitting: int,
 ) -> dict[tuple[str, int], SideFit]:
     """Fit layer after layer, each on what the layers before it give when they are routed by their scores.
@@ -353,9 +367,6 @@ def _fit_in_turn(
     with lowered(_unready(model, fits)):  # they let all look, and keep all
         for i, block in enumerate(model.trunk.blocks):
             own = {place: one for place, one in fits.items() if place[1] == i}
-            for place, one in own.items():
-                seen = torch.cat([target[place].values for target in targets[:fitting]])
-                one.floor = min(SMALLEST[place[0]], float(seen.clamp(min=0).mean())) if seen.numel() else 1.0
             for n, (x, context, _) in enumerate(states if own else []):
                 if n == fitting:
                     for one in own.values():
@@ -398,7 +409,7 @@ def _predicted(batch: Tensor | Mapping[str, Any], context: Context) -> Int[Tenso
 @torch.enable_grad()
 def gain_of_looking(
     model: ChiarForCausalLM, state: State, predicted: Int[Tensor, "batch time"], layers: Collection[int]
-) -> dict[int, Float[Tensor, "batch time"]]:
+) -> dict[int, Float[Tensor, "batch time 1"]]:
     """How much the loss falls if one token of one layer looks far: g_i = −∂L/∂y_i · (y'_i − y_i), in nats.
 
     That is to first order, with y_i what the layer gives of token i, and y'_i what it would, were the token sent to the
@@ -433,20 +444,57 @@ def gain_of_looking(
         _refuse_broken(i, x)
         outputs.append(x)
         changes.append(looked - x.detach())
-    hidden = model.trunk.norm(x).flatten(0, 1)
-    loss = linear_cross_entropy(hidden, model.lm_head.weight, predicted.to(x.device).flatten(), divisor=1)
-    # Of the outputs alone: the weights keep whatever gradient they have.
-    gradients = torch.autograd.grad(loss, outputs)
-    gains = [-(slope * change).sum(-1) for slope, change in zip(gradients, changes, strict=True)]
+    slopes = _slopes(model, x, predicted, outputs)
+    gains = [-(slope * change).sum(-1, keepdim=True) for slope, change in zip(slopes, changes, strict=True)]
     return dict(zip(sorted(layers), gains, strict=True))
 
 
-def _with_target(side: str, operator: Operator, x: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
+@torch.enable_grad()
+def gain_of_being_kept(
+    model: ChiarForCausalLM, state: State, predicted: Int[Tensor, "batch time"], layers: Collection[int]
+) -> dict[int, Float[Tensor, "batch time key_heads"]]:
+    """How much the loss falls if one token of one layer is kept, to be seen from far: `Operator.gain_of_being_kept`.
+
+    L and its derivative are those of the model in which nobody is kept in these layers, and all look. Arguments as of
+    `gain_of_looking`.
+    """
+    x, context, gate = state
+    inputs, outputs = [], []
+    x = x.detach().requires_grad_()
+    for i, block in enumerate(model.trunk.blocks):
+        if i not in layers:
+            x, _ = model.trunk.run_layer(i, x, gate, context)
+            continue
+        operator, thresholds = _reaching("kept", block), model.kv_thresholds()[i].values
+        inputs.append((operator, block.operator_input(x, context).detach(), replace(context, layer_input=x.detach())))
+        thresholds.fill_(torch.inf)
+        handle = operator.register_forward_hook(lambda _, given, output: outputs.append((output, *given[2:])))
+        try:
+            x, _ = model.trunk.run_layer(i, x, gate, context)
+        finally:
+            handle.remove()
+            thresholds.fill_(-torch.inf)
+        _refuse_broken(i, x)
+    slopes = _slopes(model, x, predicted, [output for output, *_ in outputs])
+    gains = []
+    for (operator, source, own), (_, *tokens), slope in zip(inputs, outputs, slopes, strict=True):
+        packed: PackedTokens | None = tokens[0] if tokens else None
+        slope = slope if packed is None else packed.put_in(torch.zeros_like(source), slope)
+        gain = operator.gain_of_being_kept(source, own, slope)
+        assert gain is not None  # `_check_router` has seen to it
+        gains.append(gain)
+    return dict(zip(sorted(layers), gains, strict=True))
+
+
+def _slopes(model: ChiarForCausalLM, x: Tensor, predicted: Tensor, outputs: list[Tensor]) -> Sequence[Tensor]:
+    """∂L/∂ of these outputs alone, L the sum over all predictions: the weights keep whatever gradient they have."""
+    hidden = model.trunk.norm(x).flatten(0, 1)
+    loss = linear_cross_entropy(hidden, model.lm_head.weight, predicted.to(x.device).flatten(), divisor=1)
+    return torch.autograd.grad(loss, outputs)
+
+
+def with_target(side: str, window: int, sinks: int, real: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
     """The tokens that have something beyond the window; or those that enough others have beyond theirs."""
-    window, sinks = (getattr(operator.options, name, None) or 0 for name in ("window", "sinks"))
-    window = window or 1
-    real = context.real(x.shape[1])
-    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
     place = real.cumsum(1) - 1
     if side == "look":
         return real & (place >= window + sinks)
@@ -454,108 +502,161 @@ def _with_target(side: str, operator: Operator, x: Tensor, context: Context) -> 
     return real & (place >= sinks) & (later >= max(FEWEST_QUERIES, window // 2))
 
 
-class _Fit:
-    """The fit of one side of one layer: sums over the tokens, then a score, then what it says of tokens held out."""
+class SideFitting:
+    """The fit of one side of one layer: tokens and their gains, then a score, then what it says of tokens held out.
 
-    def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int) -> None:
+    The score is the logarithm of the gain that is expected of a token, in nats: a Poisson regression, whose mean is
+    exp of the score. So a rare large gain counts as much as many small ones, and scores of heads can be compared.
+
+    Args:
+        side: `"look"` or `"kept"`.
+        layer: its number.
+        router: whose score is fitted.
+        share: of the tokens that are to be routed, which recall is measured at.
+        quota: tokens of a batch that it is fitted on, drawn at random; None for all.
+
+    """
+
+    def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int | None = None) -> None:
         self.name = f"layer {layer}, side {side}"
         self.router, self.share, self.quota = router, share, quota
         self.count = 0
-        self.sums: list[Tensor] = []
         self.samples: list[tuple[Tensor, Tensor]] = []
         self.answers: list[tuple[Tensor, Tensor]] = []
         self.generator = torch.Generator("cpu").manual_seed(layer)
-        self.floor = 1.0
 
-    def add(self, x: Float[Tensor, "tokens width"], target: Float[Tensor, "tokens heads"], held_out: bool) -> None:
+    def add(self, x: Float[Tensor, "tokens width"], gain: Float[Tensor, "tokens heads"], held_out: bool) -> None:
         """Learn of some tokens, or be asked about them."""
-        target = target.clamp(min=max(self.floor, sys.float_info.min)).log()
-        target = target if target.shape[1] == self.router.options.heads else target.mean(1, keepdim=True)
+        # One score for all heads is of what they gain together: one of them may need what the others do not.
+        gain = gain if gain.shape[1] == self.router.options.heads else gain.sum(1, keepdim=True)
+        gain = gain.clamp(min=0)
         if held_out:
-            self.answers.append((self.router.fitted(x), target))
+            self.answers.append((self.router.fitted(x), gain))
             return
         self.count += len(x)
-        if self.router.options.hidden is not None:
+        if self.quota is not None:
             taken = torch.randperm(len(x), generator=self.generator)[: self.quota].to(x.device)
-            self.samples.append((x[taken].float(), target[taken].float()))
-        x = x.double()
-        new = [x.sum(0), x.T @ x, target.sum(0), x.T @ target]
-        self.sums = [old + one for old, one in zip(self.sums, new, strict=True)] if self.sums else new
+            x, gain = x[taken], gain[taken]
+        self.samples.append((x.float(), gain.float()))
 
     def solve(self) -> None:
         """Set the score by what was learnt."""
-        width = self.router.width
+        width, hidden = self.router.width, self.router.options.hidden
         if self.count < 2 * width:
             raise UserError(
                 f"{self.name}: {self.count} tokens with a target to fit {width} features on: give at least "
                 f"{2 * width}, in longer sequences or more of them"
             )
-        n = self.count
-        mean, target_mean = self.sums[0] / n, self.sums[2] / n
-        covariance = self.sums[1] / n - mean[:, None] * mean
-        scale = covariance.diagonal().clamp(min=0).sqrt()
-        scale = scale.where(scale > 1e-6 * scale.max(), 1.0)
-        if self.router.options.hidden is None:
-            left = covariance / (scale[:, None] * scale) + RIDGE * torch.eye(width).to(covariance)
-            slope = torch.linalg.solve(left, (self.sums[3] / n - mean[:, None] * target_mean) / scale[:, None])
-            slope = slope / scale[:, None]
-            self.router.fitted.set_weights(slope.T.float(), (target_mean - mean @ slope).float())
+        x, gain = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
+        if not bool(gain.isfinite().all()):
+            raise UserError(f"{self.name}: a gain is not finite: the model's weights or its input hold NaN or infinity")
+        self.samples = []
+        spread, mean = torch.std_mean(x, 0)
+        spread = spread.where(spread > 1e-6 * spread.max(), 1.0)
+        # What nobody gains by has the lowest score there is, and a slope: all 0 would be a score that was not fitted.
+        expected = gain.mean(0).clamp(min=LEAST_GAIN)
+        x, gain = (x - mean) / spread, gain / expected
+        if hidden is None:
+            fitted = [_poisson(x, one) for one in gain.unbind(1)]
+            slope = torch.stack([w for w, _ in fitted]) / spread
+            slope = slope.where(slope.abs().amax(1, keepdim=True) > 0, LEAST_GAIN)
+            offset = torch.stack([b for _, b in fitted]) + expected.log()
+            self.router.fitted.set_weights(slope, offset - slope @ mean)
         else:
-            _fit_two_layers(self.router, self.samples, mean.float(), scale.float(), self.generator)
-        self.sums, self.samples = [], []
+            _fit_two_layers(self.router, x, gain, expected, mean, spread, self.generator)
 
     def result(self) -> SideFit:
-        """How well the score does on the tokens held out."""
-        score, target = (torch.cat(parts) for parts in zip(*self.answers, strict=True))
+        """How well the score does on the tokens held out, of all heads together, as one threshold takes them."""
+        score, gain = (torch.cat(parts).flatten().double() for parts in zip(*self.answers, strict=True))
+        tokens = sum(len(part) for part, _ in self.answers)
         top = round(self.share * len(score))
         if not 0 < top < len(score):
             raise UserError(
-                f"{self.name}: {len(score)} tokens with a target are held out, too few for a share of {self.share:g}: "
+                f"{self.name}: {tokens} tokens with a target are held out, too few for a share of {self.share:g}: "
                 "give longer sequences, or more of them"
             )
-        heads = list(zip(score.double().unbind(1), target.unbind(1), strict=True))
         return SideFit(
-            sum(rank_correlation(a, b) for a, b in heads) / len(heads),
-            sum(top_recall(a, b, top) for a, b in heads) / len(heads),
-            sum(top_captured(a, b.exp() - self.floor, top) for a, b in heads) / len(heads),
-            len(score),
+            rank_correlation(score, gain),
+            top_recall(score, gain, top),
+            top_captured(score, gain, top),
+            tokens,
             self.count,
             self.share,
         )
 
 
+def _poisson(x: Float[Tensor, "tokens width"], gain: Float[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
+    """The w and b that minimise mean(exp(s) − g s) + λ |w|² / 2 with s = w·x + b, by Newton's method.
+
+    Args:
+        x: features of mean 0 and variance 1.
+        gain: g, of mean 1.
+
+    """
+    x = F.pad(x, (0, 1), value=1.0)
+    penalty = torch.full((x.shape[1],), RIDGE, device=x.device)
+    penalty[-1] = 1e-6
+
+    def objective(w: Tensor) -> tuple[Tensor, Tensor]:
+        score = (x @ w).clamp(max=LARGEST_SCORE)
+        return score, (score.exp() - gain * score).mean() + (penalty * w.square()).sum() / 2
+
+    w = x.new_zeros(x.shape[1])
+    score, value = objective(w)
+    for _ in range(NEWTON_STEPS):
+        rate = score.exp()
+        slope = x.T @ (rate - gain) / len(x) + penalty * w
+        curvature = (x * rate[:, None]).T @ x / len(x) + penalty.diag()
+        step = torch.linalg.solve(curvature.double(), slope.double()).to(w)
+        for halving in range(10):
+            moved = w - step / 2**halving
+            score, lower = objective(moved)
+            if bool(lower < value):
+                break
+        else:
+            break
+        settled = bool(value - lower < 1e-5)
+        w, value = moved, lower
+        if settled:
+            break
+    return w[:-1], w[-1]
+
+
 @torch.enable_grad()
 def _fit_two_layers(
-    router: FittedRouter, samples: list[tuple[Tensor, Tensor]], mean: Tensor, scale: Tensor, generator: torch.Generator
+    router: FittedRouter,
+    x: Tensor,
+    gain: Tensor,
+    expected: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    generator: torch.Generator,
 ) -> None:
-    """Fit w·gelu(U x + c) + b by AdamW on standardised features, and fold the standardisation into U and c."""
-    x, target = (torch.cat(parts) for parts in zip(*samples, strict=True))
-    x, (spread, middle) = (x - mean) / scale, torch.std_mean(target, 0)
-    spread = spread.clamp(min=1e-12)
-    target = (target - middle) / spread
+    """Fit w·gelu(U x + c) + b by AdamW to the same loss, and fold the standardisation into U and c."""
     hidden, width = router.options.hidden, router.width
     first = (torch.randn(hidden, width, generator=generator) / math.sqrt(width)).to(x)
-    second = (torch.randn(target.shape[1], hidden, generator=generator) / math.sqrt(hidden)).to(x)
-    weights = [first, x.new_zeros(hidden), second, x.new_zeros(target.shape[1])]
+    second = (torch.randn(gain.shape[1], hidden, generator=generator) / math.sqrt(hidden)).to(x)
+    weights = [first, x.new_zeros(hidden), second, x.new_zeros(gain.shape[1])]
     for weight in weights:
         weight.requires_grad_()
     optimizer = torch.optim.AdamW(weights, RATE, weight_decay=DECAY)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         taken = torch.randint(len(x), (BATCH,), generator=generator).to(x.device)
-        predicted = F.linear(F.gelu(F.linear(x[taken], weights[0], weights[1])), weights[2], weights[3])
+        score = F.linear(F.gelu(F.linear(x[taken], weights[0], weights[1])), weights[2], weights[3])
+        score = score.clamp(max=LARGEST_SCORE)
         optimizer.zero_grad()
-        F.mse_loss(predicted, target[taken]).backward()
+        (score.exp() - gain[taken] * score).mean().backward()
         optimizer.step()
     first, offset, second, last = (weight.detach() for weight in weights)
-    first = first / scale
-    router.fitted.set_weights(second * spread[:, None], last * spread + middle, first, offset - first @ mean)
+    first = first / spread
+    router.fitted.set_weights(second, last + expected.log(), first, offset - first @ mean)
 
 
 @contextmanager
 def _installed(
     model: ChiarForCausalLM,
-    fits: Mapping[tuple[str, int], _Fit],
+    fits: Mapping[tuple[str, int], SideFitting],
     fields: Mapping[str, Any],
     look: float | None,
     kept: float | None,
