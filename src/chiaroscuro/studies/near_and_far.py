@@ -13,7 +13,7 @@ are not. Then page and pictures are written. A verdict is what its rule, which s
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,6 +25,7 @@ from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.recall import WINDOW
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.layers.registry import split_entry
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.model.config import ChiarConfig
@@ -41,12 +42,39 @@ PAGE = Path("docs/near-and-far.md")
 BASELINE = "full attention"
 """The variants that are called so: the best of them is what the others are held against."""
 
+ONE_LAYER = "static, the middle layer"
+"""The variant whose one layer of full attention is routed afterwards."""
+
+
+@dataclass(frozen=True)
+class Afterwards:
+    """How a finished model is routed, with no training on.
+
+    Attributes:
+        side: `"look"`, `"kept"` or `"both"`.
+        router: who is chosen by what.
+        of: the variant of the model; the task's `whole` unless given.
+
+    """
+
+    side: str
+    router: str
+    of: str | None = None
+
+    @property
+    def pattern(self) -> str:
+        """The variant whose window and shares it has."""
+        return f"{self.side}, random"
+
+
+_ROUTERS = (("random", "random"), ("H", "threshold"), ("fitted", "fitted"))
+
 AFTERWARDS = {
-    f"{side}, {name} afterwards": (side, router)
+    f"{side}, {name} afterwards": Afterwards(side, router)
     for side in ("look", "kept", "both")
-    for name, router in (("random", "random"), ("H", "threshold"), ("fitted", "fitted"))
-}
-"""How a finished model of full attention is routed: the side, and the router, by name."""
+    for name, router in _ROUTERS
+} | {f"both, one layer, {name} afterwards": Afterwards("both", router, ONE_LAYER) for name, router in _ROUTERS}
+"""By name."""
 
 COSTS = ("scores", "cache")
 UNFINISHED = " part"
@@ -121,7 +149,8 @@ TASKS = (
         "Pairs of a key and a value, and later some of the keys again, each asking for its value (zoology's "
         "multi-query associative recall): far attention is all that the task needs. All models, the hybrids too, go on "
         "from one of full attention that has learned the task. A third of the words are keys, and a key learns whether "
-        "the row asks for it by looking alone; in *0.4 look* four tenths of the tokens look.",
+        "the row asks for it by looking alone: of a quarter that look in every layer, some are missing. In *one layer* "
+        "the others have their window alone, and that one three times the share.",
         (ACCURACY,),
     ),
     Task(
@@ -167,19 +196,23 @@ def gather(task: Task, console: Console) -> dict[str, dict[str, Any]]:
     known = json.loads(task.results.read_text("utf-8")) if task.results.is_file() else {}
     sweep = Sweep.load(task.sweep)
     patterns = {run.variant: run for run in sweep.runs}
-    routed = {name: how for name, how in AFTERWARDS.items() if f"{how[0]}, random" in patterns}
+    routed = {
+        name: how
+        for name, how in AFTERWARDS.items()
+        if how.pattern in patterns and (how.of is None or how.of in patterns)
+    }
     found: dict[str, dict[str, Any]] = {name: known.get(name, {}) for name in (*sweep.changes, *routed)}
     for run in sweep.runs:
         seed = str(run.seed)
         if seed in found[run.variant] or run.variant.endswith(UNFINISHED) or not run.is_done():
             continue
         _take_up(task, run.variant, seed, measure(_workspace(run)), found, console)
-    for name, (side, router) in routed.items():
-        for run in (run for run in sweep.runs if run.variant == task.whole):
+    for name, how in routed.items():
+        for run in (run for run in sweep.runs if run.variant == (how.of or task.whole)):
             seed = str(run.seed)
             if seed not in found[name] and run.is_done():
                 workspace = _workspace(run)
-                route_afterwards(workspace, patterns[f"{side}, random"], side, router)
+                route_afterwards(workspace, patterns[how.pattern], how)
                 _take_up(task, name, seed, measure(workspace), found, console)
     return found
 
@@ -197,27 +230,33 @@ def _take_up(
     console.print(f"{task.name}, {name}, seed {seed}: {figures}", highlight=False)
 
 
-def route_afterwards(workspace: Workspace, pattern: SweepRun, side: str, router: str) -> None:
-    """Route a finished model of full attention, and train it no further.
+def route_afterwards(workspace: Workspace, pattern: SweepRun, how: Afterwards) -> None:
+    """Route a finished model, and train it no further.
+
+    Where full attention is in some layers alone, these are routed, by as much larger shares.
 
     Args:
         workspace: of the model, which is replaced by the routed one.
         pattern: a run whose menus, window and shares to take.
-        side: `"look"`, `"kept"` or `"both"`.
-        router: who is chosen by what; `"fitted"` scores are fitted to the model.
+        how: the side and the router.
 
     """
     config = pattern.recipe.build_config(workspace.config.vocab_size)
     assert isinstance(config, ChiarConfig)
     fields: Any = {name: getattr(config, name) for name in ("operators", "window", "sinks", "attention_context")}
-    named = (
-        {"router": "random", "kv_router": "random"} if router == "fitted" else {"router": router, "kv_router": router}
-    )
+    before: Any = workspace.config.operators
+    whole = [any(split_entry(entry)[0] == "attention" for entry in menu) for menu in before]
+    fields["operators"] = [
+        routed if is_whole else menu
+        for menu, routed, is_whole in zip(before, config.operators or [], whole, strict=True)
+    ]
+    named = dict.fromkeys(("router", "kv_router"), "random" if how.router == "fitted" else how.router)
     model = ChiarForCausalLM.from_pretrained(workspace.path, **fields, **named)
     _, batches = batches_of(workspace, length=workspace.length())
-    look = config.attention_share if side != "kept" else None
-    kept = config.kv_share if side != "look" else None
-    if router == "fitted":
+    times = len(whole) / sum(whole)
+    look = min(1.0, config.attention_share * times) if how.side != "kept" else None
+    kept = min(1.0, config.kv_share * times) if how.side != "look" else None
+    if how.router == "fitted":
         fit(model, batches, look=look, kept=kept)
     else:
         calibrate(model, batches, look, kept)
@@ -230,8 +269,8 @@ def measure(workspace: Workspace) -> dict[str, Any]:
     seen = evaluate(workspace, window=window, batch_size=4 if window else 16)
     config, length = workspace.model.config, workspace.length()
     assert isinstance(config, ChiarConfig)
-    look = _mean(layer["share"][-1] for layer in seen["layers"] if len(layer["operators"]) > 1)
-    kept = _mean(layer["kept"] for layer in seen["layers"] if "kept" in layer)
+    look = [layer["share"][-1] if len(layer["operators"]) > 1 else None for layer in seen["layers"]]
+    kept = [layer.get("kept") for layer in seen["layers"]]
     figures = (
         {"accuracy": seen["accuracy"], "depths": seen["depths"]}
         if window is None
@@ -244,17 +283,23 @@ def measure(workspace: Workspace) -> dict[str, Any]:
     )
     return {
         **figures,
-        "look": look,
-        "kept": kept,
-        **costs(config, length, look, kept),
+        "look": _over_all(look),
+        "kept": _over_all(kept),
+        **costs(config, length, _over_those(look), _over_those(kept)),
         "parameters": workspace.model.num_parameters(),
     }
 
 
-def _mean(shares: Iterable[float]) -> float | None:
+def _over_those(shares: list[float | None]) -> float | None:
     """The mean over the layers that have such a share; None where none has."""
-    found = list(shares)
+    found = [share for share in shares if share is not None]
     return mean(found) if found else None
+
+
+def _over_all(shares: list[float | None]) -> float | None:
+    """The mean over all layers, of which one that chooses nobody counts nothing; None where none chooses."""
+    found = [share for share in shares if share is not None]
+    return sum(found) / len(shares) if found else None
 
 
 def costs(config: ChiarConfig, length: int, look: float | None, kept: float | None) -> dict[str, float]:
@@ -361,19 +406,19 @@ Written by `python -m chiaroscuro.studies.near_and_far` from `experiments/result
 In a layer whose tokens all see their [window](concepts/near-and-far.md), some **look** beyond it, or some are **kept**
 to be seen from beyond it, or both, a quarter of them each. Who does is decided by chance (`random`), by the spectral
 entropy (`H`), by a score that is trained along (`learned`), or by one that was [fitted](how-to/fit.md) on the
-full-attention model before (`fitted`). *Afterwards* the finished full-attention model is routed as it is. The other
+full-attention model before (`fitted`). *Afterwards* the finished model is routed as it is. The other
 routed models begin with the weights of a full-attention model that has seen a part of the tokens, and so does what is
 *trained on*; in the first half of the rest their shares fall from 1 to a quarter.
 
 The controls: full attention, from the start to the end and trained on from the same weights; **local** attention alone;
-**static** hybrids, in which every third or every sixth layer has full attention and the others see their window; a
+**static** hybrids, in which some layers have full attention and the others see their window; a
 **convolution** over four tokens in every layer, or in the place of attention; and the paper's choice of dct or
 attention. All of a task have the same depth and width and see the same number of tokens.
 
 *Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full attention's,
-counted at the shares measured. A mean of several seeds has its standard deviation; the differences from the best full
-attention without convolutions are paired by seed, with their 95% interval. Bold names are on a front: no other variant
-is better at the same or a lower cost, in scores (s) or in cache (c).
+counted at the shares measured, which are means over all layers. A mean of several seeds has its standard deviation; the
+differences from the best full attention without convolutions are paired by seed, with their 95% interval. Bold names
+are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 """
 
 
