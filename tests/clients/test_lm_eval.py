@@ -54,3 +54,31 @@ def test_the_command_loads_a_saved_model(
     (written,) = (tmp_path / "out").rglob("results*.json")
     bits = json.loads(written.read_text())["results"]["lines"]["bits_per_byte,none"]
     assert 1 < bits < 20
+
+
+def test_a_retrofitted_model_is_judged_alike_alone_and_in_a_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    """With everything kept the likelihoods are the original's."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from chiaroscuro import retrofit
+    from decoders import build
+
+    texts = ["light and dark", "the dark between the lights, and light on dark", "on dark, light", "a light " * 9]
+    requests = [
+        Instance("loglikelihood", {}, (text, f" {end}"), i, ("lines", i, 1))
+        for i, (text, end) in enumerate((text, end) for text in texts for end in ("light", "dark and light"))
+    ]
+
+    def judged(batch_size: int, **options: float) -> list[float]:
+        model = build(vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        if options:
+            retrofit(model, window=4, sinks=1, router="random", kv_router="norm", **options)
+        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+        return [likelihood for likelihood, _ in judge.loglikelihood(requests, disable_tqdm=True)]
+
+    whole = judged(1)
+    assert judged(4, attention_share=1.0, kv_share=1.0) == pytest.approx(whole, abs=1e-4)
+    routed = judged(1, attention_share=0.5, kv_share=0.25)
+    assert judged(4, attention_share=0.5, kv_share=0.25) == pytest.approx(routed, abs=1e-4)
+    assert routed != pytest.approx(whole, abs=1e-2)

@@ -1,0 +1,329 @@
+"""`fit` for a retrofitted model: its scores, its thresholds, and its shares by layer. Other models go on to their own.
+
+What is fitted to what, and why layer after layer, is said in `chiaroscuro.model.fitting`. Here the layers are those of
+another library: what a layer needs beside its tokens is what its model gave it in a whole forward.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import FittedRouter, build_router
+from chiaroscuro.layers.registry import build_kv_router, split_entry
+from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, with_target
+from chiaroscuro.model.fitting import fit as fit_chiar
+from chiaroscuro.ops.linear_cross_entropy import IGNORED
+from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
+from chiaroscuro.retrofitting.routed_model import FIELD, SHARES, RoutedModel, attention_modules
+from chiaroscuro.retrofitting.without_routing import without_routing
+
+Batch = Tensor | Mapping[str, Any]
+
+HARMED = 6
+"""Batches of those held out, at most, that the harm of each layer is measured on: a whole forward each."""
+
+
+@torch.no_grad()
+def fit(
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    look: float | None = None,
+    kept: float | None = None,
+    hidden: int | None = None,
+    spread: bool | None = None,
+    budget: float | None = None,
+) -> FitReport:
+    """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
+
+    Args:
+        model: a `ChiarForCausalLM`, or a model that was retrofitted. Changed in place.
+        batches: two or more, as for `calibrate`; the last fifth of them is held out. The loss is that of their
+            `labels`, and without these of each next token.
+        look: the share of the tokens that is to look far. A retrofitted model takes its own share unless given, and
+            leaves the side as it is where that is 1.
+        kept: the share that is to be kept; likewise.
+        hidden: the width of the layer in between; None for a linear score.
+        spread: whether a share is a mean over the layers, each of which gets a part in proportion to the root of its
+            harm: by default for a retrofitted model, not for a `ChiarForCausalLM`.
+        budget: instead of look and kept, one such mean for both sides, or for the one that the model has.
+
+    Raises:
+        UserError: see `chiaroscuro.model.fitting.fit`. The model is then as it was.
+
+    Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
+
+    """
+    if not isinstance(model, RoutedModel):
+        return fit_chiar(model, batches, look=look, kept=kept, hidden=hidden, spread=bool(spread), budget=budget)
+    if budget is not None:
+        if look is not None or kept is not None:
+            raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
+        look = kept = budget
+    said = getattr(model.config, FIELD)
+    shares = {"look": look, "kept": kept}
+    if look is None and kept is None:
+        shares = {side: said[field] if 0 < said[field] < 1 else None for side, (field, _) in SHARES.items()}
+    given = list(batches)
+    _check(model, shares, given)
+    before = _State(model)
+    try:
+        with evaluation_mode(model):
+            return _Fitting(model, given, {s: v for s, v in shares.items() if v is not None}, hidden).run(
+                True if spread is None else spread
+            )
+    except BaseException:
+        before.put_back()
+        raise
+
+
+def _check(model: RoutedModel, shares: Mapping[str, Any], batches: list[Batch]) -> None:
+    if model.device.type == "meta":
+        raise UserError("the model's weights are offloaded: load it whole, fit it, and save it")
+    if all(share is None for share in shares.values()):
+        raise UserError("nothing to fit: all look and all are kept; give look, kept, or a budget")
+    for side, share in shares.items():
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+            raise UserError(f"{side}={share!r}: must be a share of the tokens, more than 0 and less than 1")
+    if len(batches) < 2:
+        raise UserError(f"{len(batches)} batches to fit on: give two or more, of which the last are held out")
+    for batch in batches:
+        ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+            raise UserError(
+                f"a token outside the vocabulary, vocab_size={model.config.vocab_size}: use the model's own tokenizer"
+            )
+
+
+class _State:
+    """The routers of a model and what its configuration says of them."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        self.model = model
+        self.routers = {i: reach.routers for i, reach in model.reaches.items()}
+        self.said = copy.deepcopy(getattr(model.config, FIELD))
+
+    def put_back(self) -> None:
+        for i, routers in self.routers.items():
+            for side, router in routers.items():
+                self.model.reaches[i].replace(side, router)
+        setattr(self.model.config, FIELD, self.said)
+
+
+class _Whole:
+    """A batch in the whole model: what each layer was given beside the tokens, and what the first one was given.
+
+    Attributes:
+        x: the tokens that the first layer was given.
+        given: by layer, its other arguments.
+        real: which tokens are real.
+        predicted: what each token is to predict.
+
+    """
+
+    def __init__(self, model: RoutedModel, layers: Sequence[nn.Module], batch: Batch) -> None:
+        fields = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        ids = fields["input_ids"].to(model.device)
+        mask = fields.get("attention_mask")
+        self.inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask.to(model.device)})
+        self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
+        self.predicted = _predicted(fields, self.real)
+        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.x = ids
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.given:
+                self.x = args[0]
+            self.given.append((args[1:], kwargs))
+
+        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+        try:
+            self.logits = model(**self.inputs, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _predicted(fields: Mapping[str, Any], real: Tensor) -> Int[Tensor, "batch time"]:
+    """What each token of a batch is to predict, and −100 where that is nothing."""
+    if fields.get("shift_labels") is not None:
+        return fields["shift_labels"].to(real.device).masked_fill(~real, IGNORED)
+    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
+    labels = labels.to(real.device).masked_fill(~real, IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+class _Fitting:
+    """One fit of a retrofitted model; arguments as of `fit`, the shares by side."""
+
+    def __init__(self, model: RoutedModel, batches: list[Batch], shares: dict[str, float], hidden: int | None) -> None:
+        self.model, self.batches, self.shares = model, batches, shares
+        self.fitting = len(batches) - math.ceil(len(batches) * HELD_OUT)
+        self.reaches = model.reaches
+        self.layers = _decoder_layers(model)
+        quota = None if hidden is None else math.ceil(SAMPLE / self.fitting)
+        said = getattr(model.config, FIELD)
+        self.entries: dict[str, Any] = {}
+        self.fits: dict[tuple[str, int], SideFitting] = {}
+        for side, share in shares.items():
+            heads = split_entry(said["kv_router"])[1].get("heads", 1) if side == "kept" else 1
+            options = ({} if hidden is None else {"hidden": hidden}) | ({} if heads == 1 else {"heads": heads})
+            self.entries[side] = {"fitted": options} if options else "fitted"
+            for i, reach in self.reaches.items():
+                router = self._router(side, i).to(model.device)
+                self.fits[side, i] = SideFitting(side, i, router, share, quota)
+                reach.replace(side, router)
+
+    def _router(self, side: str, layer: int) -> FittedRouter:
+        width = self.model.config.hidden_size
+        fields = {"router": self.entries[side], "kv_router": self.entries[side]}
+        made: Any = (
+            build_router(width, LOOK_SIDE, self.entries[side], fields, layer)
+            if side == "look"
+            else build_kv_router(width, fields, layer)
+        )
+        return made
+
+    def run(self, spread: bool) -> FitReport:
+        """Measure the gains, fit in turn, and spread the shares."""
+        said = getattr(self.model.config, FIELD)
+        for side in self.shares:
+            field, weights = SHARES[side]
+            said[field], said[weights] = self.shares[side], None
+            said["router" if side == "look" else "kv_router"] = self.entries[side]
+        with without_routing(self.model):
+            wholes = [_Whole(self.model, self.layers, batch) for batch in self.batches]
+            for whole in wholes:
+                del whole.logits
+            gains = [self.gains(whole) for whole in wholes]
+            results = self.in_turn(wholes, gains)
+            if spread:
+                self.spread(results, wholes[self.fitting :][:HARMED])
+                self.in_turn(wholes, None)
+        sides = {name: {i: one for (side, i), one in results.items() if side == name} for name in ("look", "kept")}
+        return FitReport(sides["look"], sides["kept"], self.shares.get("look"), self.shares.get("kept"))
+
+    def gains(self, whole: _Whole) -> dict[str, dict[int, Tensor]]:
+        """By side and layer, the gains of a batch's tokens, in the model where nobody looks and nobody is kept."""
+        probes = {i: Probe(reach.window, reach.sinks) for i, reach in self.reaches.items()}
+        with ExitStack() as stack, torch.enable_grad():
+            for i, reach in self.reaches.items():
+                stack.enter_context(reach.as_whole(look=False, kept=False))
+                reach.probe = probes[i]
+            try:
+                logits = self.model(**whole.inputs, use_cache=False).logits.flatten(0, 1)
+                loss = F.cross_entropy(logits.float(), whole.predicted.flatten(), ignore_index=IGNORED, reduction="sum")
+                slopes = torch.autograd.grad(loss, [probe.zeros for probe in probes.values()])
+            finally:
+                for reach in self.reaches.values():
+                    reach.probe = None
+        if not math.isfinite(float(loss)):
+            raise UserError(f"the loss is {float(loss)}: the model's weights or its input hold NaN or infinity")
+        found: dict[str, dict[int, Tensor]] = {"look": {}, "kept": {}}
+        for (i, probe), slope in zip(probes.items(), slopes, strict=True):
+            for side, values in probe.gains(slope).items():
+                found[side][i] = values
+        return found
+
+    def in_turn(
+        self, wholes: list[_Whole], gains: list[dict[str, dict[int, Tensor]]] | None
+    ) -> dict[tuple[str, int], SideFit]:
+        """Fit layer after layer, each on what those before it give when they are routed; calibrate each.
+
+        Without gains, calibrate alone.
+        """
+        states = [whole.x for whole in wholes]
+        results: dict[tuple[str, int], SideFit] = {}
+        for i, layer in enumerate(self.layers):
+            if i not in self.reaches:
+                states = [_run(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
+                continue
+            reach = self.reaches[i]
+            with reach.stopping():
+                inputs = [_stopped(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
+            for side in self.shares:
+                if gains is not None:
+                    results[side, i] = self.fit_one(side, i, wholes, inputs, gains)
+                router = reach.routers[side]
+                seen = [router(x, x.new_zeros(x.shape[:2])) for x in inputs]
+                scores = [d.score[w.real].flatten() for d, w in zip(seen, wholes, strict=True) if d.score is not None]
+                router.calibration.set_from(torch.cat(scores), self.model.layer_shares(side)[i])
+            routed = dict.fromkeys(self.shares)
+            with reach.as_whole(**{"look": True, "kept": True} | routed):
+                states = [_run(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
+        return results
+
+    def fit_one(
+        self,
+        side: str,
+        i: int,
+        wholes: list[_Whole],
+        inputs: list[Tensor],
+        gains: list[dict[str, dict[int, Tensor]]],
+    ) -> SideFit:
+        """Fit one side of one layer."""
+        one, reach = self.fits[side, i], self.reaches[i]
+        valid = [with_target(side, reach.window, reach.sinks, whole.real) for whole in wholes]
+        values = [gain[side][i][chosen].double() for gain, chosen in zip(gains, valid, strict=True)]
+        for n, (x, chosen, target) in enumerate(zip(inputs, valid, values, strict=True)):
+            if n == self.fitting:
+                one.solve()
+            one.add(x[chosen], target, held_out=n >= self.fitting)
+        return one.result()
+
+    def spread(self, results: dict[tuple[str, int], SideFit], held_out: list[_Whole]) -> None:
+        """Spread the shares over the layers by the roots of their harms, in the configuration and in the results."""
+        harms = dict.fromkeys(results, 0.0)
+        count = 0
+        for whole in held_out:
+            counted = whole.predicted != IGNORED
+            log_p = self.model(**whole.inputs, use_cache=False).logits[counted].float().log_softmax(-1)
+            count += len(log_p)
+            for side, i in results:
+                with self.reaches[i].as_whole(**{"look": True, "kept": True} | {side: None}):
+                    logits = self.model(**whole.inputs, use_cache=False).logits[counted]
+                for ours, theirs in zip(logits.split(CHUNK), log_p.split(CHUNK), strict=True):
+                    log_q = ours.float().log_softmax(-1)
+                    harms[side, i] += float(F.kl_div(log_q, theirs, reduction="sum", log_target=True))
+        for side in self.shares:
+            roots = [math.sqrt(max(harms[side, i] / max(count, 1), 0.0)) for i in self.reaches]
+            getattr(self.model.config, FIELD)[SHARES[side][1]] = roots
+            for i, share in self.model.layer_shares(side).items():
+                results[side, i] = replace(results[side, i], share=share, harm=harms[side, i] / max(count, 1))
+
+
+def _decoder_layers(model: RoutedModel) -> list[nn.Module]:
+    """The modules that hold the attention modules, in order."""
+    attention = set(attention_modules(model).values())
+    holding = [module for module in model.modules() if any(child in attention for child in module.children())]
+    return holding
+
+
+def _run(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
+    args, kwargs = whole.given[i]
+    output = layer(x, *args, **kwargs)
+    x = output[0] if isinstance(output, tuple) else output
+    if not bool(x.isfinite().all()):
+        raise UserError(f"layer {i} gives NaN or infinity: the model's weights or its input hold some")
+    return x
+
+
+def _stopped(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
+    """What the attention module of a layer is given."""
+    try:
+        _run(layer, x, whole, i)
+    except ReachedError as reached:
+        return reached.hidden
+    raise AssertionError("the layer did not run its attention")

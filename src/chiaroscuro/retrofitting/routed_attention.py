@@ -1,0 +1,368 @@
+"""Attention modules of other libraries' decoders, routed: all see what is near, some what is kept far away.
+
+A module keeps its own forward, which projects, normalises and rotates. It hands queries, keys and values to a function
+that transformers looks up by the name in the module's configuration; for a routed module that is `attend_routed`. Who
+looks and who is kept was decided before, from what the module was given.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
+from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
+from chiaroscuro.layers.context import Spectra
+from chiaroscuro.layers.registry import KEY_SIDE, build_kv_router
+from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
+from chiaroscuro.retrofitting.routed_cache import layer_of
+
+IMPLEMENTATION = "chiaroscuro"
+"""The name under which routed modules find `attend_routed`."""
+
+LOOK_SIDE = ("near", "far")
+"""What a router of the look side chooses between."""
+
+
+class ReachedError(Exception):
+    """What a module was given, inside `Reach.stopping`; no error."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@dataclass
+class Forward:
+    """What the modules of one model share in a forward.
+
+    Attributes:
+        input_ids: the new tokens, where the model was given ids.
+
+    """
+
+    input_ids: Int[Tensor, "batch time"] | None = None
+    _last: Any = None
+    _read: Any = None
+
+    def read_mask(
+        self, mask: Tensor | None, time: int
+    ) -> tuple[Bool[Tensor, "batch keys"] | None, Int[Tensor, "batch time"] | None]:
+        """Which tokens are real, and which document each belongs to, from the mask that a module was given.
+
+        It is read once for all modules.
+
+        Raises:
+            UserError: it is neither causal nor causal within documents.
+
+        """
+        if mask is None:
+            return None, None
+        if self._last is None or self._last() is not mask:
+            self._last, self._read = ref(mask), _read_mask(mask, time)
+        return self._read
+
+    def __deepcopy__(self, memo: Any) -> "Forward":
+        return Forward()
+
+    def __reduce__(self) -> Any:
+        return Forward, ()
+
+
+def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
+    if mask.ndim == 2:
+        return mask.bool(), None
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise UserError(f"an attention_mask of shape {tuple(mask.shape)}: routed attention takes (batch, tokens)")
+    seen = (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
+    real = seen.any(1)
+    keys = seen.shape[-1]
+    causal = real.cumsum(1)[:, -time:]
+    number, new = seen.sum(-1), real[:, -time:]
+    if bool(((number == causal) | ~new).all()):
+        return (None if bool(real.all()) else real), None
+    # Fewer than all before it: rows of several documents, each of which begins where a token sees itself alone.
+    segments = (number == 1).cumsum(1)
+    documents = (segments[:, :, None] == segments[:, None]) & torch.ones_like(seen).tril()
+    if keys != time or not bool(real.all()) or not torch.equal(documents, seen):
+        raise UserError(
+            "this attention_mask hides tokens in another way than by padding or by documents: routed attention can't "
+            "honour it"
+        )
+    return None, segments
+
+
+class Reach(nn.Module):
+    """Who looks and who is kept in one attention module: its routers, and how its attention is computed.
+
+    Args:
+        width: d, the features of what the module is given.
+        layer: the module's number.
+        fields: `window`, `sinks`, `router`, `kv_router`, and the shares `attention_share` and `kv_share`.
+        forward: what the modules of the model share.
+
+    Attributes:
+        whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
+        probe: takes up what the gains follow from, while a model is fitted.
+        watched: where it is a list, the decisions of each forward are put there.
+
+    """
+
+    def __init__(self, width: int, layer: int, fields: dict[str, Any], forward: Forward) -> None:
+        super().__init__()
+        self.window, self.sinks, self.layer = fields["window"], fields["sinks"], layer
+        look = build_router(width, LOOK_SIDE, fields["router"], fields, layer)
+        if not isinstance(look, ScoreRouter):
+            raise UserError(f"router={fields['router']!r}: a retrofit needs a router by a score")
+        self.look, self.kept = look, build_kv_router(width, fields, layer)
+        for router in (self.look, self.kept):
+            if router.scale(torch.zeros(1, 1)) is not None:
+                raise UserError(f"{type(router).__name__} scales what it routes, and is trained along: take another")
+        self.shared = forward
+        self.whole: dict[str, bool | None] = {"look": None, "kept": None}
+        self._ready = False
+        self._now: Any = None
+        self._stopping = False  # see `stopping`
+        self.probe: Probe | None = None
+        self.watched: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def routers(self) -> dict[str, ScoreRouter]:
+        """By side."""
+        return {"look": self.look, "kept": self.kept}
+
+    def replace(self, side: str, router: ScoreRouter) -> None:
+        """Put another router in."""
+        setattr(self, side, router)
+        self._ready = False
+
+    @contextmanager
+    def given(self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None) -> Iterator[None]:
+        """Inside the block, what the module was given is known."""
+        if self._stopping:
+            raise ReachedError(hidden)
+        state = None if cache is None else layer_of(cache, self.layer, self.window, self.sinks)
+        self._now = (hidden, state, position_ids)
+        try:
+            yield
+        finally:
+            self._now = None
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Inside the block the module computes nothing, and raises `ReachedError` with what it was given."""
+        self._stopping = True
+        try:
+            yield
+        finally:
+            self._stopping = False
+
+    @contextmanager
+    def as_whole(self, look: bool | None, kept: bool | None) -> Iterator[None]:
+        """Inside the block all tokens look or are kept (True), none (False), or those that the scores say (None)."""
+        before = self.whole
+        self.whole = {"look": look, "kept": kept}
+        try:
+            yield
+        finally:
+            self.whole = before
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads time head_width"],
+        key: Float[Tensor, "batch key_heads time head_width"],
+        value: Float[Tensor, "batch key_heads time head_width"],
+        mask: Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "batch time heads head_width"]:
+        """Attention of the new tokens; the arguments as transformers' attention functions have them."""
+        hidden, cached, position_ids = self._now
+        time = query.shape[2]
+        attention_mask, segments = self.shared.read_mask(mask, time)
+        context = Context(
+            attention_mask=attention_mask,
+            segments=segments,
+            past=0 if cached is None else cached.columns - time,
+            position_ids=None if position_ids is None else position_ids.expand(len(hidden), -1),
+            input_ids=self.shared.input_ids,
+            state=None if cached is None else cached.state,
+        )
+        looks, kept = self.decide(hidden, context)
+        if scaling is not None:
+            query = query * (scaling * math.sqrt(query.shape[-1]))
+        state = context.state
+        if state is not None and state.continues(hidden, context):
+            newest = attend_from_newest(
+                query[:, :, 0], key[:, :, 0], value[:, :, 0], looks[:, 0], kept[:, 0], state, softcap=softcap
+            )
+            return newest[:, None]
+        tokens = PackedTokens.real_of(hidden, context.real(time), segments)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = attend_near_and_far(
+            tokens.take(query),
+            tokens.take(key),
+            tokens.take(value),
+            tokens,
+            tokens,
+            looks,
+            kept,
+            context,
+            self.window,
+            self.sinks,
+            dropout,
+            softcap,
+        )
+        output = tokens.put_in(query.new_zeros(*query.shape[:2], mixed[0].numel()), mixed.flatten(1)).view_as(query)
+        if self.probe is not None:
+            output = self.probe.put_in(query, key, value, output, context, softcap)
+        return output
+
+    def decide(
+        self, x: Float[Tensor, "batch time width"], context: Context
+    ) -> tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch time *key_heads"]]:
+        """Which of the new tokens look far, and which are kept.
+
+        Raises:
+            UserError: a score that was not fitted yet.
+
+        """
+        entropy = None
+        decided = []
+        for side, router in self.routers.items():
+            share = router.calibration.share if self.whole[side] is None else float(bool(self.whole[side]))
+            if share in (0, 1):
+                decided.append(torch.full(x.shape[:2], bool(share), device=x.device))
+                continue
+            if not self._ready and (reason := router.unready()):
+                raise UserError(reason)
+            if router.reads_entropy and entropy is None:
+                entropy = Spectra(x).entropy().float()
+            given = x.new_zeros(x.shape[:2], dtype=torch.float32) if entropy is None else entropy
+            decided.append(router(x, given, context).operator_index.bool())
+        self._ready = True
+        looks, kept = decided
+        if self.watched is not None:
+            self.watched.append((looks, kept))
+        return looks, kept
+
+    def extra_repr(self) -> str:
+        """The window and the sinks."""
+        return f"window={self.window}, sinks={self.sinks}"
+
+
+class Probe:
+    """What the gains of a module's tokens follow from: its queries, keys and values, and the loss's slope.
+
+    Args:
+        window: w.
+        sinks: s.
+
+    """
+
+    def __init__(self, window: int, sinks: int) -> None:
+        self.window, self.sinks = window, sinks
+
+    def put_in(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, context: Context, softcap: float | None
+    ) -> Tensor:
+        """Take up what there is, and add zeros to the output whose gradient is the loss's slope."""
+        self.parts = [x.detach() for x in (query, key, value)]
+        self.context, self.softcap = context, softcap
+        self.zeros = torch.zeros_like(output, requires_grad=True)
+        return output + self.zeros
+
+    def gains(
+        self, slope: Float[Tensor, "batch time heads head_width"]
+    ) -> dict[str, Float[Tensor, "batch time side_heads"]]:
+        """By side, what the loss loses by each token that looks, or is kept: see `gains_of_pairs`."""
+        real = self.real
+        places = (real.cumsum(1) - 1).clamp(min=0)
+        sides: dict[str, list[Tensor]] = {"look": [], "kept": []}
+        for row in range(len(real)):
+            i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
+            seen = real[row] & (j <= i) & real[row, :, None]
+            near = seen & reach_mask(places[row], places[row], none, none, self.window, self.sinks)
+            query, key, value, slopes = (x[row].transpose(0, 1) for x in (*self.parts, slope))
+            look, kept = gains_of_pairs(query, key, value, slopes, near, seen & ~near, self.softcap)
+            sides["look"].append(look[:, None])
+            sides["kept"].append(kept.T)
+        return {side: torch.stack(gains) for side, gains in sides.items()}
+
+    @property
+    def real(self) -> Bool[Tensor, "batch time"]:
+        """Which tokens are real."""
+        query = self.parts[0]
+        real = self.context.real(query.shape[1])
+        return torch.ones(query.shape[:2], dtype=torch.bool, device=query.device) if real is None else real
+
+
+class RoutedAttention(nn.Module):
+    """Put before an attention class of transformers: `class Routed(RoutedAttention, LlamaAttention)`.
+
+    The module has a `Reach` as `chiaroscuro`, and as its `config` a `ConfigView`.
+    """
+
+    chiaroscuro: Reach
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with routed attention."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
+        with self.chiaroscuro.given(hidden, caches[0] if caches else None, kwargs.get("position_ids")):
+            return super().forward(*args, **kwargs)
+
+
+class ConfigView:
+    """A configuration seen by a routed module: all its fields, and another attention function."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+@torch._disable_dynamo  # who looks and who is kept is data: one graph break a module
+def attend_routed(
+    module: RoutedAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers.
+
+    Raises:
+        UserError: an argument that it can't honour.
+
+    """
+    if kwargs.get("output_attentions"):
+        raise UserError("output_attentions: a routed module computes no whole matrix of weights: drop it")
+    return module.chiaroscuro.attend(query, key, value, attention_mask, dropout, scaling, softcap), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend_routed)
+
+SIDES = {"look": LOOK_SIDE, "kept": KEY_SIDE}
+"""What each side's router chooses between."""

@@ -1,0 +1,105 @@
+"""One routed layer of a transformers cache: the window in a ring, and of what lies beyond it those that are kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers.reach_state import ReachState
+
+
+class RoutedLayer(CacheLayerMixin):
+    """What a routed attention module keeps of earlier tokens, in the place of a `DynamicLayer`.
+
+    Args:
+        window: w.
+        sinks: s.
+
+    Attributes:
+        state: the keys and values.
+        columns: how many tokens of each row there were, padding included.
+
+    """
+
+    is_croppable = True
+
+    def __init__(self, window: int, sinks: int) -> None:
+        super().__init__()
+        self.window, self.sinks = window, sinks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = ReachState(self.window, self.sinks)
+        self.columns = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the attention module fills the state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens. The attention module, which knows who is kept, takes their keys and values up."""
+        self.columns += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """How many tokens there were, padding included."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """A mask says of all tokens whether they are real."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """−1: it grows."""
+        return -1
+
+    def numbers_kept(self) -> int:
+        """How many numbers it holds."""
+        return self.state.numbers_kept()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is negative, as transformers gives it.
+
+        Raises:
+            UserError: more of them than are remembered.
+
+        """
+        self.state.crop(-tokens_to_remove)
+        self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.state.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.state.begun:
+            self.state.select(torch.arange(self.state.rows // self.state.heads).repeat_interleave(repeats))
+
+
+def layer_of(cache: Cache, layer: int, window: int, sinks: int) -> RoutedLayer:
+    """The routed layer of a cache, which takes the place of an empty `DynamicLayer`.
+
+    Raises:
+        UserError: a cache of another kind, or one that another model began.
+
+    """
+    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    found = cache.layers[layer]
+    if isinstance(found, RoutedLayer):
+        return found
+    if type(found) is not DynamicLayer or cache.offloading:
+        kind = "an offloaded cache" if cache.offloading else f"a {type(found).__name__}"
+        raise UserError(f"layer {layer} is routed and can't use {kind}: pass a DynamicCache, or none")
+    if found.get_seq_length():
+        raise UserError(f"layer {layer} is routed, and this cache was begun without routing: start a new one")
+    routed = RoutedLayer(window, sinks)
+    cache.layers[layer] = routed
+    return routed

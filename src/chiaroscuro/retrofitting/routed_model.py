@@ -1,0 +1,202 @@
+"""The classes of a model that was retrofitted: the model's own, with shares and thresholds, and a saved form of theirs.
+
+They are made from the classes that the model has, one each, when they are first needed.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import Router, Thresholds
+from chiaroscuro.model.spread import spread
+from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, Reach, RoutedAttention
+
+FIELD = "chiaroscuro"
+"""The name of the configuration's field, and of a module's child."""
+
+SHARES = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
+"""By side, the names of its mean share, and of the weights by which that is spread over the layers."""
+
+
+class RoutedModel(PreTrainedModel):
+    """Put before a model class of transformers: `class Routed(RoutedModel, LlamaForCausalLM)`."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self)
+
+    @property
+    def reaches(self) -> dict[int, Reach]:
+        """The routed layers, by number."""
+        return {module.layer: module for module in self.modules() if isinstance(module, Reach)}
+
+    def layer_shares(self, side: str, mean: float | None = None) -> dict[int, float]:
+        """The share of each routed layer, of a side, at a mean share; the present one unless given."""
+        field, weights = SHARES[side]
+        said = getattr(self.config, FIELD)
+        mean = said[field] if mean is None else mean
+        layers = list(self.reaches)
+        return dict(zip(layers, spread(said[weights] or [1.0] * len(layers), mean), strict=True))
+
+    def set_attention_share(self, share: float | None = None, *, kv_share: float | None = None) -> None:
+        """Let this share of the tokens look, and keep that share, by the quantiles that were seen in the fit.
+
+        Args:
+            share: from 0 to 1, the mean over the routed layers; as it is unless given.
+            kv_share: likewise of those that are kept.
+
+        Raises:
+            UserError: neither is given, or a share is no such number.
+
+        """
+        if share is None and kv_share is None:
+            raise UserError("no share to set: give the share that looks, kv_share, the share that is kept, or both")
+        for name, given in (("attention share", share), ("kv_share", kv_share)):
+            if given is not None and (
+                isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1
+            ):
+                raise UserError(f"{name} {given!r}: must be a number from 0 to 1")
+        for side, given in (("look", share), ("kept", kv_share)):
+            if given is None:
+                continue
+            getattr(self.config, FIELD)[SHARES[side][0]] = float(given)
+            for i, own in self.layer_shares(side).items():
+                calibration = self.reaches[i].routers[side].calibration
+                calibration.check_present()
+                calibration.set_share(own)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Router | Thresholds):
+            module.reset_parameters()
+        elif not isinstance(module, Reach):
+            super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As ever; beside the weights lies a module by which `trust_remote_code=True` finds this library."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_hub_module(save_directory)
+
+
+class RoutedConfig(PreTrainedConfig):
+    """Put before a configuration class of transformers; saved under a model type of this library.
+
+    A library that does not know the type refuses to load the folder, where it would else load a model without routing.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        base = type(self).model_type
+        return super().to_dict() | {"model_type": RETROFIT_TYPE, "base_model_type": base, "auto_map": RETROFIT_AUTO_MAP}
+
+
+class RetrofitConfig(PreTrainedConfig):
+    """What the Auto classes know: reads the configuration of any retrofitted model, as one of its own class."""
+
+    model_type = RETROFIT_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration, of a class made from that of the model's own type.
+
+        Raises:
+            UserError: the fields don't say what was done to which model.
+
+        """
+        fields = {name: value for name, value in config_dict.items() if name not in ("model_type", "auto_map")}
+        base = fields.pop("base_model_type", None)
+        if base not in CONFIG_MAPPING or not isinstance(fields.get(FIELD), Mapping):
+            raise UserError(
+                f"a config.json of model_type {RETROFIT_TYPE!r} with base_model_type={base!r} and "
+                f"{FIELD}={fields.get(FIELD)!r}: it was not saved by this library, or by a newer transformers"
+            )
+        name = (fields.get("architectures") or [""])[0].removeprefix("Routed")
+        plain: Any = CONFIG_MAPPING[base]
+        model = next((m for m in _models_of(plain) if m.__name__ == name), None)
+        if model is None:
+            raise UserError(f"architectures={fields.get('architectures')!r}: no model of type {base!r} has that name")
+        fields["architectures"] = [name]
+        return routed_class(cast(Any, model)).config_class.from_dict(fields, **kwargs)
+
+
+def _models_of(config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    found: Any = AutoModelForCausalLM._model_mapping[config]
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
+@cache
+def routed_class(model: Any) -> Any:
+    """The class of a retrofitted model, made from the model's own; the Auto classes learn of it."""
+    config = model.config_class
+    names = {"__module__": config.__module__, "__doc__": f"A {config.__name__} of a retrofitted model."}
+    routed_config = type(f"Routed{config.__name__}", (RoutedConfig, config), names)
+    exact = {"calibration", "fitted"} | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    made = type(
+        f"Routed{model.__name__}",
+        (RoutedModel, model),
+        {
+            "__module__": model.__module__,
+            "__doc__": f"A {model.__name__} whose attention is routed.",
+            "config_class": routed_config,
+            "_keep_in_fp32_modules_strict": exact,
+        },
+    )
+    AutoModelForCausalLM.register(routed_config, made, exist_ok=True)
+    return made
+
+
+@cache
+def routed_attention_class(attention: Any) -> Any:
+    """The class of a routed attention module, made from its own."""
+    return type(f"Routed{attention.__name__}", (RoutedAttention, attention), {"__module__": attention.__module__})
+
+
+def install(model: Any) -> None:
+    """Route the attention modules of a model as its configuration says.
+
+    Raises:
+        UserError: it says something impossible.
+
+    """
+    said = dict(getattr(model.config, FIELD))
+    shared = Forward()
+    modules = attention_modules(model)
+    config = model.config
+    for place, i in enumerate(said["layers"]):
+        module = modules[i]
+        parameter = next(module.parameters())
+        own = {
+            field: spread(said[weights] or [1.0] * len(said["layers"]), said[field])[place]
+            for field, weights in SHARES.values()
+        }
+        reach = Reach(config.hidden_size, i, said | own, shared)
+        module.add_module(FIELD, reach.to(parameter.device))
+        module.config = ConfigView(config)
+        module.__class__ = routed_attention_class(cast(Any, type(module)))
+    model._chiaroscuro_hook = model.register_forward_pre_hook(_Remember(shared), with_kwargs=True)
+
+
+class _Remember:
+    """A hook that notes the ids that a model is given, by which a router may draw."""
+
+    def __init__(self, shared: Forward) -> None:
+        self.shared = shared
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.shared.input_ids = kwargs.get("input_ids", args[0] if args else None)
+
+
+def attention_modules(model: nn.Module) -> dict[int, Any]:
+    """The attention modules of a decoder, by layer."""
+    return {
+        int(cast(Any, module).layer_idx): module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling") and hasattr(module, "is_causal")
+    }

@@ -1,0 +1,74 @@
+"""Rows with needles and copies, for any tokenizer."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from byte_tokenizer import byte_tokenizer
+from chiaroscuro import UserError
+from chiaroscuro.data.needles import NAMES, NOISE, Haystack
+
+TOKENIZER = byte_tokenizer()
+TEXT = torch.tensor(TOKENIZER("light and dark, and what the light has left is dark. " * 200)["input_ids"])
+HAYSTACK = Haystack(TOKENIZER, TEXT)
+
+
+@given(st.integers(900, 1400), st.floats(0, 1), st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.booleans())
+@settings(max_examples=40)
+def test_a_needle_is_where_it_is_said_and_what_is_asked_for(
+    length: int, depth: float, seed: int, keys: int, in_text: bool
+) -> None:
+    row = HAYSTACK.needle(length, depth, seed, keys=keys, in_text=in_text)
+    assert row.input_ids.shape == (length,)
+    text = TOKENIZER.decode(row.input_ids)
+    answer = TOKENIZER.decode(row.input_ids[-row.answer :]).strip()
+    assert re.fullmatch(r"[1-9]\d{4}", answer)
+    found = re.findall(r"The pass key((?: of \w+)?) is (\d+)\. Remember it\. (\d+) is the pass key\1\.", text)
+    assert len(found) == keys and all(first == second for _, first, second in found)
+    assert len({number for _, number, _ in found}) == len({who for who, _, _ in found}) == keys
+    question = re.search(r"What is the pass key((?: of \w+)?)\? The pass key\1 is (\d+)$", text)
+    assert question is not None and (question[1], question[2], question[2]) in found and question[2] == answer
+    assert torch.equal(row.input_ids, HAYSTACK.needle(length, depth, seed, keys=keys, in_text=in_text).input_ids)
+    if keys == 1:  # noise is a circle of sentences, and the place a part of it
+        haystack = text[: question.start()]
+        before, after = haystack.split(f"The pass key is {answer}. Remember it. {answer} is the pass key.")
+        skipped = 0 if in_text else 143
+        assert abs((len(before) - skipped) / (len(before) + len(after) - skipped) - depth) < 0.06
+        assert in_text or set(NOISE.split()) <= set(text.split())
+
+
+def test_a_copy_says_a_part_of_its_passage_once_more() -> None:
+    words = torch.randint(5, 250, (5000,), generator=torch.Generator().manual_seed(0))
+    haystack = Haystack(TOKENIZER, words)
+    for seed in range(5):
+        row = haystack.copy(400, seed)
+        first, again = row.input_ids[:300].tolist(), row.input_ids[300:].tolist()
+        assert len(again) == 100 and any(first[i : i + 100] == again for i in range(201))
+
+
+def test_the_mixture_is_of_all_kinds_and_of_its_seed() -> None:
+    rows = HAYSTACK.mixture(8, 900)
+    texts = [TOKENIZER.decode(row[0]) for row in rows]
+    asked = ["What is the pass key" in text for text in texts]
+    assert asked == [False, True, True, False, True, True, False, False]
+    assert texts[5].count("Remember it") == 4 and texts[1].count("Remember it") == 1
+    assert all(torch.equal(a, b) for a, b in zip(rows, HAYSTACK.mixture(8, 900), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(rows, HAYSTACK.mixture(8, 900, seed=1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda: HAYSTACK.needle(60, 0.5, 0), "60 tokens are too few for 1 needles and a question: take"),
+        (lambda: HAYSTACK.needle(900, 0.5, 0, keys=0), "0 needles: must be from 1 to"),
+        (lambda: HAYSTACK.needle(900, 0.5, 0, keys=len(NAMES) + 1), "needles: must be from 1 to"),
+        (lambda: HAYSTACK.passage(10**6, 0), "too few for a passage of 1000000"),
+        (lambda: Haystack(TOKENIZER).copy(400, 0), "0 tokens of text, too few"),
+    ],
+)
+def test_mistakes(call: object, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        call()  # type: ignore[operator]

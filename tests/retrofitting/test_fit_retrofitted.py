@@ -1,0 +1,224 @@
+"""`fit` for retrofitted models.
+
+Oracle: the loss itself, with one token moved a little towards what it is if it looks.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from chiaroscuro import UserError, fit, retrofit
+from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _Whole
+from chiaroscuro.retrofitting.routed_attention import Reach
+from chiaroscuro.retrofitting.without_routing import without_routing
+from decoders import VOCABULARY, build, ids
+
+
+def routed(family: str = "llama", **options: Any) -> Any:
+    model = build(family)
+    retrofit(model, **{"window": 6, "sinks": 1, "attention_share": 0.5, "kv_share": 0.25} | options)
+    return model
+
+
+def batches(seed: int = 0, count: int = 8, rows: int = 4, time: int = 64) -> list[Tensor]:
+    return [ids(100 * seed + i, rows, time) for i in range(count)]
+
+
+def answers(model: Any, given: list[Tensor]) -> list[Mapping[str, Tensor]]:
+    """Batches in which a quarter of the tokens ask for what the whole model says: they gain by looking."""
+    whole = copy.deepcopy(model)
+    whole.set_attention_share(1.0, kv_share=1.0)
+    with torch.no_grad():
+        return [
+            {"input_ids": batch, "shift_labels": whole(batch).logits.argmax(-1).where(batch < VOCABULARY // 4, -100)}
+            for batch in given
+        ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
+    model = routed(family).double()
+    tokens, labels = ids(1, 2, 24), ids(2, 2, 24)
+    mask = torch.ones_like(tokens)
+    mask[0, : 0 if family == "gemma2" else 5] = 0  # its eager attention gives NaN for padding in float64
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    fitting = _Fitting(model, [batch, batch], {"look": 0.5, "kept": 0.5}, None)
+    with without_routing(model), torch.no_grad():
+        batch_whole = _Whole(model, _decoder_layers(model), batch)
+        gains = fitting.gains(batch_whole)
+    assert all(value is None for reach in model.reaches.values() for value in reach.whole.values())
+    layer = max(model.reaches)
+    reach: Reach = model.reaches[layer]
+    for side in gains:  # what a row looks at is what a column is seen by
+        assert gains[side][layer].shape[:2] == (2, 24)
+    torch.testing.assert_close(gains["look"][layer].sum((1, 2)), gains["kept"][layer].sum((1, 2)))
+
+    def loss(place: tuple[int, int], part: float) -> float:
+        """With the token of this place looking a little, in the last layer of the model where nobody does."""
+        attend = reach.attend
+
+        def moved(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+            near = attend(query, key, value, *rest)
+            reach.whole = {"look": True, "kept": True}
+            far = attend(query, key, value, *rest)
+            reach.whole = {"look": False, "kept": False}
+            near[place] += part * (far - near)[place]
+            return near
+
+        object.__setattr__(reach, "attend", moved)
+        for one in model.reaches.values():
+            one.whole = {"look": False, "kept": False}
+        try:
+            logits = model(tokens, attention_mask=mask, use_cache=False).logits
+        finally:
+            object.__delattr__(reach, "attend")
+            for one in model.reaches.values():
+                one.whole = {"look": None, "kept": None}
+        targets = F.pad(labels.masked_fill(mask == 0, -100)[:, 1:], (0, 1), value=-100)
+        return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+
+    with torch.no_grad():
+        for place in ((0, 16), (1, 9), (1, 20)):
+            wanted = (loss(place, -1e-2) - loss(place, 1e-2)) / 2e-2  # norms are float32 there
+            assert float(gains["look"][layer][place][0]) == pytest.approx(wanted, rel=2e-3, abs=1e-5)
+    assert (gains["look"][layer].abs() > 1e-5).any()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_it_beats_chance_meets_the_shares_and_leaves_the_weights(heads: int, hidden: int | None) -> None:
+    model = routed(kv_router={"fitted": {"heads": heads}})
+    before = {name: weight.clone() for name, weight in model.state_dict().items() if ".chiaroscuro." not in name}
+    data = answers(model, batches(0, 16))
+    report = fit(model, data, hidden=hidden, spread=False)
+    assert report.layers == [0, 1, 2] and (report.look_share, report.kept_share) == (0.5, 0.25)
+    assert json.dumps(report.figures(), allow_nan=False) and "kept" in str(report)
+    assert report.look[2].captured > 0.8  # in the last layer no others gain; by chance a half
+    correlations = [side.rank_correlation for side in report.kept.values()]
+    assert sum(correlations) / 3 > 3 / (3 * report.kept[0].tokens) ** 0.5
+    for name, weight in before.items():
+        assert torch.equal(model.state_dict()[name], weight)
+    for reach in model.reaches.values():
+        reach.watched = []
+    with torch.no_grad():
+        for batch in data:
+            model(batch["input_ids"])
+    for reach in model.reaches.values():
+        looks, kept = (torch.cat([one[side].float() for one in reach.watched or []]) for side in (0, 1))
+        assert float(looks.mean()) == pytest.approx(0.5, abs=0.02)
+        assert float(kept.mean()) == pytest.approx(0.25, abs=0.02)
+        assert kept.ndim == (3 if heads > 1 else 2)
+
+
+def test_shares_by_layer_are_saved_and_the_dial_turns_them(tmp_path: Path) -> None:
+    model = routed(attention_share=1.0)
+    report = fit(model, answers(model, batches()))
+    shares = {i: side.share for i, side in report.kept.items()}
+    assert not report.look and sum(shares.values()) / 3 == pytest.approx(0.25, abs=1e-6)
+    assert len(set(shares.values())) == 3 and all(side.harm is not None for side in report.kept.values())
+    order = sorted(shares, key=lambda i: shares[i])
+    assert order == sorted(shares, key=lambda i: report.kept[i].harm or 0.0)
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids(5)).logits, model(ids(5)).logits)
+    for one in (model, loaded):
+        one.set_attention_share(kv_share=0.5)
+        halves = [one.reaches[i].kept.calibration.share for i in range(3)]
+        assert sum(halves) / 3 == pytest.approx(0.5, abs=1e-6)
+        assert sorted(range(3), key=lambda i: halves[i]) == order
+
+
+@torch.no_grad()
+def test_padding_is_no_token() -> None:
+    data = answers(routed(), batches(1))
+    padded = [
+        {
+            "input_ids": F.pad(batch["input_ids"], (0, 9)),
+            "attention_mask": F.pad(torch.ones_like(batch["input_ids"]), (0, 9)),
+            "shift_labels": F.pad(batch["shift_labels"], (0, 9), value=7),
+        }
+        for batch in data
+    ]
+    first, second = routed(), routed()
+    fit(first, data, spread=False)
+    fit(second, padded, spread=False)
+    for i in range(3):
+        for side in ("look", "kept"):
+            ours, theirs = (m.reaches[i].routers[side].fitted.weight for m in (first, second))
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_fitted_and_cached_is_fitted() -> None:
+    model = routed(kv_router={"fitted": {"heads": 2}})
+    fit(model, answers(model, batches()))
+    tokens = ids(3, 2, 50)
+    wanted = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(tokens[:, a:b], past_key_values=cache).logits for a, b in [(0, 30), *((i, i + 1) for i in range(30, 50))]
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_is_fitted_again_forgets_the_first_fit() -> None:
+    first, second = routed(), routed()
+    data = answers(first, batches())
+    fit(first, answers(first, batches(3)), look=0.3, kept=0.3)
+    for model in (first, second):
+        fit(model, data, look=0.5, kept=0.25, spread=False)
+    assert first.config.chiaroscuro == second.config.chiaroscuro
+    for name, weight in second.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "complaint"),
+    [
+        ({"look": 1.0}, batches(), "look=1.0: must be a share of the tokens"),
+        ({"kept": 0}, batches(), "kept=0: must be"),
+        ({"kept": float("nan")}, batches(), "kept=nan"),
+        ({"budget": 0.25, "kept": 0.25}, batches(), "drop look and kept"),
+        ({}, batches()[:1], "1 batches to fit on: give two or more"),
+        ({}, [], "0 batches to fit on"),
+        ({}, [torch.zeros(4), torch.zeros(4)], "every batch needs input_ids"),
+        ({}, [{"labels": ids(1)}] * 2, "every batch needs input_ids"),
+        ({}, [ids(1) + VOCABULARY] * 2, "a token outside the vocabulary, vocab_size=61"),
+        ({}, [ids(1, 1, 20)] * 2, "tokens with a target to fit 32 features on"),
+        ({"kept": 0.001}, batches(0, 3, 2, 40), "are held out, too few for a share of 0.001"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(options: dict[str, Any], data: Any, complaint: str) -> None:
+    model = routed()
+    said = copy.deepcopy(model.config.chiaroscuro)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=complaint) as error:
+        fit(model, data, **options)
+    assert "\n" not in str(error.value) and model.config.chiaroscuro == said
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(reach.whole == {"look": None, "kept": None} for reach in model.reaches.values())
+
+
+def test_nothing_to_fit() -> None:
+    with pytest.raises(UserError, match="all look and all are kept"):
+        fit(routed(attention_share=1.0, kv_share=1.0), batches())
+
+
+def test_a_broken_model_is_left_as_it_is() -> None:
+    model = routed()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = math.nan
+    with pytest.raises(UserError, match=r"the loss is nan|gives NaN"):
+        fit(model, batches())
+    assert all(reach.probe is None for reach in model.reaches.values())

@@ -1,0 +1,560 @@
+"""`retrofit`: decoders of other libraries whose attention is routed.
+
+Oracle: the original model, whole; or with masks written out by what the routed one decided.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
+
+import chiaroscuro
+from chiaroscuro import UserError, retrofit, unretrofit
+from chiaroscuro.retrofitting.routed_cache import RoutedLayer
+from decoders import FAMILIES, VOCABULARY, build, ids, masked
+
+ALL = {"attention_share": 1.0, "kv_share": 1.0}
+HALF = {"attention_share": 0.5, "kv_share": 0.5, "router": "random", "kv_router": "norm"}
+
+
+def routed_copy(model: Any, **options: Any) -> Any:
+    routed = copy.deepcopy(model)
+    retrofit(routed, **{"window": 6, "sinks": 1} | options)
+    for reach in routed.reaches.values():
+        reach.watched = []
+    return routed
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# The original, when nothing is left out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_looking_and_all_kept_it_is_the_original(family: str) -> None:
+    model, tokens = build(family), ids(1)
+    mask = torch.ones_like(tokens)
+    mask[0, :9], mask[1, 40:] = 0, 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[0, 9] = -100  # else padding would predict it
+    routed = routed_copy(model, **ALL)
+    assert {*model.state_dict()} == {name for name in routed.state_dict() if ".chiaroscuro." not in name}
+    for padding in ({}, {"attention_mask": mask}):
+        outputs = [m(input_ids=tokens, labels=labels, **padding) for m in (model, routed)]
+        real = mask.bool() if padding else torch.ones_like(mask).bool()
+        torch.testing.assert_close(outputs[1].logits[real], outputs[0].logits[real], atol=1e-5, rtol=1e-5)
+        for m, output in zip((model, routed), outputs, strict=True):
+            m.zero_grad()
+            output.loss.backward()
+        wanted, found = gradients(model), gradients(routed)
+        assert {*wanted} == {*found}
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_generates_as_the_original(family: str) -> None:
+    model, tokens = build(family), ids(2, 2, 30)
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    routed = routed_copy(model, **ALL)
+    for options in (
+        {"attention_mask": mask},
+        {"attention_mask": torch.ones_like(mask), "num_beams": 3},
+        {"attention_mask": mask, "num_beams": 2},
+    ):
+        wanted, found = (m.generate(tokens, max_new_tokens=15, do_sample=False, **options) for m in (model, routed))
+        assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unretrofit_gives_the_model_back(family: str) -> None:
+    model, tokens = build(family), ids(3)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    wanted, said, cls = model(tokens).logits, model.config.to_dict(), type(model)
+    retrofit(model, window=6, sinks=1, **HALF)
+    assert type(model) is not cls and isinstance(model, cls)
+    assert not torch.equal(model(tokens).logits, wanted)
+    unretrofit(model)
+    assert type(model) is cls and model.config.to_dict() == said and torch.equal(model(tokens).logits, wanted)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    retrofit(model, **ALL)  # and again
+    torch.testing.assert_close(model(tokens).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_are_not_named_stay_whole() -> None:
+    model = build()
+    routed = routed_copy(model, layers=[1], **HALF)
+    assert [*routed.reaches] == [1] and type(routed.model.layers[0].self_attn) is type(model.model.layers[0].self_attn)
+    assert routed.model.layers[0].self_attn.config is routed.config
+
+
+# Sparse is dense
+
+
+@given(
+    family=st.sampled_from([*FAMILIES]),
+    seed=st.integers(0, 99),
+    window=st.integers(1, 20),
+    sinks=st.integers(0, 5),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    heads=st.booleans(),
+    padding=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+@settings(max_examples=40)
+def test_it_is_the_original_with_a_mask(
+    family: str,
+    seed: int,
+    window: int,
+    sinks: int,
+    shares: tuple[float, float],
+    heads: bool,
+    padding: tuple[int, int],
+) -> None:
+    model, tokens = build(family, seed), ids(seed, 2, 40)
+    heads = heads and family != "gpt_neox"
+    routed = routed_copy(
+        model,
+        window=window,
+        sinks=sinks,
+        attention_share=shares[0],
+        kv_share=shares[1],
+        router="random",
+        kv_router={"fitted": {"heads": 2}} if heads else "threshold",
+    )
+    for reach in routed.reaches.values() if heads else ():
+        generator = torch.Generator().manual_seed(seed)
+        reach.kept.fitted.set_weights(torch.randn(2, 32, generator=generator), torch.zeros(2))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[0, : padding[0]], real[1, 40 - padding[1] :] = False, False
+    given = {"attention_mask": real.long()} if not bool(real.all()) else {}
+    labels = tokens.masked_fill(~real, -100)
+    labels[0, padding[0]] = -100  # else padding would predict it
+    given["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+    found = routed(input_ids=tokens, labels=labels, **given)
+    oracle = masked(model, routed, real)
+    wanted = oracle(input_ids=tokens, labels=labels, **given)
+    torch.testing.assert_close(found.logits[real], wanted.logits[real], atol=2e-5, rtol=1e-4)
+    found.loss.backward()
+    wanted.loss.backward()
+    theirs = gradients(oracle)
+    for name, gradient in gradients(routed).items():
+        torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
+
+
+@given(family=st.sampled_from([*FAMILIES]), seed=st.integers(0, 99), chunk=st.integers(1, 9), padded=st.booleans())
+@settings(max_examples=25)
+@torch.no_grad()
+def test_cached_is_uncached(family: str, seed: int, chunk: int, padded: bool) -> None:
+    routed, tokens = routed_copy(build(family, seed), **HALF), ids(seed, 2, 40)
+    mask = torch.ones_like(tokens)
+    mask[0, : 7 if padded else 0] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"attention_mask": mask} if padded else {}
+    wanted = routed(tokens, position_ids=position_ids, **given).logits
+    cache, parts = DynamicCache(config=routed.config), []
+    for start in (0, *range(20, 40, chunk)):
+        end = 20 if start == 0 else min(start + chunk, 40)
+        given = {"attention_mask": mask[:, :end]} if padded else {}
+        parts.append(
+            routed(tokens[:, start:end], position_ids=position_ids[:, start:end], past_key_values=cache, **given).logits
+        )
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], wanted[real], atol=2e-5, rtol=1e-4)
+    assert cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other() -> None:
+    model, tokens = build(), ids(4, 1, 40)
+    position_ids = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    routed = routed_copy(model, **HALF)
+    found = routed(tokens, position_ids=position_ids, use_cache=False).logits
+    for part in (slice(0, 17), slice(17, 40)):
+        alone = routed(tokens[:, part], position_ids=position_ids[:, part]).logits
+        torch.testing.assert_close(found[:, part], alone, atol=1e-5, rtol=1e-5)
+
+
+# Who sees what
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nobody_sees_the_future(family: str) -> None:
+    routed, tokens = routed_copy(build(family).double(), **HALF), ids(5)
+    changed = tokens.clone()
+    changed[:, 30:] = ids(6)[:, 30:]
+    before, after = routed(tokens).logits, routed(changed).logits
+    torch.testing.assert_close(after[:, :30], before[:, :30], atol=1e-12, rtol=1e-9)
+    assert not torch.allclose(after[:, 30:], before[:, 30:])
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_kept_changes_nothing_beyond_its_window() -> None:
+    model = build().double()
+    routed = routed_copy(model, layers=[0], attention_share=1.0, kv_share=0.5, kv_router="norm")
+    attention = routed.model.layers[0].self_attn
+    x = torch.randn(1, 40, 32, dtype=torch.float64)
+    positions = torch.arange(40)[None]
+    table = routed.model.rotary_emb(x, positions)
+
+    def run(x: Tensor) -> Tensor:
+        return attention(x, position_embeddings=table, attention_mask=None)[0]
+
+    before = run(x)
+    kept = attention.chiaroscuro.watched[-1][1][0]
+    dropped = int((~kept[5:20]).nonzero()[0]) + 5
+    changed = x.clone()
+    changed[0, dropped] *= 0.9  # a smaller norm: as little kept as before
+    after = run(changed)
+    assert torch.equal(attention.chiaroscuro.watched[-1][1][0], kept)
+    torch.testing.assert_close(after[0, dropped + 6 :], before[0, dropped + 6 :], atol=1e-13, rtol=0)
+    assert not torch.allclose(after[0, dropped : dropped + 6], before[0, dropped : dropped + 6])
+
+
+@torch.no_grad()
+def test_the_cache_holds_the_window_and_what_is_kept() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(7, 2, 48)
+    cache = routed(tokens, use_cache=True).past_key_values
+    for i, layer in enumerate(cache.layers):
+        assert isinstance(layer, RoutedLayer)
+        kept = routed.reaches[i].watched[-1][1]
+        kept[:, :1] = True
+        beyond = int(kept[:, : 48 - 6].sum())
+        assert layer.numbers_kept() == (2 * 6 + beyond) * 2 * 2 * 8
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.layers[0].numbers_kept() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}])
+def test_assisted_generation_is_greedy(options: dict[str, Any]) -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(8, 1, 30)
+    wanted = routed.generate(tokens, max_new_tokens=20, do_sample=False)
+    given = {"assistant_model": build(seed=1)} if "assistant" in options else options
+    assert torch.equal(routed.generate(tokens, max_new_tokens=20, do_sample=False, **given), wanted)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path, family: str) -> None:
+    routed, tokens = routed_copy(build(family), **HALF), ids(9)
+    routed.set_attention_share(0.3, kv_share=0.7)
+    wanted = routed(tokens).logits
+    routed.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=routed.config._attn_implementation)
+    assert type(loaded) is type(routed) and loaded.config.chiaroscuro == routed.config.chiaroscuro
+    assert torch.equal(loaded(tokens).logits, wanted)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == family
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", attn_implementation=routed.config._attn_implementation
+    )
+    assert torch.equal(again(tokens).logits, wanted)
+    unretrofit(loaded)
+    assert type(loaded) is type(build(family))
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_a_process_that_does_not_know_us(tmp_path: Path, trust: bool) -> None:
+    routed = routed_copy(build(), **HALF)
+    routed.save_pretrained(tmp_path)
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code={trust})\n"
+        "print(type(model).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, input="n\n")
+    if trust:
+        assert done.stdout.strip() == "RoutedLlamaForCausalLM", done.stderr
+    else:  # never the model without its routing
+        assert done.returncode != 0
+        assert "chiar_retrofit" in done.stderr or "trust_remote_code" in done.stderr
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_thresholds(tmp_path: Path) -> None:
+    routed = routed_copy(build(), **HALF)
+    values = routed.reaches[0].kept.calibration.values.clone()
+    half = copy.deepcopy(routed).bfloat16()
+    assert torch.equal(half.reaches[0].kept.calibration.values, values)
+    assert half(ids(1)).logits.dtype == torch.bfloat16
+    routed.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.reaches[0].kept.calibration.values, values)
+
+
+# What stands around it
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    routed, tokens = routed_copy(build(), **HALF).train(), ids(10)
+    routed(input_ids=tokens, labels=tokens).loss.backward()
+    wanted = {name: gradient.clone() for name, gradient in gradients(routed).items()}
+    routed.zero_grad()
+    routed.gradient_checkpointing_enable()
+    routed(input_ids=tokens, labels=tokens).loss.backward()
+    for name, gradient in gradients(routed).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-5)
+
+
+def test_lora_trains_it(tmp_path: Path) -> None:
+    import peft
+
+    routed, tokens = routed_copy(build(), **HALF), ids(11)
+    lora = peft.get_peft_model(routed, peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(5):
+        loss = lora(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    lora.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = lora(input_ids=tokens).logits
+        loaded = peft.PeftModel.from_pretrained(routed_copy(build(), **HALF), tmp_path)
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, wanted)
+
+
+def test_the_trainer_of_transformers_trains_and_saves_it(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    routed, tokens = routed_copy(build(), **HALF), ids(12, 8, 24)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(model=routed, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, routed.eval()(tokens).logits)
+
+
+def test_its_layers_are_compiled() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(13)
+    with torch.no_grad():
+        wanted = routed(tokens).logits
+        for layer in routed.model.layers:
+            layer.compile()
+        torch.testing.assert_close(routed(tokens).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+# Mistakes
+
+
+def encoder() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    )
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertLMHeadModel
+
+    return BertLMHeadModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    )
+
+
+def encoder_decoder() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9, decoder_start_token_id=0)
+    )
+
+
+def alibi() -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=9))
+
+
+def learned_positions() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, n_positions=32))
+
+
+def sinks() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(
+        GptOssConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            vocab_size=9,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            pad_token_id=0,
+            layer_types=["full_attention", "full_attention"],
+        )
+    )
+
+
+def latent() -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            hidden_size=16,
+            intermediate_size=16,
+            moe_intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=9,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            qk_nope_head_dim=8,
+            first_k_dense_replace=1,
+            n_routed_experts=2,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def own_windows() -> Any:
+    return build("mistral", sliding_window=16)
+
+
+def quantised() -> Any:
+    model = build()
+    model.is_quantized = True
+    return model
+
+
+def twice() -> Any:
+    model = build()
+    retrofit(model, **ALL)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "complaint"),
+    [
+        (lambda: torch.nn.Linear(2, 2), {}, "takes a causal language model of transformers, not a Linear"),
+        (encoder, {}, "predicts no next token"),
+        (bert, {}, "predicts no next token|rotary|attention modules of the kind"),
+        (encoder_decoder, {}, "an encoder and a decoder"),
+        (alibi, {}, "attention modules of the kind"),
+        (learned_positions, {}, "rotary|predicts no next token|attention modules of the kind"),
+        (sinks, {}, "learned attention sinks"),
+        (latent, {}, "latent keys and values"),
+        (own_windows, {}, "every layer of this MistralForCausalLM has a sliding window of its own .16 tokens."),
+        (quantised, {}, "is quantised: load it without"),
+        (twice, {}, "retrofitted already"),
+        (build, {"window": 0}, "window=0: must be a whole number of tokens, 1 or more"),
+        (build, {"window": 1.5}, "window=1.5"),
+        (build, {"sinks": -1}, "sinks=-1: must be a whole number of tokens, 0 or more"),
+        (build, {"kv_share": 1.5}, "kv_share=1.5: must be a number from 0 to 1"),
+        (build, {"attention_share": "all"}, "attention_share='all'"),
+        (build, {"kv_share": float("nan")}, "kv_share=nan"),
+        (build, {"layers": [3]}, "layers=.3.: the model has the layers 0 to 2"),
+        (build, {"layers": [0, 0]}, "name at least one, and each once"),
+        (build, {"layers": []}, "name at least one"),
+        (build, {"layers": "all"}, "layers='all': give the numbers of layers"),
+        (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a sliding window of its own"),
+        (build, {"kv_router": "best"}, "unknown router 'best'"),
+        (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
+        (build, {"router": "soft"}, "needs a router by a score"),
+        (build, {"kv_router": "learned"}, "scales what it routes"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(make: Any, options: dict[str, Any], complaint: str) -> None:
+    model = make()
+    before = [model.state_dict().keys(), type(model)]
+    said = model.config.to_dict() if hasattr(model, "config") else None
+    with pytest.raises(UserError, match=complaint) as error:
+        retrofit(model, **options)
+    assert "\n" not in str(error.value)
+    assert [model.state_dict().keys(), type(model)] == before
+    assert said is None or model.config.to_dict() == said
+
+
+def test_unretrofit_needs_a_retrofitted_model() -> None:
+    with pytest.raises(UserError, match="takes a model that was retrofitted"):
+        unretrofit(build())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda m: m(ids(1)), "not fitted yet.*run chiaroscuro fit"),
+        (lambda m: m.set_attention_share(), "no share to set"),
+        (lambda m: m.set_attention_share(2), "attention share 2"),
+        (lambda m: m.set_attention_share(kv_share=True), "kv_share True"),
+    ],
+)
+def test_a_mistake_with_a_retrofitted_model(call: Any, complaint: str) -> None:
+    routed = routed_copy(build(), attention_share=0.5)
+    with pytest.raises(UserError, match=complaint):
+        call(routed)
+
+
+@torch.no_grad()
+def test_caches_that_can_not_be_routed() -> None:
+    model = build()
+    routed, tokens = routed_copy(model, **HALF), ids(1)
+    begun = model(tokens, use_cache=True).past_key_values
+    for cache, complaint in (
+        (StaticCache(config=model.config, max_cache_len=64), "can't use a StaticLayer"),
+        (begun, "this cache was begun without routing"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            routed(tokens, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_masks_that_can_not_be_honoured() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(1, 1, 20)
+    holes = torch.ones(1, 1, 20, 20).tril().bool()
+    holes[0, 0, 15, 4] = False
+    with pytest.raises(UserError, match="hides tokens in another way"):
+        routed(tokens, attention_mask=holes)
+    with pytest.raises(UserError, match="output_attentions"):
+        routed(tokens, output_attentions=True)
+
+
+def test_the_names_are_there() -> None:
+    assert chiaroscuro.retrofit is retrofit and callable(chiaroscuro.fit)
+    assert AutoModelForSequenceClassification  # the Auto classes were imported before
+    assert VOCABULARY
+
+
+@pytest.mark.parametrize("first", ["from chiaroscuro import fit", "import chiaroscuro.retrofitting.in_place", "pass"])
+def test_the_name_is_the_function_whatever_was_imported_before(first: str) -> None:
+    code = f"{first}\nfrom chiaroscuro import retrofit\nfrom chiaroscuro.retrofitting import retrofit as same\n"
+    code += "assert retrofit is same and callable(retrofit)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
