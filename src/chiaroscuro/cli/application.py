@@ -92,6 +92,26 @@ def _refuse_missing_checkpoint(name: str) -> str:
     return name
 
 
+def numbers(option: str, given: str) -> list[int]:
+    """Whole numbers and ranges of them: "2-4,9" as 2, 3, 4, 9."""
+    found: list[int] = []
+    for part in given.split(","):
+        match = re.fullmatch(r"\s*(\d{1,7})(?:\s*-\s*(\d{1,7}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(f"{option} {given}: give numbers and ranges, such as 2-4,9")
+        found += range(first, last + 1)
+    return found
+
+
+def percentage(option: str, given: str) -> float:
+    """A part of the whole: "1.5%" or "0.015"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", given)
+    if not match:
+        raise UserError(f"{option} {given}: give a percentage, such as 1%")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def refuse_missing(kind: str) -> Callable[[Any], Any]:
     """A callback that refuses a file that doesn't exist, before seconds of imports."""
 

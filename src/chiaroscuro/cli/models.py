@@ -18,6 +18,8 @@ from chiaroscuro.cli.application import (
     Share,
     Source,
     command,
+    numbers,
+    percentage,
     print_json,
     refuse_bad_place,
 )
@@ -280,6 +282,77 @@ def fit(
     console = Console()
     console.print(f"fitted, calibrated and saved as {escape(str(output))}")
     console.print(fit_table(found))
+
+
+@command()
+def retrofit(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A decoder's folder, a Hub name owner/name, or smollm2, which the extra of that name brings."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the routed copy, with a report; must not exist.")],
+    kv_share: Annotated[
+        float, typer.Option("--kv-share", help="The share of the tokens kept to be seen from far, from 0 to 1.")
+    ] = 0.25,
+    look: Annotated[float, typer.Option(help="The share of the tokens that look far, from 0 to 1.")] = 1.0,
+    window: Annotated[int, typer.Option(help="w, how many tokens each token sees in any case.")] = 128,
+    sinks: Annotated[int, typer.Option(help="s, how many tokens at the beginning all see.")] = 4,
+    layers: Annotated[
+        str | None, typer.Option(help="Which layers to route, such as 2-9,12. By default all that can be.")
+    ] = None,
+    one_head: Annotated[bool, typer.Option("--one-head", help="Keep the same tokens for all key-value heads.")] = False,
+    target: Annotated[
+        str | None, typer.Option(help="Instead of --kv-share: keep as few as cost at most this perplexity, such as 1%.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="The text to fit and to measure on: python-docs, a folder, or a Hub name.")
+    ] = "python-docs",
+    rows: Annotated[int, typer.Option(help="Rows to fit on.", min=1, max=LARGEST)] = 48,
+    length: Annotated[int, typer.Option(help="Their length, in tokens.", min=1, max=LARGEST)] = 1024,
+    needles: Annotated[str, typer.Option(help="Lengths of the rows in which needles are looked for.")] = "1024,2048",
+    costs: Annotated[str, typer.Option(help="Lengths at which cache and speed are measured.")] = "1024,2048",
+    text_rows: Annotated[int, typer.Option(help="Rows of text to measure on.", min=1, max=LARGEST)] = 8,
+    text_length: Annotated[int, typer.Option(help="Their length, in tokens.", min=1, max=LARGEST)] = 2048,
+    tries: Annotated[int, typer.Option(help="Needles of each depth and length.", min=1, max=LARGEST)] = 4,
+    seconds: Annotated[float, typer.Option(help="Seconds for each speed; 0 measures none.", min=0)] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """Route the attention of a decoder: fit its scores, save a copy, and report what it saves and what it costs.
+
+    Perplexity by position, needles by depth, cache, and the speed of prefill and decoding, each beside the original's.
+
+    Example: chiaroscuro retrofit smollm2 runs/smollm2-routed --kv-share 0.25
+    """
+    from chiaroscuro.studies.retrofitting import PAGE, Measured, retrofit_copy
+
+    found = retrofit_copy(
+        model,
+        output,
+        window=window,
+        sinks=sinks,
+        look=look,
+        kept=kv_share,
+        heads=not one_head,
+        layers=None if layers is None else numbers("--layers", layers),
+        data=data,
+        rows=rows,
+        length=length,
+        target=None if target is None else percentage("--target", target),
+        measured=Measured(
+            text_length,
+            text_rows,
+            tuple(numbers("--needles", needles)),
+            tuple(numbers("--costs", costs)),
+            tries,
+            seconds,
+        ),
+    )
+    if as_json:
+        print_json({"output": str(output), **found})
+        return
+    Console().print((output / PAGE).read_text("utf-8"), markup=False, highlight=False)
 
 
 @command()

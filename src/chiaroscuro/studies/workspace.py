@@ -35,6 +35,7 @@ from chiaroscuro.model.loading import (
     load_checkpoint_config,
     load_checkpoint_tokenizer,
 )
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.training import Recipe
 
 
@@ -85,9 +86,11 @@ class Workspace:
         """The model on its device, in evaluation mode, with the share that was asked for."""
         model = load_checkpoint(self.name)
         if self.share is not None or self.kv_share is not None:
-            if not isinstance(model, ChiarPreTrainedModel):
+            if not isinstance(model, ChiarPreTrainedModel | RoutedModel):
                 option = "--kv-share" if self.share is None else "--share"
-                raise UserError(f"{option} needs a CHIAR-Former, and {self.name} is a {type(model).__name__}")
+                raise UserError(
+                    f"{option} needs a CHIAR-Former or a retrofitted model, and {self.name} is a {type(model).__name__}"
+                )
             model.set_attention_share(self.share, kv_share=self.kv_share)
         return cast(Any, model).to(self.device)
 

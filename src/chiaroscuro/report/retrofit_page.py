@@ -1,0 +1,118 @@
+"""What a retrofit did to a model, as a page."""
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from chiaroscuro.report.tables import markdown_table
+
+
+def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
+    """What `retrofit_copy` found as a Markdown page, with the picture of that name."""
+    said = found["shares"]
+    rise = found["after"]["perplexity"] / found["before"]["perplexity"] - 1
+    lines = [
+        f"# {found['model']}, retrofitted",
+        "",
+        f"Every token sees {found['window']} tokens and the first {found['sinks']}. {_side(said, found)} Scores were "
+        f"fitted on {found['fit_rows']} rows of {found['fit_length']:,} tokens of {found['data']}, of needles and of "
+        "copies. Layers that are not named below are whole.",
+        "",
+        f"On {found['rows']} rows of {found['length']:,} tokens of {found['data']}, validation: perplexity "
+        f"{found['before']['perplexity']:.2f} before, **{found['after']['perplexity']:.2f}** after ({rise:+.1%}); on "
+        f"recall tokens, {_recall(found)}.",
+        "",
+        f"With the window alone it is {_control(found, 'window alone')}, with as many kept by chance "
+        f"{_control(found, 'random')}, and with some layers whole and the window alone in the others, at no smaller a "
+        f"cache, {_control(found, 'whole layers')}.",
+        "",
+        f"![Perplexity, needles, shares and costs]({picture})",
+        "",
+        "## By position",
+        "",
+        markdown_table(
+            ["tokens read", "before", "after", ""],
+            [
+                [
+                    f"{a['first']:,}–{a['last']:,}",
+                    f"{a['perplexity']:.2f}",
+                    f"{b['perplexity']:.2f}",
+                    f"{b['perplexity'] / a['perplexity'] - 1:+.1%}",
+                ]
+                for a, b in zip(found["before"]["positions"], found["after"]["positions"], strict=True)
+                if a["tokens"]
+            ],
+        ),
+        "## Needles",
+        "",
+        "How many are found, by depth from the first part of the text to the last.",
+        "",
+        markdown_table(
+            ["tokens", "keys", "tries a depth", "before", "after", "before, by depth", "after, by depth"],
+            [
+                [
+                    f"{one['length']:,}",
+                    str(one["keys"]),
+                    str(one["tries"]),
+                    f"{mean(one['before']):.0%}",
+                    f"{mean(one['after']):.0%}",
+                    " ".join(f"{part:.0%}" for part in one["before"]),
+                    " ".join(f"{part:.0%}" for part in one["after"]),
+                ]
+                for one in found["needles"]
+            ],
+        ),
+        "## Costs",
+        "",
+        "The cache after so many tokens as a part of the original's; and how many times faster prefill, and decoding "
+        "after it, are than the original, the two taking turns.",
+        "",
+        markdown_table(
+            ["tokens", "cache", "prefill", "decoding"],
+            [
+                [f"{one['length']:,}", f"{one['cache']:.2f}"]
+                + [f"{one[kind]:.2f}" if kind in one else "" for kind in ("prefill", "decoding")]
+                for one in found["costs"]
+            ],
+        ),
+        "## Layers",
+        "",
+        markdown_table(
+            ["layer", "look", "kept", "kept: rank correlation", "recall", "captured", "harm"],
+            [_layer(found, layer) for layer in found["kept"]],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _control(found: Mapping[str, Any], name: str) -> str:
+    if name not in found["controls"]:
+        return "no other model"
+    value = found["controls"][name]
+    return f"{value:.2f} ({value / found['before']['perplexity'] - 1:+.1%})"
+
+
+def _side(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    looked, kept = (mean(found[side].values()) for side in ("looked", "kept"))
+    looks = "All look beyond" if said["attention_share"] == 1 else f"{looked:.0%} of the tokens look beyond"
+    return f"{looks}, and {kept:.0%} are kept to be seen from there, the mean over {len(found['kept'])} layers."
+
+
+def _recall(found: Mapping[str, Any]) -> str:
+    parts = [found[name]["recall"]["perplexity"] for name in ("before", "after")]
+    return "there are none" if None in parts else f"{parts[0]:.2f} and {parts[1]:.2f}"
+
+
+def _layer(found: Mapping[str, Any], layer: Any) -> list[str]:
+    fitted: dict[str, Any] = next(
+        (one.get("kept", {}) for one in found["fit"]["layers"] if one["layer"] == int(layer)), {}
+    )
+    figures = [fitted.get(name) for name in ("rank_correlation", "recall", "captured")]
+    harm = fitted.get("harm")
+    return [
+        str(layer),
+        f"{found['looked'][layer]:.0%}",
+        f"{found['kept'][layer]:.0%}",
+        *("" if figure is None else f"{figure:.2f}" for figure in figures),
+        "" if harm is None else f"{harm:.4f}",
+    ]

@@ -1,0 +1,337 @@
+"""A retrofitted copy of a decoder: routed, fitted on text and needles, and measured against the model that it was."""
+
+import copy
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Subset
+from transformers import DynamicCache, PreTrainedModel
+
+from chiaroscuro.analysis.perplexity import Blocks, evaluate_blocks
+from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_turns
+from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.data.needles import Haystack
+from chiaroscuro.data.smollm2 import smollm2
+from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_place, write_bytes, write_text
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.report.retrofit_figure import draw_retrofit
+from chiaroscuro.report.retrofit_page import render_retrofit
+from chiaroscuro.retrofitting.fitting import fit
+from chiaroscuro.retrofitting.in_place import retrofit
+from chiaroscuro.retrofitting.routed_cache import RoutedLayer
+from chiaroscuro.training import save_whole
+
+SMOLLM2 = "smollm2"
+"""The name of the model that the extra of that name brings."""
+
+FIGURES, PICTURE, PAGE = "retrofit.json", "retrofit.png", "retrofit.md"
+DEPTHS = 5
+TRIED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Kept shares among which `target` finds the least."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How much to measure.
+
+    Attributes:
+        length: T of the text that perplexity is measured on.
+        rows: of it.
+        needles: lengths of the rows with needles.
+        costs: lengths of prefill, and of the context that decoding goes on from.
+        tries: needles of each depth and length.
+        seconds: of the speeds of each length; 0 for none.
+
+    """
+
+    length: int = 2048
+    rows: int = 8
+    needles: tuple[int, ...] = (1024, 2048)
+    costs: tuple[int, ...] = (1024, 2048)
+    tries: int = 4
+    seconds: float = 20.0
+
+
+def load_decoder(name: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, by a checkpoint's name, or `"smollm2"`."""
+    if name == SMOLLM2 and not Path(name).exists():
+        return smollm2()
+    return load_checkpoint(name), load_checkpoint_tokenizer(name)
+
+
+def retrofit_copy(
+    name: str,
+    output: Path,
+    *,
+    window: int = 128,
+    sinks: int = 4,
+    look: float = 1.0,
+    kept: float = 0.25,
+    heads: bool = True,
+    layers: Sequence[int] | None = None,
+    data: str = "python-docs",
+    rows: int = 48,
+    length: int = 1024,
+    target: float | None = None,
+    measured: Measured | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Save a retrofitted copy of a model, and beside it how it compares with the model that it was.
+
+    Args:
+        name: of the checkpoint, or `"smollm2"`.
+        output: the folder of the copy; it must not exist. `retrofit.json`, `.md` and `.png` in it hold what is found.
+        window: see `chiaroscuro.retrofit`; as `sinks` and `layers`.
+        sinks: see there.
+        look: the share that looks far, the mean over the layers.
+        kept: the share that is kept; likewise.
+        heads: whether each key-value head keeps tokens of its own.
+        layers: see there.
+        data: a corpus. Scores are fitted on its train split and on needles and copies in it, and measured on its
+            validation split.
+        rows: to fit on, of `length` tokens; the last fifth is held out.
+        length: see `rows`.
+        target: instead of `kept`, the most that the perplexity may rise, 0.01 for 1%: the least share that stays below.
+        measured: how much to measure.
+        console: where progress is shown.
+
+    Returns:
+        What was fitted and measured, ready for JSON.
+
+    Raises:
+        UserError: the folder exists, or the model or the text can't be used.
+
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already: name another folder")
+    refuse_place(output)
+    if target is not None and not 0 < target < 1:
+        raise UserError(f"target {target:g}: must be more than 0 and less than 1, such as 0.01 for 1%")
+    if rows < 10:
+        raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
+    console = console or Console(stderr=True)
+    measured = measured or Measured()
+    model, tokenizer = load_decoder(name)
+    longest = max(length, measured.length, *measured.needles, *measured.costs)
+    if longest > model.config.max_position_embeddings:
+        raise UserError(
+            f"rows of {longest} tokens, and {name} reads {model.config.max_position_embeddings}: take shorter ones"
+        )
+    original = copy.deepcopy(model)
+    entry: Any = "fitted"
+    grouped = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    retrofit(
+        model,
+        window=window,
+        sinks=sinks,
+        attention_share=look,
+        kv_share=kept,
+        layers=layers,
+        kv_router={entry: {"heads": grouped}} if heads and grouped > 1 else entry,
+    )
+    corpus = load_corpus(data, needed=("train", "validation"))
+    tokens = tokenize_corpus(corpus, tokenizer)
+    text = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[: 2**22].astype("int64")))
+    validation = TokenBlocks(tokens["validation"], measured.length)
+    blocks: Any = Subset(validation, range(min(measured.rows, len(validation))))
+    blocks.tokens = validation.tokens
+    found: dict[str, Any] = {"model": name, "data": corpus.name, "window": window, "sinks": sinks, "fit_rows": rows}
+    found |= {"fit_length": length, "length": measured.length, "rows": len(blocks)}
+    with _saying(console, "perplexity of the original"):
+        before = evaluate_blocks(original, blocks, batch_size=1, window=window)
+    with _saying(console, f"fitting on {rows} rows of {length} tokens"):
+        report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
+    found["fit"] = report.figures()
+    if target is not None:
+        with _saying(console, f"the least share that costs at most {target:.1%}"):
+            found["tried"] = _least(model, blocks, before.loss, target)
+    with _saying(console, "perplexity of the copy"):
+        found |= compare_text(original, model, blocks, window, before.figures())
+    with _saying(console, "controls"):
+        found["controls"] = compare_controls(original, model, blocks)
+    with _saying(console, "needles"):
+        found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
+    with _saying(console, "speed and cache"):
+        found["costs"] = compare_costs(original, model, measured)
+    found |= {"shares": dict(model.config.chiaroscuro), "machine": machine()}
+    save_whole(output, model, tokenizer, None)
+    write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
+    write_bytes(output / PICTURE, draw_retrofit(found))
+    write_text(output / PAGE, render_retrofit(found, PICTURE))
+    return found
+
+
+@contextmanager
+def _saying(console: Console, what: str) -> Any:
+    with console.status(what):
+        yield
+    console.print(f"{what}: done", highlight=False)
+
+
+def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[str, float]]:
+    """Set the least of the kept shares whose perplexity stays within the target, by halving; what was tried."""
+    tried, low, high = [], 0, len(TRIED)
+    while low < high:
+        middle = (low + high) // 2
+        model.set_attention_share(kv_share=TRIED[middle])
+        rise = float(torch.tensor(evaluate_blocks(model, blocks, batch_size=1).loss - loss).expm1())
+        tried.append({"kv_share": TRIED[middle], "rise": rise})
+        low, high = (low, middle) if rise <= target else (middle + 1, high)
+    if low == len(TRIED):
+        raise UserError(
+            f"with {TRIED[-1]:.0%} kept the perplexity still rises by {tried[-1]['rise']:.1%}, more than {target:.1%}: "
+            "leave more layers whole (--layers), or take a longer window"
+        )
+    model.set_attention_share(kv_share=TRIED[low])
+    return tried
+
+
+@torch.no_grad()
+def compare_text(
+    original: PreTrainedModel, model: Any, blocks: Any, window: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Perplexity before and after, by position and on recall tokens; and whom the copy routed."""
+    before = before or evaluate_blocks(original, blocks, batch_size=1, window=window).figures()
+    with watching(model) as seen:
+        after = evaluate_blocks(model, blocks, batch_size=1, window=window).figures()
+    return {"before": before, "after": after, "looked": seen.look, "kept": seen.kept}
+
+
+def compare_controls(original: Any, model: Any, blocks: Any) -> dict[str, float]:
+    """The perplexity of what would embarrass a fitted score: its window alone, chance, and whole layers.
+
+    Args:
+        original: the model as it was.
+        model: the retrofitted one, whose window, layers and kept share the controls have.
+        blocks: the text.
+
+    Returns:
+        By name: `"window alone"`, nobody is kept; `"random"`, as many are, by chance; `"whole layers"`, every so many
+        layers are whole that the cache is no smaller, and the others have their window alone.
+
+    """
+    said = model.config.chiaroscuro
+    layers: list[int] = said["layers"]
+    every = max(1, int(1 / said["kv_share"])) if said["kv_share"] else len(layers) + 1
+    options = {
+        "window alone": {"kv_share": 0.0},
+        "random": {"kv_share": said["kv_share"], "kv_router": "random"},
+        "whole layers": {"kv_share": 0.0, "layers": [i for n, i in enumerate(layers) if n % every != every - 1]},
+    }
+    found = {}
+    for name, own in options.items():
+        if not own.get("layers", layers):
+            continue
+        control = copy.deepcopy(original)
+        given: Any = {"layers": layers} | own
+        retrofit(control, window=said["window"], sinks=said["sinks"], attention_share=1.0, **given)
+        found[name] = evaluate_blocks(control, blocks, batch_size=1).perplexity
+    return found
+
+
+class Seen:
+    """The shares of a model's decisions, by layer: who looked, and who was kept, the mean over heads."""
+
+    look: dict[int, float]
+    kept: dict[int, float]
+
+
+@contextmanager
+def watching(model: Any) -> Any:
+    """Inside the block the decisions of a retrofitted model are noted; afterwards the shares are there."""
+    seen = Seen()
+    for reach in model.reaches.values():
+        reach.watched = []
+    try:
+        yield seen
+        shares = [
+            {
+                i: float(torch.stack([decided[side].float().mean() for decided in reach.watched or []]).mean())
+                for i, reach in model.reaches.items()
+            }
+            for side in (0, 1)
+        ]
+        seen.look, seen.kept = shares
+    finally:
+        for reach in model.reaches.values():
+            reach.watched = None
+
+
+def compare_needles(
+    original: PreTrainedModel, model: PreTrainedModel, haystack: Haystack, measured: Measured
+) -> list[dict[str, Any]]:
+    """How many needles both models find, by length and depth; one key, and four."""
+    return [
+        {
+            "length": length,
+            "keys": keys,
+            "tries": measured.tries,
+            "before": needles_found(original, haystack, length, DEPTHS, measured.tries, keys=keys),
+            "after": needles_found(model, haystack, length, DEPTHS, measured.tries, keys=keys),
+        }
+        for length in measured.needles
+        for keys in (1, 4)
+    ]
+
+
+@torch.no_grad()
+def needles_found(
+    model: Any, haystack: Haystack, length: int, depths: int, tries: int, *, keys: int = 1
+) -> list[float]:
+    """How many of the needles a model finds, at each of some depths: the answer's tokens are each the likeliest.
+
+    Args:
+        model: any causal language model.
+        haystack: that draws the rows, in noise.
+        length: of the rows.
+        depths: how many, spread evenly over the haystack.
+        tries: rows of each depth.
+        keys: needles in a row.
+
+    """
+    found = []
+    for d in range(depths):
+        right = 0
+        for i in range(tries):
+            row = haystack.needle(length, (d + 0.5) / depths, 7_000_003 + d * tries + i, keys=keys)
+            ids = row.input_ids[None].to(model.device)
+            logits = model(input_ids=ids, logits_to_keep=row.answer + 1, use_cache=False).logits[0, :-1]
+            right += int((logits.argmax(-1) == ids[0, -row.answer :]).all())
+        found.append(right / tries)
+    return found
+
+
+def compare_costs(original: Any, model: Any, measured: Measured) -> list[dict[str, Any]]:
+    """By length: the cache as a part of the original's, and how many times faster prefill and decoding are."""
+    rows = []
+    for length in measured.costs:
+        ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+        ids = ids.to(model.device)
+        row: dict[str, Any] = {"length": length, "cache": numbers_kept(model, ids) / numbers_kept(original, ids)}
+        for kind, work in (("prefill", forward_pass), ("decoding", decoding)):
+            if measured.seconds:
+                timings = take_turns(
+                    {"before": work(original, ids), "after": work(model, ids)}, measured.seconds, turns=3
+                )
+                row[kind] = timings["before"].median / timings["after"].median
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def numbers_kept(model: Any, ids: torch.Tensor) -> int:
+    """How many numbers a model's cache holds after these tokens."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers: list[Any] = cache.layers
+    return sum(
+        layer.numbers_kept() if isinstance(layer, RoutedLayer) else layer.keys.numel() + layer.values.numel()
+        for layer in layers
+    )

@@ -1,0 +1,140 @@
+"""`chiaroscuro retrofit`, on a small decoder and a small text."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from byte_tokenizer import byte_tokenizer
+from decoders import build
+from small_runs import WORDS
+
+Run = Callable[..., tuple[int, str, str]]
+LENGTH = 640
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A decoder with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("retrofit")
+    tokenizer = byte_tokenizer()
+    model = build(
+        vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    draw = random.Random(0)
+    for split, lines in (("train", 90), ("validation", 40)):
+        text = "\n".join(" ".join(draw.choices(WORDS, k=12)) for _ in range(lines))
+        (folder / "text" / f"{split}.txt").write_text(text + "\n")
+    return folder / "model", folder / "text"
+
+
+def small(places: tuple[Path, Path], output: Path, *more: object) -> list[object]:
+    model, text = places
+    return [
+        *("retrofit", model, output, "--data", text, "--rows", 10, "--length", LENGTH, "--window", 32),
+        *(
+            "--needles",
+            LENGTH,
+            "--costs",
+            LENGTH,
+            "--text-rows",
+            2,
+            "--text-length",
+            LENGTH,
+            "--tries",
+            1,
+            "--seconds",
+            0,
+            *more,
+        ),
+    ]
+
+
+def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    code, out, err = run(*small(places, tmp_path / "out", "--look", 0.5, "--json"))
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    assert found["before"]["perplexity"] > 1 and found["after"]["perplexity"] > 1
+    assert found["needles"][0]["length"] == LENGTH and len(found["needles"][0]["after"]) == 5
+    assert 0 < found["costs"][0]["cache"] < 0.6 and "prefill" not in found["costs"][0]
+    assert found["controls"].keys() == {"window alone", "random", "whole layers"}
+    kept = [*found["kept"].values()]
+    assert len(kept) == 3 and 0.1 < sum(kept) / 3 < 0.5
+    assert found["shares"]["kv_router"] == {"fitted": {"heads": 2}}
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.chiaroscuro == found["shares"] and [*model.reaches] == [0, 1, 2]
+    assert (tmp_path / "out/retrofit.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out/retrofit.md").read_text()
+    assert "Every token sees 32 tokens and the first 4." in page and "![" in page and "kept by chance" in page
+    code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--kv-share", 0.1, "--json")
+    assert code == 0 and json.loads(out)["perplexity"] > 1, err
+    code, out, err = run("generate", tmp_path / "out", "the light", "--max-new-tokens", 4)
+    assert code == 0, err
+
+
+def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    code, out, err = run(*small(places, tmp_path / "out", "--target", "30%", "--layers", "0,2", "--one-head", "--json"))
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["shares"]["kv_share"] == min(one["kv_share"] for one in found["tried"] if one["rise"] <= 0.3)
+    assert found["after"]["loss"] - found["before"]["loss"] <= 0.27  # log 1.3
+    assert found["shares"]["layers"] == [0, 2] and found["shares"]["kv_router"] == "fitted"
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--kv-share", 1.5], "kv_share=1.5: must be a number from 0 to 1"),
+        (["--look", -0.1], "attention_share=-0.1"),
+        (["--window", 0], "window=0: must be a whole number of tokens"),
+        (["--sinks", -1], "sinks=-1"),
+        (["--layers", "7"], "layers=[7]: the model has the layers 0 to 2"),
+        (["--layers", "2-0"], "--layers 2-0: give numbers and ranges"),
+        (["--layers", "all"], "--layers all: give numbers and ranges"),
+        (["--target", "much"], "--target much: give a percentage, such as 1%"),
+        (["--target", "0"], "target 0: must be more than 0"),
+        (["--rows", 3], "3 rows to fit on: give 10 or more"),
+        (["--length", 4096], "rows of 4096 tokens, and"),
+        (["--costs", "99999"], "rows of 99999 tokens, and"),
+        (["--needles", "32"], "32 tokens are too few for"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--kv-share", 0.0], "kept=0.0: must be a share"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, more: list[object], complaint: str
+) -> None:
+    code, out, err = run(*small(places, tmp_path / "out", *more))
+    assert code == 2 and complaint in err and err.strip().splitlines()[-1].startswith("error") and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    for arguments, complaint in (
+        (["retrofit", tmp_path / "none", tmp_path / "out"], "no such checkpoint"),
+        (["retrofit", places[0], tmp_path], "exists already: name another folder"),
+        (["retrofit", places[0], tmp_path / "no/where"], "does not exist; create it first"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and complaint in err, err
+
+
+def test_a_copy_is_not_routed_twice(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    from chiaroscuro import retrofit
+    from chiaroscuro.model.loading import load_checkpoint
+
+    model = load_checkpoint(str(places[0]))
+    retrofit(model, attention_share=1.0, kv_share=1.0)
+    model.save_pretrained(tmp_path / "routed")
+    byte_tokenizer().save_pretrained(tmp_path / "routed")
+    code, _, err = run(*small((tmp_path / "routed", places[1]), tmp_path / "out"))
+    assert code == 2 and "retrofitted already" in err
+    assert torch.is_tensor(model.reaches[0].kept.calibration.values)
