@@ -42,6 +42,45 @@ def train(
 
 
 @command()
+def heal(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML recipe whose model is a retrofitted one, such as recipes/heal/smollm2.yaml.",
+            callback=refuse_missing("recipe"),
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to change: trainer.steps=100 model.lora=8 …")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a retrofitted model a little, to say what its full-attention self says.
+
+    The loss is that of the text and the divergence from the model with everything looked at and kept (KL on the
+    logits). By default LoRA on the attention learns, on rows of text, needles and copies, and is merged into the
+    weights at the end. The run is one of chiaroscuro train: its folder, its records, and how it is resumed.
+
+    Example: chiaroscuro heal recipes/heal/smollm2.yaml model.checkpoint=runs/smollm2-routed
+    """
+    from chiaroscuro.report.tables import figures_table
+    from chiaroscuro.training import Recipe
+    from chiaroscuro.training import train as run
+    from chiaroscuro.training.recipe import RetrofitSection
+
+    console = Console(stderr=as_json)
+    read = Recipe.load(recipe, overrides or [])
+    if not isinstance(read.model, RetrofitSection):
+        raise UserError(f"{recipe} trains another model: set model.architecture: retrofit and model.checkpoint")
+    result = run(read, resume=resume, console=console).as_dict()
+    if as_json:
+        print_json(result)
+    else:
+        console.print(figures_table(result))
+
+
+@command()
 def sweep(
     file: Annotated[
         Path,

@@ -20,6 +20,7 @@ from rich.progress import (
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.training.records import append_record, legend, routed, scalars, terminal_line
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class TurnDials(TrainerCallback):
 
     def _turn(self, wrapped: nn.Module, shares: Mapping[str, float]) -> None:
         model = _chiar(wrapped)
-        changed = {name: share for name, share in shares.items() if getattr(model.config, name) != share}
+        own = getattr(model.config, FIELD) if isinstance(model, RoutedModel) else vars(model.config)
+        changed = {name: share for name, share in shares.items() if own[name] != share}
         # Left alone where nothing changes: thresholds that were calibrated at this share are finer than its table.
         if changed:
             model.set_attention_share(changed.get("attention_share"), kv_share=changed.get("kv_share"))

@@ -131,7 +131,8 @@ class LanguageModelling(Objective):
         cls, recipe: Recipe, cache_dir: Path, tokenizer: PreTrainedTokenizerFast | None = None
     ) -> "LanguageModelling":
         """The recipe's text in blocks, tokenised by its tokenizer or the given one."""
-        corpus = recipe.data.build_task().load(cache_dir)
+        task = cast(TextTask, recipe.data.build_task())
+        corpus = task.load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
         length, validation = recipe.data.sequence_length, splits["validation"]
@@ -140,7 +141,7 @@ class LanguageModelling(Objective):
             validation = replace(validation, count=kept, bytes=round(validation.bytes * kept / validation.count))
         return cls(
             tokenizer=tokenizer,
-            train=TokenBlocks(splits["train"], length),
+            train=task.train_rows(splits["train"], tokenizer, length),
             validation=TokenBlocks(validation, length),
             identity=splits["train"].path.stem,  # a fingerprint of text and tokenizer
             summary=f"{corpus.name} ({splits['train'].count:,} tokens)",

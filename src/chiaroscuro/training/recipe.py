@@ -27,6 +27,8 @@ from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
+from chiaroscuro.model.loading import load_checkpoint_config
+from chiaroscuro.retrofitting.routed_model import FIELD, RoutedConfig
 from chiaroscuro.training.schedule import Course, Draws, Ramp
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
@@ -60,10 +62,18 @@ class LlamaSection(Section):
     max_position_embeddings: Count = 2048
 
 
+class RetrofitSection(Section):
+    """A retrofitted model that is to be healed: a folder, and the rank of LoRA on its attention; null trains all."""
+
+    architecture: Literal["retrofit"]
+    checkpoint: Annotated[str, Field(min_length=1)]
+    lora: Count | None = 16
+
+
 def _architecture(section: Any) -> str:
-    """Which of the two a `model` section means; the CHIAR-Former unless it says otherwise."""
+    """Which of the three a `model` section means; the CHIAR-Former unless it says otherwise."""
     named = section.get("architecture") if isinstance(section, Mapping) else getattr(section, "architecture", None)
-    return "llama" if named == "llama" else "chiar"
+    return named if named in ("llama", "retrofit") else "chiar"
 
 
 class DataSection(Section):
@@ -319,7 +329,9 @@ class Recipe(Section):
     """Everything a training run needs to know. Read one with [`Recipe.load`][]."""
 
     model: Annotated[
-        Annotated[ChiarSection, Tag("chiar")] | Annotated[LlamaSection, Tag("llama")],
+        Annotated[ChiarSection, Tag("chiar")]
+        | Annotated[LlamaSection, Tag("llama")]
+        | Annotated[RetrofitSection, Tag("retrofit")],
         Discriminator(_architecture),
     ]
     data: DataSection = DataSection()
@@ -378,8 +390,11 @@ class Recipe(Section):
         Raises:
             UserError: if the model section contradicts itself, the calibration section or the data section.
         """
+        config: Any
         if isinstance(self.model, LlamaSection):
-            config: ChiarConfig | LlamaConfig = self._llama_config(self.model, vocab_size)
+            config = self._llama_config(self.model, vocab_size)
+        elif isinstance(self.model, RetrofitSection):
+            config = self._retrofit_config(self.model)
         else:
             config = self._chiar_config(self.model, vocab_size, thresholds)
             self._refuse_impossible_schedule(config)
@@ -421,6 +436,17 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _as_healing_is(cls, content: Any) -> Any:
+        """Of a retrofitted model: its own tokenizer, rows with needles, and its full-attention self to learn from."""
+        if not isinstance(content, Mapping) or _architecture(content.get("model")) != "retrofit":
+            return content
+        data = content.get("data")
+        data = {"task": "retrieval", **data} if isinstance(data, Mapping) else data or {"task": "retrieval"}
+        checkpoint = content["model"].get("checkpoint") if isinstance(content["model"], Mapping) else None
+        return {"distill": {}, "tokenizer": checkpoint, **content, "data": data}
+
+    @model_validator(mode="before")
+    @classmethod
     def _as_long_as_the_text(cls, content: Any) -> Any:
         """Give the tasks of a mixture the sequence length of the text, unless they have their own."""
         try:
@@ -435,8 +461,9 @@ class Recipe(Section):
         if self.mixture is not None:
             if not isinstance(self.data.build_task(), TextTask):
                 raise ValueError(f"mixture with data.task={self.data.task!r}: tasks are mixed into language modelling")
-            if isinstance(self.model, LlamaSection):
-                raise ValueError("mixture with model.architecture: llama, which has no heads for tasks; remove one")
+            if not isinstance(self.model, ChiarSection):
+                named = self.model.architecture
+                raise ValueError(f"mixture with model.architecture: {named}, which has no heads for tasks; remove one")
         return self
 
     @model_validator(mode="after")
@@ -466,6 +493,32 @@ class Recipe(Section):
             )
         fields = section.model_dump(exclude={"architecture"})
         return LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **fields)
+
+    def _retrofit_config(self, section: RetrofitSection) -> Any:
+        """The configuration of the checkpoint, which has been retrofitted and fitted."""
+        for name in ("calibration", "fit"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{name} with model.architecture: retrofit, whose scores are fitted already; remove it")
+        if self.trainer.init_from is not None:
+            raise UserError("trainer.init_from with model.architecture: retrofit: model.checkpoint says it; remove one")
+        if not isinstance(self.data.build_task(), TextTask):
+            raise UserError(f"data.task={self.data.task!r} with model.architecture: retrofit: give a text")
+        try:
+            config = load_checkpoint_config(section.checkpoint)
+        except UserError as error:
+            raise UserError(f"model.checkpoint: {error}") from None
+        if not isinstance(config, RoutedConfig):
+            raise UserError(
+                f"model.checkpoint={section.checkpoint} was not retrofitted: run chiaroscuro retrofit, name its copy"
+            )
+        for name, share in self._scheduled().items():
+            own = getattr(config, FIELD)[name]
+            if share.to is not None and share.to != own:
+                raise UserError(
+                    f"schedule.{name}.to={share.to} and the checkpoint's {name}={own}: a healed model ends where it "
+                    "was fitted; leave out to, or retrofit with another share"
+                )
+        return config
 
     def _chiar_config(
         self, section: ChiarSection, vocab_size: int, thresholds: tuple[float, float] | None
@@ -598,10 +651,11 @@ class Recipe(Section):
         courses: dict[str, Course] = {}
         if not (scheduled := self._scheduled()):
             return courses
-        config = self.build_config(vocab_size=256)
+        config: Any = self.build_config(vocab_size=256)
+        shares = getattr(config, FIELD) if isinstance(config, RoutedConfig) else vars(config)
         for name, share in scheduled.items():
             try:
-                courses[name] = share.course(getattr(config, name), steps, f"{name} {self.trainer.seed}")
+                courses[name] = share.course(shares[name], steps, f"{name} {self.trainer.seed}")
             except ValueError as error:
                 raise UserError(f"schedule.{name}.{error}") from None
         if self.fit is not None and (fitted := self.fit.step(steps)) is not None:
@@ -821,7 +875,7 @@ def one_line(
     """
     first = error.errors(include_url=False)[0]
     # The tag of a union member stands in pydantic's path, but not in the user's file.
-    path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ("chiar", "llama"))]
+    path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ("chiar", "llama", "retrofit"))]
     name, given = ".".join(path), first["input"]
     if not isinstance(content, Mapping):
         return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"

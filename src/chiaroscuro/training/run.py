@@ -33,7 +33,8 @@ from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config, load_checkpoint_tokenizer
+from chiaroscuro.training.adapters import add_adapters
 from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
@@ -50,7 +51,7 @@ from chiaroscuro.training.checkpoints import (
 )
 from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights, take_over_spread
 from chiaroscuro.training.objectives import Objective, load_objective
-from chiaroscuro.training.recipe import Recipe
+from chiaroscuro.training.recipe import Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
 
@@ -446,6 +447,8 @@ def _baseline_of(recipe: Recipe, facts: Facts, console: Console) -> str | None:
 
 def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | None) -> PreTrainedModel:
     thresholds, tokenizer = None, objective.tokenizer
+    if isinstance(recipe.model, RetrofitSection):
+        return _build_retrofitted(recipe.model, recipe.trainer.seed, tokenizer)
     if baseline_folder is not None:
         baseline = _load_baseline(baseline_folder, len(tokenizer))
         encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in objective.validation_texts)
@@ -457,6 +460,16 @@ def _build_model(recipe: Recipe, objective: Objective, baseline_folder: str | No
     refuse_beyond_memory(4 * (count_parameters(config) or 0), "the model's weights")
     set_seed(recipe.trainer.seed)
     return objective.build_model(config)
+
+
+def _build_retrofitted(section: RetrofitSection, seed: int, tokenizer: Any) -> PreTrainedModel:
+    model = load_checkpoint(section.checkpoint)
+    if load_checkpoint_tokenizer(section.checkpoint).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"tokenizer is another one than that of model.checkpoint={section.checkpoint}; remove it")
+    set_seed(seed)
+    if section.lora is not None:
+        add_adapters(model, section.lora)
+    return model
 
 
 def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:

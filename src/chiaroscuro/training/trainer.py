@@ -31,8 +31,9 @@ from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import move_whole, saying_why
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
+from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.training.adapters import merge_adapters
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
 from chiaroscuro.training.distillation import kl_divergence
@@ -218,6 +219,7 @@ class RunTrainer(Trainer):
         finished = self.run.scratch / target.name
         with saying_why(target, GO_ON):
             self.accelerator.wait_for_everyone()
+            merge_adapters(self.model)
             self.save_model(str(finished))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -272,14 +274,15 @@ class RunTrainer(Trainer):
     def _with_full_attention(self, inputs: dict[str, Any]) -> Tensor:
         """What the head would see if all tokens went to attention; nothing of the model is another afterwards."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        with evaluation_mode(self.model), full_attention(self.model), self.accelerator.autocast():
-            hidden: Tensor = self.model.trunk(**given, use_cache=False).last_hidden_state
+        with evaluation_mode(self.model), without_routing(self.model), self.accelerator.autocast():
+            hidden: Tensor = self.model.base_model(**given, use_cache=False).last_hidden_state
             return hidden
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         assert self.run.distill is not None  # the caller's question
         with self.accelerator.autocast():
-            return kl_divergence(student, teacher, self.model.lm_head.weight, self.run.distill.temperature)
+            head = self.model.get_output_embeddings().weight
+            return kl_divergence(student, teacher, head, self.run.distill.temperature)
 
     def _part_of_step(self) -> float:
         """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""

@@ -14,6 +14,7 @@ from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.data.tasks.listops import FlatListops, NestedListops
 from chiaroscuro.data.tasks.mqar import MultiQueryRecall
 from chiaroscuro.data.tasks.passkey import Passkey
+from chiaroscuro.data.tasks.retrieval import Retrieval
 from chiaroscuro.data.tasks.task import Task
 from chiaroscuro.errors import UserError, suggest
 
@@ -114,3 +115,4 @@ register_task("listops-flat", FlatListops)
 register_task("listops-nested", NestedListops)
 register_task("mqar", MultiQueryRecall)
 register_task("passkey", Passkey)
+register_task("retrieval", Retrieval)

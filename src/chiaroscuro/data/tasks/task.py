@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+from torch.utils.data import Dataset
 
+from chiaroscuro.data.blocks import TokenBlocks
 from chiaroscuro.data.corpora import Corpus
+from chiaroscuro.data.tokens import TokenFile
 from chiaroscuro.errors import UserError
 
 
@@ -131,6 +134,10 @@ class TextTask(Task):
     """Predict every next token of a running text: `load` returns a [`Corpus`][]."""
 
     columns = datasets.Features({"text": datasets.Value("string")})
+
+    def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
+        """What is trained on, of the text's tokens: its blocks, unless overridden."""
+        return TokenBlocks(tokens, length)
 
     def data(self, description: str, splits: dict[str, datasets.Dataset], fingerprint: str) -> Corpus:
         """Rows are documents."""

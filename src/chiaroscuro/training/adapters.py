@@ -1,0 +1,49 @@
+"""LoRA on a retrofitted model's attention while it is healed: put in first, and merged into the weights last.
+
+Source: arXiv 2106.09685; the layers are those of peft.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.retrofitting.routed_model import attention_modules
+
+
+def add_adapters(model: Any, rank: int) -> None:
+    """Put LoRA layers of this rank around the projections of a model's attention, and train nothing else.
+
+    Raises:
+        UserError: peft is not installed.
+
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError(
+            "model.lora needs peft: pip install peft, or set model.lora: null to train all weights"
+        ) from None
+    names = sorted(
+        {
+            name
+            for module in attention_modules(model).values()
+            for name, child in module.named_children()
+            if isinstance(child, nn.Linear)
+        }
+    )
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add what LoRA layers have learned to the weights that they stand around, and take them out; or do nothing."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "lora_A") and hasattr(child, "base_layer"):
+                layer: Any = child
+                layer.merge()
+                setattr(module, name, layer.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)

@@ -1,0 +1,163 @@
+"""`chiaroscuro heal`: a retrofitted model that learns from its full-attention self."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from byte_tokenizer import byte_tokenizer
+from chiaroscuro import fit, retrofit
+from chiaroscuro.data.needles import Haystack
+from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.training.distillation import kl_divergence
+from decoders import build
+from small_runs import WORDS
+
+Run = Callable[..., tuple[int, str, str]]
+LENGTH = 600
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A retrofitted decoder, and a text."""
+    folder = tmp_path_factory.mktemp("heal")
+    (folder / "text").mkdir()
+    draw = random.Random(0)
+    for split, lines in (("train", 120), ("validation", 40)):
+        text = "\n".join(" ".join(draw.choices(WORDS, k=12)) for _ in range(lines))
+        (folder / "text" / f"{split}.txt").write_text(text + "\n")
+    tokenizer = byte_tokenizer()
+    model = build(
+        vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    retrofit(model, window=16, sinks=1, kv_share=0.25)
+    text = torch.tensor(tokenizer((folder / "text/train.txt").read_text())["input_ids"])
+    fit(model, Haystack(tokenizer, text).mixture(8, LENGTH), spread=False)
+    model.save_pretrained(folder / "routed")
+    tokenizer.save_pretrained(folder / "routed")
+    return folder / "routed", folder / "text"
+
+
+def recipe(places: tuple[Path, Path], folder: Path, **changes: Any) -> Path:
+    content: dict[str, Any] = {
+        "model": {"architecture": "retrofit", "checkpoint": str(places[0]), "lora": 4},
+        "data": {"source": str(places[1]), "sequence_length": LENGTH},
+        "schedule": {"kv_share": {"from": 1.0, "steps": 0.33}},
+        "trainer": {
+            "output_dir": str(folder / "run"),
+            "steps": 6,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "log_every": 2,
+            "save_every": 3,
+            "validation_tokens": 1200,
+        },
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            content.setdefault(section, {})[field] = value
+        elif value is None:
+            content.pop(section, None)
+        else:
+            content[section] = value
+    file = folder / "heal.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@torch.no_grad()
+def divergence(model: Any, rows: list[torch.Tensor]) -> float:
+    """KL(p of the model as it was ‖ q), here of its own full-attention self."""
+    total = 0.0
+    for row in rows:
+        student = model.base_model(row, use_cache=False).last_hidden_state[0]
+        with without_routing(model):
+            teacher = model.base_model(row, use_cache=False).last_hidden_state[0]
+        total += float(kl_divergence(student, teacher, model.get_output_embeddings().weight)) / len(student)
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("lora", [4, None])
+def test_it_comes_closer_to_its_full_attention_self(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, lora: int | None
+) -> None:
+    code, _, err = run("heal", recipe(places, tmp_path, model__lora=lora))
+    assert code == 0, err
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (places[0], tmp_path / "run/model"))
+    assert type(after) is type(before) and after.config.chiaroscuro == before.config.chiaroscuro
+    assert before.state_dict().keys() == after.state_dict().keys()
+    moved = {name for name, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[name])}
+    moved -= {name for name in moved if name.endswith("calibration.values")}  # a dial's, which a table rounds
+    assert not any(".chiaroscuro." in name for name in moved) and any("q_proj" in name for name in moved)
+    assert lora is None or all("_proj" in name and "self_attn" in name for name in moved)
+    records = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"kl"' in line]
+    assert records
+    tokenizer = byte_tokenizer()
+    text = torch.tensor(tokenizer((places[1] / "validation.txt").read_text())["input_ids"])
+    rows = Haystack(tokenizer, text).mixture(3, LENGTH, seed=9)
+    assert divergence(after, rows) < divergence(before, rows)
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(
+    run: Run, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder in (whole, halves):
+        folder.mkdir()
+    assert run("heal", recipe(places, whole))[0] == 0
+    file = recipe(places, halves)
+    assert run("heal", file)[0] == 0
+    import shutil
+
+    shutil.rmtree(halves / "run/model")
+    shutil.rmtree(halves / "run/checkpoint-6")
+    code, _, err = run("heal", file, "--resume")
+    assert code == 0, err
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / "run/model") for folder in (whole, halves))
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model__checkpoint": "/nowhere/at/all"}, "model.checkpoint: no such checkpoint"),
+        ({"model__lora": 0}, "model.lora=0"),
+        ({"model__rank": 8}, "rank"),
+        ({"fit": {"tokens": 5}}, "fit with model.architecture: retrofit"),
+        ({"calibration": {"method": "running"}}, "calibration with model.architecture: retrofit"),
+        ({"trainer__init_from": "x"}, "trainer.init_from with model.architecture: retrofit"),
+        ({"data__task": "mqar", "data__source": None}, "mqar"),
+        ({"data__sequence_length": 4096}, "longer than the model's"),
+        ({"data__sequence_length": 100}, "too few for"),
+        ({"schedule": {"kv_share": {"from": 1.0, "to": 0.5, "steps": 2}}}, "ends where it was fitted"),
+        ({"mixture": {"tasks": {"a": {"task": "imdb"}}}}, "mixture with model.architecture: retrofit"),
+        ({"tokenizer": "bpe:300"}, "tokenizer is another one"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    code, out, err = run("heal", recipe(places, tmp_path, **changes))
+    assert code == 2 and complaint in err and not out, err
+    assert err.strip().count("\n") <= 1
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    code, _, err = run("heal", recipe((tmp_path / "plain", places[1]), tmp_path))
+    assert code == 2 and "was not retrofitted" in err
+    file = tmp_path / "other.yaml"
+    file.write_text("model: {preset: small}\ntrainer: {output_dir: x, steps: 1}\n")
+    code, _, err = run("heal", file)
+    assert code == 2 and "trains another model" in err
