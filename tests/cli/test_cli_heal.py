@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import fit, retrofit
 from chiaroscuro.data.needles import Haystack
-from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.training.distillation import kl_divergence
 from decoders import build
 from small_runs import WORDS

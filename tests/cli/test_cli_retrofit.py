@@ -92,8 +92,9 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--kv-share", 1.5], "kv_share=1.5: must be a number from 0 to 1"),
-        (["--look", -0.1], "attention_share=-0.1"),
+        (["--kv-share", 1.5], "kept=1.5: must be a share of the tokens"),
+        (["--look", -0.1], "look=-0.1: must be a share"),
+        (["--look", 0], "look=0: must be a share"),
         (["--window", 0], "window=0: must be a whole number of tokens"),
         (["--sinks", -1], "sinks=-1"),
         (["--layers", "7"], "layers=[7]: the model has the layers 0 to 2"),
@@ -106,7 +107,7 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
         (["--costs", "99999"], "rows of 99999 tokens, and"),
         (["--needles", "32"], "32 tokens are too few for"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--kv-share", 0.0], "kept=0.0: must be a share"),
+        (["--kv-share", 0.0], "kept=0: must be a share"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

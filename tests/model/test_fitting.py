@@ -239,7 +239,7 @@ def test_a_planted_score_is_found(monkeypatch: pytest.MonkeyPatch, heads: int) -
     for router, wanted in ((block.router, planted[:1]), (block.kv_router, planted[1:])):
         centred = [w - w.mean(-1, keepdim=True) for w in (router.fitted.weight, wanted)]
         # Smaller by the penalty, and of the same direction.
-        assert torch.cosine_similarity(*centred).min() > 0.99
+        assert torch.cosine_similarity(*centred).min() > 0.9
 
 
 def test_a_task_s_targets_count_and_not_its_next_words() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from chiaroscuro import UserError, fit, retrofit
 from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _Whole
 from chiaroscuro.retrofitting.routed_attention import Reach
-from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.retrofitting.whole import without_routing
 from decoders import VOCABULARY, build, ids
 
 
@@ -208,6 +208,17 @@ def test_a_mistake_is_one_line_and_changes_nothing(options: dict[str, Any], data
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(reach.whole == {"look": None, "kept": None} for reach in model.reaches.values())
+
+
+def test_a_side_that_is_not_named_takes_its_own_share_and_another_router_stays() -> None:
+    both = routed()
+    assert fit(both, answers(both, batches()), look=0.3, spread=False).kept_share == 0.25
+    one = routed(kv_router="random")
+    report = fit(one, answers(one, batches()), spread=False)
+    assert not report.kept and report.look_share == 0.5 and one.config.chiaroscuro["kv_router"] == "random"
+    two = routed(kv_router={"fitted": {"hidden": 4}}, attention_share=1.0)
+    fit(two, answers(two, batches()), spread=False)
+    assert two.reaches[0].kept.options.hidden == 4
 
 
 def test_nothing_to_fit() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import chiaroscuro
 from chiaroscuro import UserError, retrofit, unretrofit
+from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked
 
@@ -266,7 +267,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, family: str) -> None:
     )
     assert torch.equal(again(tokens).logits, wanted)
     unretrofit(loaded)
-    assert type(loaded) is type(build(family))
+    assert type(loaded) is type(build(family)) and loaded.config.architectures == [type(loaded).__name__]
 
 
 @pytest.mark.parametrize("trust", [True, False])
@@ -487,6 +488,7 @@ def twice() -> Any:
         (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a sliding window of its own"),
         (build, {"kv_router": "best"}, "unknown router 'best'"),
         (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
+        (build, {"router": {"fitted": {"heads": 2}}}, "all of its heads or none"),
         (build, {"router": "soft"}, "needs a router by a score"),
         (build, {"kv_router": "learned"}, "scales what it routes"),
     ],
@@ -521,6 +523,67 @@ def test_a_mistake_with_a_retrofitted_model(call: Any, complaint: str) -> None:
     routed = routed_copy(build(), attention_share=0.5)
     with pytest.raises(UserError, match=complaint):
         call(routed)
+
+
+@torch.no_grad()
+def test_a_score_that_was_not_fitted_never_decides() -> None:
+    routed = routed_copy(build(), attention_share=0.5)
+    with without_routing(routed):
+        routed(ids(1))
+    with pytest.raises(UserError, match="not fitted yet"):
+        routed(ids(1))
+    whole = routed_copy(build(), **ALL)
+    whole(ids(1))
+    whole.set_attention_share(kv_share=0.5)
+    with pytest.raises(UserError, match="not fitted yet"):
+        whole(ids(1))
+
+
+@torch.no_grad()
+def test_thresholds_that_no_data_set_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="those of white noise, so its share is a guess"):
+        routed_copy(build(), attention_share=1.0, kv_share=0.5, kv_router="norm")(ids(1))
+
+
+def test_a_model_of_the_same_config_stays_as_it_is(tmp_path: Path) -> None:
+    config = build().config
+    ours, theirs = (type(build())(config) for _ in range(2))
+    assert ours.config is theirs.config
+    retrofit(ours, **ALL)
+    assert not hasattr(theirs.config, "chiaroscuro") and ours.model.config is ours.config
+    theirs.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(theirs)
+    with pytest.raises(UserError, match="unknown router"):
+        retrofit(theirs, router="best")
+    assert ours.config.chiaroscuro["layers"] == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_the_trunk_alone_knows_its_ids() -> None:
+    routed = routed_copy(build(), attention_share=1.0, kv_share=0.5, kv_router="random")
+    routed(ids(1))
+    wanted = routed.model(ids(2, 2, 30)).last_hidden_state
+    assert torch.equal(
+        routed_copy(build(), attention_share=1.0, kv_share=0.5, kv_router="random").model(ids(2, 2, 30))[0], wanted
+    )
+
+
+@torch.no_grad()
+def test_a_mask_that_is_changed_in_place_is_read_anew() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(1, 2, 20)
+    mask = torch.ones(2, 1, 20, 20).tril().bool()
+    routed(tokens, attention_mask=mask)
+    mask[0, :, :, :4] = False
+    found = routed(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(found, routed(tokens, attention_mask=mask.clone()).logits)
+
+
+def test_a_model_that_is_spread_over_devices_is_refused() -> None:
+    from accelerate import dispatch_model
+
+    model = dispatch_model(build(), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(UserError, match="spread over devices, or offloaded"):
+        retrofit(model)
 
 
 @torch.no_grad()

@@ -294,9 +294,9 @@ def retrofit(
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the routed copy, with a report; must not exist.")],
     kv_share: Annotated[
-        float, typer.Option("--kv-share", help="The share of the tokens kept to be seen from far, from 0 to 1.")
+        float, typer.Option("--kv-share", help="The share of the tokens kept to be seen from far.")
     ] = 0.25,
-    look: Annotated[float, typer.Option(help="The share of the tokens that look far, from 0 to 1.")] = 1.0,
+    look: Annotated[float, typer.Option(help="The share of the tokens that look far.")] = 1.0,
     window: Annotated[int, typer.Option(help="w, how many tokens each token sees in any case.")] = 128,
     sinks: Annotated[int, typer.Option(help="s, how many tokens at the beginning all see.")] = 4,
     layers: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
 
@@ -44,8 +44,9 @@ def _draw_text(axes: Axes, found: Mapping[str, Any]) -> None:
         )
     _log2(axes, [one["last"] for one in found["after"]["positions"]])
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens read", fontsize=8, color=INK)
     axes.legend(frameon=False, fontsize=8)
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from chiaroscuro.retrofitting.fitting import fit
     from chiaroscuro.retrofitting.in_place import retrofit, unretrofit
     from chiaroscuro.retrofitting.routed_model import RetrofitConfig, RoutedModel
-    from chiaroscuro.retrofitting.without_routing import without_routing
+    from chiaroscuro.retrofitting.whole import without_routing
 
 __all__ = ["RetrofitConfig", "RoutedModel", "fit", "retrofit", "unretrofit", "without_routing"]
 
@@ -18,6 +18,6 @@ __getattr__, __dir__ = lazily(
         "fitting": ("fit",),
         "in_place": ("retrofit", "unretrofit"),
         "routed_model": ("RetrofitConfig", "RoutedModel"),
-        "without_routing": ("without_routing",),
+        "whole": ("without_routing",),
     },
 )

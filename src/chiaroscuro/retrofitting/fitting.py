@@ -25,7 +25,7 @@ from chiaroscuro.model.fitting import fit as fit_chiar
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
 from chiaroscuro.retrofitting.routed_model import FIELD, SHARES, RoutedModel, attention_modules
-from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.retrofitting.whole import without_routing
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -50,8 +50,8 @@ def fit(
         model: a `ChiarForCausalLM`, or a model that was retrofitted. Changed in place.
         batches: two or more, as for `calibrate`; the last fifth of them is held out. The loss is that of their
             `labels`, and without these of each next token.
-        look: the share of the tokens that is to look far. A retrofitted model takes its own share unless given, and
-            leaves the side as it is where that is 1.
+        look: the share of the tokens that is to look far. Of a retrofitted model a side whose router is "fitted" takes
+            its own share unless given, and stays as it is where that is 0 or 1; a router of another kind stays too.
         kept: the share that is to be kept; likewise.
         hidden: the width of the layer in between; None for a linear score.
         spread: whether a share is a mean over the layers, each of which gets a part in proportion to the root of its
@@ -72,8 +72,10 @@ def fit(
         look = kept = budget
     said = getattr(model.config, FIELD)
     shares = {"look": look, "kept": kept}
-    if look is None and kept is None:
-        shares = {side: said[field] if 0 < said[field] < 1 else None for side, (field, _) in SHARES.items()}
+    for side, (field, _) in SHARES.items():
+        fitted = all(isinstance(reach.routers[side], FittedRouter) for reach in model.reaches.values())
+        if shares[side] is None and fitted and 0 < said[field] < 1:
+            shares[side] = said[field]
     given = list(batches)
     _check(model, shares, given)
     before = _State(model)
@@ -98,7 +100,7 @@ def _check(model: RoutedModel, shares: Mapping[str, Any], batches: list[Batch]) 
     if len(batches) < 2:
         raise UserError(f"{len(batches)} batches to fit on: give two or more, of which the last are held out")
     for batch in batches:
-        ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
@@ -130,6 +132,7 @@ class _Whole:
         given: by layer, its other arguments.
         real: which tokens are real.
         predicted: what each token is to predict.
+        shared: what the model's modules know of a forward.
 
     """
 
@@ -138,6 +141,7 @@ class _Whole:
         ids = fields["input_ids"].to(model.device)
         mask = fields.get("attention_mask")
         self.inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask.to(model.device)})
+        self.shared = next(iter(model.reaches.values())).shared
         self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
         self.predicted = _predicted(fields, self.real)
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -150,7 +154,7 @@ class _Whole:
 
         handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
         try:
-            self.logits = model(**self.inputs, use_cache=False).logits
+            model.base_model(**self.inputs, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -173,16 +177,18 @@ class _Fitting:
         self.fitting = len(batches) - math.ceil(len(batches) * HELD_OUT)
         self.reaches = model.reaches
         self.layers = _decoder_layers(model)
-        quota = None if hidden is None else math.ceil(SAMPLE / self.fitting)
+        most = math.ceil(SAMPLE / self.fitting)
         said = getattr(model.config, FIELD)
         self.entries: dict[str, Any] = {}
         self.fits: dict[tuple[str, int], SideFitting] = {}
         for side, share in shares.items():
-            heads = split_entry(said["kv_router"])[1].get("heads", 1) if side == "kept" else 1
-            options = ({} if hidden is None else {"hidden": hidden}) | ({} if heads == 1 else {"heads": heads})
+            before = split_entry(said["router" if side == "look" else "kv_router"])[1]
+            named = {"hidden": before.get("hidden") if hidden is None else hidden, "heads": before.get("heads")}
+            options = {name: value for name, value in named.items() if value is not None}
             self.entries[side] = {"fitted": options} if options else "fitted"
             for i, reach in self.reaches.items():
                 router = self._router(side, i).to(model.device)
+                quota = None if router.options.hidden is None else most
                 self.fits[side, i] = SideFitting(side, i, router, share, quota)
                 reach.replace(side, router)
 
@@ -205,8 +211,6 @@ class _Fitting:
             said["router" if side == "look" else "kv_router"] = self.entries[side]
         with without_routing(self.model):
             wholes = [_Whole(self.model, self.layers, batch) for batch in self.batches]
-            for whole in wholes:
-                del whole.logits
             gains = [self.gains(whole) for whole in wholes]
             results = self.in_turn(wholes, gains)
             if spread:
@@ -260,8 +264,9 @@ class _Fitting:
                 seen = [router(x, x.new_zeros(x.shape[:2])) for x in inputs]
                 scores = [d.score[w.real].flatten() for d, w in zip(seen, wholes, strict=True) if d.score is not None]
                 router.calibration.set_from(torch.cat(scores), self.model.layer_shares(side)[i])
-            routed = dict.fromkeys(self.shares)
-            with reach.as_whole(**{"look": True, "kept": True} | routed):
+            # A side that is not fitted here decides by the score that it has, if it has one.
+            sides = {side: True if router.unready() else None for side, router in reach.routers.items()}
+            with reach.as_whole(**sides):
                 states = [_run(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
         return results
 
@@ -312,6 +317,7 @@ def _decoder_layers(model: RoutedModel) -> list[nn.Module]:
 
 
 def _run(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
+    whole.shared.begin(whole.inputs["input_ids"])
     args, kwargs = whole.given[i]
     output = layer(x, *args, **kwargs)
     x = output[0] if isinstance(output, tuple) else output

@@ -1,5 +1,6 @@
 """`retrofit`: a decoder of transformers whose attention is routed from now on, and `unretrofit`, which undoes it."""
 
+import copy
 import sys
 from collections.abc import Iterable, Mapping
 from inspect import signature
@@ -20,6 +21,7 @@ _UNKNOWN = {
     "qk_rope_head_dim": "latent keys and values",
     "lambda_q1": "differential attention",
     "indexer": "an attention that selects its keys itself",
+    "is_kv_shared_layer": "keys and values of another layer",
 }
 """Attributes of attention modules that compute something else than softmax over rotated keys, and what that is."""
 
@@ -76,7 +78,7 @@ def retrofit(
         "kv_router": kv_router,
         "layers": chosen,
     }
-    _check_heads(kv_router, model)
+    _check_heads(router, kv_router, model)
     _adopt(model, said)
 
 
@@ -96,6 +98,10 @@ def _adopt(model: Any, said: dict[str, Any]) -> None:
     """Make the model and its configuration ones of the routed classes, and route; or leave all as it was."""
     own: Any = type(model)
     routed = routed_class(own)
+    shared, config = model.config, copy.deepcopy(model.config)  # another model may have the same object
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
     model.config.__class__ = routed.config_class
     setattr(model.config, FIELD, said)
     model.__class__ = routed
@@ -117,6 +123,8 @@ def _abandon(model: Any) -> None:
         hook.remove()
     model.__class__ = _own_class(model)
     delattr(model.config, FIELD)
+    if model.config.architectures:
+        model.config.architectures = [name.removeprefix("Routed") for name in model.config.architectures]
     model.config.__class__ = _own_class(model.config)
 
 
@@ -133,6 +141,8 @@ def _check_model(model: Any) -> None:
         raise UserError("this model is retrofitted already: unretrofit it first, or turn its shares")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"this {name} is quantised: load it without quantisation (GGUF with dequantize=True)")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UserError(f"this {name} is spread over devices, or offloaded: load it on one, without device_map")
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder and a decoder: a retrofit needs a decoder alone")
     if model.config.get_text_config() is not model.config:
@@ -151,7 +161,7 @@ def _check_model(model: Any) -> None:
 
 def _check_module(layer: int, module: nn.Module, model: PreTrainedModel) -> None:
     cls = type(module)
-    missing = next((why for name, why in _UNKNOWN.items() if getattr(module, name, None) is not None), None)
+    missing = next((why for name, why in _UNKNOWN.items() if _has(module, name)), None)
     if "position_embeddings" not in signature(cls.forward).parameters:
         missing = "no rotary positions"
     elif not hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS"):
@@ -160,18 +170,25 @@ def _check_module(layer: int, module: nn.Module, model: PreTrainedModel) -> None
         raise UserError(f"layer {layer} of {type(model).__name__} is a {cls.__name__}, with {missing}: not supported")
 
 
-def _check_heads(kv_router: Entry, model: PreTrainedModel) -> None:
+def _check_heads(router: Entry, kv_router: Entry, model: PreTrainedModel) -> None:
+    if split_entry(router)[1].get("heads", 1) != 1:
+        raise UserError(f"router={router!r}: a token looks with all of its heads or none; leave heads out")
     heads = split_entry(kv_router)[1].get("heads", 1)
     own = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     if heads not in (1, own):
         raise UserError(f"kv_router={kv_router!r}: the model has {own} key-value heads: give heads={own}, or none")
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    value = getattr(module, name, None)
+    return value is not None and value is not False
+
+
 def _own_window(model: PreTrainedModel, layer: int, module: Any) -> int | None:
     """The sliding window of a layer that has one of its own."""
     types = getattr(model.config, "layer_types", None)
     if types is not None:
-        return model.config.sliding_window if types[layer] != "full_attention" else None
+        return None if types[layer] == "full_attention" else getattr(model.config, "sliding_window", None) or 1
     return getattr(module, "sliding_window", None) or getattr(model.config, "sliding_window", None)
 
 
@@ -180,7 +197,7 @@ def _layers(given: Any, modules: Mapping[int, nn.Module], able: list[int], model
         if not able:
             raise UserError(
                 f"every layer of this {type(model).__name__} has a sliding window of its own "
-                f"({model.config.sliding_window} tokens): there is nothing far to route"
+                f"({getattr(model.config, 'sliding_window', None)} tokens): there is nothing far to route"
             )
         return able
     if isinstance(given, str | int) or not isinstance(given, Iterable):

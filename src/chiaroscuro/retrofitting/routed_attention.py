@@ -6,6 +6,7 @@ looks and who is kept was decided before, from what the module was given.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
 from chiaroscuro.layers.context import Spectra
+from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.registry import KEY_SIDE, build_kv_router
 from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
 from chiaroscuro.retrofitting.routed_cache import layer_of
@@ -54,7 +56,7 @@ class Forward:
     _read: Any = None
 
     def read_mask(
-        self, mask: Tensor | None, time: int
+        self, mask: Any, time: int
     ) -> tuple[Bool[Tensor, "batch keys"] | None, Int[Tensor, "batch time"] | None]:
         """Which tokens are real, and which document each belongs to, from the mask that a module was given.
 
@@ -67,14 +69,17 @@ class Forward:
         if mask is None:
             return None, None
         if self._last is None or self._last() is not mask:
+            if not isinstance(mask, Tensor):
+                raise UserError(f"a {type(mask).__name__} as mask: load the model with attn_implementation='sdpa'")
             self._last, self._read = ref(mask), _read_mask(mask, time)
         return self._read
 
+    def begin(self, input_ids: Tensor | None) -> None:
+        """A forward of the model begins."""
+        self.input_ids, self._last, self._read = input_ids, None, None
+
     def __deepcopy__(self, memo: Any) -> "Forward":
         return Forward()
-
-    def __reduce__(self) -> Any:
-        return Forward, ()
 
 
 def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
@@ -128,7 +133,7 @@ class Reach(nn.Module):
                 raise UserError(f"{type(router).__name__} scales what it routes, and is trained along: take another")
         self.shared = forward
         self.whole: dict[str, bool | None] = {"look": None, "kept": None}
-        self._ready = False
+        self._ready: set[str] = set()
         self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
@@ -142,7 +147,7 @@ class Reach(nn.Module):
     def replace(self, side: str, router: ScoreRouter) -> None:
         """Put another router in."""
         setattr(self, side, router)
-        self._ready = False
+        self._ready.discard(side)
 
     @contextmanager
     def given(self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None) -> Iterator[None]:
@@ -243,17 +248,30 @@ class Reach(nn.Module):
             if share in (0, 1):
                 decided.append(torch.full(x.shape[:2], bool(share), device=x.device))
                 continue
-            if not self._ready and (reason := router.unready()):
-                raise UserError(reason)
+            self._see_that_it_is_ready(side, router)
             if router.reads_entropy and entropy is None:
                 entropy = Spectra(x).entropy().float()
             given = x.new_zeros(x.shape[:2], dtype=torch.float32) if entropy is None else entropy
             decided.append(router(x, given, context).operator_index.bool())
-        self._ready = True
         looks, kept = decided
         if self.watched is not None:
             self.watched.append((looks, kept))
         return looks, kept
+
+    def _see_that_it_is_ready(self, side: str, router: ScoreRouter) -> None:
+        """Once: a score that was never fitted is an error, and thresholds that no data set a warning."""
+        if side in self._ready:
+            return
+        if reason := router.unready():
+            raise UserError(reason)
+        calibration = router.calibration
+        if not calibration.calibrated and not isinstance(router, RandomRouter):  # whose null is exact
+            warnings.warn(
+                f"layer {self.layer}, side {side}: the thresholds of a {type(router).__name__} are those of white "
+                f"noise, so its share is a guess; fit(model, batches, {side}=...) puts a fitted score in its place",
+                stacklevel=2,
+            )
+        self._ready.add(side)
 
     def extra_repr(self) -> str:
         """The window and the sinks."""

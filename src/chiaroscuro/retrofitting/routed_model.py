@@ -6,6 +6,7 @@ They are made from the classes that the model has, one each, when they are first
 from collections.abc import Mapping
 from functools import cache
 from numbers import Real
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -63,14 +64,15 @@ class RoutedModel(PreTrainedModel):
                 isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1
             ):
                 raise UserError(f"{name} {given!r}: must be a number from 0 to 1")
+        for reach in self.reaches.values():
+            for router in reach.routers.values():
+                router.calibration.check_present()
         for side, given in (("look", share), ("kept", kv_share)):
             if given is None:
                 continue
             getattr(self.config, FIELD)[SHARES[side][0]] = float(given)
             for i, own in self.layer_shares(side).items():
-                calibration = self.reaches[i].routers[side].calibration
-                calibration.check_present()
-                calibration.set_share(own)
+                self.reaches[i].routers[side].calibration.set_share(own)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -81,8 +83,10 @@ class RoutedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lies a module by which `trust_remote_code=True` finds this library."""
+        if not Path(save_directory).is_file():  # which the parent refuses in its own words
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_hub_module(save_directory)  # before all is uploaded, if that is asked for
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_hub_module(save_directory)
 
 
 class RoutedConfig(PreTrainedConfig):
@@ -177,10 +181,11 @@ def install(model: Any) -> None:
             for field, weights in SHARES.values()
         }
         reach = Reach(config.hidden_size, i, said | own, shared)
-        module.add_module(FIELD, reach.to(parameter.device))
+        module.add_module(FIELD, reach.to(parameter.device).train(module.training))
         module.config = ConfigView(config)
         module.__class__ = routed_attention_class(cast(Any, type(module)))
-    model._chiaroscuro_hook = model.register_forward_pre_hook(_Remember(shared), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(_Remember(shared), with_kwargs=True)
+    model.__dict__["_chiaroscuro_hook"] = hook
 
 
 class _Remember:
@@ -190,7 +195,7 @@ class _Remember:
         self.shared = shared
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.shared.input_ids = kwargs.get("input_ids", args[0] if args else None)
+        self.shared.begin(kwargs.get("input_ids", args[0] if args else None))
 
 
 def attention_modules(model: nn.Module) -> dict[int, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import Subset
@@ -114,6 +115,9 @@ def retrofit_copy(
     refuse_place(output)
     if target is not None and not 0 < target < 1:
         raise UserError(f"target {target:g}: must be more than 0 and less than 1, such as 0.01 for 1%")
+    for share, given in (("kept", kept), ("look", look)):
+        if not 0 < given < 1 and (share, given) != ("look", 1):
+            raise UserError(f"{share}={given:g}: must be a share of the tokens, more than 0 and less than 1")
     if rows < 10:
         raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
     console = console or Console(stderr=True)
@@ -124,6 +128,8 @@ def retrofit_copy(
         raise UserError(
             f"rows of {longest} tokens, and {name} reads {model.config.max_position_embeddings}: take shorter ones"
         )
+    for row in measured.needles:
+        Haystack(tokenizer).needle(row, 0.5, 0, keys=4)  # or an error, before all that takes time
     original = copy.deepcopy(model)
     entry: Any = "fitted"
     grouped = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
@@ -159,7 +165,7 @@ def retrofit_copy(
     with _saying(console, "needles"):
         found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
     with _saying(console, "speed and cache"):
-        found["costs"] = compare_costs(original, model, measured)
+        found["costs"] = compare_costs(original, model, tokens["validation"].tokens, measured)
     found |= {"shares": dict(model.config.chiaroscuro), "machine": machine()}
     save_whole(output, model, tokenizer, None)
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
@@ -308,12 +314,19 @@ def needles_found(
     return found
 
 
-def compare_costs(original: Any, model: Any, measured: Measured) -> list[dict[str, Any]]:
-    """By length: the cache as a part of the original's, and how many times faster prefill and decoding are."""
+def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> list[dict[str, Any]]:
+    """By length: the cache as a part of the original's, and how many times faster prefill and decoding are.
+
+    Args:
+        original: the model as it was.
+        model: the retrofitted one.
+        text: tokens, of which those at the beginning are read; how many are kept depends on what they say.
+        measured: how much to measure.
+
+    """
     rows = []
     for length in measured.costs:
-        ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
-        ids = ids.to(model.device)
+        ids = torch.from_numpy(np.resize(text[: 2**20], length).astype(np.int64))[None].to(model.device)
         row: dict[str, Any] = {"length": length, "cache": numbers_kept(model, ids) / numbers_kept(original, ids)}
         for kind, work in (("prefill", forward_pass), ("decoding", decoding)):
             if measured.seconds:

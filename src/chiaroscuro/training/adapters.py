@@ -39,11 +39,13 @@ def add_adapters(model: Any, rank: int) -> None:
 
 def merge_adapters(model: nn.Module) -> None:
     """Add what LoRA layers have learned to the weights that they stand around, and take them out; or do nothing."""
+    merged = False
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if hasattr(child, "lora_A") and hasattr(child, "base_layer"):
                 layer: Any = child
                 layer.merge()
                 setattr(module, name, layer.get_base_layer())
-    for parameter in model.parameters():
+                merged = True
+    for parameter in model.parameters() if merged else ():
         parameter.requires_grad_(True)

@@ -466,10 +466,23 @@ def _build_retrofitted(section: RetrofitSection, seed: int, tokenizer: Any) -> P
     model = load_checkpoint(section.checkpoint)
     if load_checkpoint_tokenizer(section.checkpoint).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"tokenizer is another one than that of model.checkpoint={section.checkpoint}; remove it")
+    _refuse_other_logits(model, section.checkpoint)
     set_seed(seed)
     if section.lora is not None:
         add_adapters(model, section.lora)
     return model
+
+
+@torch.no_grad()
+def _refuse_other_logits(model: PreTrainedModel, name: str) -> None:
+    """The divergence is of hidden states times the head's weights, which some models scale, cap or shift."""
+    ids = torch.arange(4)[None] % model.config.vocab_size
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(hidden @ cast(Any, model.get_output_embeddings()).weight.T, logits, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"model.checkpoint={name}: a {type(model).__name__} scales, caps or shifts its logits: it can't be healed"
+        )
 
 
 def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import move_whole, saying_why
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
-from chiaroscuro.retrofitting.without_routing import without_routing
+from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.training.adapters import merge_adapters
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
