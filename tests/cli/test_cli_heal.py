@@ -14,6 +14,7 @@ from byte_tokenizer import byte_tokenizer
 from chiaroscuro import fit, retrofit
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.retrofitting.whole import without_routing
+from chiaroscuro.training import Recipe
 from chiaroscuro.training.distillation import kl_divergence
 from decoders import build
 from small_runs import WORDS
@@ -149,6 +150,13 @@ def test_a_mistake_is_one_line(
     assert code == 2 and complaint in err and not out, err
     assert err.strip().count("\n") <= 1
     assert not (tmp_path / "run/model").exists()
+
+
+def test_the_recipe_for_smollm2_is_valid(places: tuple[Path, Path]) -> None:
+    file = Path(__file__).parents[2] / "recipes/heal/smollm2.yaml"
+    read = Recipe.load(file, [f"model.checkpoint={places[0]}"])
+    assert read.data.options["source"] == "python-docs" and read.data.task == "retrieval" and read.distill is not None
+    assert read.courses(200)["kv_share"].after(66) == 0.25 and read.courses(200)["kv_share"].during(1) == 1.0
 
 
 def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from chiaroscuro.studies.sweep import Sweep
 from chiaroscuro.training import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(path.relative_to(RECIPES) for path in RECIPES.rglob("*.yaml"))
+# A recipe that heals reads the folder of a retrofitted model: see tests/cli/test_cli_heal.py.
+FILES = sorted(path.relative_to(RECIPES) for path in RECIPES.rglob("*.yaml") if path.parent.name != "heal")
 
 
 def sources(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_models import VOCABULARY, WIDTH, Switches, build, shrunk, tokens
 from torch import Tensor, nn
@@ -104,6 +104,8 @@ def test_sparse_equals_dense_with_every_gradient(router: str, training: bool, pr
     @given(case=cases)
     def holds(case: dict[str, Any]) -> None:
         width = case["heads"] * case["head_width"]
+        # A norm of two features divides by their difference, which takes float32's rounding beyond the bound.
+        assume(precision == "float64" or width > 2)
         models = pair(
             hidden_size=width,
             num_attention_heads=case["heads"],
