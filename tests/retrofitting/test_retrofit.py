@@ -247,6 +247,18 @@ def test_assisted_generation_is_greedy(options: dict[str, Any]) -> None:
     assert torch.equal(routed.generate(tokens, max_new_tokens=20, do_sample=False, **given), wanted)
 
 
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(8, 2, 40)
+    wanted = routed(tokens).logits[:, 30:]
+    cache = routed(tokens[:, :30], use_cache=True).past_key_values
+    routed(ids(9, 2, 7), past_key_values=cache)
+    cache.crop(-7)
+    assert cache.get_seq_length() == 30 and cache.layers[1].get_mask_sizes(10) == (40, 0)
+    found = routed(tokens[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
 # Saving and loading
 
 
