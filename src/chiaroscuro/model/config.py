@@ -26,7 +26,7 @@ from chiaroscuro.layers.operator import hosts, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import Entry, key_side, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
-from chiaroscuro.model.spread import spread
+from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.spectral import Spectrum
 
 ClassifierPooling = Literal["mean", "last"]
@@ -58,7 +58,7 @@ _INTEGERS = _POSITIVE[:-1]
 _LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "intermediate_size": 2**26}
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "kv_share", "hidden_dropout", "attention_dropout")
-_SPREADS = {"attention_share": "attention_spread", "kv_share": "kv_spread"}
+_SPREADS = dict(SPREADS.values())
 # What transformers itself passes to a config's constructor, beside the fields: they are not the user's to misspell.
 _LIBRARY_FIELDS = frozenset(PreTrainedConfig().to_dict()) | {
     "_commit_hash",

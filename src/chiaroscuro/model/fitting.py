@@ -34,6 +34,7 @@ from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention, lowered
 from chiaroscuro.model.modeling import ChiarForCausalLM
+from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.ops import linear_cross_entropy
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
@@ -73,9 +74,6 @@ _FIELDS = (
     "calibration",
     "entropy_thresholds",
 )
-
-
-_SPREADS = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def fit(
     if budget is not None:
         if look is not None or kept is not None:
             raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
-        _check_share("budget", budget)
+        check_share("budget", budget)
         look, kept, spread = budget, budget, True
     sides = _check(model, look, kept, both=budget is None)
     look, kept = (share if side in dict(sides) else None for side, share in (("look", look), ("kept", kept)))
@@ -259,7 +257,7 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tu
     if look is None and kept is None:
         raise UserError("nothing to fit: give look, the share that looks far, kept, the share that is kept, or both")
     for name, share in (("look", look), ("kept", kept)):
-        _check_share(name, share)
+        check_share(name, share)
     found = []
     for i, block in enumerate(model.trunk.blocks):
         routers = {"look": block.router if look is not None else None}
@@ -280,7 +278,8 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tu
     return found
 
 
-def _check_share(name: str, share: Any) -> None:
+def check_share(name: str, share: Any) -> None:
+    """Raise a UserError if this is neither None nor a share of the tokens, more than 0 and less than 1."""
     if share is None or (not isinstance(share, bool) and isinstance(share, int | float) and 0 < share < 1):
         return
     raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
@@ -696,7 +695,7 @@ def _spread(config: ChiarConfig, harms: Mapping[tuple[str, int], float]) -> dict
     The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
     """
     shares: dict[tuple[str, int], float] = {}
-    for side, (field, weights) in _SPREADS.items():
+    for side, (field, weights) in SPREADS.items():
         own = {i: math.sqrt(max(harm, 0.0)) for (name, i), harm in harms.items() if name == side}
         if own:
             setattr(config, weights, [own.get(i, 0.0) for i in range(len(config.menus))])

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+SPREADS = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
+"""By side, the fields of its mean share, and of the weights by which that is spread over the layers."""
+
 
 def spread(weights: Sequence[float], mean: float) -> list[float]:
     """Shares of this mean in proportion to the weights, but a quarter of the mean at least and 1 at most.

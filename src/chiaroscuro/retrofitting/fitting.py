@@ -20,11 +20,12 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, with_target
+from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, check_share, with_target
 from chiaroscuro.model.fitting import fit as fit_chiar
+from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
-from chiaroscuro.retrofitting.routed_model import FIELD, SHARES, RoutedModel, attention_modules
+from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
 from chiaroscuro.retrofitting.whole import without_routing
 
 Batch = Tensor | Mapping[str, Any]
@@ -72,7 +73,7 @@ def fit(
         look = kept = budget
     said = getattr(model.config, FIELD)
     shares = {"look": look, "kept": kept}
-    for side, (field, _) in SHARES.items():
+    for side, (field, _) in SPREADS.items():
         fitted = all(isinstance(reach.routers[side], FittedRouter) for reach in model.reaches.values())
         if shares[side] is None and fitted and 0 < said[field] < 1:
             shares[side] = said[field]
@@ -95,8 +96,7 @@ def _check(model: RoutedModel, shares: Mapping[str, Any], batches: list[Batch]) 
     if all(share is None for share in shares.values()):
         raise UserError("nothing to fit: all look and all are kept; give look, kept, or a budget")
     for side, share in shares.items():
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
-            raise UserError(f"{side}={share!r}: must be a share of the tokens, more than 0 and less than 1")
+        check_share(side, share)
     if len(batches) < 2:
         raise UserError(f"{len(batches)} batches to fit on: give two or more, of which the last are held out")
     for batch in batches:
@@ -206,7 +206,7 @@ class _Fitting:
         """Measure the gains, fit in turn, and spread the shares."""
         said = getattr(self.model.config, FIELD)
         for side in self.shares:
-            field, weights = SHARES[side]
+            field, weights = SPREADS[side]
             said[field], said[weights] = self.shares[side], None
             said["router" if side == "look" else "kv_router"] = self.entries[side]
         with without_routing(self.model):
@@ -304,7 +304,7 @@ class _Fitting:
                     harms[side, i] += float(F.kl_div(log_q, theirs, reduction="sum", log_target=True))
         for side in self.shares:
             roots = [math.sqrt(max(harms[side, i] / max(count, 1), 0.0)) for i in self.reaches]
-            getattr(self.model.config, FIELD)[SHARES[side][1]] = roots
+            getattr(self.model.config, FIELD)[SPREADS[side][1]] = roots
             for i, share in self.model.layer_shares(side).items():
                 results[side, i] = replace(results[side, i], share=share, harm=harms[side, i] / max(count, 1))
 

@@ -24,7 +24,7 @@ from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
 from chiaroscuro.layers.context import Spectra
 from chiaroscuro.layers.random_router import RandomRouter
-from chiaroscuro.layers.registry import KEY_SIDE, build_kv_router
+from chiaroscuro.layers.registry import build_kv_router
 from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
 from chiaroscuro.retrofitting.routed_cache import layer_of
 
@@ -381,6 +381,3 @@ def attend_routed(
 
 
 AttentionInterface.register(IMPLEMENTATION, attend_routed)
-
-SIDES = {"look": LOOK_SIDE, "kept": KEY_SIDE}
-"""What each side's router chooses between."""

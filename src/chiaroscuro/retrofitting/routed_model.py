@@ -16,14 +16,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Router, Thresholds
-from chiaroscuro.model.spread import spread
+from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, Reach, RoutedAttention
 
 FIELD = "chiaroscuro"
 """The name of the configuration's field, and of a module's child."""
-
-SHARES = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
-"""By side, the names of its mean share, and of the weights by which that is spread over the layers."""
 
 
 class RoutedModel(PreTrainedModel):
@@ -40,7 +37,7 @@ class RoutedModel(PreTrainedModel):
 
     def layer_shares(self, side: str, mean: float | None = None) -> dict[int, float]:
         """The share of each routed layer, of a side, at a mean share; the present one unless given."""
-        field, weights = SHARES[side]
+        field, weights = SPREADS[side]
         said = getattr(self.config, FIELD)
         mean = said[field] if mean is None else mean
         layers = list(self.reaches)
@@ -70,7 +67,7 @@ class RoutedModel(PreTrainedModel):
         for side, given in (("look", share), ("kept", kv_share)):
             if given is None:
                 continue
-            getattr(self.config, FIELD)[SHARES[side][0]] = float(given)
+            getattr(self.config, FIELD)[SPREADS[side][0]] = float(given)
             for i, own in self.layer_shares(side).items():
                 self.reaches[i].routers[side].calibration.set_share(own)
 
@@ -178,7 +175,7 @@ def install(model: Any) -> None:
         parameter = next(module.parameters())
         own = {
             field: spread(said[weights] or [1.0] * len(said["layers"]), said[field])[place]
-            for field, weights in SHARES.values()
+            for field, weights in SPREADS.values()
         }
         reach = Reach(config.hidden_size, i, said | own, shared)
         module.add_module(FIELD, reach.to(parameter.device).train(module.training))

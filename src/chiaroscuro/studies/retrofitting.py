@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def retrofit_copy(
         with _saying(console, f"the least share that costs at most {target:.1%}"):
             found["tried"] = _least(model, blocks, before.loss, target)
     with _saying(console, "perplexity of the copy"):
-        found |= compare_text(original, model, blocks, window, before.figures())
+        found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):
         found["controls"] = compare_controls(original, model, blocks)
     with _saying(console, "needles"):
@@ -187,7 +188,7 @@ def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[
     while low < high:
         middle = (low + high) // 2
         model.set_attention_share(kv_share=TRIED[middle])
-        rise = float(torch.tensor(evaluate_blocks(model, blocks, batch_size=1).loss - loss).expm1())
+        rise = math.expm1(evaluate_blocks(model, blocks, batch_size=1).loss - loss)
         tried.append({"kv_share": TRIED[middle], "rise": rise})
         low, high = (low, middle) if rise <= target else (middle + 1, high)
     if low == len(TRIED):
@@ -200,11 +201,8 @@ def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[
 
 
 @torch.no_grad()
-def compare_text(
-    original: PreTrainedModel, model: Any, blocks: Any, window: int, before: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def compare_text(before: dict[str, Any], model: Any, blocks: Any, window: int) -> dict[str, Any]:
     """Perplexity before and after, by position and on recall tokens; and whom the copy routed."""
-    before = before or evaluate_blocks(original, blocks, batch_size=1, window=window).figures()
     with watching(model) as seen:
         after = evaluate_blocks(model, blocks, batch_size=1, window=window).figures()
     return {"before": before, "after": after, "looked": seen.look, "kept": seen.kept}
