@@ -8,7 +8,7 @@ from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.reach_state import Entries, ReachState
 from chiaroscuro.ops.attention import AttentionImplementation, attend_to_all
-from chiaroscuro.ops.reach_attention import reach_attention, reach_attention_by_rows
+from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_attention, reach_attention_by_rows, reach_mask
 
 
 def attend_near_and_far(
@@ -115,6 +115,49 @@ def attend_from_newest(
         vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
         mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation, softcap)
     return mixed.view_as(query)
+
+
+@torch.no_grad()
+def gains_from_far(
+    query: Float[Tensor, "batch heads time head_width"],
+    key: Float[Tensor, "batch key_heads time head_width"],
+    value: Float[Tensor, "batch key_heads time head_width"],
+    slope: Float[Tensor, "batch heads time head_width"],
+    context: Context,
+    window: int,
+    sinks: int,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]]:
+    """What the loss loses by each token that looks, and by each that is kept: `gains_of_pairs` of every row.
+
+    0 where there is nothing beyond the window, or nobody who could see the token, and at padding.
+
+    Args:
+        query: of all tokens, rotated.
+        key: likewise.
+        value: likewise.
+        slope: ∂L/∂o of the heads' outputs where nothing far is seen.
+        context: which tokens are real, and of which document; without a cache.
+        window: w.
+        sinks: s.
+        softcap: as of `reach_attention`.
+
+    """
+    tokens = query.transpose(1, 2)
+    everything = PackedTokens.all_of(tokens, context.segments)
+    real = PackedTokens.real_of(tokens, context.real(tokens.shape[1]), context.segments)
+    places = everything.ordinals(real).view(tokens.shape[:2]) - 1
+    look, kept = [], []
+    for row in range(len(query)):  # queries × keys are held for one row at a time
+        i, chosen, nobody = places[row], real.chosen[row], torch.zeros_like(real.chosen[row])
+        seen = chosen & chosen[:, None] & (i <= i[:, None])
+        if context.segments is not None:
+            seen = seen & (context.segments[row, :, None] == context.segments[row])
+        near = seen & reach_mask(i, i, nobody, nobody, window, sinks)
+        gains = gains_of_pairs(query[row], key[row], value[row], slope[row], near, seen & ~near, softcap)
+        look.append(gains[0])
+        kept.append(gains[1].T)
+    return torch.stack(look), torch.stack(kept)
 
 
 def _attend_to_slots(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
+from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Count, Operator, Work
@@ -18,7 +18,7 @@ from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
 from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
-from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
+from chiaroscuro.ops.reach_attention import reach_mask
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class SelfAttention(Operator):
         context: Context,
         slope: Float[Tensor, "batch time width"],
     ) -> Float[Tensor, "batch time key_heads"] | None:
-        """What the loss loses if a token is seen from far, in nats, to first order: `gains_of_pairs`.
+        """What the loss loses if a token is seen from far, in nats, to first order: `gains_from_far`.
 
         The sum over the queries that have it beyond their window, and over the heads that share a key; 0 where nobody
         could see it, and at padding.
@@ -305,22 +305,12 @@ class SelfAttention(Operator):
             slope: ∂L/∂y of the operator's output y where nothing far is seen.
 
         """
-        real = context.real(x.shape[1])
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-        table, places = self._rotary(x, context), self._places(x, real, context)
+        table = self._rotary(x, context)
         query = rotate(_split(self.q_proj(x), self.heads), table)
         key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
-        value = _split(self.v_proj(x), self.key_value_heads)
-        slopes = _split(slope @ self.out_proj.weight, self.heads)
-        gains = []
-        for row in range(len(x)):  # queries × keys are held for one row at a time
-            i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
-            seen = real[row] & (j <= i) & real[row, :, None]
-            if context.segments is not None:
-                seen = seen & (context.segments[row, :, None] == context.segments[row])
-            near = seen & reach_mask(places[row], places[row], none, none, self.options.window or 1, self.options.sinks)
-            gains.append(gains_of_pairs(query[row], key[row], value[row], slopes[row], near, seen & ~near)[1].T)
-        return torch.stack(gains)
+        value, slopes = _split(self.v_proj(x), self.key_value_heads), _split(slope @ self.out_proj.weight, self.heads)
+        window, sinks = self.options.window or 1, self.options.sinks
+        return gains_from_far(query, key, value, slopes, context, window, sinks)[1]
 
     @property
     def _dropout(self) -> float:

@@ -21,11 +21,10 @@ from transformers.cache_utils import Cache
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
-from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far
+from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.context import Spectra
 from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.registry import build_kv_router
-from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_mask
 from chiaroscuro.retrofitting.routed_cache import layer_of
 
 IMPLEMENTATION = "chiaroscuro"
@@ -302,26 +301,10 @@ class Probe:
     def gains(
         self, slope: Float[Tensor, "batch time heads head_width"]
     ) -> dict[str, Float[Tensor, "batch time side_heads"]]:
-        """By side, what the loss loses by each token that looks, or is kept: see `gains_of_pairs`."""
-        real = self.real
-        places = (real.cumsum(1) - 1).clamp(min=0)
-        sides: dict[str, list[Tensor]] = {"look": [], "kept": []}
-        for row in range(len(real)):
-            i, j, none = places[row, :, None], places[row], torch.zeros_like(real[row])
-            seen = real[row] & (j <= i) & real[row, :, None]
-            near = seen & reach_mask(places[row], places[row], none, none, self.window, self.sinks)
-            query, key, value, slopes = (x[row].transpose(0, 1) for x in (*self.parts, slope))
-            look, kept = gains_of_pairs(query, key, value, slopes, near, seen & ~near, self.softcap)
-            sides["look"].append(look[:, None])
-            sides["kept"].append(kept.T)
-        return {side: torch.stack(gains) for side, gains in sides.items()}
-
-    @property
-    def real(self) -> Bool[Tensor, "batch time"]:
-        """Which tokens are real."""
-        query = self.parts[0]
-        real = self.context.real(query.shape[1])
-        return torch.ones(query.shape[:2], dtype=torch.bool, device=query.device) if real is None else real
+        """By side, what the loss loses by each token that looks, or is kept: see `gains_from_far`."""
+        query, key, value, slopes = (x.transpose(1, 2) for x in (*self.parts, slope))
+        look, kept = gains_from_far(query, key, value, slopes, self.context, self.window, self.sinks, self.softcap)
+        return {"look": look[..., None], "kept": kept}
 
 
 class RoutedAttention(nn.Module):
