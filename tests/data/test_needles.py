@@ -1,6 +1,7 @@
 """Rows with needles and copies, for any tokenizer."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import UserError
+from chiaroscuro.data import load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import NAMES, NOISE, Haystack
+from chiaroscuro.data.tasks.retrieval import MixedRows
 
 TOKENIZER = byte_tokenizer()
 TEXT = torch.tensor(TOKENIZER("light and dark, and what the light has left is dark. " * 200)["input_ids"])
@@ -72,3 +75,17 @@ def test_the_mixture_is_of_all_kinds_and_of_its_seed() -> None:
 def test_mistakes(call: object, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         call()  # type: ignore[operator]
+
+
+def test_of_a_training_row_with_a_needle_or_a_copy_only_what_is_far_is_predicted(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("light and dark, and what the light has left is dark. " * 200)
+    tokens = tokenize_corpus(load_corpus(str(tmp_path)), TOKENIZER)["train"]
+    rows = MixedRows(tokens, TOKENIZER, 600, 0)
+    haystack = Haystack(TOKENIZER, torch.from_numpy(tokens.tokens.astype("int64")))
+    for number in range(8):
+        row, drawn = rows[number], haystack.row(number, 601, 0)
+        assert torch.equal(row["input_ids"], drawn.input_ids[:-1])
+        predicted = row["shift_labels"] != -100
+        assert int(predicted.sum()) == (drawn.answer or 600)
+        assert torch.equal(row["shift_labels"][predicted], drawn.input_ids[-(drawn.answer or 600) :])

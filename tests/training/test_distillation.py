@@ -4,8 +4,10 @@ The oracles: `torch.nn.functional.kl_div` on whole logits in float64, with autog
 divergence between two copies of its model, one of which sends every token to attention by the public dial.
 """
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,14 +24,16 @@ from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.training import Recipe, TrainingInterrupted, distillation, read_records
 from chiaroscuro.training.distillation import kl_divergence
+from chiaroscuro.training.recipe import DistillSection
+from chiaroscuro.training.trainer import RunTrainer
 
 DRY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
 
 
-def plainly(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def plainly(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float, weights: Tensor) -> Tensor:
     log_q = (student @ weight.T / temperature).log_softmax(-1)
     p = (teacher @ weight.detach().T / temperature).softmax(-1)
-    return F.kl_div(log_q, p, reduction="sum")
+    return (weights * F.kl_div(log_q, p, reduction="none").sum(-1)).sum()
 
 
 @given(
@@ -38,10 +42,11 @@ def plainly(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float
     vocabulary=st.integers(2, 7),
     temperature=st.floats(0.2, 5),
     chunk=st.integers(1, 4),
+    weighted=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_the_divergence_and_its_gradients(
-    tokens: int, width: int, vocabulary: int, temperature: float, chunk: int, seed: int
+    tokens: int, width: int, vocabulary: int, temperature: float, chunk: int, weighted: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,11 +54,11 @@ def test_the_divergence_and_its_gradients(
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     student, weight = draw(tokens, width), draw(vocabulary, width)
-    teacher = draw(tokens, width).detach()
+    teacher, weights = draw(tokens, width).detach(), draw(tokens).detach().exp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "CHUNK", chunk)
-        ours = kl_divergence(student, teacher, weight, temperature)
-    expected = plainly(student, teacher, weight, temperature)
+        ours = kl_divergence(student, teacher, weight, temperature, weights if weighted else None)
+    expected = plainly(student, teacher, weight, temperature, weights if weighted else torch.ones_like(weights))
     torch.testing.assert_close(ours, expected)
     assert ours >= -1e-12
     ours_of, theirs_of = (torch.autograd.grad(3 * x, [student, weight]) for x in (ours, expected))
@@ -143,9 +148,11 @@ def mean_divergence(path: Path, content: dict[str, Any], count: int, temperature
     return torch.cat(found).mean().item()
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "more"), [(4, 1, {}), (2, 2, {}), (2, 2, {"cross_entropy": 0.0, "by_row": True})]
+)
 def test_what_is_recorded_is_the_mean_divergence_and_the_loss_without_it(
-    content: dict[str, Any], run: Go, tmp_path: Path, batch: int, accumulation: int
+    content: dict[str, Any], run: Go, tmp_path: Path, batch: int, accumulation: int, more: dict[str, Any]
 ) -> None:
     blocks, _ = blocks_of(content, "train")
     steps = len(blocks) // 4
@@ -157,7 +164,7 @@ def test_what_is_recorded_is_the_mean_divergence_and_the_loss_without_it(
     first, _ = run(model=model, trainer=content["trainer"] | learned)
     trainer |= {"init_from": str(first.folder)}
     plain, _ = run(model=model, trainer=trainer | {"output_dir": str(tmp_path / "plain")})
-    result, printed = run(model=model, trainer=trainer, distill={"weight": 3.0, "temperature": 2.0})
+    result, printed = run(model=model, trainer=trainer, distill={"weight": 3.0, "temperature": 2.0, **more})
     records = trained(result.folder)
     expected = mean_divergence(result.model, content, steps * 4, temperature=2.0)
     assert expected > 1e-4
@@ -184,6 +191,23 @@ def test_it_is_learned(run: Go, tmp_path: Path) -> None:
         result, _ = run(model=DRY, distill={"weight": weight}, trainer__output_dir=folder, trainer__steps=40)
         last[weight] = trained(result.folder)[-1]["kl"]
     assert last[30.0] < 0.7 * last[1e-9]
+
+
+def test_by_row_a_row_of_few_predictions_counts_as_much_as_one_of_many() -> None:
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randint(5, (2, 6))
+    labels[0, :5] = -100
+    head = torch.nn.Linear(4, 5, bias=False)
+    trainer = SimpleNamespace(
+        run=SimpleNamespace(distill=DistillSection(by_row=True)),
+        args=SimpleNamespace(world_size=1, gradient_accumulation_steps=2),
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+        model=SimpleNamespace(get_output_embeddings=lambda: head),
+    )
+    found = RunTrainer._divergence(cast(Any, trainer), student, teacher, labels, None)
+    log_q, log_p = (head(x).log_softmax(-1) for x in (student, teacher))
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(found, (each[0, 5] + each[1].mean()) / 2 / 2)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Row:
 
     Attributes:
         input_ids: the tokens.
-        answer: how many tokens at the end are the answer; 0 for a row without one.
+        answer: how many tokens at the end only what is far tells, an answer or what is said again; 0 for a plain text.
 
     """
 
@@ -102,7 +102,7 @@ class Haystack:
         again = length // 4
         passage = self._passage(length - again, random)
         start = random.randrange(max(1, (len(passage) - again) * 3 // 4))
-        return Row(torch.tensor(passage + passage[start : start + again]), 0)
+        return Row(torch.tensor(passage + passage[start : start + again]), again)
 
     def passage(self, length: int, seed: int) -> Row:
         """A passage of the text."""

@@ -42,6 +42,7 @@ class Interval(BaseModel):
         seconds: The seconds trained until then.
         loss: Sum over the steps since then, mean over the processes.
         divergence: Of distillation, sum over the steps of the mean KL, mean over the processes.
+        uncounted: Of distillation, sum of the part of the cross-entropies that the loss does not count; likewise.
         collapse_term: Sum of what the collapse penalty took off these losses.
         beside: Of mixed training, task and figures of every second forward.
     """
@@ -50,6 +51,7 @@ class Interval(BaseModel):
     seconds: float = 0.0
     loss: float = 0.0
     divergence: float = 0.0
+    uncounted: float = 0.0
     collapse_term: float = 0.0
     beside: list[tuple[str, dict[str, float]]] = Field(default_factory=list)
 

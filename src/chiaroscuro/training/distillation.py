@@ -19,8 +19,9 @@ def kl_divergence(
     teacher: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocabulary width"],
     temperature: int | float = 1.0,
+    weights: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ_t KL(p_t ‖ q_t) in nats, p_t = softmax(teacher_t Wᵀ / T) and q_t = softmax(student_t Wᵀ / T).
+    """Σ_t w_t KL(p_t ‖ q_t) in nats, p_t = softmax(teacher_t Wᵀ / T) and q_t = softmax(student_t Wᵀ / T).
 
     The gradient reaches the student and, through q alone, the head's weights: what the teacher says is given. Products
     are in the inputs' type, or autocast's; all else is in float32 at least.
@@ -30,21 +31,24 @@ def kl_divergence(
         teacher: The same for the model to learn from.
         weight: The head's weights, which both share.
         temperature: T, above 0.
+        weights: w, 1 unless given.
 
     Raises:
         RuntimeError: In a second backward: the gradients have no graph.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
     """
-    sum_of_all: Tensor = _Divergence.apply(student, teacher, weight, temperature)
+    sum_of_all: Tensor = _Divergence.apply(student, teacher, weight, temperature, weights)
     return sum_of_all
 
 
 class _Divergence(torch.autograd.Function):
-    """The sum and its gradients, (q − p) W / T and (q − p)ᵀ h / T, in one pass."""
+    """The sum and its gradients, w (q − p) W / T and w (q − p)ᵀ h / T, in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, temperature: float, weights: Tensor | None
+    ) -> Tensor:
         device = student.device.type
         narrows = torch.is_autocast_enabled(device) and student.dtype != torch.float64
         product_type = torch.get_autocast_dtype(device) if narrows else student.dtype
@@ -62,8 +66,11 @@ class _Divergence(torch.autograd.Function):
                     for hidden in (teacher[chunk].to(product_type), h)
                 )
                 p = log_p.exp()
-                total += (p * log_p.sub_(log_q)).sum()
-                error = log_q.exp_().sub_(p).div_(temperature).to(product_type)
+                divergence, error = (p * log_p.sub_(log_q)).sum(1), log_q.exp_().sub_(p).div_(temperature)
+                if weights is not None:
+                    divergence, error = divergence * weights[chunk], error.mul_(weights[chunk, None])
+                total += divergence.sum()
+                error = error.to(product_type)
                 if to_student is not None:
                     to_student[chunk] = error @ head
                 if to_weight is not None:
@@ -75,4 +82,4 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_student, to_weight = (None if x is None else x * grad for x in ctx.saved_tensors)
-        return to_student, None, to_weight, None
+        return to_student, None, to_weight, None, None

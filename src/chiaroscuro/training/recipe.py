@@ -296,9 +296,13 @@ class DistillSection(Section):
 
     The loss gets weight · T² · KL(p ‖ q), mean over the predictions: q is what the model predicts, p what the same
     weights predict with every token at attention, all of them kept and without dropout, both at temperature T. No
-    gradient goes through p. The factor T² keeps the size of the gradient (arXiv 1503.02531).
+    gradient goes through p. The factor T² keeps the size of the gradient (arXiv 1503.02531). With `by_row` it is the
+    mean over the rows of each row's own mean: a row of which little is predicted, such as a needle's answer, counts as
+    much as one of which everything is. The text's own cross-entropy counts `cross_entropy` times.
     """
 
+    cross_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    by_row: bool = False
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
@@ -437,13 +441,13 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _as_healing_is(cls, content: Any) -> Any:
-        """Of a retrofitted model: its own tokenizer, rows with needles, and its full-attention self to learn from."""
+        """Of a retrofitted model: its own tokenizer, rows with needles, and its full-attention self as teacher."""
         if not isinstance(content, Mapping) or _architecture(content.get("model")) != "retrofit":
             return content
         data = content.get("data")
         data = {"task": "retrieval", **data} if isinstance(data, Mapping) else data or {"task": "retrieval"}
         checkpoint = content["model"].get("checkpoint") if isinstance(content["model"], Mapping) else None
-        return {"distill": {}, "tokenizer": checkpoint, **content, "data": data}
+        return {"distill": {"cross_entropy": 0.0, "by_row": True}, "tokenizer": checkpoint, **content, "data": data}
 
     @model_validator(mode="before")
     @classmethod

@@ -204,7 +204,8 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _facts(self) -> Facts:
-        sums = {name: self._mean_over_processes(getattr(self.run.interval, name)) for name in ("loss", "divergence")}
+        names = ("loss", "divergence", "uncounted")
+        sums = {name: self._mean_over_processes(getattr(self.run.interval, name)) for name in names}
         interval = self.run.interval.model_copy(update=sums)
         return self.run.facts.model_copy(update={"seconds": self.run.clock.seconds, "interval": interval})
 
@@ -251,12 +252,13 @@ class RunTrainer(Trainer):
             inputs["output_hidden_states"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.run.distill is not None and teacher is not None:
-            predicted = inputs["shift_labels"] != IGNORED
-            # The loss, too, is divided by the items of all processes and multiplied by the processes.
-            part = self.args.world_size / num_items_in_batch
-            divergence = part * self._divergence(outputs.hidden_states[-1][predicted], teacher[predicted])
-            loss = loss + self.run.distill.factor * divergence
+            divergence = self._divergence(
+                outputs.hidden_states[-1], teacher, inputs["shift_labels"], num_items_in_batch
+            )
+            uncounted = (1 - self.run.distill.cross_entropy) * loss
+            loss = loss - uncounted + self.run.distill.factor * divergence
             interval.divergence += divergence.item()
+            interval.uncounted += uncounted.item()
         interval.collapse_term += self._part_of_step() * _collapse_term(outputs)
         if drawn is not None:
             # The Trainer multiplies by the processes what was divided by the items of all of them, as the text's loss
@@ -278,11 +280,19 @@ class RunTrainer(Trainer):
             hidden: Tensor = self.model.base_model(**given, use_cache=False).last_hidden_state
             return hidden
 
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _divergence(self, student: Tensor, teacher: Tensor, labels: Tensor, items: Any) -> Tensor:
+        """A micro-batch's part of the mean KL of its step; the Trainer takes the mean over the processes."""
         assert self.run.distill is not None  # the caller's question
+        predicted = labels != IGNORED
+        if self.run.distill.by_row:
+            by_row = predicted / (predicted.sum(1, keepdim=True).clamp(min=1) * len(labels))
+            weights = by_row[predicted] / self.args.gradient_accumulation_steps
+        else:
+            # The loss, too, is divided by the items of all processes and multiplied by the processes.
+            weights = torch.full((), self.args.world_size / items, device=labels.device).expand(int(predicted.sum()))
         with self.accelerator.autocast():
             head = self.model.get_output_embeddings().weight
-            return kl_divergence(student, teacher, head, self.run.distill.temperature)
+            return kl_divergence(student[predicted], teacher[predicted], head, self.run.distill.temperature, weights)
 
     def _part_of_step(self) -> float:
         """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""
@@ -304,6 +314,7 @@ class RunTrainer(Trainer):
         if self.run.distill is not None:
             divergence = {"kl": self._mean_over_processes(interval.divergence) / steps}
             added += self.run.distill.factor * divergence["kl"] * steps
+            added -= self._mean_over_processes(interval.uncounted)
         record: dict[str, Any] = {
             **self._place("train"),
             "tokens_per_second": steps * self.run.tokens_per_step / max(seconds - interval.seconds, 1e-9),

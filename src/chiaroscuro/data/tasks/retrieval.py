@@ -12,6 +12,7 @@ from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.data.tokens import TokenFile
 from chiaroscuro.errors import UserError
+from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
 MOST_TEXT = 2**24
 """Tokens of a text, from its beginning, that passages are taken from."""
@@ -21,7 +22,7 @@ MOST_TEXT = 2**24
 class Retrieval(LanguageModelling):
     """A corpus, of whose training rows five in eight hold needles or copies: see `Haystack.row`.
 
-    It is validated on the text alone.
+    Of these the answers alone are predicted, and of a copy what is said again. It is validated on the text alone.
 
     Args:
         source: see `LanguageModelling`.
@@ -65,5 +66,9 @@ class MixedRows(Dataset[dict[str, Int[Tensor, " length"]]]):
         """`input_ids`, `labels` and `shift_labels` of a row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = self.haystack.row(index, self.length + 1, self.seed).input_ids
-        return {"input_ids": row[:-1], "labels": row[:-1], "shift_labels": row[1:]}
+        drawn = self.haystack.row(index, self.length + 1, self.seed)
+        row = drawn.input_ids
+        labels = row.clone()
+        if drawn.answer:
+            labels[: -drawn.answer] = IGNORED
+        return {"input_ids": row[:-1], "labels": labels[:-1], "shift_labels": labels[1:]}
