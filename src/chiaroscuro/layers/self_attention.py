@@ -152,14 +152,24 @@ class SelfAttention(Operator):
                 raise ValueError("a cache in the 'routed' context holds the routed tokens alone: use sparse execution")
             real = context.real(x.shape[1])
             mask = context.mask_over(context.routed if real is None else context.routed & real, x.shape[1])
-        table = self._rotary(x, context)
-        query = rotate(_split(self.q_proj(x), self.heads), table)
-        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
-        value = _split(self.v_proj(x), self.key_value_heads)
+        query, key, value = self.projected(x, context)
         if context.state is not None:
             key, value = context.state.update(key, value)
         mixed = attend(query, key, value, mask, self._dropout, context.implementation)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def projected(
+        self, x: Float[Tensor, "batch time width"], context: Context
+    ) -> tuple[
+        Float[Tensor, "batch heads time head_width"],
+        Float[Tensor, "batch key_heads time head_width"],
+        Float[Tensor, "batch key_heads time head_width"],
+    ]:
+        """Queries and keys, rotated, and values of all tokens."""
+        table = self._rotary(x, context)
+        query = rotate(_split(self.q_proj(x), self.heads), table)
+        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
+        return query, key, _split(_gated(self.v_proj(x), context.kept_scale), self.key_value_heads)
 
     def mix_packed(
         self, x: Float[Tensor, "batch time width"], tokens: PackedTokens, context: Context
@@ -202,10 +212,7 @@ class SelfAttention(Operator):
         if state is not None or not masked:
             tokens = PackedTokens.real_of(x, context.real(x.shape[1]), context.segments)
             return tokens.put_in(torch.zeros_like(x), self._mix_packed_near_and_far(x, tokens, context))
-        table = self._rotary(x, context)
-        query = rotate(_split(self.q_proj(x), self.heads), table)
-        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
-        value = _split(_gated(self.v_proj(x), context.kept_scale), self.key_value_heads)
+        query, key, value = self.projected(x, context)
         mixed = attend(query, key, value, self._mask(x, context), self._dropout, context.implementation)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -305,10 +312,8 @@ class SelfAttention(Operator):
             slope: ∂L/∂y of the operator's output y where nothing far is seen.
 
         """
-        table = self._rotary(x, context)
-        query = rotate(_split(self.q_proj(x), self.heads), table)
-        key = rotate(_split(self.k_proj(x), self.key_value_heads), table)
-        value, slopes = _split(self.v_proj(x), self.key_value_heads), _split(slope @ self.out_proj.weight, self.heads)
+        query, key, value = self.projected(x, context)
+        slopes = _split(slope @ self.out_proj.weight, self.heads)
         window, sinks = self.options.window or 1, self.options.sinks
         return gains_from_far(query, key, value, slopes, context, window, sinks)[1]
 

@@ -1,0 +1,95 @@
+"""docs/evidence.md: each question is one recipe, and this command measures it, or writes the page.
+
+    python -m chiaroscuro.studies.evidence recipes/evidence/gain.yaml   # likewise the others
+    python -m chiaroscuro.studies.evidence
+
+Figures and picture go to experiments/results/evidence. Without a recipe nothing is measured: the page is written from
+the figures that are there.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.studies.evidence import gain
+
+RESULTS = Path("experiments/results/evidence")
+RECIPES = Path("recipes/evidence")
+PAGE = Path("docs/evidence.md")
+QUESTIONS: Mapping[str, ModuleType] = {"gain": gain}
+
+INTRODUCTION = """# Evidence
+
+Written by `python -m chiaroscuro.studies.evidence` from `experiments/results/evidence/`; do not edit.
+
+Questions that the paper leaves open, each with its recipe, its command, its picture and its answer. A verdict is what
+the rule beside it makes of the figures.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the recipes that are named, and write the page."""
+    console = Console()
+    try:
+        for name in arguments:
+            recipe = read(Path(name))
+            question = QUESTIONS[recipe["question"]]
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            found = question.measure(recipe, console)
+            write_text(RESULTS / f"{recipe['question']}.json", json.dumps(found, indent=1) + "\n")
+        write_text(PAGE, page())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(f"wrote {PAGE}")
+    return 0
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A question's recipe.
+
+    Raises:
+        UserError: it can't be read, or asks nothing that is known.
+
+    """
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
+    question = str(recipe.get("question") if isinstance(recipe, dict) else None)
+    if question not in QUESTIONS:
+        raise UserError(f"{file}: question: {question}; choose one of {', '.join(QUESTIONS)}")
+    missing = [name for name in QUESTIONS[question].FIELDS if name not in recipe]
+    unknown = [name for name in recipe if name not in (*QUESTIONS[question].FIELDS, "question")]
+    if missing or unknown:
+        raise UserError(f"{file}: {f'{missing[0]} is missing' if missing else f'{unknown[0]}: unknown field'}")
+    return recipe
+
+
+def page() -> str:
+    """The whole page; pictures are drawn for it."""
+    parts = [INTRODUCTION]
+    for number, (name, question) in enumerate(QUESTIONS.items(), 1):
+        file = RESULTS / f"{name}.json"
+        parts.append(f"## {number}. {question.QUESTION}\n")
+        parts.append(f"`python -m chiaroscuro.studies.evidence {RECIPES / name}.yaml`\n")
+        if not file.is_file():
+            parts.append("Not measured yet.\n")
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        write_bytes(RESULTS / f"{name}.png", question.draw(found))
+        parts.append("\n".join(question.answer(found)).strip() + "\n")
+        parts.append(f"![{question.QUESTION}](../{RESULTS / name}.png)\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
