@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import PercentFormatter
+
 from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
+from chiaroscuro.report.gate_figure import PUBLISHED
 
 Spread = tuple[float, float, float]
 """A low end, a mean and a high end."""
@@ -52,4 +55,149 @@ def draw_gain(
         for axes in (left, right):
             axes.grid(axis="y", color=GRID, linewidth=0.6)
             quieten(axes, ["top", "right"])
+    return as_png(figure)
+
+
+def draw_classes(shares: Mapping[str, Mapping[str, float | None]]) -> bytes:
+    """The share of each class of tokens that is chosen, one line of marks for each model and side.
+
+    Args:
+        shares: by model and side, the share of each class; None where there is no such token.
+
+    Returns:
+        A PNG.
+
+    """
+    figure = new_figure(8.0, 0.9 + 0.42 * len(shares))
+    axes = figure.subplots()
+    classes = list(next(iter(shares.values())))
+    for n, name in enumerate(classes):
+        values = [own[name] for own in shares.values()]
+        places = [place for place, value in enumerate(values) if value is not None]
+        if places:
+            found = [value for value in values if value is not None]
+            axes.plot(found, places, MARKERS[n], color=COLOURS[n], markersize=6, label=name)
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("chosen, of the tokens of a class", color=INK, fontsize=9)
+    axes.grid(axis="both", color=GRID, linewidth=0.6)
+    quieten(axes, ["top", "right", "left"])
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    return as_png(figure)
+
+
+def draw_length(lines: Mapping[str, Sequence[tuple[int, float]]], trained: int) -> bytes:
+    """Perplexity by position.
+
+    Args:
+        lines: by model, the last position of each bin, and the perplexity there.
+        trained: T of the training, where a line is drawn.
+
+    Returns:
+        A PNG.
+
+    """
+    figure = new_figure(7.5, 3.6)
+    axes = figure.subplots()
+    for n, (name, points) in enumerate(lines.items()):
+        look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
+        axes.plot(*zip(*points, strict=True), marker=MARKERS[n % len(MARKERS)], markersize=4, label=name, **look)
+    axes.axvline(trained, color=INK, linewidth=0.8, alpha=0.6)
+    axes.annotate("trained so far", (trained, 1), xycoords=("data", "axes fraction"), fontsize=8, color=INK, va="top")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:,.0f}")
+    axes.set_xlabel("tokens read", color=INK, fontsize=9)
+    axes.set_ylabel("perplexity", color=INK, fontsize=9)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    quieten(axes, ["top", "right"])
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    return as_png(figure)
+
+
+def draw_layers(models: Mapping[str, Mapping[str, Mapping[Any, Mapping[str, float]]]]) -> bytes:
+    """The harm of each layer and the share that follows from it; a row of panels for each model, a panel for each side.
+
+    Args:
+        models: by model, side and layer, `harm` and `share`.
+
+    Returns:
+        A PNG.
+
+    """
+    figure = new_figure(8.5, 2.4 * len(models))
+    panels = figure.subplots(len(models), 2, squeeze=False)
+    for row, (name, sides) in zip(panels, models.items(), strict=True):
+        for axes, side in zip(row, ("look", "kept"), strict=True):
+            if side not in sides:
+                axes.set_axis_off()
+                continue
+            layers = [int(i) for i in sides[side]]
+            axes.bar(layers, [one["harm"] for one in sides[side].values()], color=COLOURS[0], alpha=0.75)
+            axes.set_title(f"{name}: {side}", color=INK, fontsize=9, loc="left")
+            axes.set_xlabel("layer", color=INK, fontsize=9)
+            axes.set_ylabel("harm, nats a token", color=COLOURS[0], fontsize=8)
+            shares = axes.twinx()
+            given = [one["share"] for one in sides[side].values()]
+            shares.plot(layers, given, color=COLOURS[1], marker="s", markersize=3)
+            shares.set_ylim(0, 1.02)
+            shares.set_ylabel("share", color=COLOURS[1], fontsize=8)
+            shares.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            quieten(axes, ["top"])
+            quieten(shares, ["top"])
+    return as_png(figure)
+
+
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
+    """The training loss over each of some costs.
+
+    Args:
+        panels: by cost and model, points of cost and loss.
+
+    Returns:
+        A PNG.
+
+    """
+    figure = new_figure(9.5, 3.6)
+    for axes, (cost, models) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for n, (name, points) in enumerate(models.items()):
+            look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
+            label = name if axes.get_subplotspec().is_first_col() else None
+            axes.plot(*zip(*points, strict=True), linewidth=1.4, label=label, **look)
+        axes.set_xlabel(cost, color=INK, fontsize=9)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        quieten(axes, ["top", "right"])
+    figure.axes[0].set_ylabel("loss of the next 20 steps' text, nats", color=INK, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    return as_png(figure)
+
+
+def draw_gate(gates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """The gate of each task, one mark for each seed.
+
+    Args:
+        gates: by model, seed and task, g.
+
+    Returns:
+        A PNG.
+
+    """
+    figure = new_figure(7.0, 3.2)
+    axes = figure.subplots()
+    tasks = list(next(iter(next(iter(gates.values())).values())))
+    for n, (name, seeds) in enumerate(gates.items()):
+        places = [i + (n - (len(gates) - 1) / 2) * 0.25 for i in range(len(tasks)) for _ in seeds]
+        values = [seed[task] for task in tasks for seed in seeds.values()]
+        axes.scatter(places, values, marker=MARKERS[n], color=COLOURS[n], s=34, label=name)
+    axes.axhline(PUBLISHED, color=INK, linewidth=0.8, alpha=0.6)
+    axes.annotate(f"the paper's, {PUBLISHED}", (0, PUBLISHED), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("gate g", color=INK, fontsize=9)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    quieten(axes, ["top", "right"])
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     return as_png(figure)

@@ -19,12 +19,19 @@ from rich.console import Console
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
-from chiaroscuro.studies.evidence import gain
+from chiaroscuro.studies.evidence import classes, equal_time, gain, gate, layers, length
 
 RESULTS = Path("experiments/results/evidence")
 RECIPES = Path("recipes/evidence")
 PAGE = Path("docs/evidence.md")
-QUESTIONS: Mapping[str, ModuleType] = {"gain": gain}
+QUESTIONS: Mapping[str, ModuleType] = {
+    "gain": gain,
+    "gate": gate,
+    "classes": classes,
+    "length": length,
+    "equal_time": equal_time,
+    "layers": layers,
+}
 
 INTRODUCTION = """# Evidence
 

@@ -1,0 +1,108 @@
+"""Whether the MetaRouter's gate is stable: over tasks, over seeds, and when other rows stand beside a token's own."""
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from chiaroscuro.report.evidence_figure import draw_gate
+from chiaroscuro.studies.statistics import estimate
+from chiaroscuro.studies.workspace import Workspace
+
+FIELDS = ("results", "rows", "length", "tasks", "models")
+QUESTION = "Is the gate stable?"
+TEXT = "text"
+
+
+def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """The gates of the finished sweep, and of its models with other neighbours in the batch."""
+    report = json.loads(Path(recipe["results"]).read_text(encoding="utf-8"))
+    found: dict[str, Any] = {"gates": {}, "moves": {}}
+    for variant in report["variants"]:
+        found["gates"][variant["name"]] = {
+            str(run["seed"]): {TEXT: run["gate"]} | {task: one["gate"] for task, one in run["tasks"].items()}
+            for run in variant["runs"]
+        }
+    for name, checkpoint in recipe["models"].items():
+        found["moves"][name] = moves(checkpoint, recipe)
+        console.print(f"{name}: {found['moves'][name]}", highlight=False)
+    return found
+
+
+@torch.no_grad()
+def moves(checkpoint: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a token's g moves when the other rows of its batch are of another task, by task."""
+    rows = {task: _rows(checkpoint, task, recipe) for task in (TEXT, *recipe["tasks"])}
+    model: Any = Workspace(checkpoint, device="cpu").model
+    found = {}
+    for task, own in rows.items():
+        others = [rows[other] for other in rows if other != task]
+        alone = _gate(model, own[:1])
+        among = {"of its own task": _gate(model, own)[:1]}
+        among |= {"of other tasks": _gate(model, torch.cat([own[:1], *others]))[:1]}
+        found[task] = {"alone": float(alone.mean())} | {
+            f"with rows {name}": {"g": float(gate.mean()), "moved": float((gate - alone).abs().max())}
+            for name, gate in among.items()
+        }
+    return found
+
+
+def _gate(model: Any, ids: Tensor) -> Tensor:
+    """G of each token, (B, T)."""
+    gate: Tensor = model.trunk(ids, use_cache=False, output_routing=True).meta_gate
+    return gate.float().expand(ids.shape)
+
+
+def _rows(checkpoint: str, task: str, recipe: Mapping[str, Any]) -> Tensor:
+    """Held-out rows of a task that are as long as all others, so that a batch can hold several tasks."""
+    workspace = Workspace(checkpoint, device="cpu", task=None if task == TEXT else task)
+    length = recipe["length"]
+    if task == TEXT:
+        held_out: Any = workspace.blocks("validation", length=length)[1]
+    else:
+        held_out = workspace.labelled_rows("test", length=length)[1]
+    full = (held_out[i]["input_ids"] for i in range(len(held_out)))
+    return torch.stack(list(islice((ids for ids in full if len(ids) == length), recipe["rows"])))
+
+
+# ---- what follows from it ------------------------------------------------------------------------------------
+
+
+def draw(found: Mapping[str, Any]) -> bytes:
+    """The picture."""
+    return draw_gate(found["gates"])
+
+
+def answer(found: Mapping[str, Any]) -> list[str]:
+    """The answer and its figures, as Markdown."""
+    furthest = {
+        name: max(one["with rows of other tasks"]["moved"] for one in tasks.values())
+        for name, tasks in found["moves"].items()
+    }
+    said = "; ".join(f"{name}: by up to {far:.3f}" for name, far in furthest.items())
+    lines = [
+        f"When a row's neighbours in the batch are of other tasks, a token's g moves, in {said}. Below, g on held-out "
+        "rows of each task, the mean over seeds with its standard deviation. The paper says that g settles at 0.22.",
+        "",
+        "| | " + " | ".join(next(iter(next(iter(found["gates"].values())).values()))) + " | seeds |",
+        "| --- |" + " --- |" * (len(next(iter(next(iter(found["gates"].values())).values()))) + 1),
+    ]
+    for name, seeds in found["gates"].items():
+        cells = []
+        for task in next(iter(seeds.values())):
+            one = estimate([seed[task] for seed in seeds.values()])
+            cells.append(f"{one.mean:.3f} ± {one.sd or 0:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(seeds)} |")
+    lines += ["", "| one row of | alone | with rows of its own task | with rows of other tasks | g moves by up to |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name, tasks in found["moves"].items():
+        for task, one in tasks.items():
+            own, other = one["with rows of its own task"], one["with rows of other tasks"]
+            cells = [f"{one['alone']:.3f}", f"{own['g']:.3f}", f"{other['g']:.3f}", f"{other['moved']:.3f}"]
+            lines.append(f"| {name}: {task} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
