@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.errors import UserError
 from chiaroscuro.report.evidence_figure import draw_classes
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.studies.retrofitting import watching
@@ -49,6 +50,8 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
             workspace = Workspace(given["checkpoint"].format(seed=seed), device="cpu")
             rows = _rows(workspace, given.get("data"), given.get("rows", recipe["rows"]), recipe["length"])
             decided[seed] = [decisions(workspace.model, ids) for ids in rows]
+            if not all(decided[seed]):
+                raise UserError(f"{name}: no layer of {workspace.name} chooses who looks or who is kept")
             classes = [[token_class(str(workspace.tokenizer.decode([t]))) for t in ids.tolist()] for ids in rows]
             seeds[str(seed)] = summarise(decided[seed], classes)
             console.print(f"{name}, seed {seed}", highlight=False)

@@ -52,7 +52,7 @@ def draw(found: Mapping[str, Any]) -> bytes:
     lines = {}
     for name, lengths in found.items():
         longest = lengths[max(lengths, key=int)]
-        lines[name] = [(place["to"], place["perplexity"]) for place in longest["positions"]]
+        lines[name] = [(place["last"], place["perplexity"]) for place in longest["positions"]]
     trained = min(map(int, next(iter(found.values()))))
     return draw_length(lines, trained)
 
