@@ -209,6 +209,11 @@ def test_the_gate_of_a_model_that_pools_over_its_batch_moves_with_its_neighbours
     assert gate.draw(found)[1:4] == b"PNG"
 
 
+def test_the_page_says_what_the_committed_figures_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert evidence.PAGE.read_text() == evidence.page(evidence.measured())
+
+
 def test_the_recipes_ask_what_is_known() -> None:
     files = sorted((ROOT / "recipes/evidence").glob("*.yaml"))
     assert {evidence.read(file)["question"] for file in files} == set(evidence.QUESTIONS)

@@ -52,7 +52,10 @@ def main(arguments: list[str]) -> int:
             RESULTS.mkdir(parents=True, exist_ok=True)
             found = question.measure(recipe, console)
             write_text(RESULTS / f"{recipe['question']}.json", json.dumps(found, indent=1) + "\n")
-        write_text(PAGE, page())
+        figures = measured()
+        for name, found in figures.items():
+            write_bytes(RESULTS / f"{name}.png", QUESTIONS[name].draw(found))
+        write_text(PAGE, page(figures))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,19 +84,22 @@ def read(file: Path) -> dict[str, Any]:
     return recipe
 
 
-def page() -> str:
-    """The whole page; pictures are drawn for it."""
+def measured() -> dict[str, Any]:
+    """The figures that are there, by question."""
+    files = {name: RESULTS / f"{name}.json" for name in QUESTIONS}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+
+
+def page(figures: Mapping[str, Any]) -> str:
+    """The whole page."""
     parts = [INTRODUCTION]
     for number, (name, question) in enumerate(QUESTIONS.items(), 1):
-        file = RESULTS / f"{name}.json"
         parts.append(f"## {number}. {question.QUESTION}\n")
         parts.append(f"`python -m chiaroscuro.studies.evidence {RECIPES / name}.yaml`\n")
-        if not file.is_file():
+        if name not in figures:
             parts.append("Not measured yet.\n")
             continue
-        found = json.loads(file.read_text(encoding="utf-8"))
-        write_bytes(RESULTS / f"{name}.png", question.draw(found))
-        parts.append("\n".join(question.answer(found)).strip() + "\n")
+        parts.append("\n".join(question.answer(figures[name])).strip() + "\n")
         parts.append(f"![{question.QUESTION}](../{RESULTS / name}.png)\n")
     return "\n".join(parts)
 
