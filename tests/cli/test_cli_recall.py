@@ -114,7 +114,8 @@ def test_a_run_goes_on_with_other_rows(run: Run, folder: Path, task_run: Callabl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "mqar", "--window", "4"], "--window 4: a window goes with a text"),
+        (["evaluate", "mqar", "--window", "4"], "--window 4: --window goes with a text"),
+        (["evaluate", "mqar", "--tokens", "64"], "--tokens 64: --tokens goes with a text"),
         (["evaluate", "text", "--window", "0"], "--window 0: must be at least 1"),
         (["train", "mqar.yaml", "data.pairs=9"], "pairs=9: must be from 1 to 8, a quarter of the length"),
         (

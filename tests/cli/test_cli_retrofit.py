@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from byte_tokenizer import byte_tokenizer
+from chiaroscuro.data.needles import Haystack
+from chiaroscuro.studies.needles import needles_found
 from decoders import build
 from small_runs import WORDS
 
@@ -139,3 +141,44 @@ def test_a_copy_is_not_routed_twice(run: Run, places: tuple[Path, Path], tmp_pat
     code, _, err = run(*small((tmp_path / "routed", places[1]), tmp_path / "out"))
     assert code == 2 and "retrofitted already" in err
     assert torch.is_tensor(model.reaches[0].kept.calibration.values)
+
+
+def test_needles_are_counted_as_the_report_counts_them(run: Run, places: tuple[Path, Path]) -> None:
+    asked = ("needles", places[0], "--lengths", LENGTH, "--keys", 1, "--tries", 2)
+    code, out, err = run(*asked, "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)["needles"]
+    model = AutoModelForCausalLM.from_pretrained(places[0])
+    expected = needles_found(model, Haystack(byte_tokenizer()), LENGTH, 5, 2)
+    assert (row["length"], row["keys"], row["by depth"]) == (LENGTH, 1, expected)
+    assert row["found"] == sum(expected) / 5
+    code, out, err = run(*asked)
+    assert code == 0 and f"{LENGTH}" in out and "by depth" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--lengths", "4096"], "reads 1024: take shorter ones"),
+        (["--lengths", "20"], "20 tokens are too few for"),
+        (["--lengths", "many"], "--lengths many: give numbers"),
+        (["--keys", "0"], "0 needles: must be from 1 to"),
+        (["--keys", "40"], "40 needles: must be from 1 to"),
+        (["--tries", "0"], "greater than or equal to 1"),
+        (["--share", "0.5"], "--share needs a CHIAR-Former or a retrofitted model"),
+    ],
+)
+def test_a_mistake_about_needles_is_one_line(
+    run: Run, places: tuple[Path, Path], options: list[str], complaint: str
+) -> None:
+    code, _, err = run("needles", places[0], *options)
+    assert code == 2 and complaint in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_a_part_of_a_text_is_measured(run: Run, places: tuple[Path, Path]) -> None:
+    found = []
+    for more in ([], ["--tokens", "512"]):
+        code, out, err = run("evaluate", places[0], "--data", places[1], "--length", 256, "--json", *more)
+        assert code == 0, err
+        found.append(json.loads(out)["tokens"])
+    assert found[1] == 512 < found[0]

@@ -60,6 +60,9 @@ def evaluate(
     kv_share: KVShare = None,
     device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1, max=2**20)] = 8,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of a text, measure so many tokens at its beginning; all unless given.", min=1)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: loss, perplexity and bits per byte on a text; for a classifier, loss and accuracy on its task.
@@ -75,12 +78,47 @@ def evaluate(
 
     workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, task=task)
     figures = evaluate(
-        workspace, source=data, split=split, length=length, stride=stride, window=window, batch_size=batch_size
+        workspace,
+        source=data,
+        split=split,
+        length=length,
+        stride=stride,
+        window=window,
+        batch_size=batch_size,
+        tokens=tokens,
     )
     if as_json:
         print_json(figures)
     else:
         Console().print(*evaluation_tables(figures), sep="\n")
+
+
+@command()
+def needles(
+    checkpoint: Checkpoint,
+    lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = "1024",
+    keys: Annotated[str, typer.Option(help="Needles in a row, of which one is asked for.")] = "1,4",
+    tries: Annotated[int, typer.Option(help="Rows of each depth.", min=1, max=10_000)] = 4,
+    share: Share = None,
+    kv_share: KVShare = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the needles that a model finds: a number hidden in noise, at five depths, and asked for at the end.
+
+    Example: chiaroscuro needles runs/smollm2-routed --lengths 1024,2048 --tries 10
+    """
+    from chiaroscuro.report.tables import needles_table
+    from chiaroscuro.studies.needles import find_needles
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    rows, number = numbers("--lengths", lengths), numbers("--keys", keys)
+    figures = find_needles(workspace, rows, keys=number, tries=tries)
+    if as_json:
+        print_json(figures)
+    else:
+        Console().print(needles_table(figures))
 
 
 @command()

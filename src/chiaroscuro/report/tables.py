@@ -49,6 +49,15 @@ def slices_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
+def needles_table(figures: Mapping[str, Any]) -> Table:
+    """A row per length and number of needles: the part that is found, in all and by depth."""
+    table = Table(*_right("tokens", "needles", "found"), "by depth, from the first part to the last", box=None)
+    for row in figures["needles"]:
+        by_depth = "  ".join(f"{part:.0%}" for part in row["by depth"])
+        table.add_row(f"{row['length']:,}", f"{row['keys']}", f"{row['found']:.0%}", by_depth)
+    return table
+
+
 def depths_table(depths: Iterable[Mapping[str, Any]]) -> Table:
     """A row per depth: the accuracy over its targets and over its answers, and how many there are."""
     table = Table("depth", *_right("accuracy", "targets", "answers right", "answers"), box=None)

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from torch.utils.data import Subset
+
 from chiaroscuro.analysis.classification import evaluate_rows, evaluate_targets
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.recall import WINDOW
 from chiaroscuro.analysis.routing_summary import describe_routing
+from chiaroscuro.data import TokenBlocks
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
@@ -21,6 +24,7 @@ def evaluate(
     stride: int | None = None,
     window: int | None = None,
     batch_size: int = 8,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """Measure a language model on a split of its text, or a classifier on a split of its task.
 
@@ -33,6 +37,7 @@ def evaluate(
         window: of language models, how far back the pair of a recall token must lie; the model's `window` or, where its
             config has none, 64. See `chiaroscuro.analysis.recall`.
         batch_size: windows at once.
+        tokens: of a text, measure the windows of so many tokens at its beginning alone; all of it unless given.
 
     Returns:
         What was measured, ready for JSON; with the routing of every layer if the model routes.
@@ -44,10 +49,10 @@ def evaluate(
     """
     # A model that was trained to predict targets is a language model too: another source measures it on a text.
     on_targets = source is None and workspace.has_targets and not workspace.classifies
-    for option, value in {"stride": stride, "window": window}.items():
+    for option, value in {"stride": stride, "window": window, "tokens": tokens}.items():
         if (workspace.classifies or on_targets) and value is not None:
             raise UserError(
-                f"--{option} {value}: a {option} goes with a text, and this checkpoint is measured row by row"
+                f"--{option} {value}: --{option} goes with a text, and this checkpoint is measured row by row"
             )
     if window is not None and window < 1:
         raise UserError(f"--window {window}: must be at least 1")
@@ -86,7 +91,8 @@ def evaluate(
             )
         figures |= {"data": sequences.name, **result.figures()}
     else:
-        corpus, blocks = workspace.blocks(split, length=length, stride=stride, source=source)
+        corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
+        blocks = whole if tokens is None else first_blocks(whole, max(1, tokens // (stride or length)))
         with patient_bar("evaluating", len(blocks)) as advance:
             result = evaluate_blocks(
                 model,
@@ -98,3 +104,10 @@ def evaluate(
             )
         figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
     return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})
+
+
+def first_blocks(blocks: TokenBlocks, count: int) -> Any:
+    """The first blocks of a text, as `evaluate_blocks` takes them."""
+    first: Any = Subset(blocks, range(min(count, len(blocks))))
+    first.tokens = blocks.tokens
+    return first

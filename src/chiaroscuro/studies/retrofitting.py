@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch.utils.data import Subset
 from transformers import DynamicCache, PreTrainedModel
 
 from chiaroscuro.analysis.perplexity import Blocks, evaluate_blocks
@@ -28,13 +27,14 @@ from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
 from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
+from chiaroscuro.studies.evaluation import first_blocks
+from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
 
 SMOLLM2 = "smollm2"
 """The name of the model that the extra of that name brings."""
 
 FIGURES, PICTURE, PAGE = "retrofit.json", "retrofit.png", "retrofit.md"
-DEPTHS = 5
 TRIED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Kept shares among which `target` finds the least."""
 
@@ -147,8 +147,7 @@ def retrofit_copy(
     tokens = tokenize_corpus(corpus, tokenizer)
     text = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[: 2**22].astype("int64")))
     validation = TokenBlocks(tokens["validation"], measured.length)
-    blocks: Any = Subset(validation, range(min(measured.rows, len(validation))))
-    blocks.tokens = validation.tokens
+    blocks = first_blocks(validation, measured.rows)
     found: dict[str, Any] = {"model": name, "data": corpus.name, "window": window, "sinks": sinks, "fit_rows": rows}
     found |= {"fit_length": length, "length": measured.length, "rows": len(blocks)}
     with _saying(console, "perplexity of the original"):
@@ -283,33 +282,6 @@ def compare_needles(
         for length in measured.needles
         for keys in (1, 4)
     ]
-
-
-@torch.no_grad()
-def needles_found(
-    model: Any, haystack: Haystack, length: int, depths: int, tries: int, *, keys: int = 1
-) -> list[float]:
-    """How many of the needles a model finds, at each of some depths: the answer's tokens are each the likeliest.
-
-    Args:
-        model: any causal language model.
-        haystack: that draws the rows, in noise.
-        length: of the rows.
-        depths: how many, spread evenly over the haystack.
-        tries: rows of each depth.
-        keys: needles in a row.
-
-    """
-    found = []
-    for d in range(depths):
-        right = 0
-        for i in range(tries):
-            row = haystack.needle(length, (d + 0.5) / depths, 7_000_003 + d * tries + i, keys=keys)
-            ids = row.input_ids[None].to(model.device)
-            logits = model(input_ids=ids, logits_to_keep=row.answer + 1, use_cache=False).logits[0, :-1]
-            right += int((logits.argmax(-1) == ids[0, -row.answer :]).all())
-        found.append(right / tries)
-    return found
 
 
 def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> list[dict[str, Any]]:

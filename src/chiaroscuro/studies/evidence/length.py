@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from torch.utils.data import Subset
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import describe_routing
 from chiaroscuro.data import TokenBlocks, tokenize_corpus
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.report.evidence_figure import draw_length
+from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.workspace import Workspace
 
 FIELDS = ("tokens", "lengths", "models")
@@ -26,9 +26,7 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
         tokens = tokenize_corpus(workspace.corpus("validation"), workspace.tokenizer)["validation"]
         found[name] = {}
         for length in recipe["lengths"]:
-            whole = TokenBlocks(tokens, length)
-            blocks: Any = Subset(whole, range(min(len(whole), recipe["tokens"] // length)))
-            blocks.tokens = whole.tokens
+            blocks = first_blocks(TokenBlocks(tokens, length), recipe["tokens"] // length)
             seen = evaluate_blocks(model.eval(), blocks, batch_size=1, window=1, output_routing=True)
             layers = describe_routing(seen.routings, model.config.hidden_size)["layers"]
             look = [layer["share"][-1] for layer in layers if len(layer["operators"]) > 1]

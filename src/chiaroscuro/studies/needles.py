@@ -1,0 +1,75 @@
+"""How many needles a model finds in a haystack of noise, by length and depth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from chiaroscuro.data.needles import Haystack
+from chiaroscuro.data.progress import patient_bar
+from chiaroscuro.errors import UserError
+from chiaroscuro.studies.workspace import Workspace
+
+DEPTHS = 5
+FIRST_DRAW = 7_000_003
+"""Of the rows that models are judged by: none of those that scores are fitted on or models are healed on."""
+
+
+def find_needles(workspace: Workspace, lengths: Sequence[int], *, keys: Sequence[int], tries: int) -> dict[str, Any]:
+    """How many needles a language model finds.
+
+    Args:
+        workspace: the model.
+        lengths: of the rows, in tokens.
+        keys: how many needles a row has, of which one is asked for.
+        tries: rows of each length, number of keys and depth.
+
+    Returns:
+        By length and number of keys, the part that is found at each of five depths and in all; ready for JSON.
+
+    Raises:
+        UserError: a row is longer than the model reads, or too short for its needles.
+
+    """
+    model = workspace.language_model("needles")
+    longest = model.config.max_position_embeddings
+    if max(lengths) > longest:
+        raise UserError(f"rows of {max(lengths)} tokens, and {workspace.name} reads {longest}: take shorter ones")
+    haystack = Haystack(workspace.tokenizer)
+    for length in lengths:  # or an error, before all that takes time
+        haystack.needle(length, 0.5, 0, keys=max(keys))
+    rows = []
+    with patient_bar("looking for needles", len(lengths) * len(keys)) as advance:
+        for length in lengths:
+            for number in keys:
+                found = needles_found(model, haystack, length, DEPTHS, tries, keys=number)
+                rows.append({"length": length, "keys": number, "found": sum(found) / len(found), "by depth": found})
+                advance(1)
+    return {"checkpoint": workspace.name, "tries a depth": tries, "needles": rows}
+
+
+@torch.no_grad()
+def needles_found(
+    model: Any, haystack: Haystack, length: int, depths: int, tries: int, *, keys: int = 1
+) -> list[float]:
+    """How many of the needles a model finds, at each of some depths: the answer's tokens are each the likeliest.
+
+    Args:
+        model: any causal language model.
+        haystack: that draws the rows, in noise.
+        length: of the rows.
+        depths: how many, spread evenly over the haystack.
+        tries: rows of each depth.
+        keys: needles in a row.
+
+    """
+    found = []
+    for d in range(depths):
+        right = 0
+        for i in range(tries):
+            row = haystack.needle(length, (d + 0.5) / depths, FIRST_DRAW + d * tries + i, keys=keys)
+            ids = row.input_ids[None].to(model.device)
+            logits = model(input_ids=ids, logits_to_keep=row.answer + 1, use_cache=False).logits[0, :-1]
+            right += int((logits.argmax(-1) == ids[0, -row.answer :]).all())
+        found.append(right / tries)
+    return found
