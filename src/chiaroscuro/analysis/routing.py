@@ -126,7 +126,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     if not text:
         raise UserError("the text is empty: there is no token to route; give at least one character")
     refuse_broken_text(text)
-    ids, pieces = _tokenize(tokenizer, text)
+    ids, pieces = split_text(tokenizer, text)
     if not ids:
         raise UserError(f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it")
     limit = model.config.max_position_embeddings
@@ -182,7 +182,7 @@ def refuse_broken_text(text: str) -> None:
         raise UserError(f"the text is not valid Unicode at character {error.start}; give it as UTF-8") from None
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], tuple[str, ...]]:
+def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], tuple[str, ...]]:
     """The ids, and the piece of text that each token stands for; every character is in exactly one piece."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -22,6 +22,7 @@ from chiaroscuro.cli.application import (
     percentage,
     print_json,
     refuse_bad_place,
+    refuse_empty,
 )
 from chiaroscuro.errors import UserError
 
@@ -427,6 +428,29 @@ def route(
         print_json(trace.to_dict())
     else:
         print_routing(trace, Console(), per_token=True)
+
+
+@command()
+def app(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="A model; without one the quickstart's, or SmolLM2 where the extra is installed."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; no other machine can reach it.")] = 7860,
+) -> None:
+    """Look into a model in the browser: what is routed where, what it costs, and what it writes.
+
+    Example: chiaroscuro app runs/quickstart/small --port 7861
+    """
+    from chiaroscuro.app.page import HOST, free_port, launch
+    from chiaroscuro.app.served import serve
+
+    free_port(port)
+    served = serve(None if checkpoint is None else refuse_empty(checkpoint))
+    Console(stderr=True).print(
+        f"http://{HOST}:{port} shows {served.name}; Ctrl+C ends it", highlight=False, markup=False
+    )
+    launch(served, port)
 
 
 @command()

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
+from chiaroscuro.report.layer_map import draw_layer_map
 from chiaroscuro.report.palette import NIGHT, PAPER, costliest, operator_styles
 from chiaroscuro.report.visible import harmless
 
@@ -57,8 +58,18 @@ def render_html(trace: RoutingTrace) -> str:
         width=trace.width,
         null=trace.null_mean,
         chart_height=_CHART_HEIGHT,
+        layer_map=draw_layer_map(
+            [(f"layer {n}: {' · '.join(layer.operators)}", _levels(layer)) for n, layer in enumerate(trace.layers, 1)],
+            trace.tokens,
+        ),
         mark_size=max(2.6, min(5, 900 / len(trace.tokens))),
     )
+
+
+def _levels(layer: LayerTrace) -> list[float]:
+    """Of each token, from 0, the cheapest operator, to 1, the costliest; 1 of a layer without a choice."""
+    last = len(layer.operators) - 1
+    return [index / last if last else 1.0 for index in layer.operator_index]
 
 
 def _page_data(trace: RoutingTrace, names: list[str]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The app: a window into a routed model, in the browser, on this machine alone."""

@@ -1,0 +1,240 @@
+"""What a model does with each token of a text: who looks, who is kept, by what score, and what it costs in the loss."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chiaroscuro.analysis.far_context import far_part
+from chiaroscuro.analysis.routing import refuse_broken_text, split_text
+from chiaroscuro.app.served import Served
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers import ScoreRouter, SelfAttention
+from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.calibration import embed_batch
+from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.ops import spectral_entropy
+from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe
+from chiaroscuro.retrofitting.routed_model import RoutedModel, attention_modules
+
+MOST = 1024
+"""Tokens that are shown at once; a page with more is slow to draw."""
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What one layer did with each of T tokens.
+
+    Attributes:
+        operators: the layer's menu, cheapest first.
+        index: (T,) which of them each token got.
+        kept: (T,) the part of the key-value heads that keep it to be seen from far; None where nothing decides that.
+        entropy: (T,) H of what the operator reads.
+        score: (T,) what the threshold was compared with; None where there is none.
+        threshold: the last of the menu's, or of who looks; None without one.
+        far: (T,) the attention that goes beyond the window in full attention; None where there is no window.
+
+    """
+
+    operators: tuple[str, ...]
+    index: tuple[int, ...]
+    kept: tuple[float, ...] | None
+    entropy: tuple[float, ...]
+    score: tuple[float, ...] | None
+    threshold: float | None
+    far: tuple[float, ...] | None = None
+
+    @property
+    def level(self) -> tuple[float, ...]:
+        """(T,) from 0, the cheapest operator, to 1, the costliest; of a layer without a choice who is kept."""
+        if len(self.operators) > 1:
+            return tuple(i / (len(self.operators) - 1) for i in self.index)
+        return self.kept or (1.0,) * len(self.index)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text of T tokens in a model.
+
+    Attributes:
+        tokens: (T,) the text of each.
+        layers: by number; none where the model routes nothing.
+        loss: (T,) of each token, by those before it; None for the first.
+        full: (T,) the same with full attention.
+
+    """
+
+    tokens: tuple[str, ...]
+    layers: dict[int, LayerReading]
+    loss: tuple[float | None, ...]
+    full: tuple[float | None, ...]
+
+    @property
+    def level(self) -> tuple[float, ...]:
+        """(T,) the mean over the layers that have a choice."""
+        levels = [layer.level for layer in self.layers.values() if len(layer.operators) > 1 or layer.kept is not None]
+        if not levels:
+            return (0.0,) * len(self.tokens)
+        return tuple(sum(column) / len(levels) for column in zip(*levels, strict=True))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose part that no dial changes is known.
+
+    Attributes:
+        tokens: (T,) the text of each.
+        ids: theirs.
+        full: (T,) the loss of each with full attention; None for the first.
+        far: by layer, (T,) the attention that goes beyond the window.
+
+    """
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    full: tuple[float | None, ...]
+    far: dict[int, tuple[float, ...]]
+
+
+@torch.no_grad()
+def take_up(served: Served, text: str) -> Text:
+    """Read a text once with full attention: what the dials do not change.
+
+    Raises:
+        UserError: the text is empty, too long, not Unicode, or the model gives NaN.
+
+    """
+    refuse_broken_text(text)
+    if not text.strip():
+        raise UserError("the text is empty: type or paste some")
+    ids, tokens = split_text(served.tokenizer, text)
+    most = min(MOST, served.longest)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids):,} tokens, and at most {most:,} are shown: shorten it")
+    if not ids or max(ids) >= served.model.config.vocab_size:
+        raise UserError("the tokenizer is not the model's: nothing of this text can be read")
+    given = torch.tensor([ids], device=served.model.device)
+    with served.whole() as model:
+        full = _losses(model, given)
+        far = _far(model, given)
+    return Text(tokens, tuple(ids), full, far)
+
+
+@torch.no_grad()
+def read(served: Served, text: Text, look: float | None = None, kept: float | None = None) -> Reading:
+    """Route a text at these shares, see `Served.at`: one forward."""
+    given = torch.tensor([text.ids], device=served.model.device)
+    with served.at(look, kept) as model:
+        if isinstance(model, RoutedModel):
+            loss, layers = _retrofitted(model, given, text.far)
+        elif isinstance(model, ChiarPreTrainedModel):
+            loss, layers = _own(model, given, text.far)
+        else:
+            loss, layers = text.full, {}
+    return Reading(text.tokens, layers, loss, text.full)
+
+
+def _losses(model: Any, ids: Int[Tensor, "1 time"]) -> tuple[float | None, ...]:
+    return _of(model(input_ids=ids, use_cache=False).logits, ids)
+
+
+def _of(logits: Float[Tensor, "1 time vocabulary"], ids: Int[Tensor, "1 time"]) -> tuple[float | None, ...]:
+    losses = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").tolist()
+    if not all(map(math.isfinite, losses)):
+        raise UserError("the model's logits are not finite: its weights hold NaN or infinity")
+    return (None, *losses)
+
+
+def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, dict[int, LayerReading]]:
+    output = model(input_ids=ids, use_cache=False, output_routing=True)
+    layers = {}
+    for i, (routing, block) in enumerate(zip(output.routing, model.base_model.layers, strict=True)):
+        scored = isinstance(block.router, ScoreRouter) and routing.score is not None
+        layers[i] = LayerReading(
+            operators=tuple(routing.operators),
+            index=tuple(routing.operator_index[0].tolist()),
+            kept=None if routing.kept is None else _part(routing.kept),
+            entropy=tuple(routing.entropy[0].tolist()),
+            score=tuple(routing.score[0].tolist()) if scored else None,
+            threshold=float(block.router.calibration.values[-1]) if scored else None,
+            far=far.get(i),
+        )
+    return _of(output.logits, ids), layers
+
+
+def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, Any]:
+    given: dict[int, Tensor] = {}
+    modules: dict[int, Any] = attention_modules(model)
+    handles = [_noting(modules[i], given, i) for i in model.reaches]
+    for reach in model.reaches.values():
+        reach.watched = []
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        decided = {i: (reach.watched or [])[0] for i, reach in model.reaches.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+        for reach in model.reaches.values():
+            reach.watched = None
+    layers = {}
+    for i, (looks, kept) in decided.items():
+        source, router = given[i], model.reaches[i].look
+        free = 0 < router.calibration.share < 1
+        score = router(source, source.new_zeros(source.shape[:2])).score if free and not router.unready() else None
+        layers[i] = LayerReading(
+            operators=LOOK_SIDE if free else LOOK_SIDE[1:] if router.calibration.share else LOOK_SIDE[:1],
+            index=tuple(looks[0].long().tolist()) if free else (0,) * ids.shape[1],
+            kept=_part(kept),
+            entropy=tuple(spectral_entropy(source[0].float()).tolist()),
+            score=None if score is None else tuple(score[0].tolist()),
+            threshold=None if score is None else float(router.calibration.values[-1]),
+            far=far.get(i),
+        )
+    return _of(logits, ids), layers
+
+
+def _noting(module: Any, given: dict[int, Tensor], i: int) -> Any:
+    """Note what an attention module is given."""
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[i] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    return module.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _part(kept: Tensor) -> tuple[float, ...]:
+    first = kept[0].float()
+    return tuple((first if first.ndim == 1 else first.mean(-1)).tolist())
+
+
+def _far(model: Any, ids: Tensor) -> dict[int, tuple[float, ...]]:
+    """By layer with a window, the attention that goes beyond it, in full attention."""
+    found = {}
+    if isinstance(model, RoutedModel):
+        probes = {i: Probe(reach.window, reach.sinks) for i, reach in model.reaches.items()}
+        for i, reach in model.reaches.items():
+            reach.probe = probes[i]
+        try:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            for reach in model.reaches.values():
+                reach.probe = None
+        for i, probe in probes.items():
+            query, key, value = (part.transpose(1, 2)[0] for part in probe.parts)
+            found[i] = tuple(far_part(query, key, value, probe.window, probe.sinks).mass.tolist())
+    elif isinstance(model, ChiarPreTrainedModel):
+        with full_attention(model):
+            x, context, gate = embed_batch(model, ids)
+            for i, block in enumerate(model.trunk.blocks):
+                operators = [unit.operator for unit in block.units if isinstance(unit.operator, SelfAttention)]
+                if operators and operators[-1].options.window is not None:
+                    query, key, value = operators[-1].projected(block.operator_input(x, context), context)
+                    options = operators[-1].options
+                    part = far_part(query[0], key[0], value[0], options.window or 1, options.sinks)
+                    found[i] = tuple(part.mass.tolist())
+                x, _ = model.trunk.run_layer(i, x, gate, context)
+    return found

@@ -1,0 +1,144 @@
+"""Readings, texts and runs as HTML and pictures. All text of users is escaped."""
+
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup, escape
+
+from chiaroscuro.app.reading import Reading
+from chiaroscuro.app.writing import Written
+from chiaroscuro.report.evidence_figure import COLOURS, DASHES
+from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
+from chiaroscuro.report.layer_map import draw_layer_map
+from chiaroscuro.report.visible import harmless
+
+ROUTING, LOSS = "routing", "loss beside full attention's"
+LARGEST_CHANGE = 1.0
+"""Nats above which a change of the loss has its full colour."""
+
+
+def draw_reading(reading: Reading, layer: int | None, colour: str) -> str:
+    """The text, each token coloured; below it the map of all layers.
+
+    Args:
+        reading: what to show.
+        layer: which layer, or None for all.
+        colour: `ROUTING` or `LOSS`.
+
+    """
+    shown = None if layer is None else reading.layers.get(layer)
+    levels = shown.level if shown is not None else reading.level
+    tokens = []
+    for t, piece in enumerate(reading.tokens):
+        style = f"--lit:{levels[t]:.2f}"
+        classes = "token" + (" lit" if levels[t] > 0.5 else "")
+        change = _change(reading, t)
+        if colour == LOSS:
+            strength = min(1.0, abs(change or 0.0) / LARGEST_CHANGE)
+            classes, style = f"token {'worse' if (change or 0) > 0 else 'better'}", f"--lit:{strength:.2f}"
+        elif shown is not None and shown.kept is not None and shown.kept[t] >= 0.5:
+            classes += " kept"
+        tip = tip_of(reading, t, layer)
+        tokens.append(
+            Markup('<span class="{}" tabindex="0" style="{}" data-tip="{}" aria-label="{}">{}</span>').format(
+                classes, style, tip, tip.replace("\n", ", "), _visible(piece)
+            )
+        )
+    parts = [
+        Markup('<div class="reading" role="group" aria-label="The text, token by token">'),
+        *tokens,
+        Markup("</div>"),
+    ]
+    if reading.layers:
+        rows = [(f"layer {i + 1}: {' · '.join(one.operators)}", one.level) for i, one in reading.layers.items()]
+        parts.append(draw_layer_map(rows, reading.tokens))
+    return "".join(map(str, parts))
+
+
+def tip_of(reading: Reading, t: int, layer: int | None) -> str:
+    """What is known of a token, a line each."""
+    lines = [f"“{harmless(reading.tokens[t])}”, token {t + 1} of {len(reading.tokens)}"]
+    if layer is None or layer not in reading.layers:
+        if reading.layers:
+            lines.append(f"attention in {reading.level[t]:.0%} of the layers that choose")
+    else:
+        one = reading.layers[layer]
+        lines.append(f"layer {layer + 1}: {one.operators[one.index[t]]}")
+        lines.append(f"H {one.entropy[t]:.4f}")
+        if one.score is not None and one.threshold is not None:
+            lines.append(f"score {one.score[t]:.4f}, threshold {one.threshold:.4f}")
+        if one.kept is not None:
+            lines.append(f"kept by {one.kept[t]:.0%} of the key-value heads")
+        if one.far is not None:
+            lines.append(f"attention: near {1 - one.far[t]:.1%}, far {one.far[t]:.1%}")
+    loss, full = reading.loss[t], reading.full[t]
+    if loss is not None and full is not None:
+        lines.append(f"loss {loss:.3f}, with full attention {full:.3f} ({loss - full:+.3f})")
+    return "\n".join(lines)
+
+
+def _change(reading: Reading, t: int) -> float | None:
+    loss, full = reading.loss[t], reading.full[t]
+    return None if loss is None or full is None else loss - full
+
+
+def _visible(piece: str) -> str:
+    shown = harmless(piece)
+    return shown.replace("\n", "⏎\n") if shown else "…"
+
+
+def summary(reading: Reading, served_name: str) -> str:
+    """One line on a reading."""
+    pairs = [(a, b) for a, b in zip(reading.loss, reading.full, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return f"{len(reading.tokens)} token"
+    ours, whole = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    line = f"{len(reading.tokens):,} tokens. Loss {ours:.3f} nats a token, with full attention {whole:.3f}."
+    if not reading.layers:
+        return f"{line} {served_name} routes nothing: every layer attends to everything."
+    looks = [sum(one.level) / len(one.level) for one in reading.layers.values() if len(one.operators) > 1]
+    kept = [sum(one.kept) / len(one.kept) for one in reading.layers.values() if one.kept is not None]
+    if looks:
+        line += f" {sum(looks) / len(looks):.1%} got the costliest operator, the mean over {len(looks)} layers."
+    if kept:
+        line += f" {sum(kept) / len(kept):.1%} are kept."
+    return line
+
+
+def draw_written(prompt: str, written: Written, title: str) -> str:
+    """A continuation as it comes, with its speed and its cache."""
+    numbers = (
+        "no cache: every token reads the whole text again"
+        if written.numbers is None
+        else (f"cache {written.numbers:,} numbers")
+    )
+    head = Markup("<h4>{}</h4><p>{} tokens, {:.1f} tokens/s, {}</p>").format(
+        title, len(written.pieces), written.speed, numbers
+    )
+    span = Markup('<span class="token{}" style="--lit:{:.2f}" title="attention in {:.0%} of the layers">{}</span>')
+    tokens = [
+        span.format(" lit" if level > 0.5 else "", level, level, _visible(piece))
+        for piece, level in zip(written.pieces, written.levels, strict=True)
+    ]
+    said = Markup('<div class="reading"><span class="prompt">{}</span>').format(_visible(prompt))
+    return str(head + said) + "".join(map(str, tokens)) + "</div>"
+
+
+def draw_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
+    """A run's curves, one panel each, as a PNG."""
+    figure = new_figure(9.0, 2.3 * len(panels))
+    for axes, (title, lines) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for n, (name, points) in enumerate(lines.items()):
+            look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
+            axes.plot(
+                *zip(*points, strict=True), label=name, linewidth=1.3, marker="o" if len(points) < 3 else "", **look
+            )
+        axes.set_title(title, color=INK, fontsize=9, loc="left")
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        quieten(axes, ["top", "right"])
+    return as_png(figure)
+
+
+def escaped(text: str) -> str:
+    """Text as HTML."""
+    return str(escape(harmless(text)))

@@ -1,0 +1,52 @@
+"""A small routed model that was trained, with its run; and a retrofitted decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from byte_tokenizer import byte_tokenizer
+from chiaroscuro import fit, retrofit
+from chiaroscuro.app.served import Served, serve
+from chiaroscuro.training import Recipe, train
+from decoders import build
+from small_runs import recipe_content, write_corpus
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small model whose tokens look far, and are kept, by H."""
+    folder = tmp_path_factory.mktemp("app")
+    content = recipe_content(write_corpus(folder), folder / "runs/small")
+    content["model"] = {
+        "operators": [["local", "attention"]] * 3,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "window": 6,
+        "sinks": 1,
+        "attention_context": "kept",
+        "router": "threshold",
+        "kv_router": "threshold",
+        "attention_share": 0.25,
+        "kv_share": 0.25,
+    }
+    content["data"]["sequence_length"] = 64
+    train(Recipe.from_dict(content))
+    return folder / "runs/small"
+
+
+@pytest.fixture(scope="session")
+def served(run_folder: Path) -> Served:
+    return serve(str(run_folder))
+
+
+def retrofitted() -> Served:
+    tokenizer: Any = byte_tokenizer()
+    model = build(
+        vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    retrofit(model, window=8, sinks=1, attention_share=0.5, kv_share=0.25, router="fitted", kv_router="fitted")
+    fit(model, [torch.randint(3, 200, (2, 128)) for _ in range(4)], look=0.5, kept=0.25, spread=False)
+    return Served(model, tokenizer, "retrofitted")
