@@ -446,8 +446,10 @@ class Recipe(Section):
             return content
         data = content.get("data")
         data = {"task": "retrieval", **data} if isinstance(data, Mapping) else data or {"task": "retrieval"}
-        checkpoint = content["model"].get("checkpoint") if isinstance(content["model"], Mapping) else None
-        return {"distill": {"cross_entropy": 0.0, "by_row": True}, "tokenizer": checkpoint, **content, "data": data}
+        model = content["model"] if isinstance(content["model"], Mapping) else {}
+        # With LoRA the teacher stays as it was. Without, it learns along, and the text alone holds it.
+        distill = {"cross_entropy": 1.0 if model.get("lora", 16) is None else 0.0, "by_row": True}
+        return {"distill": distill, "tokenizer": model.get("checkpoint"), **content, "data": data}
 
     @model_validator(mode="before")
     @classmethod

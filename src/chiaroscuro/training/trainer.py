@@ -33,7 +33,7 @@ from chiaroscuro.files import move_whole, saying_why
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.whole import without_routing
-from chiaroscuro.training.adapters import merge_adapters
+from chiaroscuro.training.adapters import merge_adapters, without_adapters
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
 from chiaroscuro.training.distillation import kl_divergence
@@ -274,9 +274,17 @@ class RunTrainer(Trainer):
 
     @torch.no_grad()
     def _with_full_attention(self, inputs: dict[str, Any]) -> Tensor:
-        """What the head would see if all tokens went to attention; nothing of the model is another afterwards."""
+        """What the head would see if all tokens went to attention; nothing of the model is another afterwards.
+
+        With LoRA that is the model as it was. A teacher that learned along would hold the student to nothing.
+        """
         given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        with evaluation_mode(self.model), without_routing(self.model), self.accelerator.autocast():
+        with (
+            evaluation_mode(self.model),
+            without_routing(self.model),
+            without_adapters(self.model),
+            self.accelerator.autocast(),
+        ):
             hidden: Tensor = self.model.base_model(**given, use_cache=False).last_hidden_state
             return hidden
 
