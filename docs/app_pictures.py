@@ -31,18 +31,14 @@ def main(checkpoint: str | None) -> None:
         )
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(f"http://{HOST}:{port}")
-        page.get_by_role("button", name="Read", exact=True).click()
-        page.locator(".reading .token").first.wait_for()
+        read(page)
         number(page, "Layer; 0 shows all", 3)
         page.wait_for_timeout(1000)
         page.locator(".reading .token").nth(14).hover()
         picture(page, "app-read")
-        page.get_by_label("loss beside full attention's").check()
-        page.wait_for_timeout(1000)
-        page.emulate_media(color_scheme="dark")
         page.goto(f"http://{HOST}:{port}/?__theme=dark")
-        page.get_by_role("button", name="Read", exact=True).click()
-        page.locator(".reading .token").first.wait_for()
+        read(page)
+        number(page, "Share that looks far, or gets the costliest operator", 0)
         page.get_by_label("loss beside full attention's").check()
         page.wait_for_timeout(1000)
         picture(page, "app-loss")
@@ -64,7 +60,15 @@ def main(checkpoint: str | None) -> None:
     shown.close()
 
 
-def number(page: Any, label: str, value: int) -> None:
+def read(page: Any) -> None:
+    """Read the beginning of the project's own page, which is longer than a window."""
+    text = (Path(__file__).parent / "index.md").read_text("utf-8")[:900]
+    page.get_by_label("Text", exact=True).fill(text)
+    page.get_by_role("button", name="Read", exact=True).click()
+    page.locator(".reading .token").first.wait_for()
+
+
+def number(page: Any, label: str, value: float) -> None:
     """Set the visible slider of this label."""
     box = page.get_by_label(f"number input for {label}").locator("visible=true")
     box.fill(str(value))
@@ -72,7 +76,9 @@ def number(page: Any, label: str, value: int) -> None:
 
 
 def picture(page: Any, name: str) -> None:
-    """Save what is seen."""
+    """Save what is seen, the text in the middle of it where there is one."""
+    if page.locator(".reading").locator("visible=true").count():
+        page.locator(".said").locator("visible=true").first.evaluate("e => e.scrollIntoView({block: 'center'})")
     page.screenshot(path=IMAGES / f"{name}.png")
 
 

@@ -52,6 +52,16 @@ def test_the_front_is_who_is_beaten_by_nobody(pairs: list[tuple[int, int]], metr
     assert front
 
 
+def test_variants_with_unlike_seeds_are_compared_by_the_seeds_that_both_have() -> None:
+    """Seed 1 is a hard one: who has it too is not worse for it."""
+    variants = text(**{"full attention": [100.0, 200.0], "both, H": [99.0], "both, fitted": [98.0, 196.0]})
+    assert variants.placed("both, H", PERPLEXITY).mean == pytest.approx(150 * 0.99)
+    assert variants.placed("both, fitted", PERPLEXITY).mean == pytest.approx(147)
+    assert variants.best(variants.of("both"), PERPLEXITY) == "both, fitted"
+    more = text(**{"full attention": [100.0], "full attention, trained on": [90.0, 190.0]})
+    assert more.baseline == "full attention, trained on"
+
+
 def written(variants: dict[str, dict[str, dict[str, Any]]], task: str = "text") -> str:
     return page({each.name: variants if each.name == task else {} for each in TASKS})
 
@@ -94,7 +104,7 @@ def test_differences_are_paired_and_the_better_of_two_full_models_is_the_baselin
 
 
 def test_an_unfinished_model_of_one_seed_has_a_picture_too() -> None:
-    variants = text(**{"full attention": [50.0], "look, random": [60.0, 61.0], "look, H": [59.0]})
+    variants = text(**{"full attention": [50.0, 51.0], "look, random": [60.0, 63.0], "look, H": [59.0]})
     seen = points(variants, PERPLEXITY)
     assert [point.family for point in seen] == ["full attention", "look", "look"]
     assert [point.spread > 0 for point in seen] == [False, True, False]

@@ -23,8 +23,8 @@ LENGTHS = (256, 512, 1024, 2048)
 
 
 def lengths_of(served: Served) -> list[int]:
-    """The lengths that the model reads, of those that are measured."""
-    return [length for length in LENGTHS if length <= served.longest] or [served.longest]
+    """The lengths that are measured, of those after which the model still has room to write."""
+    return [length for length in LENGTHS if length < served.longest] or [served.longest // 2]
 
 
 def measure(served: Served, look: float | None, kept: float | None) -> Iterator[list[dict[str, Any]]]:

@@ -116,7 +116,7 @@ def _dials(gr: Any, served: Served) -> tuple[Any, Any]:
 def _read_tab(gr: Any, served: Served) -> None:
     layers = served.model.config.num_hidden_layers
     known = gr.State(None)
-    box = gr.Textbox(EXAMPLE, lines=4, label="Text")
+    box = gr.Textbox(EXAMPLE, lines=4, max_lines=8, label="Text")
     button = gr.Button("Read", variant="primary")
     with gr.Row():
         look, kept = _dials(gr, served)
@@ -240,7 +240,7 @@ def _runs_tab(gr: Any) -> None:
     button = gr.Button("Look", variant="primary")
     line = gr.HTML()
     run = gr.Dropdown([], label="Run", interactive=True)
-    picture = gr.Image(label="Over training", type="filepath", interactive=False)
+    picture = gr.Image(label="Over training", type="filepath", interactive=False, buttons=["fullscreen"])
     sweep = gr.Dropdown([], label="Sweep", interactive=True)
     table = gr.Markdown()
 

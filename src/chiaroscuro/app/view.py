@@ -12,7 +12,7 @@ from chiaroscuro.report.layer_map import draw_layer_map
 from chiaroscuro.report.visible import harmless
 
 ROUTING, LOSS = "routing", "loss beside full attention's"
-LARGEST_CHANGE = 1.0
+LARGEST_CHANGE = 0.5
 """Nats above which a change of the loss has its full colour."""
 
 

@@ -36,7 +36,7 @@ class Point:
         family: the models that have its colour.
         costs: its cost, by the name of what is counted.
         value: how good it is.
-        spread: the standard deviation of the value over seeds; 0 for one.
+        spread: the standard deviation over seeds of the value's difference from the baseline's; 0 for one.
         best: by the same names, whether it is on the front.
 
     """

@@ -338,7 +338,7 @@ class Variants:
 
     def best(self, names: list[str], metric: Metric) -> str | None:
         """The best of some variants."""
-        order = sorted(names, key=lambda name: self.estimate(name, metric.key).mean, reverse=metric.rises)
+        order = sorted(names, key=lambda name: self.placed(name, metric).mean, reverse=metric.rises)
         return order[0] if order else None
 
     def of(self, name: str) -> list[str]:
@@ -348,7 +348,28 @@ class Variants:
     @property
     def baseline(self) -> str | None:
         """The best model of full attention, without convolutions."""
-        return self.best(self.of(BASELINE), self.task.metrics[0])
+        names, metric = self.of(BASELINE), self.task.metrics[0]
+        seeds = set.intersection(*(set(self.found[name]) for name in names)) if names else set()
+        if not seeds:
+            return names[0] if names else None
+
+        def mean_over_seeds(name: str) -> float:
+            return estimate([self.found[name][seed][metric.key] for seed in sorted(seeds)]).mean
+
+        return (max if metric.rises else min)(names, key=mean_over_seeds)
+
+    def placed(self, name: str, metric: Metric) -> Estimate:
+        """A figure that can be compared with others'.
+
+        Where a variant has other seeds than the baseline: the baseline's mean, changed as the seeds that both have say.
+        """
+        own, baseline = self.estimate(name, metric.key), self.baseline
+        if baseline is None or set(self.found[name]) == set(self.found[baseline]):
+            return own
+        found, whole = self.against(name, baseline, metric), self.estimate(baseline, metric.key).mean
+        if found is None:
+            return own
+        return Estimate(found.count, whole + found.mean if metric.rises else whole * found.mean)
 
     def against(self, name: str, baseline: str, metric: Metric) -> Estimate | None:
         """The ratio of perplexities, or the difference of accuracies, over the seeds that both have."""
@@ -358,6 +379,14 @@ class Variants:
             return None
         return compare(ours, theirs) if metric.rises else compare_ratios(ours, theirs)
 
+    def spread(self, name: str, metric: Metric) -> float:
+        """The standard deviation over seeds of a figure's difference from the baseline's; 0 for one seed."""
+        baseline = self.baseline
+        found = None if baseline is None or name == baseline else self.against(name, baseline, metric)
+        if found is None or found.sd is None:
+            return 0.0
+        return found.sd if metric.rises else found.sd * self.placed(name, metric).mean
+
     def fronts(self, metric: Metric) -> dict[str, list[str]]:
         """The front by each cost."""
         return {cost: self.front(metric, cost) for cost in COSTS}
@@ -365,7 +394,7 @@ class Variants:
     def front(self, metric: Metric, cost: str) -> list[str]:
         """The variants than which no other is both cheaper, or as cheap, and better."""
         sign = 1 if metric.rises else -1
-        at = {n: (self.estimate(n, cost).mean, sign * self.estimate(n, metric.key).mean) for n in self.names}
+        at = {n: (self.estimate(n, cost).mean, sign * self.placed(n, metric).mean) for n in self.names}
         return [
             name
             for name, (price, worth) in at.items()
@@ -383,14 +412,14 @@ def points(variants: Variants, metric: Metric) -> list[Point]:
     fronts = variants.fronts(metric)
     found = []
     for name in variants.names:
-        value = variants.estimate(name, metric.key)
+        value = variants.placed(name, metric)
         found.append(
             Point(
                 name=name,
                 family=family(name),
                 costs={cost: variants.estimate(name, cost).mean for cost in fronts},
                 value=value.mean,
-                spread=value.sd or 0.0,
+                spread=variants.spread(name, metric),
                 best={cost: name in front for cost, front in fronts.items()},
             )
         )
@@ -417,8 +446,9 @@ attention. All of a task have the same depth and width and see the same number o
 
 *Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full attention's,
 counted at the shares measured, which are means over all layers. A mean of several seeds has its standard deviation; the
-differences from the best full attention without convolutions are paired by seed, with their 95% interval. Bold names
-are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
+differences from the best full attention without convolutions are paired by seed, with their 95% interval. Means over
+unlike seeds can't be compared with each other: the differences can, and fronts, pictures and verdicts go by them. Bold
+names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 """
 
 
@@ -466,7 +496,7 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
     ours = variants.best(variants.of("both"), metric)
     if ours is None:
         return ["A quarter on both sides is not measured yet."]
-    value, whole = (variants.estimate(name, metric.key).mean for name in (ours, baseline))
+    value, whole = (variants.placed(name, metric).mean for name in (ours, baseline))
     if metric.rises:
         part = value / whole if whole else 1.0  # of nothing, nothing is lost
         reached = "reached" if part >= LEAST_KEPT else "**not reached**"
@@ -477,9 +507,9 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         goal = f"at most {MOST_LOST:.0%} more perplexity than full attention: {more:+.1%} ({ours}), {reached}"
     lines = [f"- The goal at a quarter on both sides, {goal}."]
     for name in variants.of("static"):
-        theirs = variants.estimate(name, metric.key).mean
+        theirs = variants.placed(name, metric).mean
         better = value > theirs if metric.rises else value < theirs
-        shown = " against ".join(metric.shown(variants.estimate(each, metric.key)) for each in (ours, name))
+        shown = " against ".join(metric.shown(variants.placed(each, metric)) for each in (ours, name))
         price = " against ".join(_price(variants, each) for each in (ours, name))
         lines.append(f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {price}.")
     chance = variants.best([name for name in variants.of("both") if "random" in name], metric)
