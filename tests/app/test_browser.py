@@ -136,7 +136,7 @@ def test_measuring(visitor: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the light falls on a wall and what is dark stays dark")
     visitor.locator('input[type="file"]:not([accept])').set_input_files(tmp_path / "text.txt")
     visitor.get_by_text("The beginning of text.txt.").wait_for()
-    visitor.get_by_text("local · attention").first.wait_for()
+    visitor.get_by_text("local · attention").locator("visible=true").first.wait_for()
 
 
 def test_looking_at_runs(visitor: Any) -> None:

@@ -1,4 +1,4 @@
-"""The pictures on the pages: each is drawn by docs/pictures.py and shown on a page."""
+"""The pictures on the pages: each is drawn by docs/pictures.py or docs/app_pictures.py, and shown on a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pages import ROOT, pages
 
 from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
 
-DRAWN_FROM_A_MODEL = "routed-text.png"
+DRAWN_FROM_A_MODEL = {"routed-text.png"}
+OF_THE_APP = {f"app-{name}.png" for name in ("read", "loss", "write", "measure", "runs")}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def pictures() -> dict[str, object]:
 def test_every_picture_is_drawn_and_shown(pictures: dict[str, object], tmp_path: Path) -> None:
     pictures["main"].__globals__["IMAGES"] = tmp_path  # type: ignore[attr-defined]
     pictures["main"](None)  # type: ignore[operator]
-    drawn = {file.name for file in tmp_path.iterdir()} | {DRAWN_FROM_A_MODEL}
+    drawn = {file.name for file in tmp_path.iterdir()} | DRAWN_FROM_A_MODEL | OF_THE_APP
     assert {file.name for file in (ROOT / "docs/images").iterdir()} == drawn
     text = "".join(page.read_text("utf-8") for page in pages())
     assert all(f"images/{name})" in text for name in drawn)

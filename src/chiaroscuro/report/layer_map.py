@@ -33,7 +33,7 @@ def draw_layer_map(rows: Sequence[tuple[str, Sequence[float]]], tokens: Sequence
                 cells.setdefault(step, []).append(token)
         for step, chosen in sorted(cells.items()):
             path = "".join(f"M{token} {y}h1v{CELL - 1}h-1z" for token in chosen)
-            parts.append(f'<path style="--lit:{step / STEPS:g}" d="{path}"/>')
+            parts.append(f'<path class="cell" style="--lit:{step / STEPS:g}" d="{path}"/>')
         lit = sum(levels) / max(1, len(levels))
         parts.append(
             f'<rect y="{y}" width="{len(tokens)}" height="{CELL - 1}"><title>{escape(name)}: {lit:.0%}</title></rect>'

@@ -86,7 +86,7 @@ def _draw(axes: Axes, points: Sequence[Point], families: Sequence[str], cost: st
             label=family,
             linestyle="",
             color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=_MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],
             markersize=6,
             elinewidth=0.8,
             zorder=2,
