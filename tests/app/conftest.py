@@ -1,16 +1,11 @@
-"""A small routed model that was trained, with its run; and a retrofitted decoder."""
+"""A small routed model that was trained, with its run."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from byte_tokenizer import byte_tokenizer
-from chiaroscuro import fit, retrofit
 from chiaroscuro.app.served import Served, serve
 from chiaroscuro.training import Recipe, train
-from decoders import build
 from small_runs import recipe_content, write_corpus
 
 
@@ -40,13 +35,3 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served(run_folder: Path) -> Served:
     return serve(str(run_folder))
-
-
-def retrofitted() -> Served:
-    tokenizer: Any = byte_tokenizer()
-    model = build(
-        vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None
-    )
-    retrofit(model, window=8, sinks=1, attention_share=0.5, kv_share=0.25, router="fitted", kv_router="fitted")
-    fit(model, [torch.randint(3, 200, (2, 128)) for _ in range(4)], look=0.5, kept=0.25, spread=False)
-    return Served(model, tokenizer, "retrofitted")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from served_models import retrofitted
 
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import UserError
@@ -20,7 +21,6 @@ from chiaroscuro.app.served import Served, serve
 from chiaroscuro.app.view import LOSS, ROUTING, draw_panels, draw_reading, draw_written, summary, tip_of
 from chiaroscuro.app.writing import write
 from chiaroscuro.retrofitting.whole import without_routing
-from conftest import retrofitted
 from decoders import build
 
 Run = Callable[..., tuple[int, str, str]]

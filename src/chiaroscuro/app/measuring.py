@@ -12,7 +12,7 @@ from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.speed import decoding, forward_pass, take_turns
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
-from chiaroscuro.app.writing import new_cache, numbers_held
+from chiaroscuro.app.writing import new_cache, numbers_in
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig
 
@@ -67,7 +67,7 @@ def _cache(model: Any, ids: Tensor) -> float | None:
     if cache is None:
         return None
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return float(numbers_held(cache) * model.dtype.itemsize / 2**20)
+    return float(numbers_in(cache) * model.dtype.itemsize / 2**20)
 
 
 def shares_of_file(served: Served, file: str | Path, look: float | None, kept: float | None) -> list[dict[str, Any]]:

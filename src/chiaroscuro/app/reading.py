@@ -18,8 +18,9 @@ from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops import spectral_entropy
-from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe
-from chiaroscuro.retrofitting.routed_model import RoutedModel, attention_modules
+from chiaroscuro.retrofitting.inside import noting_inputs, projections
+from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 
 MOST = 1024
 """Tokens that are shown at once; a page with more is slow to draw."""
@@ -167,17 +168,13 @@ def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[An
 
 
 def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, Any]:
-    given: dict[int, Tensor] = {}
-    modules: dict[int, Any] = attention_modules(model)
-    handles = [_noting(modules[i], given, i) for i in model.reaches]
     for reach in model.reaches.values():
         reach.watched = []
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        with noting_inputs(model) as given:
+            logits = model(input_ids=ids, use_cache=False).logits
         decided = {i: (reach.watched or [])[0] for i, reach in model.reaches.items()}
     finally:
-        for handle in handles:
-            handle.remove()
         for reach in model.reaches.values():
             reach.watched = None
     layers = {}
@@ -197,15 +194,6 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
     return _of(logits, ids), layers
 
 
-def _noting(module: Any, given: dict[int, Tensor], i: int) -> Any:
-    """Note what an attention module is given."""
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[i] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-    return module.register_forward_pre_hook(note, with_kwargs=True)
-
-
 def _part(kept: Tensor) -> tuple[float, ...]:
     first = kept[0].float()
     return tuple((first if first.ndim == 1 else first.mean(-1)).tolist())
@@ -215,17 +203,9 @@ def _far(model: Any, ids: Tensor) -> dict[int, tuple[float, ...]]:
     """By layer with a window, the attention that goes beyond it, in full attention."""
     found = {}
     if isinstance(model, RoutedModel):
-        probes = {i: Probe(reach.window, reach.sinks) for i, reach in model.reaches.items()}
-        for i, reach in model.reaches.items():
-            reach.probe = probes[i]
-        try:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        finally:
-            for reach in model.reaches.values():
-                reach.probe = None
-        for i, probe in probes.items():
-            query, key, value = (part.transpose(1, 2)[0] for part in probe.parts)
-            found[i] = tuple(far_part(query, key, value, probe.window, probe.sinks).mass.tolist())
+        for i, (query, key, value) in projections(model, ids).items():
+            reach = model.reaches[i]
+            found[i] = tuple(far_part(query, key, value, reach.window, reach.sinks).mass.tolist())
     elif isinstance(model, ChiarPreTrainedModel):
         with full_attention(model):
             x, context, gate = embed_batch(model, ids)

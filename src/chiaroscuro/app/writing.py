@@ -15,7 +15,7 @@ from chiaroscuro.app.served import Served
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
-from chiaroscuro.retrofitting.routed_cache import RoutedLayer
+from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 
 COLDEST = 0.01
@@ -136,7 +136,7 @@ def _step(model: Any, tokenizer: Any, writer: _Writer, temperature: float, full:
         pieces=(*before.pieces, tokenizer.decode([token])),
         levels=(*before.levels, 1.0 if full else _level(output.routing if own else None, decided)),
         seconds=before.seconds + (0.0 if first else seconds),
-        numbers=None if writer.cache is None else numbers_held(writer.cache),
+        numbers=None if writer.cache is None else numbers_in(writer.cache),
     )
     writer.done = token == tokenizer.eos_token_id
 
@@ -158,11 +158,6 @@ def _level(routing: Any, decided: list[Any]) -> float:
     return sum(chosen) / len(chosen) if chosen else 1.0
 
 
-def numbers_held(cache: Any) -> int:
-    """How many numbers a cache holds."""
-    if isinstance(cache, ChiarCache):
-        return int(cache.numbers_kept())
-    return sum(
-        layer.numbers_kept() if isinstance(layer, RoutedLayer) else layer.keys.numel() + layer.values.numel()
-        for layer in cache.layers
-    )
+def numbers_in(cache: Any) -> int:
+    """How many numbers a cache holds, of whichever kind of model."""
+    return int(cache.numbers_kept()) if isinstance(cache, ChiarCache) else numbers_held(cache)

@@ -103,3 +103,12 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int) -> RoutedLayer:
     routed = RoutedLayer(window, sinks)
     cache.layers[layer] = routed
     return routed
+
+
+def numbers_held(cache: Any) -> int:
+    """How many numbers a cache of transformers holds, in routed layers and in others."""
+    layers: list[Any] = cache.layers
+    return sum(
+        layer.numbers_kept() if isinstance(layer, RoutedLayer) else layer.keys.numel() + layer.values.numel()
+        for layer in layers
+    )

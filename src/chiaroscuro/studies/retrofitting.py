@@ -26,7 +26,7 @@ from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
 from chiaroscuro.retrofitting.in_place import retrofit
-from chiaroscuro.retrofitting.routed_cache import RoutedLayer
+from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
@@ -313,8 +313,4 @@ def numbers_kept(model: Any, ids: torch.Tensor) -> int:
     """How many numbers a model's cache holds after these tokens."""
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers: list[Any] = cache.layers
-    return sum(
-        layer.numbers_kept() if isinstance(layer, RoutedLayer) else layer.keys.numel() + layer.values.numel()
-        for layer in layers
-    )
+    return numbers_held(cache)

@@ -23,8 +23,8 @@ from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops import spectral_entropy
 from chiaroscuro.retrofitting.fitting import fit
-from chiaroscuro.retrofitting.routed_attention import Probe
-from chiaroscuro.retrofitting.routed_model import RoutedModel, attention_modules
+from chiaroscuro.retrofitting.inside import noting_inputs, projections
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.studies.fitting import batches_of
 from chiaroscuro.studies.retrofitting import load_decoder
 from chiaroscuro.studies.workspace import Workspace
@@ -160,29 +160,11 @@ def _own(far: FarModel, ids: Tensor) -> Iterator[tuple[int, FarLayer]]:
 def _retrofitted(far: FarModel, ids: Tensor) -> Iterator[tuple[int, FarLayer]]:
     """The layers of another library's decoder."""
     model: RoutedModel = far.model
-    given: dict[int, Tensor] = {}
-    probes = {i: Probe(far.window, far.sinks) for i in model.reaches}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: given.update({i: kwargs.get("hidden_states", args[0] if args else None)}),
-            with_kwargs=True,
-        )
-        for i, module in attention_modules(model).items()
-    ]
-    try:
-        for i, reach in model.reaches.items():
-            reach.probe = probes[i]
-        with _everybody(model, looks=True):
-            model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for reach in model.reaches.values():
-            reach.probe = None
-    for i, reach in model.reaches.items():
+    with noting_inputs(model) as given, _everybody(model, looks=True):
+        parts = projections(model, ids[None])
+    for i, (query, key, value) in parts.items():
         source = given[i]
-        query, key, value = (part.transpose(1, 2)[0] for part in probes[i].parts)
-        score = reach.look(source, source.new_zeros(source.shape[:2])).score
+        score = model.reaches[i].look(source, source.new_zeros(source.shape[:2])).score
         assert score is not None
         yield i, FarLayer(far_part(query, key, value, far.window, far.sinks), _scores(source[0], score[0]))
 
