@@ -1,9 +1,11 @@
 """`chiaroscuro heal`: a retrofitted model that learns from its full-attention self."""
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from chiaroscuro import fit, retrofit
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.training import Recipe
+from chiaroscuro.training.adapters import add_adapters
 from chiaroscuro.training.distillation import kl_divergence
+from chiaroscuro.training.trainer import RunTrainer
 from decoders import build
 from small_runs import WORDS
 
@@ -105,6 +109,24 @@ def test_it_comes_closer_to_its_full_attention_self(
     rows = Haystack(tokenizer, text).mixture(3, LENGTH, seed=9)
     teacher = after if lora is None else before  # LoRA's teacher stays as it was
     assert divergence(after, rows, teacher) < divergence(before, rows, before)
+
+
+@torch.no_grad()
+def test_the_teacher_of_adapters_is_the_model_as_it_was(places: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(places[0])
+    ids = torch.randint(3, 200, (1, 64))
+    with without_routing(model):
+        before = model.base_model(ids, use_cache=False).last_hidden_state
+    add_adapters(model, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    teacher = RunTrainer._with_full_attention(cast(Any, trainer), {"input_ids": ids})
+    torch.testing.assert_close(teacher, before)
+    with without_routing(model):  # what was learned is there again, and goes on learning
+        assert not torch.allclose(model.base_model(ids, use_cache=False).last_hidden_state, before, atol=1e-3)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(

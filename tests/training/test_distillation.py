@@ -184,6 +184,17 @@ def test_at_a_share_of_one_there_is_nothing_to_learn(run: Go, tmp_path: Path) ->
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=2e-4)
 
 
+def test_the_texts_own_loss_counts_as_much_as_is_said(run: Go, tmp_path: Path) -> None:
+    """Where the divergence is nothing, the gradient is that of the cross-entropy alone."""
+    norms = {}
+    for part in (1.0, 0.5, 0.0):
+        asked: dict[str, Any] = {"model": {**DRY, "attention_share": 1.0}, "distill": {"cross_entropy": part}}
+        result, _ = run(**asked, trainer__output_dir=str(tmp_path / f"part-{part}"), trainer__log_every=1)
+        norms[part] = trained(result.folder)[0]["grad_norm"]
+    assert norms[0.5] == pytest.approx(norms[1.0] / 2, rel=1e-3)
+    assert norms[0.0] < 1e-3 * norms[1.0]
+
+
 def test_it_is_learned(run: Go, tmp_path: Path) -> None:
     last = {}
     for weight in (1e-9, 30.0):
