@@ -300,6 +300,22 @@ def test_a_process_that_does_not_know_us(tmp_path: Path, trust: bool) -> None:
 
 
 @torch.no_grad()
+def test_a_model_that_torch_saved_whole_is_loaded_elsewhere(tmp_path: Path) -> None:
+    model, tokens = routed_copy(build(), **HALF), ids(1)
+    expected = model(input_ids=tokens).logits
+    torch.save((model, tokens, expected), tmp_path / "model.pt")
+    code = """
+import sys, torch
+model, tokens, expected = torch.load(sys.argv[1], weights_only=False)
+assert type(model).__name__ == "RoutedLlamaForCausalLM" and model.config.chiaroscuro["window"] == 6
+torch.testing.assert_close(model(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
+from chiaroscuro import unretrofit
+unretrofit(model)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_half_precision_keeps_the_thresholds(tmp_path: Path) -> None:
     routed = routed_copy(build(), **HALF)
     values = routed.reaches[0].kept.calibration.values.clone()

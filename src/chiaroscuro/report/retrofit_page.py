@@ -6,6 +6,19 @@ from typing import Any
 
 from chiaroscuro.report.tables import markdown_table
 
+CONTROLS = {
+    "window alone": "nobody: the window alone",
+    "random": "by chance",
+    "H": "the highest spectral entropy*",
+    "key norm": "the shortest keys, by head*",
+    "received attention": "those that are attended to most from far, by head*",
+    "whole heads": "all of some key-value heads, by DuoAttention's gates",
+    "whole layers": "all of some layers",
+}
+"""What the controls keep, by name."""
+
+COSTS = ("cache", "memory", "prefill", "prefill predicted", "decoding", "decoding predicted")
+
 
 def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
     """What `retrofit_copy` found as a Markdown page, with the picture of that name."""
@@ -22,10 +35,16 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
         f"{found['before']['perplexity']:.2f} before, **{found['after']['perplexity']:.2f}** after ({rise:+.1%}); on "
         f"recall tokens, {_recall(found)}.",
         "",
-        f"With the window alone it is {_control(found, 'window alone')}, with as many kept by chance "
-        f"{_control(found, 'random')}, and with some layers whole and the window alone in the others, at no smaller a "
-        f"cache, {_control(found, 'whole layers')}.",
+        "As many kept by other means, everybody looking; those of a star could not be used, for they choose from the "
+        "complete row:",
         "",
+        markdown_table(
+            ["kept", "perplexity", ""],
+            [
+                [CONTROLS[name], f"{value:.2f}", f"{value / found['before']['perplexity'] - 1:+.1%}"]
+                for name, value in sorted(found["controls"].items(), key=lambda item: -item[1])
+            ],
+        ),
         f"![Perplexity, needles, shares and costs]({picture})",
         "",
         "## By position",
@@ -64,14 +83,15 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
         ),
         "## Costs",
         "",
-        "The cache after so many tokens as a part of the original's; and how many times faster prefill, and decoding "
-        "after it, are than the original, the two taking turns.",
+        "The cache after so many tokens as a part of the original's, and the peak memory of a prefill, weights "
+        "included, likewise; and how many times faster prefill, and decoding after it, are than the original, the two "
+        "taking turns. Predicted is what a prefill's operations say, and the bytes of weights and cache that decoding "
+        "reads.",
         "",
         markdown_table(
-            ["tokens", "cache", "prefill", "decoding"],
+            ["tokens", *COSTS],
             [
-                [f"{one['length']:,}", f"{one['cache']:.2f}"]
-                + [f"{one[kind]:.2f}" if kind in one else "" for kind in ("prefill", "decoding")]
+                [f"{one['length']:,}", *(f"{one[kind]:.2f}" if kind in one else "" for kind in COSTS)]
                 for one in found["costs"]
             ],
         ),
@@ -83,13 +103,6 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
         ),
     ]
     return "\n".join(lines)
-
-
-def _control(found: Mapping[str, Any], name: str) -> str:
-    if name not in found["controls"]:
-        return "no other model"
-    value = found["controls"][name]
-    return f"{value:.2f} ({value / found['before']['perplexity'] - 1:+.1%})"
 
 
 def _side(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:

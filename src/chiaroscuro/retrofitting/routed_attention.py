@@ -7,10 +7,10 @@ looks and who is kept was decided before, from what the module was given.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
@@ -77,8 +77,8 @@ class Forward:
         """A forward of the model begins."""
         self.input_ids, self._last, self._read = input_ids, None, None
 
-    def __deepcopy__(self, memo: Any) -> "Forward":
-        return Forward()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Forward, ()  # a copy, or what is loaded, knows of no forward
 
 
 def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
@@ -307,7 +307,28 @@ class Probe:
         return {"look": look[..., None], "kept": kept}
 
 
-class RoutedAttention(nn.Module):
+class MadeClass:
+    """Put before a class of another library, in a class that is made of both when it is needed.
+
+    No module has such a class by its name, so its instances are pickled by what it was made from.
+
+    Attributes:
+        made_from: a function, and its argument, that give the class.
+
+    """
+
+    made_from: ClassVar[tuple[Callable[[Any], type], Any]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, type(self).made_from, self.__dict__
+
+
+def _blank(make: Callable[[Any], type], argument: Any) -> Any:
+    made: Any = make(argument)
+    return made.__new__(made)
+
+
+class RoutedAttention(MadeClass, nn.Module):
     """Put before an attention class of transformers: `class Routed(RoutedAttention, LlamaAttention)`.
 
     The module has a `Reach` as `chiaroscuro`, and as its `config` a `ConfigView`.

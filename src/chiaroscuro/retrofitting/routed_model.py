@@ -17,13 +17,13 @@ from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Router, Thresholds
 from chiaroscuro.model.spread import SPREADS, spread
-from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, Reach, RoutedAttention
+from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, MadeClass, Reach, RoutedAttention
 
 FIELD = "chiaroscuro"
 """The name of the configuration's field, and of a module's child."""
 
 
-class RoutedModel(PreTrainedModel):
+class RoutedModel(MadeClass, PreTrainedModel):
     """Put before a model class of transformers: `class Routed(RoutedModel, LlamaForCausalLM)`."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ class RoutedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-class RoutedConfig(PreTrainedConfig):
+class RoutedConfig(MadeClass, PreTrainedConfig):
     """Put before a configuration class of transformers; saved under a model type of this library.
 
     A library that does not know the type refuses to load the folder, where it would else load a model without routing.
@@ -136,7 +136,11 @@ def _models_of(config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
 def routed_class(model: Any) -> Any:
     """The class of a retrofitted model, made from the model's own; the Auto classes learn of it."""
     config = model.config_class
-    names = {"__module__": config.__module__, "__doc__": f"A {config.__name__} of a retrofitted model."}
+    names = {
+        "__module__": config.__module__,
+        "__doc__": f"A {config.__name__} of a retrofitted model.",
+        "made_from": (_routed_config_class, model),
+    }
     routed_config = type(f"Routed{config.__name__}", (RoutedConfig, config), names)
     exact = {"calibration", "fitted"} | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     made = type(
@@ -147,16 +151,22 @@ def routed_class(model: Any) -> Any:
             "__doc__": f"A {model.__name__} whose attention is routed.",
             "config_class": routed_config,
             "_keep_in_fp32_modules_strict": exact,
+            "made_from": (routed_class, model),
         },
     )
     AutoModelForCausalLM.register(routed_config, made, exist_ok=True)
     return made
 
 
+def _routed_config_class(model: Any) -> Any:
+    return routed_class(model).config_class
+
+
 @cache
 def routed_attention_class(attention: Any) -> Any:
     """The class of a routed attention module, made from its own."""
-    return type(f"Routed{attention.__name__}", (RoutedAttention, attention), {"__module__": attention.__module__})
+    names = {"__module__": attention.__module__, "made_from": (routed_attention_class, attention)}
+    return type(f"Routed{attention.__name__}", (RoutedAttention, attention), names)
 
 
 def install(model: Any) -> None:

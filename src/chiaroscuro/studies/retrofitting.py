@@ -4,18 +4,24 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
 from rich.console import Console
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from chiaroscuro.analysis.perplexity import Blocks, evaluate_blocks
-from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_turns
+from chiaroscuro.analysis.speed import decoding, forward_pass, machine, peak_memory, take_turns
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.smollm2 import smollm2
@@ -27,6 +33,8 @@ from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
 from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.routed_cache import numbers_held
+from chiaroscuro.retrofitting.routed_model import attention_modules
+from chiaroscuro.studies.controls import compare_controls, key_heads
 from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
@@ -133,7 +141,7 @@ def retrofit_copy(
         Haystack(tokenizer).needle(row, 0.5, 0, keys=4)  # or an error, before all that takes time
     original = copy.deepcopy(model)
     entry: Any = "fitted"
-    grouped = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    grouped = key_heads(model.config)
     retrofit(
         model,
         window=window,
@@ -158,16 +166,19 @@ def retrofit_copy(
     if target is not None:
         with _saying(console, f"the least share that costs at most {target:.1%}"):
             found["tried"] = _least(model, blocks, before.loss, target)
+    # Saved before all that is measured, which takes as long as the fit: an interruption does not lose it.
+    save_whole(output, model, tokenizer, None)
     with _saying(console, "perplexity of the copy"):
         found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):
-        found["controls"] = compare_controls(original, model, blocks)
+        found["controls"] = compare_controls(original, model, blocks, text)
     with _saying(console, "needles"):
         found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
     with _saying(console, "speed and cache"):
         found["costs"] = compare_costs(original, model, tokens["validation"].tokens, measured)
+        if measured.seconds:
+            compare_memory(found["costs"], name, output)
     found |= {"shares": dict(model.config.chiaroscuro), "machine": machine()}
-    save_whole(output, model, tokenizer, None)
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
     write_bytes(output / PICTURE, draw_retrofit(found))
     write_text(output / PAGE, render_retrofit(found, PICTURE))
@@ -205,38 +216,6 @@ def compare_text(before: dict[str, Any], model: Any, blocks: Any, window: int) -
     with watching(model) as seen:
         after = evaluate_blocks(model, blocks, batch_size=1, window=window).figures()
     return {"before": before, "after": after, "looked": seen.look, "kept": seen.kept}
-
-
-def compare_controls(original: Any, model: Any, blocks: Any) -> dict[str, float]:
-    """The perplexity of what would embarrass a fitted score: its window alone, chance, and whole layers.
-
-    Args:
-        original: the model as it was.
-        model: the retrofitted one, whose window, layers and kept share the controls have.
-        blocks: the text.
-
-    Returns:
-        By name: `"window alone"`, nobody is kept; `"random"`, as many are, by chance; `"whole layers"`, every so many
-        layers are whole that the cache is no smaller, and the others have their window alone.
-
-    """
-    said = model.config.chiaroscuro
-    layers: list[int] = said["layers"]
-    every = max(1, int(1 / said["kv_share"])) if said["kv_share"] else len(layers) + 1
-    options = {
-        "window alone": {"kv_share": 0.0},
-        "random": {"kv_share": said["kv_share"], "kv_router": "random"},
-        "whole layers": {"kv_share": 0.0, "layers": [i for n, i in enumerate(layers) if n % every != every - 1]},
-    }
-    found = {}
-    for name, own in options.items():
-        if not own.get("layers", layers):
-            continue
-        control = copy.deepcopy(original)
-        given: Any = {"layers": layers} | own
-        retrofit(control, window=said["window"], sinks=said["sinks"], attention_share=1.0, **given)
-        found[name] = evaluate_blocks(control, blocks, batch_size=1).perplexity
-    return found
 
 
 class Seen:
@@ -287,6 +266,8 @@ def compare_needles(
 def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> list[dict[str, Any]]:
     """By length: the cache as a part of the original's, and how many times faster prefill and decoding are.
 
+    Beside them stands how many times faster the numbers of operations and of bytes say that they should be.
+
     Args:
         original: the model as it was.
         model: the retrofitted one.
@@ -297,7 +278,14 @@ def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> l
     rows = []
     for length in measured.costs:
         ids = torch.from_numpy(np.resize(text[: 2**20], length).astype(np.int64))[None].to(model.device)
-        row: dict[str, Any] = {"length": length, "cache": numbers_kept(model, ids) / numbers_kept(original, ids)}
+        numbers = numbers_kept(model, ids), numbers_kept(original, ids)
+        weights = sum(p.numel() for p in original.parameters())
+        row: dict[str, Any] = {
+            "length": length,
+            "cache": numbers[0] / numbers[1],
+            "prefill predicted": predicted_prefill(model, ids),
+            "decoding predicted": (weights + numbers[1]) / (weights + numbers[0]),
+        }
         for kind, work in (("prefill", forward_pass), ("decoding", decoding)):
             if measured.seconds:
                 timings = take_turns(
@@ -306,6 +294,80 @@ def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> l
                 row[kind] = timings["before"].median / timings["after"].median
         rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def predicted_prefill(model: Any, ids: torch.Tensor) -> float:
+    """How many times fewer operations a prefill is than the original's: its products, and its pairs of tokens.
+
+    Counted are the products with weights, the logits of one token, and for each pair of a query's head and a key
+    4 c operations, c the width of a head. Layers with a sliding window of their own are counted as whole.
+    """
+    time = ids.shape[1]
+    head = model.get_output_embeddings()
+    linear = sum(2 * m.weight.numel() * (1 if m is head else time) for m in model.modules() if isinstance(m, nn.Linear))
+    modules = attention_modules(model)
+    causal = time * (time + 1) / 2
+    pairs = dict.fromkeys(modules, causal)
+    reaches = model.reaches.values()
+    for reach in reaches:
+        reach.watched = []
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        for reach in reaches:
+            looks, kept = (reach.watched or [])[-1]
+            pairs[reach.layer] = reached_pairs(looks[0], kept[0], reach.window, reach.sinks)
+    finally:
+        for reach in reaches:
+            reach.watched = None
+    width = {i: 4 * model.config.num_attention_heads * module.head_dim for i, module in modules.items()}
+    before, after = (
+        linear + sum(width[i] * each[i] for i in modules) for each in (dict.fromkeys(modules, causal), pairs)
+    )
+    return float(before / after)
+
+
+def reached_pairs(
+    looks: Bool[Tensor, " time"], kept: Bool[Tensor, "time *key_heads"], window: int, sinks: int
+) -> float:
+    """How many keys the queries of one row see, all in all; the mean over heads."""
+    place = torch.arange(len(looks), device=looks.device)
+    near = (place + 1).clamp(max=window)
+    beyond = (place + 1 - window).clamp(min=0)  # so many keys are not near, the first ones
+    sunk = beyond.clamp(max=sinks)
+    far = kept.double().reshape(len(kept), -1).mean(1)
+    far[:sinks] = 0
+    reached = F.pad(far.cumsum(0), (1, 0))[beyond]
+    return float((near + sunk + looks * reached).sum())
+
+
+def compare_memory(rows: list[dict[str, Any]], name: str, output: Path) -> None:
+    """Add to each row the peak memory of a prefill, weights included: the copy's as a part of the original's.
+
+    Each is measured in a process of its own.
+    """
+    for row in rows:
+        peaks = []
+        for checkpoint in (str(output), name):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                try:
+                    peaks.append(pool.submit(_peak, checkpoint, row["length"]).result())
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"a prefill of {row['length']} tokens by {checkpoint} was killed, likely for its memory: give "
+                        "shorter --costs"
+                    ) from None
+        row["memory"] = peaks[0] / peaks[1]
+        row["memory, MB"] = peaks[0] / 1e6
+
+
+def _peak(checkpoint: str, length: int) -> int:
+    def make() -> Any:
+        model, _ = load_decoder(checkpoint)
+        ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        return forward_pass(model, ids)
+
+    return peak_memory(make)
 
 
 @torch.no_grad()
