@@ -176,6 +176,7 @@ def test_it_measures_what_a_model_costs(model: Served, monkeypatch: pytest.Monke
     assert [row["length"] for row in rows] == [32, 64]
     for row in rows:
         assert row["forward, times as fast"] > 0 and row["decoding, ms"] > 0
+        assert 0 < row["forward's memory, MB"] < 2 * row["memory of full attention, MB"]
         assert (row["cache, MB"] < row["cache of full attention, MB"]) == bool(model.dials)
     table = page._table(rows)
     assert table is not None and len(table["data"]) == 2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chiaroscuro.analysis.flops import count_flops, full_attention
+from chiaroscuro.analysis.memory import prefill_memory
 from chiaroscuro.analysis.speed import decoding, forward_pass, take_turns
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
@@ -56,6 +57,9 @@ def measure(served: Served, look: float | None, kept: float | None) -> Iterator[
         caches = [_cache(model, ids) for model in (routed, whole)]
         if None not in caches:
             row["cache, MB"], row["cache of full attention, MB"] = caches
+        for name, model in (("forward's memory, MB", routed), ("memory of full attention, MB", whole)):
+            if (peak := prefill_memory(model, length)) is not None:
+                row[name] = peak / 2**20
         rows.append(row)
         yield list(rows)
 

@@ -6,15 +6,17 @@ another library: what a layer needs beside its tokens is what its model gave it 
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter, build_router
@@ -223,6 +225,7 @@ class _Fitting:
         """By side and layer, the gains of a batch's tokens, in the model where nobody looks and nobody is kept."""
         probes = {i: Probe(reach.window, reach.sinks) for i, reach in self.reaches.items()}
         with ExitStack() as stack, torch.enable_grad():
+            stack.enter_context(_checkpointed(self.layers))
             for i, reach in self.reaches.items():
                 stack.enter_context(reach.as_whole(look=False, kept=False))
                 reach.probe = probes[i]
@@ -314,6 +317,18 @@ def _decoder_layers(model: RoutedModel) -> list[nn.Module]:
     attention = set(attention_modules(model).values())
     holding = [module for module in model.modules() if any(child in attention for child in module.children())]
     return holding
+
+
+@contextmanager
+def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block a layer keeps nothing for the backward, which computes it again: a row of it fits in memory."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _run(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:

@@ -4,11 +4,8 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from chiaroscuro.analysis.memory import prefill_memory
 from chiaroscuro.analysis.perplexity import Blocks, evaluate_blocks
-from chiaroscuro.analysis.speed import decoding, forward_pass, machine, peak_memory, take_turns
+from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_turns
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.smollm2 import smollm2
@@ -176,8 +174,6 @@ def retrofit_copy(
         found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
     with _saying(console, "speed and cache"):
         found["costs"] = compare_costs(original, model, tokens["validation"].tokens, measured)
-        if measured.seconds:
-            compare_memory(found["costs"], name, output)
     found |= {"shares": dict(model.config.chiaroscuro), "machine": machine()}
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
     write_bytes(output / PICTURE, draw_retrofit(found))
@@ -264,7 +260,7 @@ def compare_needles(
 
 
 def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> list[dict[str, Any]]:
-    """By length: the cache as a part of the original's, and how many times faster prefill and decoding are.
+    """By length: cache and peak memory as parts of the original's, and how many times faster prefill and decoding are.
 
     Beside them stands how many times faster the numbers of operations and of bytes say that they should be.
 
@@ -292,6 +288,10 @@ def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> l
                     {"before": work(original, ids), "after": work(model, ids)}, measured.seconds, turns=3
                 )
                 row[kind] = timings["before"].median / timings["after"].median
+        if measured.seconds:
+            memory = prefill_memory(model, length), prefill_memory(original, length)
+            if memory[0] and memory[1]:
+                row["memory"] = memory[0] / memory[1]
         rows.append(row)
     return rows
 
@@ -339,35 +339,6 @@ def reached_pairs(
     far[:sinks] = 0
     reached = F.pad(far.cumsum(0), (1, 0))[beyond]
     return float((near + sunk + looks * reached).sum())
-
-
-def compare_memory(rows: list[dict[str, Any]], name: str, output: Path) -> None:
-    """Add to each row the peak memory of a prefill, weights included: the copy's as a part of the original's.
-
-    Each is measured in a process of its own.
-    """
-    for row in rows:
-        peaks = []
-        for checkpoint in (str(output), name):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                try:
-                    peaks.append(pool.submit(_peak, checkpoint, row["length"]).result())
-                except BrokenProcessPool:
-                    raise UserError(
-                        f"a prefill of {row['length']} tokens by {checkpoint} was killed, likely for its memory: give "
-                        "shorter --costs"
-                    ) from None
-        row["memory"] = peaks[0] / peaks[1]
-        row["memory, MB"] = peaks[0] / 1e6
-
-
-def _peak(checkpoint: str, length: int) -> int:
-    def make() -> Any:
-        model, _ = load_decoder(checkpoint)
-        ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        return forward_pass(model, ids)
-
-    return peak_memory(make)
 
 
 @torch.no_grad()
