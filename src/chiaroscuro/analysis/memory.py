@@ -46,8 +46,8 @@ def prefill_memory(model: PreTrainedModel, length: int) -> int | None:
 
 def _peak(folder: str, length: int, device: str) -> int:
     def make() -> Any:
-        model = load_checkpoint(folder).to(device)
+        model: Any = load_checkpoint(folder)
         ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        return forward_pass(model, ids.to(device))
+        return forward_pass(model.to(device), ids.to(device))
 
     return peak_memory(make)
