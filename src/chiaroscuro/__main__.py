@@ -3,10 +3,12 @@
 import sys
 
 from chiaroscuro.errors import LabMissing
+from chiaroscuro.threads import share_the_machine
 
 
 def main() -> None:
     """Run the command line, or say in one line what it needs."""
+    share_the_machine()  # before PyTorch is loaded
     try:
         from chiaroscuro import lab  # noqa: F401
         from chiaroscuro.cli import main as run

@@ -26,13 +26,14 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
         tokens: a tokenised split.
         length: T, the number of tokens that the model reads at once.
         stride: S, from 1 to T; T by default.
+        end: the token that ends a document, where documents are to be told apart; None for a running text.
 
     Raises:
         UserError: T is less than 1, the stride is not in 1 … T, or the split is shorter than one block.
 
     """
 
-    def __init__(self, tokens: TokenFile, length: int, stride: int | None = None) -> None:
+    def __init__(self, tokens: TokenFile, length: int, stride: int | None = None, end: int | None = None) -> None:
         if length < 1:
             raise UserError(f"length is {length}; a block needs at least 1 token")
         if stride is not None and not 1 <= stride <= length:
@@ -45,6 +46,7 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
         self.tokens = tokens
         self.length = length
         self.stride = length if stride is None else stride
+        self.end = end
 
     def __len__(self) -> int:
         return (self.tokens.count - 1 - self.length) // self.stride + 1
@@ -52,7 +54,8 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
     def __getitem__(self, index: int) -> dict[str, Int64[Tensor, " length"]]:
         """Return `input_ids`, `labels` (the same: Hugging Face models shift them) and `shift_labels`, the next tokens.
 
-        In `shift_labels` a token that an earlier block predicts is −100: it is left out of the loss.
+        In `shift_labels` a token that an earlier block predicts is −100: it is left out of the loss. Where documents
+        are told apart, so is the first token of each, and `position_ids` begin anew with it.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
@@ -61,4 +64,16 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
         predicted = block[1:].clone()
         if index > 0:
             predicted[: self.length - self.stride] = -100
-        return {"input_ids": block[:-1], "labels": block[:-1], "shift_labels": predicted}
+        if self.end is None:
+            return {"input_ids": block[:-1], "labels": block[:-1], "shift_labels": predicted}
+        first = torch.cat(
+            [torch.tensor([True]), block[:-1] == self.end]
+        )  # of a document, or of what the block has of one
+        place = torch.arange(len(block))
+        labels = block.masked_fill(first, -100)
+        return {
+            "input_ids": block[:-1],
+            "labels": labels[:-1],
+            "shift_labels": predicted.masked_fill(first[1:], -100),
+            "position_ids": (place - place.where(first, 0).cummax(0).values)[:-1],
+        }

@@ -96,7 +96,11 @@ class Corpus:
 
 
 def load_corpus(
-    source: str | Path, cache_dir: Path | None = None, needed: Sequence[str] = ("train", "validation")
+    source: str | Path,
+    cache_dir: Path | None = None,
+    needed: Sequence[str] = ("train", "validation"),
+    column: str = "text",
+    separator: Separator | None = None,
 ) -> Corpus:
     """Load a corpus.
 
@@ -113,6 +117,8 @@ def load_corpus(
         cache_dir: where the files of a folder are kept as Arrow tables; [`default_cache_dir`][] by default. A Hub data
             set goes to the Hugging Face cache, which other programs share.
         needed: the splits that must be there, by default those that training needs.
+        column: the column of the texts, where the source has columns.
+        separator: what joins the rows: see [`Corpus`][]. By default "eos" for `python-docs`, and "newline" for others.
 
     Returns:
         The corpus, memory-mapped if it came from files.
@@ -122,14 +128,14 @@ def load_corpus(
 
     """
     name = str(source)
-    separator: Separator = "newline"
     if name == "python-docs":
-        splits, separator = _python_docs_splits(), "eos"
+        splits, separator = _python_docs_splits(), separator or "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
     else:
         splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES, needed)
         description = f"{origin}, by row"
-    splits = _checked(name, splits, needed)
+    separator = separator or "newline"
+    splits = _checked(name, splits, needed, column)
     return Corpus(name, description, splits, separator, hash_rows(name, splits, separator))
 
 
@@ -255,7 +261,9 @@ def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datas
     return {split: loaded[split] for split in SPLITS if split in loaded}
 
 
-def _checked(name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str]) -> dict[str, datasets.Dataset]:
+def _checked(
+    name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str], column: str
+) -> dict[str, datasets.Dataset]:
     """Return the splits with the column "text" alone, after checking that none is missing."""
     for split in needed:
         if split not in splits:
@@ -263,8 +271,17 @@ def _checked(name: str, splits: dict[str, datasets.Dataset], needed: Sequence[st
                 f"the corpus {name!r} has no {split} split, only {', '.join(splits) or 'unknown ones'}; "
                 "training needs train and validation"
             )
-    check_texts(name, splits)
-    return {split: rows.select_columns("text") for split, rows in splits.items()}
+    for split, rows in splits.items():
+        if column not in rows.column_names:
+            raise UserError(
+                f"the {split} split of {name!r} has no column {column!r}, only {', '.join(rows.column_names)}; name "
+                "that of the texts by data.column"
+            )
+    texts = {split: rows.select_columns(column) for split, rows in splits.items()}
+    if column != "text":
+        texts = {split: rows.rename_column(column, "text") for split, rows in texts.items()}
+    check_texts(name, texts)
+    return texts
 
 
 def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:

@@ -7,6 +7,7 @@ Commands and studies start from it:
     evaluate_blocks(workspace.model, blocks)
 """
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from chiaroscuro.data import Corpus, TokenBlocks, load_corpus, tokenize_corpus
+from chiaroscuro.data import Corpus, TokenBlocks, default_cache_dir, tokenize_corpus
 from chiaroscuro.data.tasks import (
     LabelledRows,
     LabelledTexts,
@@ -26,6 +27,7 @@ from chiaroscuro.data.tasks import (
     tokenize_targets,
     tokenize_task,
 )
+from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForMixedTasks, ChiarForSequenceClassification, ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
@@ -181,14 +183,27 @@ class Workspace:
                 raise UserError(
                     f"this checkpoint was trained on the task {self.recipe.data.task}: name a text with --data"
                 )
-        return self._with_split(split, self._from_source(source, lambda found: load_corpus(found, needed=())))
+        text = self._text(source)
+
+        def load(found: str | None) -> Corpus:
+            if not isinstance(text, LanguageModelling):  # a task of the user's, which knows its text
+                return cast(Corpus, text.load(default_cache_dir()))
+            return replace(text, source=found or text.source).load(default_cache_dir(), ())
+
+        return self._with_split(split, self._from_source(source, load))
+
+    def _text(self, source: str | None) -> TextTask:
+        """How the recipe reads its text; another source is a running text."""
+        task = self.recipe.data.build_task() if self.recipe is not None and source is None else None
+        return task if isinstance(task, TextTask) else LanguageModelling()
 
     def blocks(
         self, split: str, *, length: int | None = None, stride: int | None = None, source: str | None = None
     ) -> tuple[Corpus, TokenBlocks]:
         """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`."""
-        corpus = self.corpus(split, source)
-        return corpus, TokenBlocks(tokenize_corpus(corpus, self.tokenizer)[split], self.length(length), stride)
+        corpus, text = self.corpus(split, source), self._text(source)
+        tokens = tokenize_corpus(corpus, self.tokenizer)[split]
+        return corpus, text.blocks(tokens, self.tokenizer, self.length(length), stride)
 
     def labelled_rows(
         self, split: str, *, length: int | None = None, source: str | None = None

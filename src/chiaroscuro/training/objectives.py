@@ -142,7 +142,7 @@ class LanguageModelling(Objective):
         return cls(
             tokenizer=tokenizer,
             train=task.train_rows(splits["train"], tokenizer, length),
-            validation=TokenBlocks(validation, length),
+            validation=task.blocks(validation, tokenizer, length),
             identity=splits["train"].path.stem,  # a fingerprint of text and tokenizer
             summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
             validation_texts=corpus.splits["validation"]["text"],

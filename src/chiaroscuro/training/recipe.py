@@ -129,10 +129,26 @@ class MixtureSection(Section):
         return self
 
 
+DECAYED = 0.2
+"""The part of a run in which the learning rate falls, by `wsd`, unless `decay_steps` says it."""
+
+
 def _two_numbers(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{value!r} needs two numbers, such as [0.9, 0.95]")
     return value
+
+
+def _count_or_part(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+    if not whole and not (isinstance(value, float) and 0 < value <= 1):
+        raise ValueError(f"{value!r} needs a number of steps, such as 1000, or a part of the run, such as 0.33")
+    return value
+
+
+def _in_steps(given: int | float, steps: int) -> int:
+    """A number of steps, or a part of the run's, one at least."""
+    return given if isinstance(given, int) else max(1, round(given * steps))
 
 
 class TrainerSection(Section):
@@ -141,7 +157,9 @@ class TrainerSection(Section):
     A run begins with random weights, or with those of the checkpoint `init_from`, whose routing may be another: its
     menus, its routers and their shares. One step takes `batch_size` sequences per device, `gradient_accumulation`
     times. Exactly one of `steps`, `tokens` and `epochs` sets the length of the run; an epoch is as many whole steps as
-    the data fill. The learning rate rises linearly for `warmup_steps` and falls by a cosine to `min_learning_rate`.
+    the data fill. The learning rate rises linearly for `warmup_steps`. Then it falls by a cosine to
+    `min_learning_rate`, stays (`constant`), or stays and falls linearly in the last `decay_steps` (`wsd`). With `ema`
+    the model that is validated, and that the run ends with, has the mean of the weights by `Averages`.
     Validation reads the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding
     included; it happens after the checkpoint of its step.
     """
@@ -157,6 +175,9 @@ class TrainerSection(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     min_learning_rate: Rate = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    learning_rate_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    decay_steps: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
     weight_decay: Rate = 0.01
     # YAML has lists where Python has tuples, which strictness would tell apart.
     betas: Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_two_numbers)] = (0.9, 0.95)
@@ -169,6 +190,7 @@ class TrainerSection(Section):
     keep_checkpoints: Count = 2
     gradient_checkpointing: bool = False
     compile: bool = False
+    report_to: list[Annotated[str, Field(min_length=1)]] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainerSection":
@@ -179,6 +201,11 @@ class TrainerSection(Section):
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+        if self.decay_steps is not None and self.learning_rate_schedule != "wsd":
+            raise ValueError(
+                f"decay_steps={self.decay_steps} with learning_rate_schedule={self.learning_rate_schedule!r}: it goes "
+                "with wsd; remove one"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}: both must lie in [0, 1)")
         return self
@@ -222,18 +249,6 @@ def _range_of_shares(value: Any) -> Any:
     if len(pair) != 2 or not all(map(_is_share, pair)) or pair[0] > pair[1]:
         raise ValueError(f"{value!r} needs two numbers from 0 to 1, the smaller one first, such as [0.1, 1.0]")
     return value
-
-
-def _count_or_part(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
-    if not whole and not (isinstance(value, float) and 0 < value <= 1):
-        raise ValueError(f"{value!r} needs a number of steps, such as 1000, or a part of the run, such as 0.33")
-    return value
-
-
-def _in_steps(given: int | float, steps: int) -> int:
-    """A number of steps, or a part of the run's, one at least."""
-    return given if isinstance(given, int) else max(1, round(given * steps))
 
 
 class ShareSection(Section):
@@ -698,7 +713,18 @@ class Recipe(Section):
                 f"trainer.warmup_steps={self.trainer.warmup_steps} is not shorter than the {steps} steps of "
                 "the run; lower it or train longer"
             )
+        if self.trainer.warmup_steps + self.decay_steps(steps) > steps:
+            raise UserError(
+                f"trainer.warmup_steps={self.trainer.warmup_steps} and decay_steps={self.decay_steps(steps)} are more "
+                f"than the {steps} steps of the run; lower one or train longer"
+            )
         return steps
+
+    def decay_steps(self, steps: int) -> int:
+        """Of a run of so many steps, the last in which the learning rate falls, where it stayed before."""
+        if self.trainer.learning_rate_schedule != "wsd":
+            return 0
+        return _in_steps(DECAYED if self.trainer.decay_steps is None else self.trainer.decay_steps, steps)
 
     def baseline(self) -> "Recipe":
         """The recipe that trains the baseline of `calibration.method: paper`."""
@@ -736,8 +762,19 @@ class Recipe(Section):
     # What may change when a run is resumed: how often it looks, what it keeps, and where. All else moves the weights.
     _FREE_ON_RESUME = frozenset(
         f"trainer.{name}"
-        for name in ("output_dir", "log_every", "evaluate_every", "validation_tokens", "save_every", "keep_checkpoints")
+        for name in (
+            *("output_dir", "log_every", "evaluate_every", "validation_tokens", "save_every", "keep_checkpoints"),
+            "report_to",
+        )
     )
+
+    _LENGTH = frozenset(f"trainer.{name}" for name in ("steps", "tokens", "epochs"))
+
+    def _may_be_longer(self) -> bool:
+        """Whether no step would have been another one in a longer run, so that a finished run can be extended."""
+        parts = [self.fit.after] if self.fit is not None else []
+        parts += [part for share in self._scheduled().values() for part in (share.steps, share.after)]
+        return self.trainer.learning_rate_schedule == "constant" and not any(isinstance(p, float) for p in parts)
 
     def refuse_to_resume(self, begun: "Recipe") -> None:
         """Raise if this recipe would end with other weights than the one that the run began with.
@@ -745,11 +782,14 @@ class Recipe(Section):
         Raises:
             UserError: naming the first field that differs, and both values.
         """
+        longer = self._may_be_longer()
         now, then = (_flat(recipe.model_dump(mode="json", by_alias=True)) for recipe in (self, begun))
         for name in dict.fromkeys([*now, *then]):
             # In the model section null overrides a preset, which is not the same as leaving the field out.
             unsaid = "not said" if name.startswith("model.") else None
             was, is_now = then.get(name, unsaid), now.get(name, unsaid)
+            if longer and name in self._LENGTH:
+                continue
             if name not in self._FREE_ON_RESUME and was != is_now:
                 raise UserError(
                     f"{name} was {was!r} when this run began and is {is_now!r} now; "

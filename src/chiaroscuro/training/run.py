@@ -35,6 +35,7 @@ from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config, load_checkpoint_tokenizer
 from chiaroscuro.training.adapters import add_adapters
+from chiaroscuro.training.averaging import Averages
 from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
     GO_ON,
@@ -53,6 +54,7 @@ from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_w
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
+from chiaroscuro.training.trackers import trackers
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
 
 _RECIPE = "recipe.yaml"
@@ -122,6 +124,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     folder = Path(recipe.trainer.output_dir)
     refuse_file(folder, f"trainer.output_dir={folder}")
+    trackers(recipe.trainer.report_to)  # or an error, before minutes go into the data
     if recipe.trainer.epochs is None:
         # Refuses too long a warm-up or schedule before minutes go into the data.
         recipe.courses(recipe.steps(processes.num_processes))
@@ -164,12 +167,17 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             _refuse_other_weights(checkpoint.path, model)
             if recipe.fit is not None:
                 take_over_spread(model, str(checkpoint.path))
+    if checkpoint is not None and checkpoint.step > steps:
+        raise UserError(
+            f"{checkpoint.path} has taken more steps than the {steps:,} of the recipe; ask for as many at least"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes.wait_for_everyone()  # all have seen the folder as it was before the main process changes it
     say(
         f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {objective.summary}, "
         f"{steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
     )
+    following = trackers(recipe.trainer.report_to)
     with ExitStack() as running:
         scratch = folder / SCRATCH
         if processes.is_main_process:
@@ -178,6 +186,9 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         running.enter_context(_quiet_transformers())
         stop = running.enter_context(StopOnSignal(alone=world == 1, say=say))
         tokens_per_step = recipe.tokens_per_step(world)
+        averages = None if recipe.trainer.ema is None else Averages(model, recipe.trainer.ema)
+        if averages is not None and checkpoint is not None:
+            averages.load(checkpoint.path)
         reporter = None
         if processes.is_main_process:
             reporter = running.enter_context(Reporter(folder, console, tokens_per_step))
@@ -192,6 +203,7 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
             records=records,
             courses=recipe.courses(steps),
             distill=recipe.distill,
+            averages=averages,
             stop=stop,
             reporter=reporter,
         )
@@ -206,6 +218,8 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
                 *([MoveThresholds()] if isinstance(model, ChiarPreTrainedModel) else []),
                 *([FitScores(fit_after, fit, say)] if fit_after is not None else []),
                 *([TurnDials(run.courses)] if run.courses else []),
+                *([averages] if averages is not None else []),
+                *following,
                 *([reporter] if reporter is not None else []),
                 stop,
             ],
@@ -498,6 +512,21 @@ def _load_baseline(path: str, vocab_size: int) -> PreTrainedModel:
     return baseline
 
 
+def _learning_rates(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """The Trainer's own name for how the learning rate goes."""
+    trainer = recipe.trainer
+    if trainer.learning_rate_schedule == "constant":
+        return {"lr_scheduler_type": "constant_with_warmup"}
+    if trainer.learning_rate_schedule == "wsd":
+        ratio = trainer.min_learning_rate / trainer.learning_rate
+        own = {"num_decay_steps": recipe.decay_steps(steps), "decay_type": "linear", "min_lr_ratio": ratio}
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": own}
+    return {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": trainer.min_learning_rate},
+    }
+
+
 def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> TrainingArguments:
     trainer = recipe.trainer
     try:
@@ -509,8 +538,7 @@ def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> Tr
             per_device_eval_batch_size=trainer.batch_size,
             gradient_accumulation_steps=trainer.gradient_accumulation,
             learning_rate=trainer.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr": trainer.min_learning_rate},
+            **_learning_rates(recipe, steps),
             warmup_steps=trainer.warmup_steps,
             weight_decay=trainer.weight_decay,
             adam_beta1=trainer.betas[0],
@@ -531,7 +559,8 @@ def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> Tr
             ddp_find_unused_parameters=True if recipe.mixture else None,  # a step has one head at most
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
-            report_to="none",
+            run_name=Path(trainer.output_dir).name,
+            report_to="none",  # what the recipe names is given as callbacks
         )
     except ValueError as error:
         raise UserError(f"this machine can't carry out the recipe: {' '.join(str(error).split())}") from None

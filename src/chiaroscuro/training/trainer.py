@@ -34,6 +34,7 @@ from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.training.adapters import merge_adapters, without_adapters
+from chiaroscuro.training.averaging import Averages
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
 from chiaroscuro.training.distillation import kl_divergence
@@ -89,6 +90,7 @@ class Run:
         records: On resume, those up to the checkpoint.
         courses: The shares that change from step to step.
         distill: How to learn from the model's full-attention self, if that is asked for.
+        averages: The mean of the weights, if that is kept.
         stop: Listens for Ctrl-C.
         reporter: Shows progress; only the main process has one.
         last: The newest record of each kind.
@@ -104,6 +106,7 @@ class Run:
     records: Sequence[dict[str, Any]]
     courses: Mapping[str, Course]
     distill: DistillSection | None
+    averages: Averages | None
     stop: StopOnSignal
     reporter: Reporter | None
     last: dict[str, dict[str, Any]] = field(init=False)
@@ -196,6 +199,8 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 # A pickle of the TrainingArguments, which nothing here reads: recipe.yaml says the same, and is safe.
                 (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                if self.run.averages is not None:
+                    self.run.averages.save(finished)
                 seal(finished, facts)
                 if (aside := make_way(target)) and self.run.reporter is not None:
                     self.run.reporter.say(f"{target} was not a complete checkpoint; it is {aside.name} now")
@@ -220,8 +225,9 @@ class RunTrainer(Trainer):
         finished = self.run.scratch / target.name
         with saying_why(target, GO_ON):
             self.accelerator.wait_for_everyone()
-            merge_adapters(self.model)
-            self.save_model(str(finished))
+            with self._averaged():
+                merge_adapters(self.model)
+                self.save_model(str(finished))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -375,7 +381,7 @@ class RunTrainer(Trainer):
                 raise ValidationStopped
 
         # A loader draws a seed even if it shuffles nothing; a look must not move the dropout after it.
-        with self.run.clock.paused(), torch.random.fork_rng(devices=[]), shown as advance:
+        with self.run.clock.paused(), torch.random.fork_rng(devices=[]), self._averaged(), shown as advance:
             figures, looks = self.objective.evaluate(
                 self.model,
                 batch_size=self.args.per_device_eval_batch_size,
@@ -386,6 +392,10 @@ class RunTrainer(Trainer):
             self._publish({**self._place("validation"), **figures, **shares}, looks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model has the averaged weights, where the run keeps some."""
+        return nullcontext() if self.run.averages is None else self.run.averages.in_place()
 
     def begin(self) -> None:
         """Before the first step, of a resumed run too."""

@@ -1,10 +1,14 @@
 """Language modelling: predict every next token of a text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from chiaroscuro.data.corpora import Corpus, load_corpus
+from chiaroscuro.data.blocks import TokenBlocks
+from chiaroscuro.data.corpora import Corpus, Separator, load_corpus
 from chiaroscuro.data.tasks.task import TextTask
+from chiaroscuro.data.tokens import TokenFile
 
 
 @dataclass(frozen=True)
@@ -13,11 +17,22 @@ class LanguageModelling(TextTask):
 
     Args:
         source: `python-docs`, a folder with train and validation files, or a Hub name: see `load_corpus`.
+        column: the column of the texts, where the source has columns.
+        documents: whether each row is a document, which ends in the tokenizer's end-of-sequence token, and sees nothing
+            of those before it in its block: positions restart, and its first token is not predicted. Without, blocks
+            are the paper's, a running text.
 
     """
 
     source: str = "python-docs"
+    column: str = "text"
+    documents: bool = False
 
-    def load(self, cache_dir: Path) -> Corpus:
+    def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""
-        return load_corpus(self.source, cache_dir)
+        separator: Separator | None = "eos" if self.documents else None
+        return load_corpus(self.source, cache_dir, needed, self.column, separator)
+
+    def blocks(self, tokens: TokenFile, tokenizer: Any, length: int, stride: int | None = None) -> TokenBlocks:
+        """Blocks of the text, that say where documents begin if they are told apart."""
+        return TokenBlocks(tokens, length, stride, tokenizer.eos_token_id if self.documents else None)

@@ -25,12 +25,16 @@ class Retrieval(LanguageModelling):
     Of these the answers alone are predicted, and of a copy what is said again. It is validated on the text alone.
 
     Args:
-        source: see `LanguageModelling`.
+        source: see `LanguageModelling`, as for `column`.
         draw: of the rows; another one gives others.
 
     """
 
     draw: int = 0
+
+    def __post_init__(self) -> None:
+        if self.documents:
+            raise UserError("data.documents with data.task: retrieval, which draws rows of its own; remove one")
 
     def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
         """As many rows as the text has blocks."""

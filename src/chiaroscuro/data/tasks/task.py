@@ -135,9 +135,13 @@ class TextTask(Task):
 
     columns = datasets.Features({"text": datasets.Value("string")})
 
+    def blocks(self, tokens: TokenFile, tokenizer: Any, length: int, stride: int | None = None) -> TokenBlocks:
+        """What is evaluated on, of the text's tokens: its blocks, unless overridden."""
+        return TokenBlocks(tokens, length, stride)
+
     def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
-        """What is trained on, of the text's tokens: its blocks, unless overridden."""
-        return TokenBlocks(tokens, length)
+        """What is trained on, likewise."""
+        return self.blocks(tokens, tokenizer, length)
 
     def data(self, description: str, splits: dict[str, datasets.Dataset], fingerprint: str) -> Corpus:
         """Rows are documents."""

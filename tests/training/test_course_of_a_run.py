@@ -1,0 +1,182 @@
+"""Learning rates, averaged weights, runs that are made longer, and trackers."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from chiaroscuro import ChiarForCausalLM, UserError
+from chiaroscuro.training import Recipe, TrainResult, read_records, train
+from chiaroscuro.training.averaging import FILE, Averages
+
+Go = Callable[..., tuple[TrainResult, str]]
+
+
+def rates(folder: Path) -> dict[int, float]:
+    records = read_records(folder / "metrics.jsonl")
+    return {record["step"]: record["learning_rate"] for record in records if record["kind"] == "train"}
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(result.model / "model.safetensors")
+
+
+def test_the_learning_rate_stays_or_falls_at_the_end(run: Go, tmp_path: Path) -> None:
+    every: dict[str, Any] = {"trainer__log_every": 1, "trainer__learning_rate": 1e-3}
+    run(**every, trainer__learning_rate_schedule="constant")
+    assert [rates(tmp_path / "run")[step] for step in (1, 2, 3, 7, 12)] == [0, 0.5e-3, 1e-3, 1e-3, 1e-3]
+    other = tmp_path / "wsd"
+    run(
+        **every,
+        trainer__learning_rate_schedule="wsd",
+        trainer__decay_steps=4,
+        trainer__min_learning_rate=1e-4,
+        trainer__output_dir=str(other),
+    )
+    found = rates(other)
+    assert found[3] == found[9] == 1e-3
+    # After step n the rate is that of n of the 4; the twelfth step is the fourth of them, and has that of three.
+    assert [found[step] for step in (10, 11, 12)] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4])
+
+
+def test_decay_steps_are_a_fifth_of_the_run_or_as_said(content: dict[str, Any]) -> None:
+    content["trainer"] |= {"learning_rate_schedule": "wsd", "steps": 100}
+    assert Recipe.from_dict(content).decay_steps(100) == 20
+    content["trainer"]["decay_steps"] = 0.5
+    assert Recipe.from_dict(content).decay_steps(100) == 50
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"learning_rate_schedule": "linear"}, "trainer.learning_rate_schedule='linear'"),
+        ({"decay_steps": 3}, "decay_steps=3 with learning_rate_schedule='cosine'"),
+        (
+            {"learning_rate_schedule": "wsd", "decay_steps": 11},
+            "warmup_steps=2 and decay_steps=11 are more than the 12",
+        ),
+        ({"learning_rate_schedule": "wsd", "decay_steps": 1.5}, "needs a number of steps"),
+        ({"ema": 1.0}, "trainer.ema=1.0"),
+        ({"ema": True}, "trainer.ema=True"),
+        ({"report_to": "wandb"}, "trainer.report_to='wandb'"),
+        ({"report_to": ["wandbb"]}, "trainer.report_to='wandbb': no such tracker; did you mean 'wandb'"),
+        ({"report_to": ["comet_ml"]}, "trainer.report_to='comet_ml'"),
+    ],
+)
+def test_a_mistake_is_one_line(content: dict[str, Any], fields: dict[str, Any], complaint: str) -> None:
+    content["trainer"] |= fields
+    with pytest.raises(UserError) as refused:
+        train(Recipe.from_dict(content), console=Console(quiet=True))
+    assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_finished_run_is_made_longer_as_if_it_had_been_asked_for(run: Go, tmp_path: Path) -> None:
+    constant = {"trainer__learning_rate_schedule": "constant"}
+    whole, _ = run(**constant, trainer__steps=20, trainer__output_dir=str(tmp_path / "whole"))
+    run(**constant)
+    longer, said = run(resume=True, **constant, trainer__steps=20)
+    assert "resuming after step 12 of 20" in said and longer.steps == 20
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(longer).items())
+    with pytest.raises(UserError, match="has taken more steps than the 12 of the recipe"):
+        run(resume=True, **constant)
+
+
+def test_with_a_cosine_another_length_is_another_run(run: Go) -> None:
+    run()
+    with pytest.raises(UserError, match="steps was 12 when this run began and is 20 now"):
+        run(resume=True, trainer__steps=20)
+
+
+def test_a_part_of_the_run_would_move(run: Go, content: dict[str, Any]) -> None:
+    moving = {
+        "trainer__learning_rate_schedule": "constant",
+        "schedule": {"attention_share": {"from": 1.0, "steps": 0.5}},
+    }
+    run(**moving)
+    with pytest.raises(UserError, match="steps was 12"):
+        run(resume=True, trainer__steps=20, **moving)
+
+
+def test_averages_are_those_of_the_formula() -> None:
+    model = torch.nn.Linear(2, 1)
+    averages, expected = Averages(model, 0.5), model.weight.detach().clone()
+    state: Any = type("State", (), {"global_step": 0})()
+    for step in range(1, 8):
+        with torch.no_grad():
+            model.weight += step
+        state.global_step = step
+        averages.on_step_end(None, state, None)  # type: ignore[arg-type]
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(averages.values["weight"], expected)
+    now = model.weight.detach().clone()
+    with averages.in_place():
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert torch.equal(model.weight, now)
+
+
+def test_the_model_and_its_validation_have_averaged_weights_and_a_resume_has_the_same(
+    run: Go, tmp_path: Path, whole: TrainResult
+) -> None:
+    averaged, _ = run(trainer__ema=0.9, trainer__output_dir=str(tmp_path / "ema"))
+    newest = tmp_path / "ema/checkpoint-12"
+    # The steps were those of a run without: the last weights are in the checkpoint.
+    assert all(
+        torch.equal(tensor, weights(whole)[name]) for name, tensor in load_file(newest / "model.safetensors").items()
+    )
+    saved = load_file(newest / FILE)
+    for name, value in weights(averaged).items():
+        if name in saved:
+            assert torch.equal(value, saved[name])
+    assert not torch.equal(saved["model.embed_tokens.weight"], weights(whole)["model.embed_tokens.weight"])
+    assert averaged.validation_loss != whole.validation_loss
+    model = ChiarForCausalLM.from_pretrained(averaged.model).eval()
+    assert math.isfinite(model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.item())
+    # A run that was interrupted: what the newest checkpoint holds is forgotten, and it goes on from the one before.
+    broken = tmp_path / "ema"
+    (newest / FILE).write_bytes(b"cut")
+    (broken / "model").rename(tmp_path / "was")
+    again, said = run(resume=True, trainer__ema=0.9, trainer__output_dir=str(broken))
+    assert "resuming after step 8 of 12" in said
+    assert all(torch.equal(t, load_file(tmp_path / "was/model.safetensors")[n]) for n, t in weights(again).items())
+
+
+class Recording(TrainerCallback):
+    """A tracker that keeps what it is told."""
+
+    told: list[dict[str, Any]]
+
+    def __init__(self) -> None:
+        type(self).told = []
+        self.begun = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert self.begun
+        self.told.append({"step": state.global_step, "run": args.run_name, **logs})
+
+
+def test_a_tracker_is_told_numbers_under_flat_names(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recording", Recording)
+    run(trainer__report_to=["recording", "tensorboard"])
+    assert [one["step"] for one in Recording.told if "train/loss" in one] == [1, 2, 4, 6, 8, 10, 12]
+    assert [one["step"] for one in Recording.told if "validation/perplexity" in one] == [6, 12]
+    assert all(isinstance(value, int | float | str) for one in Recording.told for value in one.values())
+    assert {one["run"] for one in Recording.told} == {"run"}
+
+
+def test_a_tracker_may_be_named_when_the_run_goes_on(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recording", Recording)
+    run()
+    printed = io.StringIO()
+    run(resume=True, console=Console(file=printed), trainer__report_to=["recording"])
