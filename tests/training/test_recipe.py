@@ -145,7 +145,7 @@ def test_calibration_reaches_the_model(section: Any, measured: Any, expected: tu
 def test_resuming_allows_other_looks_and_nothing_else() -> None:
     begun = Recipe.from_dict(SMALL)
     free = {"output_dir": "y", "log_every": 3, "evaluate_every": 4, "save_every": 5, "keep_checkpoints": 1}
-    free |= {"validation_tokens": 7}
+    free |= {"validation_tokens": 7, "report_to": ["wandb"]}
     Recipe.from_dict(trainer(**free)).refuse_to_resume(begun)
     others = {
         "seed": 1,
@@ -162,8 +162,10 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
         "gradient_checkpointing": True,
         "compile": True,
         "init_from": "z",
+        "learning_rate_schedule": "wsd",
+        "ema": 0.9,
     }
-    assert free.keys() | others.keys() | {"tokens", "epochs"} == set(type(begun.trainer).model_fields)
+    assert free.keys() | others.keys() | {"tokens", "epochs", "decay_steps"} == set(type(begun.trainer).model_fields)
     for name, value in others.items():
         with pytest.raises(UserError, match=rf"trainer\.{name} was .* when this run began and is .* now"):
             Recipe.from_dict(trainer(**{name: value})).refuse_to_resume(begun)
