@@ -77,9 +77,7 @@ def continue_text(
     if ids.shape[1] >= longest:
         raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
     set_seed(seed)
-    if not (temperature == 0 or COLDEST <= temperature < math.inf):
-        raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    sampled = how_to_sample(temperature, top_k)
     generating: Any = model  # for mypy: PreTrainedModel itself has no generate
     start = time.perf_counter()
     with torch.inference_mode():
@@ -88,7 +86,7 @@ def continue_text(
             attention_mask=torch.ones_like(ids, device=model.device),
             max_new_tokens=min(max_new_tokens, longest - ids.shape[1]),
             pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_refuse_broken_logits]),
+            logits_processor=LogitsProcessorList([refuse_broken_logits]),
             **sampled,
         )
     new = answer[0, ids.shape[1] :]
@@ -97,7 +95,25 @@ def continue_text(
     return Continuation(text, len(new), time.perf_counter() - start, full)
 
 
-def _refuse_broken_logits(input_ids: Tensor, scores: Tensor) -> Tensor:
+def how_to_sample(temperature: float, top_k: int) -> dict[str, Any]:
+    """Arguments of `generate`: sampling, or at temperature 0 the likeliest token.
+
+    Raises:
+        UserError: the temperature is impossible.
+
+    """
+    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+        raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+
+
+def refuse_broken_logits(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that changes nothing.
+
+    Raises:
+        UserError: a logit is not finite.
+
+    """
     if scores.isnan().any() or scores.isposinf().any():
         raise UserError("the model's logits are not finite: its weights hold NaN or infinity")
     return scores

@@ -1,4 +1,4 @@
-"""Commands on a trained model: info, evaluate, generate, calibrate, fit, route, import-reference."""
+"""Commands on a trained model: evaluate, needles, generate, chat, calibrate, fit, route, import-reference."""
 
 import sys
 from pathlib import Path
@@ -169,6 +169,65 @@ def generate(
     if result.full:
         longest = model.config.max_position_embeddings
         print(f"stopped: the model reads at most {longest} tokens, prompt included", file=sys.stderr)
+
+
+@command()
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str, typer.Option(help="What the model is told beforehand.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Of a reply, at most.", min=1, max=LARGEST)] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the likeliest token each time.", min=0)
+    ] = 0.7,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.", min=0, max=LARGEST)
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
+    share: Share = None,
+    kv_share: KVShare = None,
+    device: Device = None,
+) -> None:
+    """Talk to a model whose tokenizer has a chat template; the replies appear as they are written.
+
+    Every line is a message. /clear begins a new conversation, and /exit or the end of the input leaves.
+
+    Example: chiaroscuro chat runs/smollm2-routed --kv-share 0.25
+    """
+    from chiaroscuro.analysis.chatting import Conversation
+    from chiaroscuro.report.visible import harmless
+    from chiaroscuro.studies.workspace import Workspace
+
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    conversation = Conversation(
+        workspace.language_model("chat"),
+        workspace.tokenizer,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+
+    def show(piece: str) -> None:
+        print(harmless(piece), end="", flush=True)
+
+    by_hand = sys.stdin.isatty()
+    while True:
+        print("> " if by_hand else "", end="", flush=True)
+        line = sys.stdin.readline()
+        text = line.strip()
+        if not line or text == "/exit":
+            break
+        if text == "/clear":
+            conversation.clear()
+        elif text:
+            try:
+                conversation.reply(text, show)
+            except UserError as error:
+                if not by_hand:
+                    raise
+                print(f"error: {error} (/clear)", file=sys.stderr)
+            print()
 
 
 @command()
