@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from chiaroscuro import ChiarForCausalLM, ChiarForSequenceClassification
+from chiaroscuro.analysis.chatting import Conversation
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -69,6 +70,33 @@ def test_supervised_with_an_adapter(
         peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
     assert_trains(trainer)
+
+
+def test_instructions_with_the_prompt_masked(
+    tmp_path: Path, model: ChiarForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Messages by a chat template: only what the assistant says is predicted; and a conversation goes on from there."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    rows = {
+        "prompt": [[{"role": "user", "content": text}] for text in TEXTS],
+        "completion": [[{"role": "assistant", "content": "dark"}]] * len(TEXTS),
+    }
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**settings(tmp_path, max_length=64)),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    predicted = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert all(text.replace(" ", "").startswith("dark") and "light" not in text for text in predicted)
+    assert_trains(trainer)
+    talk = Conversation(model.eval(), tokenizer, max_new_tokens=4, temperature=0)
+    talk.reply("light", lambda piece: None)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
 def test_preferences(tmp_path: Path, model: ChiarForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,4 +1,4 @@
-"""Commands that count, time and list: flops, benchmark, presets, task."""
+"""Commands that count, time and list: flops, plan, benchmark, presets, task."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from chiaroscuro.cli.application import LARGEST, AsJson, command, print_json, refuse_empty
+from chiaroscuro.cli.application import LARGEST, AsJson, command, print_json, refuse_empty, refuse_missing
 from chiaroscuro.errors import UserError
 from chiaroscuro.hub import find_checkpoint
 
@@ -79,6 +79,41 @@ def _config_of(model: str) -> Any:
     if not isinstance(config, ChiarConfig):
         raise UserError(f"{model} is a {config.model_type}, not a CHIAR-Former: its operations are not counted here")
     return config
+
+
+@command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML recipe, such as recipes/paper/400m.yaml.", callback=refuse_missing("recipe"))
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to change: trainer.batch_size=32 data.sequence_length=1024 …")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs.", min=1, max=2**20)] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200, l40s or rtx4090.")] = "h200",
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(help="V; by default that of the tokenizer bpe:N, or of the preset.", min=2, max=2**24),
+    ] = None,
+    used: Annotated[float, typer.Option(help="The part of the GPU's peak that a step is assumed to reach.")] = 0.4,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe's run would need on GPUs that are not here: memory by part, time a step, and time in all.
+
+    Operations are counted, and activations are those that one forward on this machine keeps. The rest is assumed, and
+    said. The batch size of the recipe is that of one GPU.
+
+    Example: chiaroscuro plan recipes/paper/400m.yaml --gpus 64 --gpu h200
+    """
+    from chiaroscuro.report.plan_terminal import print_plan
+    from chiaroscuro.studies.plan import plan_run
+    from chiaroscuro.training import Recipe
+
+    figures = plan_run(Recipe.load(recipe, overrides or []), gpus, gpu, vocabulary=vocabulary, used=used)
+    if as_json:
+        print_json(figures)
+    else:
+        print_plan(figures, Console())
 
 
 @command()

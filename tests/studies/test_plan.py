@@ -1,0 +1,93 @@
+"""What a run needs on GPUs: that the counts are counts, and that mistakes are one line."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from chiaroscuro import ChiarConfig, UserError
+from chiaroscuro.analysis.flops import count_flops
+from chiaroscuro.studies.plan import count_activations, plan_run
+from chiaroscuro.training import Recipe
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL: dict[str, Any] = {
+    "model": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3},
+    "data": {"sequence_length": 64},
+    "tokenizer": "bpe:300",
+    "trainer": {"output_dir": "x", "steps": 100, "batch_size": 4, "gradient_accumulation": 2},
+}
+
+
+def test_figures_are_the_counts_of_the_project() -> None:
+    recipe = Recipe.from_dict(SMALL)
+    found = plan_run(recipe, 8, "h100", used=0.5)
+    config: Any = recipe.build_config(300)
+    flops = count_flops(config, 64, training=True).total * 8
+    assert found["step"]["compute"] == pytest.approx(flops / (494e12 * 0.5))
+    assert found["step"]["exchange of gradients"] == pytest.approx(2 * 7 / 8 * 4 * found["parameters"] / 450e9)
+    assert found["step"]["tokens"] == 4 * 2 * 8 * 64
+    assert found["run"] == {"steps": 100, "tokens": 100 * 4096, "seconds": 100 * found["step"]["seconds"]}
+    ddp, fsdp = found["memory"]["ddp"], found["memory"]["fsdp"]
+    assert ddp["AdamW"] == 8 * found["parameters"] == 8 * fsdp["AdamW"]
+    assert ddp["activations"] == fsdp["activations"] > 0 and ddp["weights in bf16"] == 0
+    assert all(parts["total"] == sum(v for k, v in parts.items() if k != "total") for parts in (ddp, fsdp))
+
+
+def test_activations_are_those_that_autograd_keeps() -> None:
+    """A model of nothing but one product's worth more keeps what that product needs."""
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "hidden_dropout": 0.0}
+    full = {"operators": [["attention"]] * 2, "num_hidden_layers": 2, "meta_router": "none", "attention_dropout": 0.0}
+    config = ChiarConfig(**fields, **full)
+    whole, nothing = count_activations(config, 64, half=False, checkpointing=False)
+    assert nothing == 0
+    # At the least the inputs of six products (q, k and v share one), of the activation, and of both norms.
+    least = 4 * (32 + 3 * 32 + 32 + 32 + 4 * 32 + 4 * 32)
+    assert 2 * least < whole < 8 * least
+    inputs, layer = count_activations(config, 64, half=False, checkpointing=True)
+    assert inputs < whole / 2 and layer == pytest.approx((whole - inputs) / 2)
+    assert count_activations(config, 64, half=True, checkpointing=False)[0] < whole
+
+
+def test_more_machines_exchange_through_the_network() -> None:
+    recipe = Recipe.from_dict(SMALL)
+    near, far = (plan_run(recipe, n, "h200")["step"]["exchange of gradients"] for n in (8, 64))
+    assert far / near == pytest.approx(9 * (63 / 64) / (7 / 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "complaint"),
+    [
+        ({}, {"gpu": "h900"}, "--gpu h900: no such GPU"),
+        ({}, {"gpus": 0}, "--gpus 0"),
+        ({}, {"used": 1.5}, "--used 1.5"),
+        ({"tokenizer": "owner/name"}, {}, "does not say how many tokens it has: give --vocabulary"),
+        (
+            {
+                "model": {
+                    "architecture": "llama",
+                    **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 48},
+                }
+            },
+            {},
+            "plan counts a CHIAR-Former, and this recipe's model is a llama",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(change: dict[str, Any], arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_run(Recipe.from_dict(SMALL | change), **{"gpus": 8, "gpu": "h200"} | arguments)
+    assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_command(run: Run) -> None:
+    code, out, err = run("plan", "recipes/small.yaml", "--gpus", 2, "--gpu", "a100", "--json")
+    assert code == 0, err
+    assert json.loads(out)["gpus"] == 2
+    code, out, err = run("plan", "recipes/small.yaml", "trainer.warmup_steps=1", "--gpus", 64)
+    assert code == 0 and "assumed:" in out and "FSDP" in out, err
+    code, out, err = run("plan", "recipes/small.yaml", "--gpu", "abacus")
+    assert code == 2 and err.count("\n") == 1
