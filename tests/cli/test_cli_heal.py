@@ -192,3 +192,11 @@ def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> 
     file.write_text("model: {preset: small}\ntrainer: {output_dir: x, steps: 1}\n")
     code, _, err = run("heal", file)
     assert code == 2 and "trains another model" in err
+
+
+def test_a_recipe_that_trains_all_weights_is_read_back_as_it_was(places: tuple[Path, Path], tmp_path: Path) -> None:
+    given = Recipe.load(recipe(places, tmp_path), ["model.lora=null"])
+    (tmp_path / "again.yaml").write_text(given.to_yaml())
+    again = Recipe.load(tmp_path / "again.yaml")
+    assert again == given
+    given.refuse_to_resume(again)

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -324,6 +325,20 @@ def test_a_disk_too_full_for_a_record(run: Go, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("chiaroscuro.training.callbacks.append_record", full)
     with pytest.raises(UserError, match=r"cannot write .*run: No space left on device; what was saved"):
         run()
+
+
+def test_a_disk_too_full_for_tensorboard(run: Go, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Its thread fails, the run says so in one line, and the file that can't be closed is no second failure."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = threading.excepthook
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.flush", full)
+    with pytest.raises(UserError, match=r"cannot write .*run: No space left on device; what was saved"):
+        run()
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
 
 
 def test_a_folder_with_a_run_is_not_run_over(run: Go, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rich.progress import (
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chiaroscuro.files import saying_why
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.training.records import append_record, legend, routed, scalars, terminal_line
 
@@ -123,14 +124,26 @@ class Reporter(TrainerCallback):
         )
 
     def __enter__(self) -> Self:
+        self._usual = threading.excepthook
+        threading.excepthook = self._hear_thread
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            if self.writer is not None:
+                # If the run failed, that is what is told, and not that this file can't be closed either.
+                with suppress(OSError) if error is not None else saying_why(self.tensorboard):
+                    self.writer.close()
+        finally:
+            threading.excepthook = self._usual
+
+    def _hear_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread keeps its exception for the next write, which raises it: no need to print it, too."""
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            self._usual(failed)
 
     def say(self, line: str) -> None:
         """Print a line as it is: no markup, no numbers in colour, no wrapping in a log file."""

@@ -754,9 +754,11 @@ class Recipe(Section):
         return yaml.safe_dump(self._content(), sort_keys=False)
 
     def _content(self) -> dict[str, Any]:
-        """All fields that are not null, and those of the model that are given as null, to override a preset's."""
+        """All fields that are not null, and those of the model that are null in place of a preset's or a default."""
         content = self.model_dump(mode="json", exclude_none=True, by_alias=True)
-        content["model"] |= {name: None for name, value in (self.model.model_extra or {}).items() if value is None}
+        given = dict(self.model.model_extra or {})
+        given |= {name: getattr(self.model, name) for name, i in type(self.model).model_fields.items() if i.default}
+        content["model"] |= {name: None for name, value in given.items() if value is None}
         return content
 
     # What may change when a run is resumed: how often it looks, what it keeps, and where. All else moves the weights.
