@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from chiaroscuro import UserError, fit, retrofit
-from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _Whole
+from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _given, _noting_outputs, _Whole
 from chiaroscuro.retrofitting.routed_attention import Reach
 from chiaroscuro.retrofitting.whole import without_routing
-from decoders import VOCABULARY, build, ids
+from decoders import FAMILIES, VOCABULARY, build, ids
 
 
 def routed(family: str = "llama", **options: Any) -> Any:
@@ -233,3 +233,20 @@ def test_a_broken_model_is_left_as_it_is() -> None:
     with pytest.raises(UserError, match=r"the loss is nan|gives NaN"):
         fit(model, batches())
     assert all(reach.probe is None for reach in model.reaches.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_that_begins_later_is_the_same(family: str) -> None:
+    """The harm of a layer is measured without those before it, which give what they gave."""
+    model, tokens = build(family), ids(1)
+    retrofit(model, window=6, sinks=1, kv_share=0.5, kv_router="random")
+    layers = _decoder_layers(model)
+    with torch.no_grad(), without_routing(model), _noting_outputs(layers) as outputs:
+        whole = model(input_ids=tokens).logits
+        for i, reach in model.reaches.items():
+            with reach.as_whole(look=True, kept=None):
+                expected = model(input_ids=tokens).logits
+                with _given(layers[:i], outputs):
+                    torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+            assert not torch.equal(whole, expected)
+    assert not any("forward" in vars(layer) for layer in layers)

@@ -297,10 +297,12 @@ class _Fitting:
         count = 0
         for whole in held_out:
             counted = whole.predicted != IGNORED
-            log_p = self.model(**whole.inputs, use_cache=False).logits[counted].float().log_softmax(-1)
+            with _noting_outputs(self.layers) as outputs:
+                log_p = self.model(**whole.inputs, use_cache=False).logits[counted].float().log_softmax(-1)
             count += len(log_p)
             for side, i in results:
-                with self.reaches[i].as_whole(**{"look": True, "kept": True} | {side: None}):
+                routed = self.reaches[i].as_whole(**{"look": True, "kept": True} | {side: None})
+                with routed, _given(self.layers[:i], outputs):  # before layer i nothing is another than it was
                     logits = self.model(**whole.inputs, use_cache=False).logits[counted]
                 for ours, theirs in zip(logits.split(CHUNK), log_p.split(CHUNK), strict=True):
                     log_q = ours.float().log_softmax(-1)
@@ -317,6 +319,30 @@ def _decoder_layers(model: RoutedModel) -> list[nn.Module]:
     attention = set(attention_modules(model).values())
     holding = [module for module in model.modules() if any(child in attention for child in module.children())]
     return holding
+
+
+@contextmanager
+def _noting_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Inside the block, what each layer gives is noted."""
+    outputs: list[Any] = []
+    handles = [layer.register_forward_hook(lambda _, args, output: outputs.append(output)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _given(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Inside the block these layers compute nothing, and give what they gave before."""
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager
