@@ -26,20 +26,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import chiaroscuro.cli
-import chiaroscuro.data.tasks
-import chiaroscuro.report.retrofit_figure
-import chiaroscuro.studies.fitting
-import chiaroscuro.studies.retrofitting
-import chiaroscuro.training.run
 from chiaroscuro.report.tables import markdown_table
 from chiaroscuro.training.checkpoints import checkpoints, newest_complete
+from experiments.commands import command, in_child
 
 RESULTS, PAGE = Path("experiments/results/faults.json"), Path("docs/reliability.md")
 STEPS = 12
@@ -69,43 +62,6 @@ Weights = dict[str, torch.Tensor]
 
 
 # ---- running commands ------------------------------------------------------------------------------------------
-
-
-def command(*arguments: object) -> tuple[int, str]:
-    """Run a command in this process; its exit code, and what it wrote to standard error."""
-    sys.argv = ["chiaroscuro", *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as said, open(os.devnull, "w") as nowhere:
-        before, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), nowhere, said
-        try:
-            chiaroscuro.cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException as error:
-            print(f"Traceback: {type(error).__name__}: {error}", file=said)
-            code = 1
-        finally:
-            sys.stdout, sys.stderr = before
-        said.seek(0)
-        return code, said.read()
-
-
-def in_child(work: Callable[[], Any]) -> Any:
-    """The result of some work, ready for JSON, in a fork of this process."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.write(writing, json.dumps(work()).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as stream:
-        answer = stream.read()
-    os.waitpid(child, 0)
-    return json.loads(answer) if answer else "it died"
 
 
 def begin(*arguments: object) -> int:

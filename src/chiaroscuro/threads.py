@@ -8,7 +8,7 @@ from pathlib import Path
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which a user says himself how threads wait."""
 
-SPINS = "1000"
+SPINS = "1500"
 """Turns that a thread of GNU's OpenMP waits awake for the others before it sleeps. Left alone it is 300,000, or without
 end where the threads have a core each: then all of them spin while one waits for a core that another program has.
 `benchmarks/busy.py` measures both cases."""

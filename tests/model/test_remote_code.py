@@ -60,7 +60,7 @@ model.save_pretrained(folder / "again")
     assert done.returncode == 0, done.stderr
     again = folder / "again"
     assert {file.name for file in again.iterdir()} == {
-        "chiaroscuro_hub.py", "config.json", "generation_config.json", "model.safetensors",
+        "README.md", "chiaroscuro_hub.py", "config.json", "generation_config.json", "model.safetensors",
     }  # fmt: skip
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert (again / "chiaroscuro_hub.py").read_text() == (folder / "chiaroscuro_hub.py").read_text()

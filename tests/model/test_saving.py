@@ -20,7 +20,7 @@ def test_the_same_logits_and_calibration(tmp_path: Path, preset: str, router: st
     if model.thresholds():
         calibrate(model, [tokens(1, 4)], 0.4)
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".py", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".md", ".py", ".safetensors"]
 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is ChiarForCausalLM

@@ -8,6 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Real
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ from chiaroscuro.layers import (
 )
 from chiaroscuro.layers.norms import make_norm
 from chiaroscuro.model.cache import ChiarCache
+from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.generation import BoundedGenerationMixin
 from chiaroscuro.model.outputs import ChiarCausalLMOutput, ChiarModelOutput
@@ -131,6 +133,13 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm | Operator | Router | MetaRouter | Thresholds):
             module.reset_parameters()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As ever; beside the weights lies a page that says what the model is, unless there is one."""
+        if not Path(save_directory).is_file():  # which the parent refuses in its own words
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_model_card(self, save_directory)  # before all is uploaded, if that is asked for
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

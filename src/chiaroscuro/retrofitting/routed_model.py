@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Router, Thresholds
+from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, MadeClass, Reach, RoutedAttention
 
@@ -79,9 +80,10 @@ class RoutedModel(MadeClass, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever; beside the weights lies a module by which `trust_remote_code=True` finds this library."""
+        """As ever; beside the weights lie a module by which `trust_remote_code=True` finds this library, and a page."""
         if not Path(save_directory).is_file():  # which the parent refuses in its own words
             Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_model_card(self, save_directory)
             write_hub_module(save_directory)  # before all is uploaded, if that is asked for
         super().save_pretrained(save_directory, *args, **kwargs)
 

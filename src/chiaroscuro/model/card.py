@@ -1,0 +1,81 @@
+"""The page that lies beside saved weights, and that the Hugging Face Hub shows: what a model is, and how it is loaded.
+
+It says nothing that the configuration does not: what the model was trained on, and how well, its author adds.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from chiaroscuro.layers.registry import split_entry
+
+CARD = "README.md"
+
+
+def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the card of a model into a folder, unless there is one: it may be the author's.
+
+    Args:
+        model: a CHIAR-Former, or a retrofitted model.
+        folder: where it is saved.
+
+    """
+    place = Path(folder) / CARD
+    if not place.exists():
+        place.write_text(model_card(model), encoding="utf-8")
+
+
+def model_card(model: Any) -> str:
+    """The card of a model, in Markdown with the fields that the Hub reads."""
+    config, kind = model.config, type(model).__name__
+    task = "text-classification" if kind.endswith("SequenceClassification") else "text-generation"
+    retrofitted = getattr(config, "chiaroscuro", None)
+    facts = {"class": f"`{kind}`", "parameters": f"{model.num_parameters():,}", "layers": config.num_hidden_layers}
+    facts |= _of_a_retrofit(retrofitted) if retrofitted else _of_a_chiar_former(config)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"pipeline_tag: {task}",
+            "tags: [chiaroscuro, routed-attention]",
+            "---",
+            "",
+            f"# A {config.num_hidden_layers}-layer model with routed attention",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in facts.items()),
+            "",
+            "```python",
+            "import chiaroscuro  # pip install chiaroscuro",
+            "from transformers import AutoModelForCausalLM"
+            if task == "text-generation"
+            else "from transformers import AutoModelForSequenceClassification",
+            "",
+            f"model = AutoModelFor{'CausalLM' if task == 'text-generation' else 'SequenceClassification'}"
+            '.from_pretrained("this/folder")',
+            "```",
+            "",
+            "What it was trained on, and how well it does, is not known to the library that wrote this page.",
+            "",
+        ]
+    )
+
+
+def _of_a_retrofit(said: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "routed layers": len(said["layers"]),
+        "window, sinks": f"{said['window']}, {said['sinks']}",
+        "look beyond the window": f"{said['attention_share']:.0%}",
+        "kept to be seen from there": f"{said['kv_share']:.0%}",
+    }
+
+
+def _of_a_chiar_former(config: Any) -> dict[str, Any]:
+    menus = dict.fromkeys(" · ".join(split_entry(entry)[0] for entry in menu) for menu in config.operators)
+    facts = {"menus": ", ".join(f"`{menu}`" for menu in menus), "router": f"`{split_entry(config.router)[0]}`"}
+    if config.routed_layers:
+        facts["share of the costliest operator"] = f"{config.attention_share:.0%}"
+    if config.keeping_layers:
+        facts["kept to be seen from beyond the window"] = f"{config.kv_share:.0%}"
+    return facts

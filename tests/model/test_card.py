@@ -1,0 +1,55 @@
+"""The page beside saved weights: it says what the configuration says, and never replaces one that is there."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForSequenceClassification, retrofit
+from chiaroscuro.model.card import CARD, model_card
+from decoders import build
+
+
+def front_matter(text: str) -> dict[str, object]:
+    _, fields, _ = text.split("---\n", 2)
+    found: dict[str, object] = yaml.safe_load(fields)
+    return found
+
+
+def test_it_lies_beside_the_weights(tmp_path: Path) -> None:
+    config = ChiarConfig(
+        vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=3, attention_share=0.25
+    )
+    model = ChiarForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / CARD).read_text()
+    assert front_matter(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["chiaroscuro", "routed-attention"],
+    }
+    assert f"| parameters | {model.num_parameters():,} |" in card
+    assert "| share of the costliest operator | 25% |" in card and "AutoModelForCausalLM" in card
+    (tmp_path / CARD).write_text("The author's own.")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).read_text() == "The author's own."
+
+
+def test_of_a_classifier_and_of_a_retrofitted_model(tmp_path: Path) -> None:
+    config = ChiarConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=3)
+    card = model_card(ChiarForSequenceClassification(config))
+    assert front_matter(card)["pipeline_tag"] == "text-classification" and "AutoModelForSequenceClassification" in card
+    model = build()
+    retrofit(model, window=6, sinks=1, kv_share=0.3, kv_router="random", layers=[0, 2])
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / CARD).read_text()
+    assert "| window, sinks | 6, 1 |" in card and "| kept to be seen from there | 30% |" in card
+    assert "| routed layers | 2 |" in card
+
+
+def test_a_file_in_place_of_the_folder_is_refused_as_ever(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    config = ChiarConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=3)
+    with pytest.raises((AssertionError, FileExistsError, OSError, ValueError)):
+        ChiarForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model").read_text() == ""
