@@ -180,3 +180,17 @@ def test_a_tracker_may_be_named_when_the_run_goes_on(run: Go, monkeypatch: pytes
     run()
     printed = io.StringIO()
     run(resume=True, console=Console(file=printed), trainer__report_to=["recording"])
+
+
+def test_other_texts_are_validated_on_too(run: Go, tmp_path: Path, whole: TrainResult) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "validation.txt").write_text("a wall of light stays dark until the sun has gone\n" * 40)
+    result, said = run(trainer__validation_texts={"walls": str(other)}, trainer__validation_tokens=64)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(result).items())
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    seen = [record["tasks"]["walls"] for record in records if record["kind"] == "validation"]
+    assert len(seen) == 2 and all(one["perplexity"] == pytest.approx(math.exp(one["loss"])) for one in seen)
+    assert "walls: loss" in said
+    with pytest.raises(UserError, match=r"trainer.validation_texts.walls: .*no such folder"):
+        run(trainer__validation_texts={"walls": str(tmp_path / "nothing")}, trainer__output_dir=str(tmp_path / "x"))

@@ -145,7 +145,7 @@ def test_calibration_reaches_the_model(section: Any, measured: Any, expected: tu
 def test_resuming_allows_other_looks_and_nothing_else() -> None:
     begun = Recipe.from_dict(SMALL)
     free = {"output_dir": "y", "log_every": 3, "evaluate_every": 4, "save_every": 5, "keep_checkpoints": 1}
-    free |= {"validation_tokens": 7, "report_to": ["wandb"]}
+    free |= {"validation_tokens": 7, "report_to": ["wandb"], "validation_texts": {"other": "x"}}
     Recipe.from_dict(trainer(**free)).refuse_to_resume(begun)
     others = {
         "seed": 1,

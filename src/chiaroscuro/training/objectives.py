@@ -7,7 +7,7 @@ there are, how they become a batch, which model learns from them, and what is me
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -28,7 +28,7 @@ from chiaroscuro.analysis.classification import (
 )
 from chiaroscuro.analysis.perplexity import Evaluation, evaluate_blocks
 from chiaroscuro.analysis.routing_summary import mean_gate
-from chiaroscuro.data import TokenBlocks, load_tokenizer, tokenize_corpus
+from chiaroscuro.data import TokenBlocks, TokenFile, load_corpus, load_tokenizer, tokenize_corpus
 from chiaroscuro.data.tasks import (
     ClassificationTask,
     LabelledRows,
@@ -40,6 +40,7 @@ from chiaroscuro.data.tasks import (
     tokenize_targets,
     tokenize_task,
 )
+from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.training.mixture import Mixture
@@ -121,9 +122,15 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class LanguageModelling(Objective):
-    """Predict every token of a text from those before it."""
+    """Predict every token of a text from those before it.
+
+    Attributes:
+        texts: others that are measured beside its validation split, by name.
+
+    """
 
     validation: TokenBlocks
+    texts: Mapping[str, TokenBlocks] = field(default_factory=dict, kw_only=True)
     measured = ("loss", "perplexity", "bits_per_byte")
 
     @classmethod
@@ -135,14 +142,20 @@ class LanguageModelling(Objective):
         corpus = task.load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
-        length, validation = recipe.data.sequence_length, splits["validation"]
-        if (rows := _rows_to_validate(recipe)) is not None and rows * length + 1 < validation.count:
-            kept = rows * length + 1
-            validation = replace(validation, count=kept, bytes=round(validation.bytes * kept / validation.count))
+        length = recipe.data.sequence_length
+        texts = {}
+        for name, source in recipe.trainer.validation_texts.items():
+            try:
+                other = load_corpus(source, cache_dir, ("validation",))
+            except UserError as error:
+                raise UserError(f"trainer.validation_texts.{name}: {error}") from None
+            tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
+            texts[name] = TokenBlocks(_beginning(tokens, recipe), length)
         return cls(
             tokenizer=tokenizer,
             train=task.train_rows(splits["train"], tokenizer, length),
-            validation=task.blocks(validation, tokenizer, length),
+            validation=task.blocks(_beginning(splits["validation"], recipe), tokenizer, length),
+            texts=texts,
             identity=splits["train"].path.stem,  # a fingerprint of text and tokenizer
             summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
             validation_texts=corpus.splits["validation"]["text"],
@@ -160,6 +173,28 @@ class LanguageModelling(Objective):
     def measure(self, model: PreTrainedModel, **how: Any) -> Evaluation:
         """Over all tokens."""
         return evaluate_blocks(model, self.validation, **how)
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        output_routing: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[dict[str, Any], list[Look]]:
+        """The text's figures, and under `tasks` those of the other texts."""
+        how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
+        figures, looks = super().evaluate(model, **how)
+        others = {}
+        for name, blocks in self.texts.items():
+            seen = evaluate_blocks(model, blocks, **how)
+            others[name] = {figure: getattr(seen, figure) for figure in self.measured} | mean_gate(seen.routings)
+        return figures | ({"tasks": others} if others else {}), looks
+
+    @property
+    def validation_rows(self) -> int:
+        """Those of all texts."""
+        return super().validation_rows + sum(len(blocks) for blocks in self.texts.values())
 
 
 @dataclass(frozen=True)
@@ -287,12 +322,21 @@ class MixedTraining(LanguageModelling):
         for name, task in self.tasks.items():
             own, seen = task.evaluate(model, **how)
             others[name] = own | mean_gate(seen)
-        return figures | {"tasks": others}, looks
+        return figures | {"tasks": figures.get("tasks", {}) | others}, looks
 
     @property
     def validation_rows(self) -> int:
         """Those of the text and of every task."""
         return super().validation_rows + sum(task.validation_rows for task in self.tasks.values())
+
+
+def _beginning(tokens: TokenFile, recipe: Recipe) -> TokenFile:
+    """So much of a split as is validated on."""
+    rows = _rows_to_validate(recipe)
+    kept = tokens.count if rows is None else rows * recipe.data.sequence_length + 1
+    if kept >= tokens.count:
+        return tokens
+    return replace(tokens, count=kept, bytes=round(tokens.bytes * kept / tokens.count))
 
 
 def _rows_to_validate(recipe: Recipe) -> int | None:

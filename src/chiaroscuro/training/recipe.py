@@ -161,7 +161,8 @@ class TrainerSection(Section):
     `min_learning_rate`, stays (`constant`), or stays and falls linearly in the last `decay_steps` (`wsd`). With `ema`
     the model that is validated, and that the run ends with, has the mean of the weights by `Averages`.
     Validation reads the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding
-    included; it happens after the checkpoint of its step.
+    included; it happens after the checkpoint of its step. So many are read of each of `validation_texts`, too: names of
+    your choice, each of a source whose validation split a language model is measured on beside its own.
     """
 
     output_dir: Annotated[str, Field(min_length=1)]
@@ -186,6 +187,7 @@ class TrainerSection(Section):
     log_every: Count = 10
     evaluate_every: Count | None = None
     validation_tokens: Count | None = None
+    validation_texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], Annotated[str, Field(min_length=1)]] = {}
     save_every: Count = 500
     keep_checkpoints: Count = 2
     gradient_checkpointing: bool = False
@@ -478,6 +480,19 @@ class Recipe(Section):
         return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
 
     @model_validator(mode="after")
+    def _measured_on_texts(self) -> "Recipe":
+        names = self.trainer.validation_texts.keys()
+        if names and not isinstance(self.data.build_task(), TextTask):
+            raise ValueError(
+                f"trainer.validation_texts with data.task={self.data.task!r}: give them to a language model"
+            )
+        if names & (self.mixture.tasks.keys() if self.mixture else set()):
+            raise ValueError(
+                "trainer.validation_texts has the name of a task of the mixture: call the text something else"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mixed(self) -> "Recipe":
         if self.mixture is not None:
             if not isinstance(self.data.build_task(), TextTask):
@@ -766,7 +781,7 @@ class Recipe(Section):
         f"trainer.{name}"
         for name in (
             *("output_dir", "log_every", "evaluate_every", "validation_tokens", "save_every", "keep_checkpoints"),
-            "report_to",
+            *("report_to", "validation_texts"),
         )
     )
 
@@ -790,9 +805,8 @@ class Recipe(Section):
             # In the model section null overrides a preset, which is not the same as leaving the field out.
             unsaid = "not said" if name.startswith("model.") else None
             was, is_now = then.get(name, unsaid), now.get(name, unsaid)
-            if longer and name in self._LENGTH:
-                continue
-            if name not in self._FREE_ON_RESUME and was != is_now:
+            free = ".".join(name.split(".")[:2]) in self._FREE_ON_RESUME or (longer and name in self._LENGTH)
+            if was != is_now and not free:
                 raise UserError(
                     f"{name} was {was!r} when this run began and is {is_now!r} now; "
                     "put it back to resume, or start anew in another trainer.output_dir"
