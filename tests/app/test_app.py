@@ -193,7 +193,7 @@ def test_runs_are_found_and_drawn(run_folder: Path, tmp_path: Path) -> None:
     found = find_runs(str(run_folder.parent))
     assert found.runs == (run_folder,) and not found.sweeps
     panels = curves(run_folder)
-    assert set(panels) == {"loss", "shares", "H, median", "gate"}
+    assert set(panels) == {"loss", "shares", "H, 5% quantile", "H, 50% quantile", "H, 95% quantile", "gate"}
     assert set(panels["loss"]) == {"train", "validation"} and "layer 1, kept" in panels["shares"]
     assert draw_panels(panels)[1:4] == b"PNG"
     (tmp_path / "sweep").mkdir()

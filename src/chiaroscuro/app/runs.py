@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chiaroscuro.analysis.routing_summary import PROBABILITIES
 from chiaroscuro.errors import UserError
 from chiaroscuro.training import read_records
 
@@ -51,7 +52,7 @@ def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """What a run recorded: by panel and line, points of step and value.
 
     Panels: the loss in training and validation; by layer the share of the last operator and of who is kept; by layer
-    the median of H; and the MetaRouter's gate.
+    the quantiles of H; and the MetaRouter's gate.
 
     Raises:
         UserError: its records can't be read, or there are none yet.
@@ -60,7 +61,10 @@ def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     records = read_records(run / RECORDS)
     if not records:
         raise UserError(f"{run / RECORDS} has no record yet: look again when the run has logged one")
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "shares": {}, "H, median": {}, "gate": {}}
+    quantiles = [f"H, {probability:.0%} quantile" for probability in PROBABILITIES]
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {
+        name: {} for name in ("loss", "shares", *quantiles, "gate")
+    }
 
     def add(panel: str, line: str, step: int, value: Any) -> None:
         if value is not None:
@@ -77,8 +81,8 @@ def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
             if len(layer["operators"]) > 1:
                 add("shares", f"{name}, {layer['operators'][-1]}", step, layer["share"][-1])
             add("shares", f"{name}, kept", step, layer.get("kept"))
-            if layer.get("entropy"):
-                add("H, median", name, step, layer["entropy"][len(layer["entropy"]) // 2])
+            for panel, value in zip(quantiles, layer.get("entropy") or [], strict=False):
+                add(panel, name, step, value)
     return {panel: lines for panel, lines in panels.items() if lines}
 
 
