@@ -62,6 +62,13 @@ class Averages(TrainerCallback):
         finally:
             _set(parameters, kept)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follow the model, which the Trainer has moved to its device since."""
+        for name, parameter in self.model.named_parameters():
+            self.values[name] = self.values[name].to(parameter.device)
+
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take up the weights of a step."""
