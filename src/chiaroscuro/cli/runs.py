@@ -98,6 +98,14 @@ def sweep(
         int | None,
         typer.Option(help="Runs at once, one thread each (one per GPU or, without one, per core).", min=1, max=4096),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Do the runs on the machines of a Ray cluster (auto, host:port or ray://host:port) that share the "
+            "sweep's folder.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train variants of a recipe, each with several seeds, and compare them.
@@ -114,7 +122,7 @@ def sweep(
     from chiaroscuro.studies.run_sweep import run_sweep
 
     console = Console(stderr=as_json)
-    found = run_sweep(file, console, overrides=overrides or [], jobs=jobs)
+    found = run_sweep(file, console, overrides=overrides or [], jobs=jobs, ray=ray)
     if as_json:
         print_json(found)
     else:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in
 from chiaroscuro.report.sweep_table import number, write_results
+from chiaroscuro.studies.ray_runs import RayCluster
 from chiaroscuro.studies.sweep import Sweep, SweepRun, carry_out, default_jobs
 from chiaroscuro.studies.sweep_results import collect_figures, describe_sweep, metric_of
 
@@ -25,7 +26,12 @@ class SweepInterrupted(UserError):
 
 
 def run_sweep(
-    path: str | Path, console: Console, *, overrides: Sequence[str] = (), jobs: int | None = None
+    path: str | Path,
+    console: Console,
+    *,
+    overrides: Sequence[str] = (),
+    jobs: int | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Train the runs that a sweep lacks, and write its tables and plots.
 
@@ -34,6 +40,7 @@ def run_sweep(
         console: Where progress is shown.
         overrides: `"section.field=value"`, changes of the recipe that all runs share.
         jobs: Runs at once; unless given, one per GPU or, where there is none, per core.
+        ray: The address of a Ray cluster, whose machines do the runs; unless given, this machine does.
 
     Returns:
         What is in results.json: see `describe_sweep`.
@@ -49,11 +56,13 @@ def run_sweep(
     sweep.results.mkdir(parents=True, exist_ok=True)
     with alone_in(sweep.folder) as lock:
         sweep.refuse_other_recipes()
-        jobs = jobs or default_jobs()
+        cluster = None if ray is None else RayCluster(ray)
+        jobs = jobs or (default_jobs() if cluster is None else cluster.jobs)
         with _Board(sweep, jobs, console) as board:
             board.write()  # if the tables can't be written, fail now and not after the first run
             try:
-                carry_out(board.waiting(), jobs=jobs, lock=lock, watcher=board)
+                begin = None if cluster is None else cluster.start
+                carry_out(board.waiting(), jobs=jobs, lock=lock, watcher=board, start=begin)
             except KeyboardInterrupt:
                 raise SweepInterrupted(
                     f"stopped with {len(board.figures)} of {len(sweep.runs)} runs done; the same command goes on"

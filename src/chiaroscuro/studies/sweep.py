@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +146,11 @@ class SweepRun:
     def folder(self) -> Path:
         """The folder of the run."""
         return Path(self.recipe.trainer.output_dir)
+
+    @property
+    def log(self) -> Path:
+        """What its process writes."""
+        return self.folder / _LOG
 
     @property
     def title(self) -> str:
@@ -298,7 +303,32 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or cores
 
 
-def carry_out(runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: Watcher) -> None:
+class Process(Protocol):
+    """A run at work, here or on another machine."""
+
+    returncode: Any
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+
+    def terminate(self) -> None:
+        """Ask it to save and stop."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def carry_out(
+    runs: Sequence[SweepRun],
+    *,
+    jobs: int,
+    lock: int,
+    watcher: Watcher,
+    start: Callable[[SweepRun, str | None, int], Process] | None = None,
+) -> None:
     """Train the runs in order, `jobs` at once; a run that fails doesn't stop the others.
 
     Args:
@@ -306,19 +336,21 @@ def carry_out(runs: Sequence[SweepRun], *, jobs: int, lock: int, watcher: Watche
         jobs: Runs at once. Each gets a GPU of its own, if there are any.
         lock: What `alone_in` gives.
         watcher: Is told about every start and end.
+        start: Begins a run with a GPU and the lock; a process of this machine unless given.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running processes have saved and stopped.
     """
     waiting, free = deque(runs), list(range(jobs))
     devices = _devices()
-    running: dict[SweepRun, tuple[subprocess.Popen[bytes], int]] = {}
+    running: dict[SweepRun, tuple[Process, int]] = {}
+    start = start or _start
     with _terminated_like_interrupted():
         try:
             while waiting or running:
                 while waiting and free:
                     run, slot = waiting.popleft(), free.pop(0)
-                    running[run] = _start(run, devices[slot % len(devices)] if devices else None, lock), slot
+                    running[run] = start(run, devices[slot % len(devices)] if devices else None, lock), slot
                     watcher.started(run)
                 time.sleep(_POLL)
                 for run, (process, slot) in list(running.items()):
@@ -339,20 +371,26 @@ def _devices() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _start(run: SweepRun, device: str | None, lock: int) -> subprocess.Popen[bytes]:
+def prepare(run: SweepRun) -> tuple[list[str], dict[str, str]]:
+    """Write a run's recipe and the first line of its log; the arguments of chiaroscuro, and its environment."""
     resume = bool(checkpoints(run.folder))
     run.folder.mkdir(parents=True, exist_ok=True)
     # The recipe as it was when the sweep started: later changes of its file don't affect the runs.
     recipe = run.folder / "recipe.yaml"
     write_text(recipe, yaml.safe_dump(run.content, sort_keys=False, allow_unicode=True))
-    environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONUNBUFFERED": "1"}
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
     arguments = ["train", str(recipe), *(["--resume"] if resume else [])]
     arguments += [word for module in plugins.named() for word in ("--import", module)]
-    with (run.folder / _LOG).open("ab") as log:
+    with run.log.open("ab") as log:
         log.write(f"$ chiaroscuro {' '.join(arguments)}\n".encode())
-        log.flush()
+    return arguments, {**dict.fromkeys(_THREADS, "1"), "PYTHONUNBUFFERED": "1"}
+
+
+def _start(run: SweepRun, device: str | None, lock: int) -> Process:
+    arguments, own = prepare(run)
+    environment = {**os.environ, **own}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    with run.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "chiaroscuro", *arguments],
             stdin=subprocess.DEVNULL,
@@ -368,12 +406,12 @@ def _why_failed(run: SweepRun, code: int) -> str | None:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     if code == 0:
-        return None if run.is_done() else f"it ended without its last validation; see {run.folder / _LOG}"
-    lines = [line.strip() for line in (run.folder / _LOG).read_text("utf-8", "replace").splitlines() if line.strip()]
+        return None if run.is_done() else f"it ended without its last validation; see {run.log}"
+    lines = [line.strip() for line in run.log.read_text("utf-8", "replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ")
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Sequence[Process]) -> None:
     """Ask the runs to save and stop, and wait for them; a second Ctrl-C kills them."""
     for process in processes:
         process.terminate()
