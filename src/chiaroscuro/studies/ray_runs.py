@@ -1,7 +1,7 @@
 """The runs of a sweep on the machines of a Ray cluster, which share a file system.
 
-Ray finds a free core or GPU for each run and starts a process there. All else is as on one machine: the run's folder has
-its recipe, its log, its records and its checkpoints, and the sweep looks there.
+Ray finds a free core or GPU for each run and starts a process there. All else is as on one machine: the run's folder
+has its recipe, its log, its records and its checkpoints, and the sweep looks there.
 """
 
 import os
