@@ -4,7 +4,7 @@
 
 Inputs are made of valid ones: recipes and configurations of which a value or a name is another, files of which bytes
 are cut, flipped, doubled or others, and command lines of which words are others. A *finding* is a traceback, a signal,
-a command that takes longer than 30 seconds or a gigabyte more than it had, or a mistake that is told in more than one
+a command that takes a core for 30 seconds or a gigabyte more than it had, or a mistake that is told in more than one
 line. The figures go to experiments/results/fuzz.json.
 
 Each input is tried in a fork of one process, which has loaded everything.
@@ -33,7 +33,9 @@ from chiaroscuro.model import ChiarForCausalLM
 from experiments.commands import command, in_child
 
 RESULTS = Path("experiments/results/fuzz.json")
-SECONDS, MEMORY = 30.0, 2**30
+SECONDS, MEMORY = 30, 2**30
+"""Of a core, and bytes beyond what was loaded, that a command may take. One that waits for nothing is given ten times as
+long: this machine may be busy."""
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 0.5, -0.5, 1e-9, 1e300, 2**31, 2**63, 2**70, float("nan"), float("inf")),
@@ -266,6 +268,8 @@ KINDS: dict[str, Callable[[Samples, random.Random, Path], Trial]] = {
 
 
 def _watched(arguments: list[object]) -> list[Any]:
+    used = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 5))
     os.chdir(tempfile.mkdtemp())  # what a command writes without being told where is not left in the repository
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code, said = command(*arguments)
@@ -282,18 +286,20 @@ def finding(arguments: list[object]) -> tuple[str, int]:
         os.write(writing, json.dumps(_watched(arguments))[:60_000].encode())
         os._exit(0)
     os.close(writing)
-    end = time.monotonic() + SECONDS
-    while not os.waitpid(child, os.WNOHANG)[0]:
+    end = time.monotonic() + 10 * SECONDS
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os.close(reading)
-            return f"it took longer than {SECONDS:g} seconds", -1
+            return "it waited, for nothing that was going on", -1
         time.sleep(0.002)
+    status = done[1]
     with os.fdopen(reading, "rb") as stream:
         answer = stream.read()
     if not answer:
-        return "it was ended by a signal", -1
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return f"it took more than {SECONDS} s" if number == signal.SIGXCPU else f"it was ended by signal {number}", -1
     code, said, memory = json.loads(answer)
     lines = [line for line in said.splitlines() if line.strip()]
     if "Traceback" in said:
