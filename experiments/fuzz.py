@@ -34,7 +34,7 @@ from experiments.commands import command, in_child
 
 RESULTS = Path("experiments/results/fuzz.json")
 SECONDS, MEMORY = 30, 2**30
-"""Of a core, and bytes beyond what was loaded, that a command may take. One that waits for nothing is given ten times as
+"""Seconds of a core, and bytes beyond what was loaded, that a command may take. On the clock it may take ten times as
 long: this machine may be busy."""
 
 VALUES: tuple[Any, ...] = (
