@@ -36,7 +36,7 @@ from experiments.commands import command, in_child
 
 RESULTS, PAGE = Path("experiments/results/faults.json"), Path("docs/reliability.md")
 STEPS = 12
-WORDS = (
+WORDS = [
     "the",
     "light",
     "falls",
@@ -52,7 +52,7 @@ WORDS = (
     "sun",
     "has",
     "gone",
-)
+]
 SIZES = [2**10 * kib for kib in (16, 48, 96, 150, 200, 300, 400, 500, 650, 800, 1000, 1300, 1600, 2000, 2500, 3000)]
 """Bytes of the disks that run full, from one that holds nothing to one that holds nearly all."""
 

@@ -11,7 +11,6 @@ from byte_tokenizer import byte_tokenizer
 from chiaroscuro import retrofit
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.ops.reach_attention import reach_mask
-from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.studies.controls import compare_controls, learn_gates, published_marks
 from chiaroscuro.studies.retrofitting import predicted_prefill, reached_pairs
 from decoders import build
@@ -88,8 +87,6 @@ def test_gates_learn_what_the_window_alone_cannot_give(model: Any) -> None:
     gates = learn_gates(model, Haystack(byte_tokenizer()), steps=12, length=400)
     assert all(gate.shape == (2,) and bool(((gate >= 0) & (gate <= 1)).all()) for gate in gates.values())
     assert bool((gates[1] < 0.5).all())
-    with without_routing(model):
-        pass
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(reach.probe is None for reach in model.reaches.values())
 

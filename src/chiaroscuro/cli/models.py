@@ -26,6 +26,10 @@ from chiaroscuro.cli.application import (
 )
 from chiaroscuro.errors import UserError
 
+Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token each time.", min=0)]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.", min=0, max=LARGEST)]
+SamplingSeed = Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)]
+
 
 @command()
 def evaluate(
@@ -127,13 +131,9 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.", min=1)] = 100,
-    temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the likeliest token each time.", min=0)
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.", min=0, max=LARGEST)
-    ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    seed: SamplingSeed = 0,
     share: Share = None,
     kv_share: KVShare = None,
     device: Device = None,
@@ -176,13 +176,9 @@ def chat(
     checkpoint: Checkpoint,
     system: Annotated[str, typer.Option(help="What the model is told beforehand.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Of a reply, at most.", min=1, max=LARGEST)] = 512,
-    temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the likeliest token each time.", min=0)
-    ] = 0.7,
-    top_k: Annotated[
-        int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.", min=0, max=LARGEST)
-    ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 50,
+    seed: SamplingSeed = 0,
     share: Share = None,
     kv_share: KVShare = None,
     device: Device = None,

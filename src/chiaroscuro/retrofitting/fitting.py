@@ -6,7 +6,7 @@ another library: what a layer needs beside its tokens is what its model gave it 
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -336,20 +336,22 @@ def _noting_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
 @contextmanager
 def _given(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Inside the block these layers compute nothing, and give what they gave before."""
-    for layer, output in zip(layers, outputs, strict=False):
-        layer.forward = lambda *args, output=output, **kwargs: output
-    try:
+    with _in_place_of(layers, lambda i, _: lambda *args, **kwargs: outputs[i]):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @contextmanager
 def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the block a layer keeps nothing for the backward, which computes it again: a row of it fits in memory."""
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    with _in_place_of(layers, lambda _, forward: partial(checkpoint, forward, use_reentrant=False)):
+        yield
+
+
+@contextmanager
+def _in_place_of(layers: Sequence[nn.Module], make: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Inside the block layer i has the forward that is made of i and its own."""
+    for i, layer in enumerate(layers):
+        layer.forward = make(i, layer.forward)
     try:
         yield
     finally:

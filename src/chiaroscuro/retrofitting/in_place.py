@@ -174,9 +174,14 @@ def _check_heads(router: Entry, kv_router: Entry, model: PreTrainedModel) -> Non
     if split_entry(router)[1].get("heads", 1) != 1:
         raise UserError(f"router={router!r}: a token looks with all of its heads or none; leave heads out")
     heads = split_entry(kv_router)[1].get("heads", 1)
-    own = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    own = key_heads(model.config)
     if heads not in (1, own):
         raise UserError(f"kv_router={kv_router!r}: the model has {own} key-value heads: give heads={own}, or none")
+
+
+def key_heads(config: Any) -> int:
+    """How many heads the keys and values of a decoder have."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _has(module: nn.Module, name: str) -> bool:

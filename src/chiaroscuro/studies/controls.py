@@ -6,7 +6,7 @@ the row's later tokens attend to. That is in their favour.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from chiaroscuro.layers import Context, Decision, PackedTokens, ScoreRouter, Spe
 from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.reach_attention import reach_mask
-from chiaroscuro.retrofitting.in_place import retrofit
+from chiaroscuro.retrofitting.in_place import key_heads, retrofit
 from chiaroscuro.retrofitting.inside import noting_inputs, projections
 from chiaroscuro.retrofitting.whole import without_routing
 
@@ -72,8 +72,8 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
     shares = model.layer_shares("kept")
     losses: dict[str, list[float]] = {}
     with evaluation_mode(control):
-        for block in (blocks[i] for i in range(len(blocks))):
-            ids, predicted = (block[name][None].to(control.device) for name in ("input_ids", "shift_labels"))
+        rows = [_row(blocks[i], control.device) for i in range(len(blocks))]
+        for ids, predicted in rows:
             for name, marks in published_marks(control, ids).items():
                 for i, mark in marks.items():
                     marked[i].chosen = _highest(mark, shares[i])
@@ -82,9 +82,7 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
         whole = _whole_heads(gates, share)
         for i, router in marked.items():
             router.chosen = whole[i]
-        for block in (blocks[i] for i in range(len(blocks))):
-            ids, predicted = (block[name][None].to(control.device) for name in ("input_ids", "shift_labels"))
-            losses.setdefault("whole heads", []).append(_loss(control, ids, predicted))
+        losses["whole heads"] = [_loss(control, ids, predicted) for ids, predicted in rows]
     return found | {name: math.exp(sum(row) / len(row)) for name, row in losses.items()}
 
 
@@ -227,11 +225,6 @@ class _Marked(ScoreRouter):
         return Decision(self.chosen.expand(*x.shape[:2], -1).long())
 
 
-def key_heads(config: Any) -> int:
-    """How many heads the keys and values of a decoder have."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def _retrofitted(original: Any, said: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     control = copy.deepcopy(original)
     retrofit(control, window=said["window"], sinks=said["sinks"], attention_share=1.0, **options)
@@ -248,7 +241,12 @@ def _put_marks(model: Any) -> dict[int, _Marked]:
     return marked
 
 
+def _row(block: Mapping[str, Tensor], device: Any) -> tuple[Tensor, Tensor]:
+    """A block as a batch of one, and what its tokens are to predict."""
+    return block["input_ids"][None].to(device), block["shift_labels"].to(device)
+
+
 @torch.no_grad()
-def _loss(model: Any, ids: Tensor, predicted: Sequence[int] | Tensor) -> float:
-    logits = model(input_ids=ids, use_cache=False).logits
-    return float(F.cross_entropy(logits.flatten(0, 1).float(), torch.as_tensor(predicted).flatten()))
+def _loss(model: Any, ids: Tensor, predicted: Tensor) -> float:
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    return float(F.cross_entropy(logits.float(), predicted))

@@ -4,7 +4,6 @@ Operations are counted exactly (`count_flops`), and activations are those that a
 backward. What a GPU makes of them is an assumption, and named in the result.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -189,4 +188,4 @@ def _kept(model: torch.nn.Module, forward: Callable[[], Any], half: bool) -> int
     copies = sum(2 * parameter.numel() for parameter in model.parameters() if parameter.ndim == 2) if half else 0
     total = sum(size for size, _ in found.values())
     del output
-    return max(0, total - math.floor(copies))
+    return max(0, total - copies)

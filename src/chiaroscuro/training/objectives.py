@@ -106,9 +106,19 @@ class Objective(ABC):
         output_routing: bool,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[dict[str, Any], list[Look]]:
-        """The figures of the validation rows, and how they were routed; `progress` is told the rows of each batch."""
-        seen = self.measure(model, batch_size=batch_size, output_routing=output_routing, progress=progress)
-        return {name: getattr(seen, name) for name in self.measured}, seen.routings
+        """The figures of the validation rows, and how they were routed; `progress` is told the rows of each batch.
+
+        Under `tasks` are the figures of what is measured beside them, with the gate.
+        """
+        how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
+        seen = self.measure(model, **how)
+        figures = {name: getattr(seen, name) for name in self.measured}
+        others = {name: own | mean_gate(looks) for name, (own, looks) in self.measure_beside(model, **how).items()}
+        return figures | ({"tasks": others} if others else {}), seen.routings
+
+    def measure_beside(self, model: PreTrainedModel, **how: Any) -> dict[str, tuple[dict[str, Any], list[Look]]]:
+        """By name, the figures of other rows that belong to a validation, and how they were routed; none by default."""
+        return {}
 
     @property
     def validation_rows(self) -> int:
@@ -174,22 +184,10 @@ class LanguageModelling(Objective):
         """Over all tokens."""
         return evaluate_blocks(model, self.validation, **how)
 
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        *,
-        batch_size: int,
-        output_routing: bool,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[dict[str, Any], list[Look]]:
-        """The text's figures, and under `tasks` those of the other texts."""
-        how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
-        figures, looks = super().evaluate(model, **how)
-        others = {}
-        for name, blocks in self.texts.items():
-            seen = evaluate_blocks(model, blocks, **how)
-            others[name] = {figure: getattr(seen, figure) for figure in self.measured} | mean_gate(seen.routings)
-        return figures | ({"tasks": others} if others else {}), looks
+    def measure_beside(self, model: PreTrainedModel, **how: Any) -> dict[str, tuple[dict[str, Any], list[Look]]]:
+        """The other texts."""
+        seen = {name: evaluate_blocks(model, blocks, **how) for name, blocks in self.texts.items()}
+        return {name: ({f: getattr(one, f) for f in self.measured}, one.routings or []) for name, one in seen.items()}
 
     @property
     def validation_rows(self) -> int:
@@ -307,22 +305,10 @@ class MixedTraining(LanguageModelling):
         task = self.tasks[name]
         return name, {**task.collate([task.train[row] for row in rows]), **task.inputs}
 
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        *,
-        batch_size: int,
-        output_routing: bool,
-        progress: Callable[[int], None] | None = None,
-    ) -> tuple[dict[str, Any], list[Look]]:
-        """The text's figures, and under `tasks` those of every task, with its gate."""
-        how: dict[str, Any] = {"batch_size": batch_size, "output_routing": output_routing, "progress": progress}
-        figures, looks = super().evaluate(model, **how)
-        others = {}
-        for name, task in self.tasks.items():
-            own, seen = task.evaluate(model, **how)
-            others[name] = own | mean_gate(seen)
-        return figures | {"tasks": figures.get("tasks", {}) | others}, looks
+    def measure_beside(self, model: PreTrainedModel, **how: Any) -> dict[str, tuple[dict[str, Any], list[Look]]]:
+        """The other texts, and every task."""
+        tasks = {name: task.evaluate(model, **how) for name, task in self.tasks.items()}
+        return super().measure_beside(model, **how) | tasks
 
     @property
     def validation_rows(self) -> int:

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import safe_open
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
@@ -124,7 +124,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     folder = Path(recipe.trainer.output_dir)
     refuse_file(folder, f"trainer.output_dir={folder}")
-    trackers(recipe.trainer.report_to)  # or an error, before minutes go into the data
+    following = trackers(recipe.trainer.report_to)  # or an error, before minutes go into the data
     if recipe.trainer.epochs is None:
         # Refuses too long a warm-up or schedule before minutes go into the data.
         recipe.courses(recipe.steps(processes.num_processes))
@@ -132,10 +132,17 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         _refuse_no_checkpoint(recipe.trainer.init_from)
     _refuse_data_parallel(processes)
     with _alone_in(folder, processes):
-        return _train(recipe, folder, processes, resume, console)
+        return _train(recipe, folder, processes, resume, console, following)
 
 
-def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, console: Console) -> TrainResult:
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    processes: PartialState,
+    resume: bool,
+    console: Console,
+    following: Sequence[TrainerCallback],
+) -> TrainResult:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -177,7 +184,6 @@ def _train(recipe: Recipe, folder: Path, processes: PartialState, resume: bool, 
         f"{folder}: {type(model).__name__}, {parameters:,} parameters, on {objective.summary}, "
         f"{steps:,} steps of {recipe.tokens_per_step(world):,} tokens"
     )
-    following = trackers(recipe.trainer.report_to)
     with ExitStack() as running:
         scratch = folder / SCRATCH
         if processes.is_main_process:
