@@ -51,9 +51,11 @@ class Text:
 
 def test_marks_are_what_their_names_say(model: Any) -> None:
     ids = torch.randint(3, 90, (1, 60))
-    attention = build(vocab_size=len(byte_tokenizer()), max_position_embeddings=512, attn_implementation="eager").eval()
+    attention = build(vocab_size=len(byte_tokenizer()), max_position_embeddings=512).eval()
     attention.load_state_dict(model.state_dict())
+    attention.set_attn_implementation("eager")
     weights = attention(ids, output_attentions=True).attentions
+    assert len(weights) == 3
     retrofit(model, window=WINDOW, sinks=SINKS, kv_share=0.5, kv_router="random")
     marks = published_marks(model, ids)
     for i, whole in enumerate(weights):
