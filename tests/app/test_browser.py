@@ -147,6 +147,8 @@ def test_looking_at_runs(visitor: Any) -> None:
     visitor.get_by_label("Folder of runs").fill("nowhere")
     visitor.get_by_role("button", name="Look", exact=True).click()
     visitor.get_by_text("nowhere is no folder").wait_for()
+    visitor.locator('img[src*=".png"]').first.wait_for(state="detached")
+    assert visitor.get_by_text("nowhere is no folder").is_visible()  # the emptied lists do not take the line away
 
 
 def test_two_visitors(browser: Any, address: str) -> None:

@@ -240,8 +240,10 @@ def _runs_tab(gr: Any) -> None:
     button = gr.Button("Look", variant="primary")
     line = gr.HTML()
     run = gr.Dropdown([], label="Run", interactive=True)
+    of_run = gr.HTML()  # a line of its own: a new list changes the choice, whose answer would hide that of the folder
     picture = gr.Image(label="Over training", type="filepath", interactive=False, buttons=["fullscreen"])
     sweep = gr.Dropdown([], label="Sweep", interactive=True)
+    of_sweep = gr.HTML()
     table = gr.Markdown()
 
     def look(folder: str) -> tuple[str, Any, Any]:
@@ -257,8 +259,8 @@ def _runs_tab(gr: Any) -> None:
         )
 
     button.click(look, folder, [line, run, sweep])
-    run.change(_guarded(_picture_of, None), run, [line, picture])
-    sweep.change(_guarded(lambda place: table_of(Path(place)), ""), sweep, [line, table])
+    run.change(_guarded(_picture_of, None), run, [of_run, picture])
+    sweep.change(_guarded(lambda place: table_of(Path(place)), ""), sweep, [of_sweep, table])
 
 
 def _picture_of(run: str) -> str:
