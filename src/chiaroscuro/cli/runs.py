@@ -1,13 +1,16 @@
 """Commands that train, and that look at runs: train, sweep, quickstart, collapse, gates."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from chiaroscuro.cli.application import AsJson, Png, Run, command, print_json, refuse_missing
 from chiaroscuro.errors import UserError
+
+if TYPE_CHECKING:
+    from chiaroscuro.training import Recipe
 
 
 @command()
@@ -29,12 +32,22 @@ def train(
 
     Example: chiaroscuro train recipes/small.yaml model.attention_share=0.5 trainer.output_dir=runs/half
     """
-    from chiaroscuro.report.tables import figures_table
     from chiaroscuro.training import Recipe
-    from chiaroscuro.training import train as run
+
+    _run(Recipe.load(recipe, overrides or []), resume, as_json)
+
+
+def _run(recipe: "Recipe", resume: bool, as_json: bool) -> None:
+    """Train, and print how it ended; of several processes the main one speaks."""
+    from accelerate import PartialState
+
+    from chiaroscuro.report.tables import figures_table
+    from chiaroscuro.training import train as train_by
 
     console = Console(stderr=as_json)
-    result = run(Recipe.load(recipe, overrides or []), resume=resume, console=console).as_dict()
+    result = train_by(recipe, resume=resume, console=console).as_dict()
+    if not PartialState().is_main_process:
+        return
     if as_json:
         print_json(result)
     else:
@@ -64,20 +77,13 @@ def heal(
 
     Example: chiaroscuro heal recipes/heal/smollm2.yaml model.checkpoint=runs/smollm2-routed
     """
-    from chiaroscuro.report.tables import figures_table
     from chiaroscuro.training import Recipe
-    from chiaroscuro.training import train as run
     from chiaroscuro.training.recipe import RetrofitSection
 
-    console = Console(stderr=as_json)
     read = Recipe.load(recipe, overrides or [])
     if not isinstance(read.model, RetrofitSection):
         raise UserError(f"{recipe} trains another model: set model.architecture: retrofit and model.checkpoint")
-    result = run(read, resume=resume, console=console).as_dict()
-    if as_json:
-        print_json(result)
-    else:
-        console.print(figures_table(result))
+    _run(read, resume, as_json)
 
 
 @command()

@@ -3,6 +3,7 @@
 from chiaroscuro.layers.block import RoutedBlock, Routing
 from chiaroscuro.layers.build import build_block
 from chiaroscuro.layers.context import Context, Spectra
+from chiaroscuro.layers.exact_buffers import ExactBuffers, exact_modules
 from chiaroscuro.layers.feed_forward import FeedForward, GatedFeedForward
 from chiaroscuro.layers.fitted_router import FittedRouter
 from chiaroscuro.layers.learned_router import LearnedRouter
@@ -35,6 +36,7 @@ __all__ = [
     "Context",
     "Count",
     "Decision",
+    "ExactBuffers",
     "FeedForward",
     "FittedRouter",
     "GatedFeedForward",
@@ -69,6 +71,7 @@ __all__ = [
     "build_block",
     "build_operator",
     "build_router",
+    "exact_modules",
     "find_operator",
     "find_router",
     "pick_thresholds",

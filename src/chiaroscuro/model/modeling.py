@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
     Context,
+    ExactBuffers,
     MetaRouter,
     Operator,
     RoutedBlock,
@@ -32,6 +33,7 @@ from chiaroscuro.layers import (
     ScoreRouter,
     Thresholds,
     build_block,
+    exact_modules,
 )
 from chiaroscuro.layers.norms import make_norm
 from chiaroscuro.model.cache import ChiarCache
@@ -122,8 +124,12 @@ class ChiarPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChiarLayer"]  # noqa: RUF012 (transformers reads it so)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["calibration", "fitted"]  # noqa: RUF012
     _supports_sdpa = True
+
+    def post_init(self) -> None:
+        """As the parent; and a loaded model keeps the type of what has one of its own."""
+        super().post_init()
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *exact_modules(self)}
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02) for matrices and embeddings, zeros for biases; other modules by their `reset_parameters`."""
@@ -131,7 +137,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | Operator | Router | MetaRouter | Thresholds):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | Operator | Router | MetaRouter | ExactBuffers):
             module.reset_parameters()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

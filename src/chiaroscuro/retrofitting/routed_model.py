@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Router, Thresholds
+from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, MadeClass, Reach, RoutedAttention
@@ -30,6 +30,7 @@ class RoutedModel(MadeClass, PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install(self)
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *exact_modules(self)}
 
     @property
     def reaches(self) -> dict[int, Reach]:
@@ -73,8 +74,15 @@ class RoutedModel(MadeClass, PreTrainedModel):
                 self.reaches[i].routers[side].calibration.set_share(own)
 
     @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As the parent; what routes comes first, for the model inside does not know it."""
+        for module in self.modules():
+            if isinstance(module, ExactBuffers):
+                self._initialize_weights(module, is_custom_code=True)  # which leaves alone what was loaded
+        super().initialize_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Router | Thresholds):
+        if isinstance(module, Router | ExactBuffers):
             module.reset_parameters()
         elif not isinstance(module, Reach):
             super()._init_weights(module)
@@ -144,7 +152,6 @@ def routed_class(model: Any) -> Any:
         "made_from": (_routed_config_class, model),
     }
     routed_config = type(f"Routed{config.__name__}", (RoutedConfig, config), names)
-    exact = {"calibration", "fitted"} | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     made = type(
         f"Routed{model.__name__}",
         (RoutedModel, model),
@@ -152,7 +159,6 @@ def routed_class(model: Any) -> Any:
             "__module__": model.__module__,
             "__doc__": f"A {model.__name__} whose attention is routed.",
             "config_class": routed_config,
-            "_keep_in_fp32_modules_strict": exact,
             "made_from": (routed_class, model),
         },
     )

@@ -62,12 +62,14 @@ class Facts(BaseModel):
     Attributes:
         tokens: The identity of the data: changes with the text, its labels and the tokenizer.
         processes: How many processes trained.
+        sequences: How many sequences a step learned from, over all processes; None in older checkpoints.
         seconds: The seconds trained, without validation and saving.
         interval: Since the last training record; None in older checkpoints.
     """
 
     tokens: str
     processes: int
+    sequences: int | None = None
     seconds: float
     interval: Interval | None = None
 

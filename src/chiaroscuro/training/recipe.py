@@ -163,6 +163,8 @@ class TrainerSection(Section):
     Validation reads the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding
     included; it happens after the checkpoint of its step. So many are read of each of `validation_texts`, too: names of
     your choice, each of a source whose validation split a language model is measured on beside its own.
+    With `fsdp` several processes hold a part each of the weights, their gradients and the optimizer's state (FSDP2),
+    instead of all of them (DDP).
     """
 
     output_dir: Annotated[str, Field(min_length=1)]
@@ -192,6 +194,7 @@ class TrainerSection(Section):
     keep_checkpoints: Count = 2
     gradient_checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     report_to: list[Annotated[str, Field(min_length=1)]] = []
 
     @model_validator(mode="after")
@@ -503,6 +506,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _shardable(self) -> "Recipe":
+        beside = {"trainer.ema": self.trainer.ema, "fit": self.fit, "distill": self.distill, "mixture": self.mixture}
+        for name, given in beside.items() if self.trainer.fsdp else ():
+            if given is not None:
+                raise ValueError(f"trainer.fsdp=true with {name}, which needs whole weights; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _suitable_tokenizer(self) -> "Recipe":
         for data in (self.data, *(self.mixture.tasks.values() if self.mixture else ())):
             data.build_task().refuse_tokenizer(self.tokenizer)
@@ -776,12 +787,13 @@ class Recipe(Section):
         content["model"] |= {name: None for name, value in given.items() if value is None}
         return content
 
-    # What may change when a run is resumed: how often it looks, what it keeps, and where. All else moves the weights.
+    # What may change when a run is resumed: how often it looks, what it keeps, and where; and, as the run sees to, over
+    # how many batches a step of the same rows is spread. All else moves the weights.
     _FREE_ON_RESUME = frozenset(
         f"trainer.{name}"
         for name in (
             *("output_dir", "log_every", "evaluate_every", "validation_tokens", "save_every", "keep_checkpoints"),
-            *("report_to", "validation_texts"),
+            *("report_to", "validation_texts", "gradient_accumulation"),
         )
     )
 

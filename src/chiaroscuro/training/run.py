@@ -54,6 +54,7 @@ from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_w
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
+from chiaroscuro.training.sharding import shapes
 from chiaroscuro.training.trackers import trackers
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
 
@@ -155,10 +156,11 @@ def _train(
         objective = load_objective(recipe, default_cache_dir())
     rows = _whole_steps(objective.train, recipe.sequences_per_step(world))
     steps = recipe.steps(world, len(rows))
-    facts = Facts(tokens=objective.identity, processes=world, seconds=0.0)
+    facts = Facts(tokens=objective.identity, processes=world, sequences=recipe.sequences_per_step(world), seconds=0.0)
     baseline = _baseline_of(recipe, facts, console)
     if checkpoint is not None:
-        _refuse_other_facts(checkpoint, facts)
+        _refuse_other_data(checkpoint, facts)
+        _refuse_other_steps(checkpoint, facts, recipe)
 
     model = _build_model(recipe, objective, baseline)
     fit, fit_after = _fit_of(recipe, model, objective, rows), recipe.fit.step(steps) if recipe.fit is not None else None
@@ -171,7 +173,7 @@ def _train(
         if finished:
             model = load_checkpoint(str(checkpoint.path))
         else:
-            _refuse_other_weights(checkpoint.path, model)
+            _refuse_other_weights(checkpoint.path, model, recipe.trainer.fsdp)
             if recipe.fit is not None:
                 take_over_spread(model, str(checkpoint.path))
     if checkpoint is not None and checkpoint.step > steps:
@@ -212,6 +214,7 @@ def _train(
             averages=averages,
             stop=stop,
             reporter=reporter,
+            sharded=recipe.trainer.fsdp,
         )
         trainer = RunTrainer(
             run=run,
@@ -233,6 +236,8 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             say(f"resuming after step {checkpoint.step:,} of {steps:,}")
+            if checkpoint.facts.processes != world:
+                say(f"{checkpoint.facts.processes} processes began: steps have the same rows, dropout draws anew")
         try:
             with saying_why(folder, GO_ON):  # a checkpoint says so itself; this is metrics.jsonl or TensorBoard
                 if checkpoint is not None and finished:
@@ -303,13 +308,16 @@ def _find_checkpoint(recipe: Recipe, folder: Path, resume: bool, say: Callable[[
         return None
     if not (folder / _RECIPE).is_file():
         raise UserError(f"trainer.output_dir={folder} holds no run to resume; leave out --resume to start one")
-    recipe.refuse_to_resume(Recipe.load(folder / _RECIPE))
+    begun = Recipe.load(folder / _RECIPE)
+    recipe.refuse_to_resume(begun)
     refuse_foreign_scratch(folder)
     found = newest_complete(folder, say)
     if found is None and not named_like_checkpoints(folder) and not (folder / "model").exists():
         raise UserError(f"trainer.output_dir={folder} holds no checkpoint yet; leave out --resume to start again")
     if found is None:
         raise UserError(f"trainer.output_dir={folder} holds no complete checkpoint; start anew in another folder")
+    if found.facts.sequences is None:
+        found.facts.sequences = begun.sequences_per_step(found.facts.processes)
     return found
 
 
@@ -359,20 +367,37 @@ def _opened(recipe: Recipe, folder: Path, records: Sequence[dict[str, Any]]) -> 
         yield scratch
 
 
-def _refuse_other_facts(checkpoint: Checkpoint, facts: Facts) -> None:
-    for name, what in (("tokens", "the text or its tokenizer"), ("processes", "the number of processes")):
-        then, now = getattr(checkpoint.facts, name), getattr(facts, name)
-        if then != now:
-            raise UserError(
-                f"{what} changed since this run began ({then} then, {now} now); "
-                "put it back to resume, or start anew in another trainer.output_dir"
-            )
+def _refuse_other_data(checkpoint: Checkpoint, facts: Facts) -> None:
+    if checkpoint.facts.tokens != facts.tokens:
+        raise UserError(
+            f"the text or its tokenizer changed since this run began ({checkpoint.facts.tokens} then, {facts.tokens} "
+            "now); put it back to resume, or start anew in another trainer.output_dir"
+        )
 
 
-def _refuse_other_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+def _refuse_other_steps(checkpoint: Checkpoint, facts: Facts, recipe: Recipe) -> None:
+    """Other processes may go on with a run if every step learns from the same rows, in the same batches."""
+    then, now = checkpoint.facts, facts
+    if then.processes != now.processes and recipe.mixture is not None:
+        raise UserError(
+            f"{then.processes} processes began this run and {now.processes} would resume it: with a mixture each draws "
+            "rows of its own; start as many as then"
+        )
+    if then.sequences is not None and then.sequences != now.sequences:
+        accumulation, rest = divmod(then.sequences, recipe.trainer.batch_size * now.processes)
+        what = f"set trainer.gradient_accumulation={accumulation}" if accumulation and not rest else "start as many"
+        raise UserError(
+            f"a step had {then.sequences} sequences when this run began, on {then.processes} processes, and would have "
+            f"{now.sequences} on {now.processes}; {what} to resume"
+        )
+
+
+def _refuse_other_weights(checkpoint: Path, model: PreTrainedModel, sharded: bool) -> None:
     """Refuse a checkpoint whose tensors are not the model's: the Trainer would warn, and train on from random ones."""
     saved: dict[str, tuple[int, ...]] = {}
-    for file in checkpoint.glob("*.safetensors"):
+    if sharded:
+        saved = shapes(checkpoint)
+    for file in () if sharded else checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             saved |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -461,7 +486,7 @@ def _baseline_of(recipe: Recipe, facts: Facts, console: Console) -> str | None:
             where = str(stop).partition(";")[0]
             raise TrainingInterrupted(f"{where}, in the baseline; the same command goes on from there") from None
     elif (done := newest_complete(folder, lambda line: None)) is not None:
-        _refuse_other_facts(done, facts)
+        _refuse_other_data(done, facts)
     return str(folder / "model")
 
 

@@ -8,8 +8,11 @@
 4. **Validation** is the one of `chiaroscuro evaluate`, as the [`Objective`][] says. One that was cut short is made up
    for when the run is resumed.
 
-Two private methods of the parent are overridden, `_clip_grad_norm` and `_maybe_log_save_evaluate`.
-`tests/training/test_parent.py` fails when the parent no longer calls them as it did.
+5. **A sharded run has sharded checkpoints**, which any number of processes reads: see
+   [`sharding`][chiaroscuro.training.sharding].
+
+Some private methods of the parent are overridden. `tests/training/test_parent.py` fails when the parent no longer calls
+them as it did.
 """
 
 import math
@@ -25,7 +28,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
 from chiaroscuro.errors import UserError
@@ -42,6 +45,16 @@ from chiaroscuro.training.objectives import Objective
 from chiaroscuro.training.recipe import DistillSection
 from chiaroscuro.training.records import describe_tasks
 from chiaroscuro.training.schedule import Course
+from chiaroscuro.training.sharding import (
+    gather,
+    held_here,
+    load_optimizer,
+    load_weights,
+    save_shards,
+    shard,
+    unsharded_config,
+    whole,
+)
 
 
 class TrainingDiverged(UserError):
@@ -93,6 +106,7 @@ class Run:
         averages: The mean of the weights, if that is kept.
         stop: Listens for Ctrl-C.
         reporter: Shows progress; only the main process has one.
+        sharded: Whether its checkpoints are sharded.
         last: The newest record of each kind.
     """
 
@@ -109,6 +123,7 @@ class Run:
     averages: Averages | None
     stop: StopOnSignal
     reporter: Reporter | None
+    sharded: bool
     last: dict[str, dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,12 +140,19 @@ class RunTrainer(Trainer):
     """
 
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
     objective: Objective
 
     def __init__(self, *, run: Run, objective: Objective, **kwargs: Any) -> None:
         super().__init__(data_collator=objective.collate, eval_dataset=objective.validation, **kwargs)
         self.run = run
         self.objective = objective
+        if run.sharded:
+            shard(self.model, self.args.world_size)
+            # Not before: the parent refuses a model that is sharded already, because it can't save its optimizer.
+            self.is_distributed_loading_by_transformers = self.model.is_distributed_loading_by_transformers
         self._routes = hasattr(self.model, "step_calibration")  # a model of ours can say how it routed
         self._seen: list[Any] = []  # outputs of the step in hand, if it will be shown
         self._step_beside = 0  # the last step that was asked for one: with accumulation a step has several forwards
@@ -146,7 +168,7 @@ class RunTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         self._refuse_unless_finite("gradient", norm)
         return norm
 
@@ -161,7 +183,10 @@ class RunTrainer(Trainer):
 
     def _refuse_broken_weights(self) -> None:
         # The optimizer can overflow a weight in a step whose loss was still finite.
-        largest = torch.stack([parameter.detach().abs().max() for parameter in self.model.parameters()]).max()
+        held = [held_here(parameter.detach()) for parameter in self.model.parameters()]
+        largest = torch.stack([tensor.abs().max() for tensor in held if tensor.numel()]).max()
+        if self.run.sharded and self.args.world_size > 1:
+            largest = self.accelerator.reduce(largest, "sum")  # finite where that of every process is
         self._refuse_unless_finite("largest weight", largest)
 
     # ---- 2. record, checkpoint, validation -----------------------------------------------------------------
@@ -232,6 +257,48 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 move_whole(finished, target)
+
+    # ---- shards --------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, whole; or of a sharded checkpoint all but the weights, which come with the optimizer."""
+        if not self.run.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = {} if _internal_call else gather(self.model)
+        if not self.args.should_save:
+            return
+        folder, config = str(output_dir or self.args.output_dir), unsharded_config(self.model)
+        if _internal_call:
+            config.save_pretrained(folder)
+        else:
+            model = self.objective.build_model(config)
+            model.load_state_dict(weights)
+            model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.run.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.run.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.run.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(Path(checkpoint), self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     # ---- 3. looking ----------------------------------------------------------------------------------------
 
