@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,20 @@ def test_other_texts_are_validated_on_too(run: Go, tmp_path: Path, whole: TrainR
     assert "walls: loss" in said
     with pytest.raises(UserError, match=r"trainer.validation_texts.walls: .*no such folder"):
         run(trainer__validation_texts={"walls": str(tmp_path / "nothing")}, trainer__output_dir=str(tmp_path / "x"))
+
+
+def test_other_texts_are_learned_from_and_the_run_resumes(run: Go, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.txt").write_text("a wall of light stays dark until the sun has gone\n" * 9)
+    mixed: dict[str, Any] = {"trainer__training_texts": {str(other): 0.5}}
+    result, said = run(**mixed)
+    assert f" and {other} (" in said
+    learned = weights(result)
+    for later in ("checkpoint-12", "model"):
+        shutil.rmtree(result.folder / later)
+    resumed, said = run(**mixed, resume=True)
+    assert "resuming after step 8 of 12" in said
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in weights(resumed).items())
+    with pytest.raises(UserError, match=r"trainer.training_texts.*: .*no such folder"):
+        run(trainer__training_texts={str(tmp_path / "x"): 0.5}, trainer__output_dir=str(tmp_path / "y"))

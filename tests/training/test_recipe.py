@@ -165,10 +165,11 @@ def test_resuming_allows_other_looks_and_nothing_else() -> None:
         "learning_rate_schedule": "wsd",
         "ema": 0.9,
         "fsdp": True,
+        "training_texts": {"other": 0.5},
     }
     assert free.keys() | others.keys() | {"tokens", "epochs", "decay_steps"} == set(type(begun.trainer).model_fields)
     for name, value in others.items():
-        with pytest.raises(UserError, match=rf"trainer\.{name} was .* when this run began and is .* now"):
+        with pytest.raises(UserError, match=rf"trainer\.{name}(\.other)? was .* when this run began and is .* now"):
             Recipe.from_dict(trainer(**{name: value})).refuse_to_resume(begun)
     for other in (
         with_changes(model={"preset": "small", "attention_share": 0.5}),
@@ -195,6 +196,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (with_changes(tokenizer=3), ["tokenizer=3", "string"]),
     (with_changes(tokenizer="words"), ["tokenizer='words'", "take bpe:8192"]),
+    (trainer(training_texts={"a": 0.5, "b": 0.5}), ["trainer.training_texts are 1 of the rows in all", "data.source"]),
+    (trainer(training_texts={"a": 0}), ["trainer.training_texts.a=0", "greater than 0"]),
     (trainer(batch_size=0), ["trainer.batch_size=0", "greater than 0"]),
     (trainer(batch_size=True), ["trainer.batch_size=True", "integer"]),
     (trainer(batch_size="8"), ["trainer.batch_size='8'", "integer"]),

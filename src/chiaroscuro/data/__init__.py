@@ -1,7 +1,7 @@
 """What a model trains on: corpora, tokenizers, token files, blocks; `chiaroscuro.data.tasks` has the tasks."""
 
 import chiaroscuro.lab  # noqa: F401
-from chiaroscuro.data.blocks import TokenBlocks
+from chiaroscuro.data.blocks import MixedRows, TokenBlocks
 from chiaroscuro.data.corpora import Corpus, check_source, load_corpus
 from chiaroscuro.data.storage import default_cache_dir
 from chiaroscuro.data.tokenizers import load_tokenizer
@@ -9,6 +9,7 @@ from chiaroscuro.data.tokens import TokenFile, tokenize_corpus
 
 __all__ = [
     "Corpus",
+    "MixedRows",
     "TokenBlocks",
     "TokenFile",
     "check_source",

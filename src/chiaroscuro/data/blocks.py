@@ -5,6 +5,11 @@ and every token of a split is predicted exactly once, except the very first and,
 don't fill a block.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -77,3 +82,38 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
             "shift_labels": predicted.masked_fill(first[1:], -100),
             "position_ids": (place - place.where(first, 0).cummax(0).values)[:-1],
         }
+
+
+class MixedRows(Dataset[Any]):
+    """The rows of a source, and beside them rows of others, so that each gives a set part of all.
+
+    The first source is read once. Of another, as many rows as its part asks for: spread evenly over it if it has more,
+    and again from its start if it has fewer. The order is that of the sources; a sampler shuffles them.
+
+    Args:
+        rows: of the first source.
+        others: of each other source its rows, and the part of all rows that they are to be.
+
+    Raises:
+        ValueError: the parts are not positive, or leave nothing to the first source.
+
+    """
+
+    def __init__(self, rows: Any, others: Sequence[tuple[Any, float]]) -> None:
+        own = 1 - sum(part for _, part in others)
+        if own <= 0 or any(part <= 0 for _, part in others):
+            raise ValueError(f"parts {[part for _, part in others]}: must be positive, and less than 1 in all")
+        self.sources = [rows, *(source for source, _ in others)]
+        self.counts = [len(rows), *(max(1, round(part / own * len(rows))) for _, part in others)]
+        self._ends = list(accumulate(self.counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        place = bisect_right(self._ends, index)
+        source, count = self.sources[place], self.counts[place]
+        row = index - (self._ends[place] - count)
+        return source[row * len(source) // count if count < len(source) else row % len(source)]

@@ -28,7 +28,7 @@ from chiaroscuro.analysis.classification import (
 )
 from chiaroscuro.analysis.perplexity import Evaluation, evaluate_blocks
 from chiaroscuro.analysis.routing_summary import mean_gate
-from chiaroscuro.data import TokenBlocks, TokenFile, load_corpus, load_tokenizer, tokenize_corpus
+from chiaroscuro.data import MixedRows, TokenBlocks, TokenFile, load_corpus, load_tokenizer, tokenize_corpus
 from chiaroscuro.data.tasks import (
     ClassificationTask,
     LabelledRows,
@@ -161,13 +161,26 @@ class LanguageModelling(Objective):
                 raise UserError(f"trainer.validation_texts.{name}: {error}") from None
             tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
             texts[name] = TokenBlocks(_beginning(tokens, recipe), length)
+        trained_on, others = [splits["train"]], []
+        for source, part in recipe.trainer.training_texts.items():
+            its: Any = replace(cast(Any, task), source=source)
+            try:
+                tokens = tokenize_corpus(its.load(cache_dir, ("train",)), tokenizer, cache_dir)["train"]
+                others.append((its.train_rows(tokens, tokenizer, length), part))
+            except UserError as error:
+                raise UserError(f"trainer.training_texts.{source}: {error}") from None
+            trained_on.append(tokens)
+        train = task.train_rows(splits["train"], tokenizer, length)
         return cls(
             tokenizer=tokenizer,
-            train=task.train_rows(splits["train"], tokenizer, length),
+            train=MixedRows(train, others) if others else train,
             validation=task.blocks(_beginning(splits["validation"], recipe), tokenizer, length),
             texts=texts,
-            identity=splits["train"].path.stem,  # a fingerprint of text and tokenizer
-            summary=f"{corpus.name} ({splits['train'].count:,} tokens)",
+            identity="+".join(tokens.path.stem for tokens in trained_on),  # fingerprints of text and tokenizer
+            summary=" and ".join(
+                f"{name} ({tokens.count:,} tokens)"
+                for name, tokens in zip([corpus.name, *recipe.trainer.training_texts], trained_on, strict=True)
+            ),
             validation_texts=corpus.splits["validation"]["text"],
         )
 

@@ -159,12 +159,13 @@ class TrainerSection(Section):
     times. Exactly one of `steps`, `tokens` and `epochs` sets the length of the run; an epoch is as many whole steps as
     the data fill. The learning rate rises linearly for `warmup_steps`. Then it falls by a cosine to
     `min_learning_rate`, stays (`constant`), or stays and falls linearly in the last `decay_steps` (`wsd`). With `ema`
-    the model that is validated, and that the run ends with, has the mean of the weights by `Averages`.
-    Validation reads the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding
-    included; it happens after the checkpoint of its step. So many are read of each of `validation_texts`, too: names of
-    your choice, each of a source whose validation split a language model is measured on beside its own.
-    With `fsdp` several processes hold a part each of the weights, their gradients and the optimizer's state (FSDP2),
-    instead of all of them (DDP).
+    the model that is validated, and that the run ends with, has the mean of the weights by `Averages`. Validation reads
+    the whole split, or with `validation_tokens` the first rows that hold so many tokens, padding included; it happens
+    after the checkpoint of its step. So many are read of each of `validation_texts`, too: names of your choice, each of
+    a source whose validation split a language model is measured on beside its own. `training_texts` are other sources
+    to learn from, each with the part of all rows that it gives; the rest are those of `data.source`, which an epoch
+    reads once. With `fsdp` several processes hold a part each of the weights, their gradients and the optimizer's state
+    (FSDP2), instead of all of them (DDP).
     """
 
     output_dir: Annotated[str, Field(min_length=1)]
@@ -190,6 +191,7 @@ class TrainerSection(Section):
     evaluate_every: Count | None = None
     validation_tokens: Count | None = None
     validation_texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], Annotated[str, Field(min_length=1)]] = {}
+    training_texts: dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0, lt=1)]] = {}
     save_every: Count = 500
     keep_checkpoints: Count = 2
     gradient_checkpointing: bool = False
@@ -483,12 +485,13 @@ class Recipe(Section):
         return {**content, "mixture": {**content["mixture"], "tasks": tasks}}
 
     @model_validator(mode="after")
-    def _measured_on_texts(self) -> "Recipe":
+    def _of_several_texts(self) -> "Recipe":
         names = self.trainer.validation_texts.keys()
-        if names and not isinstance(self.data.build_task(), TextTask):
-            raise ValueError(
-                f"trainer.validation_texts with data.task={self.data.task!r}: give them to a language model"
-            )
+        for field in ("validation_texts", "training_texts"):
+            if getattr(self.trainer, field) and not isinstance(self.data.build_task(), TextTask):
+                raise ValueError(f"trainer.{field} with data.task={self.data.task!r}: give them to a language model")
+        if (parts := sum(self.trainer.training_texts.values())) >= 1:
+            raise ValueError(f"trainer.training_texts are {parts:g} of the rows in all: leave some to data.source")
         if names & (self.mixture.tasks.keys() if self.mixture else set()):
             raise ValueError(
                 "trainer.validation_texts has the name of a task of the mixture: call the text something else"
