@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.studies.controls import compare_controls
 from chiaroscuro.studies.evaluation import first_blocks
+from chiaroscuro.studies.retrofitting import load_decoder
 
 RESULTS = Path("experiments/results/retrofit/smollm2-controls.json")
 NOISE = 2**22
@@ -32,8 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=5)
     given = parser.parse_args()
-    original, copy = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (given.original, given.copy))
-    tokenizer = AutoTokenizer.from_pretrained(given.original)
+    (original, tokenizer), (copy, _) = (load_decoder(name) for name in (given.original, given.copy))
     tokens = tokenize_corpus(load_corpus(given.corpus), tokenizer)
     blocks = first_blocks(TokenBlocks(tokens["validation"], given.length), given.rows)
     haystack = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[:NOISE].astype("int64")))

@@ -5,7 +5,7 @@
 The source distribution of the installed version brings most of them. It is downloaded by pip, unless `--sources` names
 the file, and unpacked into a temporary folder; nothing of it is kept. What it lacks is put there: the mixins of
 generation and of export, which are left empty, and the start of processes for FSDP2, which runs on two of gloo here.
-A Llama is the control. The figures go to experiments/results/transformers-tests.json.
+A Llama is the control. The figures go to experiments/results/transformers-tests.json, and docs/compatibility.md.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path("experiments/results/transformers-tests.json")
+RESULTS, PAGE = Path("experiments/results/transformers-tests.json"), Path("docs/compatibility.md")
 JUDGED = Path(__file__).parent / "judged"
 CONTROL = "LlamaTest"
 
@@ -185,7 +186,63 @@ def report(by_model: dict[str, dict[str, tuple[str, str]]], whole: bool) -> int:
     if whole:
         figures = {"transformers": version("transformers"), "models": table, "not as listed": wrong}
         RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+        PAGE.write_text(render(figures))
     return 1 if wrong else 0
+
+
+WHAT = {
+    "PublishedTest": "the paper's model, routed in every layer",
+    "ReachTest": "near and far, by the norm of a token's vector",
+    "FittedTest": "near and far, by scores that are to be fitted",
+    "RetrofittedTest": "a retrofitted Llama",
+    CONTROL: "a Llama, as the control",
+}
+
+
+HEAD = """# Judged by others
+
+Written by `python -m experiments.transformers_tests` from `experiments/results/transformers-tests.json`; do not edit.
+
+The source distribution of transformers {version} brings the tests that its own models have to pass. The command unpacks
+it, and runs those of models, of training and of FSDP2 on our classes. Those of generation are not in it.
+"""
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The page of these figures."""
+    models = figures["models"]
+    lines = [
+        HEAD.format(version=figures["transformers"]),
+        "| model | pass | fail, with a reason | don't apply | of them, apply to the Llama |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {WHAT[name]} | {one['passed']} | {len(one['failed, listed'])} | {one['skipped']} | "
+            f"{len(one['skipped, passed by the control'])} |"
+            for name, one in models.items()
+        ),
+        "",
+        f"Tests that fail without a reason in the list: {len(figures['not as listed'])}.",
+        "",
+        "## What fails, and why",
+        "",
+    ]
+    failing = {name: why for one in models.values() for name, why in one["failed, listed"].items()}
+    lines += [f"- `{name}`: {why}." for name, why in sorted(failing.items())]
+    lines += ["", "## What the Llama passes, and does not apply to ours", ""]
+    skips = Counter(
+        why
+        for name, one in models.items()
+        for why in {each.partition(": ")[2] for each in one["skipped, passed by the control"]}
+    )
+    most = {
+        why: max(
+            sum(each.partition(": ")[2] == why for each in one["skipped, passed by the control"])
+            for one in models.values()
+        )
+        for why in skips
+    }
+    lines += [f"- {count} tests: {why.rstrip('.')}." for why, count in sorted(most.items(), key=lambda item: -item[1])]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

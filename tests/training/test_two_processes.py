@@ -195,6 +195,19 @@ def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes
             torch.testing.assert_close(tensor, ours[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bf16_checkpointing_accumulation_and_compile_on_two_processes(
+    recipe: Path, tmp_path: Path, sharded: bool
+) -> None:
+    how = ["precision=bf16", "gradient_checkpointing=true", "compile=true", f"fsdp={str(sharded).lower()}"]
+    place = f"output_dir={tmp_path / 'run'}"
+    done = torchrun(tmp_path, accumulating(2), *(f"trainer.{each}" for each in [*how, place]))
+    assert done.returncode == 0, done.stderr
+    first, *_, last = losses(tmp_path / "run")
+    assert last < first - 0.1
+
+
 def test_what_needs_whole_weights_is_refused_in_shards(content: dict[str, Any]) -> None:
     content["trainer"] |= {"fsdp": True, "ema": 0.9}
     with pytest.raises(UserError, match=r"trainer.fsdp=true with trainer.ema, which needs whole weights; remove one"):
