@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -95,12 +95,16 @@ def wanted_shares(operators: int, share: float) -> list[float]:
     seed=st.integers(0, 1000),
     norm=st.sampled_from(["pre", "post"]),
 )
+@example(menus="three", share=0.328125, padded=True, seed=1000, norm="pre")
 def test_the_share_is_reached_on_the_same_batches(menus: str, share: float, padded: bool, seed: int, norm: str) -> None:
     model, data = build(menus, seed, norm=norm, meta_router="causal"), batches(seed, padded=padded)
     returned = calibrate(model, data, share)
     assert returned == {i: model.model.layers[i].thresholds.tolist() for i in model.config.routed_layers}
     for i, shares in achieved(model, data).items():
-        assert shares == pytest.approx(wanted_shares(len(model.config.operators[i]), share), abs=0.005)
+        # Equal scores, such as those of one token at the beginnings of rows, lie on one side of a threshold together.
+        scores, _ = scores_and_indices(model, data, i)
+        together = scores.unique(return_counts=True)[1].max().item() / len(scores)
+        assert shares == pytest.approx(wanted_shares(len(model.config.operators[i]), share), abs=max(0.005, together))
 
 
 @pytest.mark.parametrize("menus", MENUS)
