@@ -258,48 +258,6 @@ class RunTrainer(Trainer):
                 (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 move_whole(finished, target)
 
-    # ---- shards --------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, whole; or of a sharded checkpoint all but the weights, which come with the optimizer."""
-        if not self.run.sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        weights = {} if _internal_call else gather(self.model)
-        if not self.args.should_save:
-            return
-        folder, config = str(output_dir or self.args.output_dir), unsharded_config(self.model)
-        if _internal_call:
-            config.save_pretrained(folder)
-        else:
-            model = self.objective.build_model(config)
-            model.load_state_dict(weights)
-            model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.run.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        save_shards(Path(output_dir), self.model, self.optimizer)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.run.sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.run.sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(Path(checkpoint), self.model, self.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-
     # ---- 3. looking ----------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -463,6 +421,48 @@ class RunTrainer(Trainer):
     def _averaged(self) -> AbstractContextManager[None]:
         """Inside the block the model has the averaged weights, where the run keeps some."""
         return nullcontext() if self.run.averages is None else self.run.averages.in_place()
+
+    # ---- 5. shards -----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, whole; or of a sharded checkpoint all but the weights, which come with the optimizer."""
+        if not self.run.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = {} if _internal_call else gather(self.model)
+        if not self.args.should_save:
+            return
+        folder, config = str(output_dir or self.args.output_dir), unsharded_config(self.model)
+        if _internal_call:
+            config.save_pretrained(folder)
+        else:
+            model = self.objective.build_model(config)
+            model.load_state_dict(weights)
+            model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.run.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.run.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.run.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(Path(checkpoint), self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def begin(self) -> None:
         """Before the first step, of a resumed run too."""
