@@ -1,5 +1,6 @@
 """A model that is made on the meta device, as one is for loading, begins with the buffers of one made at once."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +44,14 @@ def test_buffers_are_those_of_a_new_model(make: Any) -> None:
     assert any("fitted.weight" in name for name in new) and any("quantiles" in name for name in new)
     for name, buffer in new.items():
         assert torch.equal(buffers[name], buffer), name
+
+
+@pytest.mark.parametrize("make", [ours, retrofitted])
+def test_they_keep_their_type_when_a_model_is_loaded_in_another(make: Any, tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, buffer in loaded.named_buffers():
+        if "quantiles" in name or "fitted" in name:
+            assert buffer.dtype == torch.float32, name
+    assert {"calibration", "fitted"} <= loaded._keep_in_fp32_modules_strict

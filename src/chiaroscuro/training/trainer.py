@@ -422,6 +422,23 @@ class RunTrainer(Trainer):
         """Inside the block the model has the averaged weights, where the run keeps some."""
         return nullcontext() if self.run.averages is None else self.run.averages.in_place()
 
+    def begin(self) -> None:
+        """Before the first step, of a resumed run too."""
+        # The Trainer takes the intervals of logging and saving from the checkpoint; the user may have changed them.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        step = self.state.global_step
+        is_due = step == self.state.max_steps or (step > 0 and step % self.state.eval_steps == 0)
+        if is_due and self.run.last.get("validation", {}).get("step") != step:
+            try:
+                self.evaluate()
+            except ValidationStopped:
+                raise KeyboardInterrupt from None  # the checkpoint is there, and no step was begun
+
+    def finish(self, checkpoint: Path) -> None:
+        """Take up a run after its last step, with nothing left to train: the model has its weights already."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+
     # ---- 5. shards -----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -463,23 +480,6 @@ class RunTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-    def begin(self) -> None:
-        """Before the first step, of a resumed run too."""
-        # The Trainer takes the intervals of logging and saving from the checkpoint; the user may have changed them.
-        self.state.compute_steps(self.args, self.state.max_steps)
-        step = self.state.global_step
-        is_due = step == self.state.max_steps or (step > 0 and step % self.state.eval_steps == 0)
-        if is_due and self.run.last.get("validation", {}).get("step") != step:
-            try:
-                self.evaluate()
-            except ValidationStopped:
-                raise KeyboardInterrupt from None  # the checkpoint is there, and no step was begun
-
-    def finish(self, checkpoint: Path) -> None:
-        """Take up a run after its last step, with nothing left to train: the model has its weights already."""
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
 
 class _Begin(TrainerCallback):
