@@ -340,7 +340,7 @@ def test_what_a_task_takes() -> None:
     own = ("language-modelling", "imdb", "listops-flat", "listops-nested", "mqar", "passkey")
     generated = ["train_examples", "heldout_examples", "seed"]
     assert {name: task_options(name) for name in own} == {
-        "language-modelling": ["source", "column", "documents"],
+        "language-modelling": ["source", "column", "documents", "streaming", "shuffle"],
         "imdb": ["source"],
         "listops-flat": generated,
         "listops-nested": [*generated, "max_length"],

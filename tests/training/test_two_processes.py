@@ -1,9 +1,6 @@
 """One job of several processes (gloo): one folder, one lock, and a resumed run that ends with the same bits."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,37 +14,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training import Recipe, read_records, train
-
-# As the command does, but with a kill of the main process between the backward and the optimizer of one step.
-SCRIPT = """
-import os, signal, sys
-import torch
-from chiaroscuro.cli import main
-torch.set_default_dtype(getattr(torch, os.environ["TYPE"]))
-from chiaroscuro.training.trainer import RunTrainer
-killed_at, original = int(os.environ["KILLED_AT"]), RunTrainer._clip_grad_norm
-def clip(self, model):
-    if self.state.global_step + 1 == killed_at and self.args.process_index == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, model)
-RunTrainer._clip_grad_norm = clip
-main()
-"""
-
-
-def torchrun(
-    folder: Path, *arguments: str, processes: int = 2, killed_at: int = 0, dtype: str = "float32"
-) -> subprocess.CompletedProcess[str]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), "train"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(folder / "recipe.yaml"), *arguments],
-        env=os.environ | {"KILLED_AT": str(killed_at), "OMP_NUM_THREADS": "1", "TYPE": dtype},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from several_processes import NO_DROPOUT, accumulating, losses, tensors, torchrun
 
 
 @pytest.mark.slow
@@ -106,14 +73,6 @@ def test_two_processes_distil_as_one_and_draw_one_share(content: dict[str, Any],
 
 # ---- as one process, sharded or not --------------------------------------------------------------------------
 
-NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-ONE = {1: 4, 2: 2, 4: 1}
-"""Processes, and the batches that each accumulates: a step has the same four."""
-
-
-def accumulating(processes: int) -> str:
-    return f"trainer.gradient_accumulation={ONE[processes]}"
-
 
 @pytest.fixture
 def recipe(content: dict[str, Any], tmp_path: Path) -> Path:
@@ -121,14 +80,6 @@ def recipe(content: dict[str, Any], tmp_path: Path) -> Path:
     content["trainer"] |= {"batch_size": 1, "log_every": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "recipe.yaml"
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in read_records(run / "metrics.jsonl")]
 
 
 @pytest.mark.slow

@@ -2,19 +2,24 @@
 
 import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.data.blocks import MixedRows, TokenBlocks
-from chiaroscuro.data.corpora import Corpus, check_source, load_corpus
+from chiaroscuro.data.corpora import Corpus, StreamedCorpus, check_source, load_corpus, stream_corpus
 from chiaroscuro.data.storage import default_cache_dir
+from chiaroscuro.data.streams import StreamedBlocks, TextStream
 from chiaroscuro.data.tokenizers import load_tokenizer
 from chiaroscuro.data.tokens import TokenFile, tokenize_corpus
 
 __all__ = [
     "Corpus",
     "MixedRows",
+    "StreamedBlocks",
+    "StreamedCorpus",
+    "TextStream",
     "TokenBlocks",
     "TokenFile",
     "check_source",
     "default_cache_dir",
     "load_corpus",
     "load_tokenizer",
+    "stream_corpus",
     "tokenize_corpus",
 ]

@@ -66,22 +66,33 @@ class TokenBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.stride
         block = torch.from_numpy(self.tokens.tokens[start : start + self.length + 1].astype(np.int64))
-        predicted = block[1:].clone()
-        if index > 0:
-            predicted[: self.length - self.stride] = -100
-        if self.end is None:
-            return {"input_ids": block[:-1], "labels": block[:-1], "shift_labels": predicted}
-        first = torch.cat(
-            [torch.tensor([True]), block[:-1] == self.end]
-        )  # of a document, or of what the block has of one
-        place = torch.arange(len(block))
-        labels = block.masked_fill(first, -100)
-        return {
-            "input_ids": block[:-1],
-            "labels": labels[:-1],
-            "shift_labels": predicted.masked_fill(first[1:], -100),
-            "position_ids": (place - place.where(first, 0).cummax(0).values)[:-1],
-        }
+        return row_of(block, self.length - self.stride if index > 0 else 0, self.end)
+
+
+def row_of(
+    block: Int64[Tensor, " length+1"], seen: int = 0, end: int | None = None
+) -> dict[str, Int64[Tensor, " length"]]:
+    """What a model is given of T + 1 tokens that follow each other: see `TokenBlocks.__getitem__`.
+
+    Args:
+        block: the tokens.
+        seen: how many of the predictions, the first ones, are left out of the loss.
+        end: the token that ends a document, where documents are to be told apart.
+
+    """
+    predicted = block[1:].clone()
+    predicted[:seen] = -100
+    if end is None:
+        return {"input_ids": block[:-1], "labels": block[:-1], "shift_labels": predicted}
+    first = torch.cat([torch.tensor([True]), block[:-1] == end])  # of a document, or of what the block has of one
+    place = torch.arange(len(block))
+    labels = block.masked_fill(first, -100)
+    return {
+        "input_ids": block[:-1],
+        "labels": labels[:-1],
+        "shift_labels": predicted.masked_fill(first[1:], -100),
+        "position_ids": (place - place.where(first, 0).cummax(0).values)[:-1],
+    }
 
 
 class MixedRows(Dataset[Any]):

@@ -5,21 +5,27 @@ Every corpus has the same form, wherever it came from: splits named train, valid
 """
 
 import hashlib
+import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import datasets
+from datasets.distributed import split_dataset_by_node
 
 from chiaroscuro.data.python_docs import python_documents
 from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
 from chiaroscuro.errors import UserError
 from chiaroscuro.hub import cache_if_unreachable
+
+# It logs what it also raises, and what is then said here in one line.
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,21 +39,36 @@ SHARES = {"train": 90, "validation": 95, "test": 100}
 # For fewer bytes of text than this, datasets' progress bars would only flash.
 SMALL = 20_000_000
 
-FILE_NAME = re.compile(r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl)")
+FILE_NAME = re.compile(
+    r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl|jsonl\.zst)"
+)
 SPLIT_OF = {"valid": "validation", "val": "validation"}
 READERS = {
     "txt": datasets.Dataset.from_text,
     "parquet": datasets.Dataset.from_parquet,
     "jsonl": datasets.Dataset.from_json,
+    "jsonl.zst": datasets.Dataset.from_json,
+}
+STREAMERS = {
+    "txt": datasets.IterableDataset.from_text,
+    "parquet": datasets.IterableDataset.from_parquet,
+    "jsonl": datasets.IterableDataset.from_json,
+    "jsonl.zst": datasets.IterableDataset.from_json,
 }
 WANTED_FILES = (
-    "train.txt, validation.txt (or valid.txt, val.txt) and test.txt, each also as .parquet or .jsonl "
+    "train.txt, validation.txt (or valid.txt, val.txt) and test.txt, each also as .parquet, .jsonl or .jsonl.zst "
     "with a column 'text', or in parts like train-0.txt"
 )
 WANTED_SOURCES = (
     "a corpus is 'python-docs', a folder with train, validation and test files, "
     "or a Hub name like 'Salesforce/wikitext:wikitext-103-v1'"
 )
+# How many characters of a streamed corpus, the first ones, a tokenizer is trained on.
+SAMPLED_CHARACTERS = 2**27
+
+# How much of the beginning of each streamed file tells it from another one of its name and size.
+IDENTIFYING = 2**16
+
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 Separator = Literal["newline", "eos"]
@@ -81,18 +102,101 @@ class Corpus:
         at its end).
         """
         rows = (row for batch in self.splits[split].iter(batch_size=1000) for row in batch["text"])
-        if self.separator == "eos":
-            yield from rows
-            return
-        piece, characters = [], 0
-        for row in rows:
-            piece.append(row + "\n")
-            characters += len(row) + 1
-            if characters >= PIECE_CHARACTERS:
-                yield "".join(piece)
-                piece, characters = [], 0
-        if piece:
-            yield "".join(piece)
+        yield from (piece for _, piece in pieces_of(((None, row) for row in rows), self.separator))
+
+    def sample(self) -> tuple[Iterator[str], int]:
+        """What a tokenizer is trained on: the pieces of the train split, and how many bytes they have."""
+        return self.pieces("train"), self.splits["train"].data.nbytes
+
+
+@dataclass(frozen=True)
+class StreamedCorpus(Corpus):
+    """A corpus whose train split is read while a model learns from it; the others are as ever.
+
+    Its fingerprint changes with the names, the sizes and the beginnings of the train split's files, or the revision of
+    a data set of the Hub, and with any row of the other splits.
+
+    Attributes:
+        open_train: opens the train split anew, with the column "text". Streams that come of one another, as parts of
+            one do, would share the state of their reading.
+
+    """
+
+    open_train: Callable[[], datasets.IterableDataset]
+
+    def sample(self) -> tuple[Iterator[str], int]:
+        """The first characters of the train split."""
+        return self._beginning(), SAMPLED_CHARACTERS
+
+    def rows(self, part: int = 0, parts: int = 1, state: dict[str, Any] | None = None) -> Iterator[tuple[Any, str]]:
+        """The texts of the train split, or of one of several parts, each with the state of the stream before it.
+
+        Args:
+            part: which one. If the files can be shared out evenly a part is some of them, and otherwise every so many
+                rows one.
+            parts: how many there are.
+            state: where to begin; at the first row by default.
+
+        Raises:
+            UserError: a row has no text, or one can't be read.
+
+        """
+        try:
+            rows = split_dataset_by_node(self.open_train(), part, parts)
+            if state is not None:
+                rows.load_state_dict(state)
+            before = rows.state_dict()
+            for row in rows:
+                if row["text"] is None:
+                    raise UserError(f"the train split of {self.name!r} has a row without text (null); remove such rows")
+                yield before, row["text"]
+                before = rows.state_dict()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file, or the network, raises errors of many kinds
+            raise UserError(
+                f"the train split of {self.name!r} can't be read further: {one_line(root_cause(error))}; if a file is "
+                "damaged, mend it and start anew, and otherwise resume"
+            ) from error
+
+    def _beginning(self) -> Iterator[str]:
+        characters = 0
+        for _, piece in pieces_of(self.rows(), self.separator):
+            yield piece
+            characters += len(piece)
+            if characters >= SAMPLED_CHARACTERS:
+                return
+
+
+Mark = TypeVar("Mark")
+
+
+def pieces_of(rows: Iterable[tuple[Mark, str]], separator: Separator) -> Iterator[tuple[Mark, str]]:
+    """Join rows into pieces, each of which is tokenised as one text: see [`Corpus.pieces`][].
+
+    Args:
+        rows: each with a mark of its place.
+        separator: what joins them.
+
+    Yields:
+        The mark of the first row of a piece, and the piece.
+
+    """
+    if separator == "eos":
+        yield from rows
+        return
+    piece: list[str] = []
+    begin: Mark | None = None
+    characters = 0
+    for mark, row in rows:
+        begin = begin if piece else mark
+        piece.append(row + "\n")
+        characters += len(row) + 1
+        if characters >= PIECE_CHARACTERS:
+            yield cast(Mark, begin), "".join(piece)
+            piece, characters = [], 0
+    if piece:
+        yield cast(Mark, begin), "".join(piece)
 
 
 def load_corpus(
@@ -137,6 +241,109 @@ def load_corpus(
     separator = separator or "newline"
     splits = _checked(name, splits, needed, column)
     return Corpus(name, description, splits, separator, hash_rows(name, splits, separator))
+
+
+def stream_corpus(
+    source: str | Path,
+    cache_dir: Path | None = None,
+    needed: Sequence[str] = ("train", "validation"),
+    column: str = "text",
+    separator: Separator | None = None,
+) -> StreamedCorpus:
+    """Load a corpus all but its train split, which is streamed: none of it is stored, or held in memory.
+
+    Args:
+        source: a folder, or a data set of the Hugging Face Hub, as for [`load_corpus`][].
+        cache_dir: likewise, for the other splits.
+        needed: likewise. Of a data set of the Hub the validation split is loaded if it is needed, and no other.
+        column: likewise.
+        separator: likewise.
+
+    Raises:
+        UserError: there is no such source, it is `python-docs`, which is small, or it lacks a split or the column.
+
+    """
+    name, separator = str(source), separator or "newline"
+    others = [split for split in needed if split != "train"]
+    if name == "python-docs":
+        raise UserError("python-docs is not streamed: it is small; leave out data.streaming")
+    if folder := find_folder(name, WANTED_SOURCES):
+        files = _files_of_splits(name, folder, ("train",))
+        format, paths = files.pop("train")
+        _refuse_no_files(paths)
+        how = {"split": datasets.Split("train")}
+        open_rows: Callable[[], Any] = partial(STREAMERS[format], [str(path) for path in paths], **how)
+        identity = _identify(paths)
+        cache_dir = cache_dir or default_cache_dir()
+        splits = {split: _read_files(split, paths, format, cache_dir) for split, (format, paths) in files.items()}
+        origin = f"the files in {folder}"
+    elif match := HUB_NAME.fullmatch(name):
+        open_rows, splits, identity = _hub_stream(name, match["name"], match["config"], others)
+        origin = f"{name} from the Hugging Face Hub"
+    else:
+        raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
+    open_train = partial(_texts_of, name, open_rows, column)
+    open_train()  # or an error, now
+    splits = _checked(name, splits, others, column)
+    fingerprint = hashlib.sha256(f"{identity}/{hash_rows(name, splits, separator)}".encode()).hexdigest()[:24]
+    return StreamedCorpus(name, f"{origin}, by row, streamed", splits, separator, fingerprint, open_train)
+
+
+def _refuse_no_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if not path.is_file():  # to read a pipe would wait for whoever writes to it
+            raise UserError(f"{path} can't be read: it is no file, but a folder, a pipe or a device; use a file")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty; put text into it or remove it")
+
+
+def _opened(name: str, open_stream: Callable[[], Any]) -> Any:
+    try:
+        return open_stream()
+    except Exception as error:  # a damaged file, or the Hub, raises errors of many kinds
+        raise UserError(f"the corpus {name!r} can't be streamed: {one_line(root_cause(error))}") from error
+
+
+def _identify(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + stream.read(IDENTIFYING))
+    return digest.hexdigest()
+
+
+def _hub_stream(
+    name: str, hub_name: str, config: str | None, others: Sequence[str]
+) -> tuple[Callable[[], datasets.IterableDataset], dict[str, datasets.Dataset], str]:
+    with cache_if_unreachable(hub_name):
+        builder = _opened(name, lambda: datasets.load_dataset_builder(hub_name, config))
+        streams = _opened(name, builder.as_streaming_dataset)
+    for split in ("train", *others):
+        if split not in streams:
+            raise UserError(f"the corpus {name!r} has no {split} split, only {', '.join(streams) or 'unknown ones'}")
+    splits = {
+        split: _opened(name, partial(lambda rows: datasets.Dataset.from_list(list(rows)), streams[split]))
+        for split in others
+    }
+    return lambda: builder.as_streaming_dataset()["train"], splits, f"{builder.config_id} {builder.hash}"
+
+
+def _texts_of(name: str, open_rows: Callable[[], datasets.IterableDataset], column: str) -> datasets.IterableDataset:
+    """Open a stream: the column of the texts alone, under the name "text"."""
+    rows = _opened(name, open_rows)
+    known = rows.column_names
+    if known is not None and column not in known:
+        raise UserError(
+            f"the train split of {name!r} has no column {column!r}, only {', '.join(known)}; name that of the texts "
+            "by data.column"
+        )
+    rows = rows.select_columns(column)
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    kind = getattr((rows.features or {}).get("text"), "dtype", "string")
+    if kind not in ("string", "large_string"):
+        raise UserError(f"the column 'text' in the train split of {name!r} holds {kind}; it must hold strings")
+    return rows
 
 
 def check_source(name: str | None) -> None:
@@ -196,6 +403,12 @@ def _python_docs_splits() -> dict[str, datasets.Dataset]:
 
 
 def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[str]) -> dict[str, datasets.Dataset]:
+    files = _files_of_splits(name, folder, needed)
+    return {split: _read_files(split, paths, format, cache_dir) for split, (format, paths) in files.items()}
+
+
+def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str, tuple[str, list[Path]]]:
+    """The format and the files of each split in a folder, in the order of their names."""
     try:
         found = sorted(os.listdir(folder))
     except OSError as error:
@@ -209,8 +422,7 @@ def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[st
         if len({(match["split"], match["part"] is None, match["format"]) for match in own}) > 1:
             listed = ", ".join(match.string for match in own)
             raise UserError(f"the corpus folder {name!r} has more than one {split} split: {listed}; keep one of them")
-        files = [folder / match.string for match in own]
-        splits[split] = _read_files(split, files, own[0]["format"], cache_dir)
+        splits[split] = own[0]["format"], [folder / match.string for match in own]
     if not splits or ("train" in needed and "train" not in splits):
         listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
         raise UserError(f"the corpus folder {name!r} has no train split: it holds {listed}; wanted: {WANTED_FILES}")

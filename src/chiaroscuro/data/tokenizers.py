@@ -51,8 +51,9 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     Args:
         source: one of
 
-            - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train split and
-              kept. Where the text has too few repetitions for N tokens, a warning says how many there are;
+            - `bpe:N`: a byte-level BPE of N tokens, one of them `<|endoftext|>`, trained on the corpus' train split (if
+              that is streamed, on its beginning) and kept. Where the text has too few repetitions for N tokens, a
+              warning says how many there are;
             - `words`: every word of the corpus' train split, delimited by white space, is a token. Other words are
               `<unk>`, and the white space is lost. It is meant for tasks with a language of their own, such as ListOps;
             - a folder: what `save_pretrained` writes, or GPT-2's `vocab.json` and `merges.txt`;
@@ -165,8 +166,9 @@ def _train_words(corpus: Corpus) -> Tokenizer:
 
 
 def _trained_on(corpus: Corpus, name: str, backend: Tokenizer, trainer: trainers.Trainer) -> Tokenizer:
-    with all_cores(), patient_bar(f"training {name}", corpus.splits["train"].data.nbytes) as advance:
-        backend.train_from_iterator(_counted(corpus.pieces("train"), advance), trainer)
+    pieces, size = corpus.sample()
+    with all_cores(), patient_bar(f"training {name}", size) as advance:
+        backend.train_from_iterator(_counted(pieces, advance), trainer)
     return backend
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from chiaroscuro.data import Corpus, TokenBlocks, default_cache_dir, tokenize_corpus
+from chiaroscuro.data import Corpus, StreamedCorpus, TokenBlocks, default_cache_dir, tokenize_corpus
 from chiaroscuro.data.tasks import (
     LabelledRows,
     LabelledTexts,
@@ -188,7 +188,8 @@ class Workspace:
         def load(found: str | None) -> Corpus:
             if not isinstance(text, LanguageModelling):  # a task of the user's, which knows its text
                 return cast(Corpus, text.load(default_cache_dir()))
-            return replace(text, source=found or text.source).load(default_cache_dir(), ())
+            needed = (split,) if text.streaming else ()  # of a stream no more is loaded than is needed
+            return replace(text, source=found or text.source).load(default_cache_dir(), needed)
 
         return self._with_split(split, self._from_source(source, load))
 
@@ -232,6 +233,10 @@ class Workspace:
     @staticmethod
     def _with_split(split: str, data: Any) -> Any:
         if split not in data.splits:
+            if isinstance(data, StreamedCorpus) and split == "train":
+                raise UserError(
+                    f"--split train: the recipe streams that of {data.name}; name another split, or a text with --data"
+                )
             raise UserError(f"--split {split}: {data.name} has {', '.join(data.splits)}")
         return data
 

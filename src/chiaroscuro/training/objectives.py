@@ -4,9 +4,11 @@ All that differs between these is here, one class for each kind of task, and the
 there are, how they become a batch, which model learns from them, and what is measured on the validation rows.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -28,7 +30,17 @@ from chiaroscuro.analysis.classification import (
 )
 from chiaroscuro.analysis.perplexity import Evaluation, evaluate_blocks
 from chiaroscuro.analysis.routing_summary import mean_gate
-from chiaroscuro.data import MixedRows, TokenBlocks, TokenFile, load_corpus, load_tokenizer, tokenize_corpus
+from chiaroscuro.data import (
+    Corpus,
+    MixedRows,
+    StreamedCorpus,
+    TextStream,
+    TokenBlocks,
+    TokenFile,
+    load_corpus,
+    load_tokenizer,
+    tokenize_corpus,
+)
 from chiaroscuro.data.tasks import (
     ClassificationTask,
     LabelledRows,
@@ -40,6 +52,7 @@ from chiaroscuro.data.tasks import (
     tokenize_targets,
     tokenize_task,
 )
+from chiaroscuro.data.tokenizers import bare_backend
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
 from chiaroscuro.model.config import ChiarConfig
@@ -58,7 +71,7 @@ class Objective(ABC):
 
     Attributes:
         tokenizer: of the texts.
-        train: the rows to learn from.
+        train: the rows to learn from, or the stream that they are made of.
         validation: the rows to measure on.
         identity: changes with the texts, their labels and the tokenizer; a resumed run must have the same.
         summary: the data in a few words, for the terminal.
@@ -67,7 +80,7 @@ class Objective(ABC):
     """
 
     tokenizer: PreTrainedTokenizerFast
-    train: Dataset[Any]
+    train: Dataset[Any] | TextStream
     validation: Any
     identity: str
     summary: str
@@ -161,26 +174,20 @@ class LanguageModelling(Objective):
                 raise UserError(f"trainer.validation_texts.{name}: {error}") from None
             tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
             texts[name] = TokenBlocks(_beginning(tokens, recipe), length)
-        trained_on, others = [splits["train"]], []
-        for source, part in recipe.trainer.training_texts.items():
-            its: Any = replace(cast(Any, task), source=source)
-            try:
-                tokens = tokenize_corpus(its.load(cache_dir, ("train",)), tokenizer, cache_dir)["train"]
-                others.append((its.train_rows(tokens, tokenizer, length), part))
-            except UserError as error:
-                raise UserError(f"trainer.training_texts.{source}: {error}") from None
-            trained_on.append(tokens)
-        train = task.train_rows(splits["train"], tokenizer, length)
+        sources = {"": corpus}
+        for source in recipe.trainer.training_texts:
+            with _naming(source):
+                sources[source] = replace(cast(Any, task), source=source).load(cache_dir, ("train",))
+        learn_from = _streamed if isinstance(corpus, StreamedCorpus) else _stored
+        train, identity, sizes = learn_from(sources, recipe, task, tokenizer, cache_dir)
+        names = [corpus.name, *recipe.trainer.training_texts]
         return cls(
             tokenizer=tokenizer,
-            train=MixedRows(train, others) if others else train,
+            train=train,
             validation=task.blocks(_beginning(splits["validation"], recipe), tokenizer, length),
             texts=texts,
-            identity="+".join(tokens.path.stem for tokens in trained_on),  # fingerprints of text and tokenizer
-            summary=" and ".join(
-                f"{name} ({tokens.count:,} tokens)"
-                for name, tokens in zip([corpus.name, *recipe.trainer.training_texts], trained_on, strict=True)
-            ),
+            identity=identity,
+            summary=" and ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True)),
             validation_texts=corpus.splits["validation"]["text"],
         )
 
@@ -206,6 +213,41 @@ class LanguageModelling(Objective):
     def validation_rows(self) -> int:
         """Those of all texts."""
         return super().validation_rows + sum(len(blocks) for blocks in self.texts.values())
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Say of an error which of the training texts it is about; the first has no name of its own."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"trainer.training_texts.{source}: {error}" if source else str(error)) from None
+
+
+def _stored(
+    sources: Mapping[str, Corpus], recipe: Recipe, task: TextTask, tokenizer: Any, cache_dir: Path
+) -> tuple[Dataset[Any], str, list[str]]:
+    """Rows of tokens that are kept on the disk; what identifies them; and in words how much each source has."""
+    rows, files = [], []
+    for source, corpus in sources.items():
+        with _naming(source):
+            files.append(tokenize_corpus(corpus, tokenizer, cache_dir)["train"])
+            rows.append(task.train_rows(files[-1], tokenizer, recipe.data.sequence_length))
+    others = list(zip(rows[1:], recipe.trainer.training_texts.values(), strict=True))
+    identity = "+".join(file.path.stem for file in files)  # fingerprints of text and tokenizer
+    return MixedRows(rows[0], others) if others else rows[0], identity, [f"{file.count:,} tokens" for file in files]
+
+
+def _streamed(
+    sources: Mapping[str, Corpus], recipe: Recipe, task: TextTask, tokenizer: Any, cache_dir: Path
+) -> tuple[TextStream, str, list[str]]:
+    """The same of text that is read on the way."""
+    corpora = cast(list[StreamedCorpus], list(sources.values()))
+    parts = list(recipe.trainer.training_texts.values())
+    shuffle = cast(Any, task).shuffle
+    stream = TextStream(corpora, parts, tokenizer, recipe.data.sequence_length, shuffle, recipe.trainer.seed)
+    digest = hashlib.sha256(bare_backend(tokenizer).to_str().encode()).hexdigest()[:24]
+    return stream, "+".join([*(corpus.fingerprint for corpus in corpora), digest]), ["streamed"] * len(corpora)
 
 
 @dataclass(frozen=True)
@@ -316,7 +358,7 @@ class MixedTraining(LanguageModelling):
             return None
         name, rows = drawn
         task = self.tasks[name]
-        return name, {**task.collate([task.train[row] for row in rows]), **task.inputs}
+        return name, {**task.collate([cast(Any, task.train)[row] for row in rows]), **task.inputs}
 
     def measure_beside(self, model: PreTrainedModel, **how: Any) -> dict[str, tuple[dict[str, Any], list[Look]]]:
         """The other texts, and every task."""

@@ -509,6 +509,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _streamable(self) -> "Recipe":
+        if self.data.options.get("streaming") and self.trainer.epochs is not None:
+            raise ValueError(
+                f"trainer.epochs={self.trainer.epochs} with data.streaming=true, whose length is not known; give "
+                "trainer.steps or trainer.tokens"
+            )
+        for name, data in (self.mixture.tasks if self.mixture else {}).items():
+            if data.options.get("streaming"):
+                raise ValueError(f"mixture.tasks.{name}.streaming=true: the text alone can be streamed; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _shardable(self) -> "Recipe":
         beside = {"trainer.ema": self.trainer.ema, "fit": self.fit, "distill": self.distill, "mixture": self.mixture}
         for name, given in beside.items() if self.trainer.fsdp else ():

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.utils import logging
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
-from chiaroscuro.data import default_cache_dir
+from chiaroscuro.data import StreamedBlocks, TextStream, default_cache_dir
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
@@ -55,6 +55,7 @@ from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
 from chiaroscuro.training.sharding import shapes
+from chiaroscuro.training.streaming import read_notes
 from chiaroscuro.training.trackers import trackers
 from chiaroscuro.training.trainer import Clock, Run, RunTrainer
 
@@ -154,13 +155,15 @@ def _train(
         records = [record for record in read_records(folder / _METRICS) if record["step"] <= checkpoint.step]
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
-    rows = _whole_steps(objective.train, recipe.sequences_per_step(world))
-    steps = recipe.steps(world, len(rows))
+    rows = _rows_of(objective.train, recipe, world)
+    steps = recipe.steps(world, len(cast(Sized, rows)))
     facts = Facts(tokens=objective.identity, processes=world, sequences=recipe.sequences_per_step(world), seconds=0.0)
     baseline = _baseline_of(recipe, facts, console)
     if checkpoint is not None:
         _refuse_other_data(checkpoint, facts)
         _refuse_other_steps(checkpoint, facts, recipe)
+        if isinstance(rows, StreamedBlocks):
+            rows.notes = read_notes(checkpoint.path)
 
     model = _build_model(recipe, objective, baseline)
     fit, fit_after = _fit_of(recipe, model, objective, rows), recipe.fit.step(steps) if recipe.fit is not None else None
@@ -220,7 +223,7 @@ def _train(
             run=run,
             objective=objective,
             model=model,
-            args=_arguments(recipe, scratch, steps, model.config.use_cache),
+            args=_arguments(recipe, scratch, steps, model.config.use_cache, isinstance(rows, StreamedBlocks)),
             train_dataset=rows,
             processing_class=objective.tokenizer,
             callbacks=[
@@ -457,6 +460,15 @@ def _refuse_data_parallel(processes: PartialState) -> None:
         )
 
 
+def _rows_of(source: Dataset[Any] | TextStream, recipe: Recipe, world: int) -> Dataset[Any]:
+    """The rows that a run reads: of a stream as many as it has steps for, in batches that each have a lane."""
+    sequences = recipe.sequences_per_step(world)
+    if isinstance(source, TextStream):
+        batch_size = recipe.trainer.batch_size
+        return source.rows(recipe.steps(world) * sequences, batch_size, sequences // batch_size)
+    return _whole_steps(source, sequences)
+
+
 def _whole_steps(rows: Dataset[Any], sequences: int) -> Subset[Any]:
     """The rows that fill whole steps, so that every step learns from the same number of them."""
     count = len(cast(Sized, rows))
@@ -558,7 +570,7 @@ def _learning_rates(recipe: Recipe, steps: int) -> dict[str, Any]:
     }
 
 
-def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool, streamed: bool) -> TrainingArguments:
     trainer = recipe.trainer
     try:
         return TrainingArguments(
@@ -587,6 +599,7 @@ def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool) -> Tr
             save_steps=trainer.save_every,
             use_cache=use_cache,  # the Trainer writes it into the model's configuration, by default as False
             remove_unused_columns=False,
+            train_sampling_strategy="sequential" if streamed else "random",  # a stream has shuffled its rows itself
             ddp_find_unused_parameters=True if recipe.mixture else None,  # a step has one head at most
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,

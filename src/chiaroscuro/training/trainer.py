@@ -31,6 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from chiaroscuro.analysis.routing_summary import describe_routing, mean_gate
+from chiaroscuro.data import StreamedBlocks
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import move_whole, saying_why
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -55,6 +56,7 @@ from chiaroscuro.training.sharding import (
     unsharded_config,
     whole,
 )
+from chiaroscuro.training.streaming import gather_notes, write_notes
 
 
 class TrainingDiverged(UserError):
@@ -221,7 +223,12 @@ class RunTrainer(Trainer):
             self.control.should_save = True
             what_is_due()
             self.accelerator.wait_for_everyone()
+            notes = None
+            if isinstance(self.train_dataset, StreamedBlocks):
+                notes = gather_notes(self.train_dataset, self.args.world_size)
             if self.args.should_save:
+                if notes is not None:
+                    write_notes(finished, notes)
                 # A pickle of the TrainingArguments, which nothing here reads: recipe.yaml says the same, and is safe.
                 (finished / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 if self.run.averages is not None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from chiaroscuro.data.blocks import TokenBlocks
-from chiaroscuro.data.corpora import Corpus, Separator, load_corpus
+from chiaroscuro.data.corpora import Corpus, Separator, load_corpus, stream_corpus
 from chiaroscuro.data.tasks.task import TextTask
 from chiaroscuro.data.tokens import TokenFile
+from chiaroscuro.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,27 @@ class LanguageModelling(TextTask):
         documents: whether each row is a document, which ends in the tokenizer's end-of-sequence token, and sees nothing
             of those before it in its block: positions restart, and its first token is not predicted. Without, blocks
             are the paper's, a running text.
+        streaming: whether the train split is read and tokenised while a model learns from it, in the order of its
+            files, and neither stored nor held in memory.
+        shuffle: of a streamed split, how many blocks are read at a time and given in an order drawn anew.
 
     """
 
     source: str = "python-docs"
     column: str = "text"
     documents: bool = False
+    streaming: bool = False
+    shuffle: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.shuffle < 1:
+            raise UserError(f"data.shuffle={self.shuffle}: a window has at least 1 block, which shuffles nothing")
 
     def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""
         separator: Separator | None = "eos" if self.documents else None
-        return load_corpus(self.source, cache_dir, needed, self.column, separator)
+        load = stream_corpus if self.streaming else load_corpus
+        return load(self.source, cache_dir, needed, self.column, separator)
 
     def blocks(self, tokens: TokenFile, tokenizer: Any, length: int, stride: int | None = None) -> TokenBlocks:
         """Blocks of the text, that say where documents begin if they are told apart."""

@@ -33,8 +33,10 @@ class Retrieval(LanguageModelling):
     draw: int = 0
 
     def __post_init__(self) -> None:
-        if self.documents:
-            raise UserError("data.documents with data.task: retrieval, which draws rows of its own; remove one")
+        super().__post_init__()
+        for option in ("documents", "streaming"):
+            if getattr(self, option):
+                raise UserError(f"data.{option} with data.task: retrieval, which draws rows of its own; remove one")
 
     def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
         """As many rows as the text has blocks."""

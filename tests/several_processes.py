@@ -1,0 +1,59 @@
+"""Runs of several processes, by torchrun on gloo, and what they end with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from chiaroscuro.training import read_records
+
+# As the command does, but with a kill of the main process between the backward and the optimizer of one step.
+SCRIPT = """
+import os, signal, sys
+import torch
+from chiaroscuro.cli import main
+torch.set_default_dtype(getattr(torch, os.environ["TYPE"]))
+from chiaroscuro.training.trainer import RunTrainer
+killed_at, original = int(os.environ["KILLED_AT"]), RunTrainer._clip_grad_norm
+def clip(self, model):
+    if self.state.global_step + 1 == killed_at and self.args.process_index == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, model)
+RunTrainer._clip_grad_norm = clip
+main()
+"""
+
+
+def torchrun(
+    folder: Path, *arguments: str, processes: int = 2, killed_at: int = 0, dtype: str = "float32"
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), "train"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(folder / "recipe.yaml"), *arguments],
+        env=os.environ | {"KILLED_AT": str(killed_at), "OMP_NUM_THREADS": "1", "TYPE": dtype},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+ONE = {1: 4, 2: 2, 4: 1}
+"""Processes, and the batches that each accumulates: a step has the same four."""
+
+
+def accumulating(processes: int) -> str:
+    return f"trainer.gradient_accumulation={ONE[processes]}"
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_records(run / "metrics.jsonl")]
