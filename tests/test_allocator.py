@@ -32,3 +32,30 @@ def test_freed_memory_is_used_again() -> None:
         )
         found[name] = int(run.stdout)
     assert found["kept"] < found["default"] / 10
+
+
+GROWING = """
+import resource
+import torch
+from chiaroscuro.allocator import keep_freed_memory
+keep_freed_memory()
+kept = []
+for n in range(12):
+    first = torch.ones(25_000_000)
+    second = first + 1
+    del first
+    kept.append(torch.ones(2_000 + n))
+    third = second * 2
+    del second
+    kept.append(torch.ones(2_000 + n))
+    del third
+    kept.append(torch.ones(2_000 + n))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+def test_large_blocks_do_not_add_up() -> None:
+    """Two of 100 MB at a time, and between them small ones that stay."""
+    run = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.75
