@@ -7,9 +7,12 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 LARGEST = 2**26
-"""Bytes of the largest block that is kept. A larger one, such as the logits of a long row, takes so long to fill that
-new pages cost little; and kept, its place would be broken up by the first small block that outlives it, so that the next
-one needs a new place: fitting a model of 135M on rows of 2048 tokens grew by a gigabyte a row."""
+"""Bytes of the largest block that is kept.
+
+A larger one, such as the logits of a long row, takes so long to fill that new pages cost little. And kept, its place
+would be broken up by the first small block that outlives it, so that the next one needs another place: a fit of a model
+of 135M parameters on rows of 2048 tokens grew by a gigabyte a row.
+"""
 
 
 def keep_freed_memory() -> None:
