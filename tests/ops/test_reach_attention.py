@@ -99,8 +99,16 @@ def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: i
         torch.testing.assert_close(fast, plain)
 
 
-@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 2), st.sampled_from([None, 0.7]))
-def test_gains_of_pairs_are_what_looking_changes(seed: int, window: int, groups: int, softcap: float | None) -> None:
+@given(
+    st.integers(0, 99),
+    st.integers(1, 5),
+    st.integers(1, 2),
+    st.sampled_from([None, 0.7]),
+    st.sampled_from([1, 100, 2**22]),
+)
+def test_gains_of_pairs_are_what_looking_changes(
+    seed: int, window: int, groups: int, softcap: float | None, at_once: int
+) -> None:
     """Oracle: the outputs with and without what is far, and each pair by itself."""
     generator = torch.Generator().manual_seed(seed)
     time, heads = 9, 2 * groups
@@ -108,7 +116,8 @@ def test_gains_of_pairs_are_what_looking_changes(seed: int, window: int, groups:
     key, value = (torch.randn(2, time, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     i, j = torch.arange(time)[:, None], torch.arange(time)
     near, far = (i >= j) & (i - j < window), (i >= j) & (i - j >= window)
-    look, kept = gains_of_pairs(query, key, value, slope, near, far, softcap)
+    with mock.patch.object(module, "PAIRS", at_once):
+        look, kept = gains_of_pairs(query, key, value, slope, near, far, softcap)
     repeated = [x.repeat_interleave(groups, 0) for x in (key, value)]
     scores = query @ repeated[0].transpose(-1, -2) / 2
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()

@@ -1,6 +1,7 @@
 """Runs whose text is read on the way: the same weights wherever they were interrupted, by however many processes."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from chiaroscuro.data import StreamedCorpus
+from chiaroscuro.data import StreamedCorpus, TextStream
+from chiaroscuro.data.tasks import TASKS, register_task
+from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.errors import UserError
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, TrainingInterrupted, read_records, train
+from chiaroscuro.training.initial_weights import fit_batches
 from chiaroscuro.training.streaming import read_notes
 from chiaroscuro.training.trainer import RunTrainer
 from several_processes import NO_DROPOUT, accumulating, losses, tensors, torchrun
@@ -81,20 +85,50 @@ def test_documents_and_parts(run, content, corpus, tmp_path) -> None:
         workspace.blocks("train")
 
 
-def test_scores_are_fitted_on_its_first_rows(run) -> None:
+def test_scores_are_fitted_on_its_first_rows_and_the_run_reads_on(run, monkeypatch) -> None:
+    fitted: list[list[int]] = []
+    original = fit_batches
+
+    def noted(rows: Any, *how: Any) -> Any:
+        batches = original(rows, *how)
+        fitted.append([ids for batch in batches for ids in batch["input_ids"].flatten().tolist()])
+        fitted.append([ids for i in range(32) for ids in rows[i]["input_ids"].tolist()])
+        return batches
+
+    monkeypatch.setattr("chiaroscuro.training.run.fit_batches", noted)
+    windows: list[int] = []
+    counts = TextStream.counts
+    monkeypatch.setattr(TextStream, "counts", lambda self, window: windows.append(window) or counts(self, window))
     model = {"operators": [["local", "attention"]] * 3, "window": 4, "router": "fitted", "attention_share": 0.5}
     course = {"attention_share": {"from": 1.0, "after": 4, "steps": 2}}
-    fit = {"tokens": 512, "after": 4}
-    content = {f"model__{name}": value for name, value in model.items()}
-    result, printed = run(fit=fit, schedule=course, **content)
-    assert "fitted" in printed and result.steps == 12
+    result, _ = run(
+        fit={"tokens": 512, "after": 4}, schedule=course, **{f"model__{name}": value for name, value in model.items()}
+    )
+    assert result.steps == 12 and fitted[0] == fitted[1]
+    # 48 rows in windows of 6; and beside them those of the fit, which are read once more here.
+    assert sorted(windows) == sorted([*range(8), *range(6), *range(6)])
+
+
+@dataclass(frozen=True)
+class Backwards(LanguageModelling):
+    """Whose rows are those of the text in another order."""
+
+    def train_rows(self, tokens: Any, tokenizer: Any, length: int) -> Any:
+        return list(reversed(super().train_rows(tokens, tokenizer, length)))
+
+
+def test_a_task_with_rows_of_its_own_is_refused(run, monkeypatch) -> None:
+    monkeypatch.setattr("chiaroscuro.data.tasks.registry.TASKS", dict(TASKS))
+    register_task("backwards", Backwards)
+    with pytest.raises(UserError, match=r"data.task=backwards: it makes rows of its own, which can't be streamed"):
+        run(data__task="backwards")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"trainer__steps": None, "trainer__epochs": 1}, "trainer.epochs=1 with data.streaming=true"),
-        ({"data__shuffle": 0}, "data.shuffle=0: a window has at least 1 block"),
+        ({"data__shuffle": 0}, "data.shuffle=0: must be at least 1"),
         ({"data__task": "retrieval"}, "data.streaming with data.task: retrieval"),
         ({"data__streaming": "yes"}, "streaming='yes'"),
         ({"data__source": "python-docs"}, "python-docs is not streamed"),
@@ -128,7 +162,8 @@ def test_several_processes_stream_as_one_and_any_number_goes_on(content, tmp_pat
     place = [f"trainer.output_dir={several}", accumulating(processes)]
     killed = torchrun(tmp_path, *place, processes=processes, killed_at=7, dtype="float64")
     assert killed.returncode != 0
-    assert read_notes(several / "checkpoint-4").keys() == {"0", "1", "2", "3"}
+    notes = read_notes(several / "checkpoint-4")
+    assert {lane: max(map(int, noted)) for lane, noted in notes.items()} == dict.fromkeys("0123", 1)  # of 6 rows each
     shutil.copytree(several, tmp_path / "alone")
     done = torchrun(tmp_path, *place, "--resume", processes=processes, dtype="float64")
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,12 @@ SPLITS = ("train", "validation", "test")
 # matter (one in about ten thousand tokens); short enough to give work to all cores.
 PIECE_CHARACTERS = 65_536
 
+# How many characters of a streamed corpus, the first ones, a tokenizer is trained on.
+SAMPLED_CHARACTERS = 2**27
+
+# How much of the beginning of each streamed file tells it from another one of its name and size.
+IDENTIFYING_BYTES = 2**16
+
 # Where each split of python-docs ends, in percent of the documents.
 SHARES = {"train": 90, "validation": 95, "test": 100}
 
@@ -63,12 +69,6 @@ WANTED_SOURCES = (
     "a corpus is 'python-docs', a folder with train, validation and test files, "
     "or a Hub name like 'Salesforce/wikitext:wikitext-103-v1'"
 )
-# How many characters of a streamed corpus, the first ones, a tokenizer is trained on.
-SAMPLED_CHARACTERS = 2**27
-
-# How much of the beginning of each streamed file tells it from another one of its name and size.
-IDENTIFYING = 2**16
-
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 Separator = Literal["newline", "eos"]
@@ -105,7 +105,7 @@ class Corpus:
         yield from (piece for _, piece in pieces_of(((None, row) for row in rows), self.separator))
 
     def sample(self) -> tuple[Iterator[str], int]:
-        """What a tokenizer is trained on: the pieces of the train split, and how many bytes they have."""
+        """What a tokenizer is trained on: pieces of the train split, and about how many characters they have."""
         return self.pieces("train"), self.splits["train"].data.nbytes
 
 
@@ -145,11 +145,14 @@ class StreamedCorpus(Corpus):
             rows = split_dataset_by_node(self.open_train(), part, parts)
             if state is not None:
                 rows.load_state_dict(state)
-            before = rows.state_dict()
+            before = rows.state_dict() if state is None else state  # what is loaded is not yet what is given
             for row in rows:
-                if row["text"] is None:
-                    raise UserError(f"the train split of {self.name!r} has a row without text (null); remove such rows")
-                yield before, row["text"]
+                if not isinstance(text := row.get("text"), str):
+                    raise UserError(
+                        f"the train split of {self.name!r} has a row without text, but with {type(text).__name__} in "
+                        "its column; remove such rows, or name another column by data.column"
+                    )
+                yield before, text
                 before = rows.state_dict()
         except UserError:
             raise
@@ -250,12 +253,12 @@ def stream_corpus(
     column: str = "text",
     separator: Separator | None = None,
 ) -> StreamedCorpus:
-    """Load a corpus all but its train split, which is streamed: none of it is stored, or held in memory.
+    """Load a corpus, except for its train split, which is streamed: none of it is stored, or held in memory.
 
     Args:
         source: a folder, or a data set of the Hugging Face Hub, as for [`load_corpus`][].
         cache_dir: likewise, for the other splits.
-        needed: likewise. Of a data set of the Hub the validation split is loaded if it is needed, and no other.
+        needed: likewise. Of a data set of the Hub no others are loaded.
         column: likewise.
         separator: likewise.
 
@@ -265,84 +268,100 @@ def stream_corpus(
     """
     name, separator = str(source), separator or "newline"
     others = [split for split in needed if split != "train"]
+    cache_dir = cache_dir or default_cache_dir()
     if name == "python-docs":
         raise UserError("python-docs is not streamed: it is small; leave out data.streaming")
     if folder := find_folder(name, WANTED_SOURCES):
         files = _files_of_splits(name, folder, ("train",))
         format, paths = files.pop("train")
-        _refuse_no_files(paths)
-        how = {"split": datasets.Split("train")}
-        open_rows: Callable[[], Any] = partial(STREAMERS[format], [str(path) for path in paths], **how)
         identity = _identify(paths)
-        cache_dir = cache_dir or default_cache_dir()
+        open_rows: Callable[[], Any] = partial(
+            STREAMERS[format], [str(path) for path in paths], split=datasets.Split("train")
+        )
         splits = {split: _read_files(split, paths, format, cache_dir) for split, (format, paths) in files.items()}
         origin = f"the files in {folder}"
     elif match := HUB_NAME.fullmatch(name):
-        open_rows, splits, identity = _hub_stream(name, match["name"], match["config"], others)
+        open_rows, splits, identity = _hub_stream(name, match["name"], match["config"], others, column, cache_dir)
         origin = f"{name} from the Hugging Face Hub"
     else:
         raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
     open_train = partial(_texts_of, name, open_rows, column)
     open_train()  # or an error, now
     splits = _checked(name, splits, others, column)
-    fingerprint = hashlib.sha256(f"{identity}/{hash_rows(name, splits, separator)}".encode()).hexdigest()[:24]
+    parts = (identity, column, PIECE_CHARACTERS, hash_rows(name, splits, separator))
+    fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     return StreamedCorpus(name, f"{origin}, by row, streamed", splits, separator, fingerprint, open_train)
 
 
-def _refuse_no_files(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if not path.is_file():  # to read a pipe would wait for whoever writes to it
-            raise UserError(f"{path} can't be read: it is no file, but a folder, a pipe or a device; use a file")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty; put text into it or remove it")
-
-
-def _opened(name: str, open_stream: Callable[[], Any]) -> Any:
-    try:
-        return open_stream()
-    except Exception as error:  # a damaged file, or the Hub, raises errors of many kinds
-        raise UserError(f"the corpus {name!r} can't be streamed: {one_line(root_cause(error))}") from error
-
-
 def _identify(paths: Sequence[Path]) -> str:
+    """What tells these files from others: names, sizes and beginnings."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as stream:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + stream.read(IDENTIFYING))
+        if path.exists() and not path.is_file():  # to read a pipe would wait for whoever writes to it
+            raise UserError(f"{path} can't be read: it is no file, but a folder, a pipe or a device; use a file")
+        try:
+            with path.open("rb") as stream:
+                beginning = stream.read(IDENTIFYING_BYTES)
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {one_line(error)}") from error
+        if not beginning:
+            raise UserError(f"{path} is empty; put text into it or remove it")
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + beginning)
     return digest.hexdigest()
 
 
 def _hub_stream(
-    name: str, hub_name: str, config: str | None, others: Sequence[str]
+    name: str, hub_name: str, config: str | None, others: Sequence[str], column: str, cache_dir: Path
 ) -> tuple[Callable[[], datasets.IterableDataset], dict[str, datasets.Dataset], str]:
-    with cache_if_unreachable(hub_name):
-        builder = _opened(name, lambda: datasets.load_dataset_builder(hub_name, config))
-        streams = _opened(name, builder.as_streaming_dataset)
+    """What opens the train split of a data set of the Hub, its other splits, and what identifies it."""
+    with cache_if_unreachable(hub_name) as unreachable:
+        try:
+            builder = datasets.load_dataset_builder(hub_name, config)
+            streams = builder.as_streaming_dataset()
+        except Exception as error:  # the network, the Hub and the data raise errors of many kinds
+            raise UserError(_not_loaded(name, unreachable or one_line(error))) from error
+    identity = f"{hub_name} {builder.config_id} {builder.hash}"
+    splits = {}
     for split in ("train", *others):
         if split not in streams:
             raise UserError(f"the corpus {name!r} has no {split} split, only {', '.join(streams) or 'unknown ones'}")
-    splits = {
-        split: _opened(name, partial(lambda rows: datasets.Dataset.from_list(list(rows)), streams[split]))
-        for split in others
-    }
-    return lambda: builder.as_streaming_dataset()["train"], splits, f"{builder.config_id} {builder.hash}"
+    for split in others:
+        rows = partial(_texts_of, name, partial(streams.__getitem__, split), column, split)
+        rows()  # or an error, now
+        key = hashlib.sha256(f"{identity} {split} {column}".encode()).hexdigest()[:24]
+        with writing_to(cache_dir), _quiet_datasets(True):
+            splits[split] = datasets.Dataset.from_generator(
+                _each, cache_dir=str(cache_dir / "corpora"), gen_kwargs={"open_rows": rows}, fingerprint=key
+            ).rename_column("text", column)
+    return lambda: builder.as_streaming_dataset()["train"], splits, identity
 
 
-def _texts_of(name: str, open_rows: Callable[[], datasets.IterableDataset], column: str) -> datasets.IterableDataset:
+def _each(open_rows: Callable[[], datasets.IterableDataset]) -> Iterator[dict[str, Any]]:
+    yield from open_rows()
+
+
+def _texts_of(
+    name: str, open_rows: Callable[[], datasets.IterableDataset], column: str, split: str = "train"
+) -> datasets.IterableDataset:
     """Open a stream: the column of the texts alone, under the name "text"."""
-    rows = _opened(name, open_rows)
-    known = rows.column_names
-    if known is not None and column not in known:
+    try:
+        rows = open_rows()
+        known = rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:  # a damaged file, or the Hub, raises errors of many kinds
         raise UserError(
-            f"the train split of {name!r} has no column {column!r}, only {', '.join(known)}; name that of the texts "
-            "by data.column"
+            f"the {split} split of {name!r} can't be streamed: {one_line(root_cause(error))}; mend or remove what is "
+            "damaged"
+        ) from error
+    if column not in known:
+        raise UserError(
+            f"the {split} split of {name!r} has no column {column!r}, only {', '.join(known) or 'empty rows'}; name "
+            "that of the texts by data.column"
         )
     rows = rows.select_columns(column)
     if column != "text":
         rows = rows.rename_column(column, "text")
-    kind = getattr((rows.features or {}).get("text"), "dtype", "string")
-    if kind not in ("string", "large_string"):
-        raise UserError(f"the column 'text' in the train split of {name!r} holds {kind}; it must hold strings")
+    if rows.features is not None:
+        _refuse_no_strings(name, split, rows.features["text"])
     return rows
 
 
@@ -466,11 +485,15 @@ def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datas
         try:
             loaded = datasets.load_dataset(hub_name, config)
         except Exception as error:  # the network, the Hub and the data raise errors of many kinds
-            raise UserError(
-                f"could not load the corpus {name!r} from the Hugging Face Hub ({unreachable or one_line(error)}); "
-                "there is no folder of that name either; check the name and the network, or give a folder"
-            ) from error
+            raise UserError(_not_loaded(name, unreachable or one_line(error))) from error
     return {split: loaded[split] for split in SPLITS if split in loaded}
+
+
+def _not_loaded(name: str, why: str) -> str:
+    return (
+        f"could not load the corpus {name!r} from the Hugging Face Hub ({why}); there is no folder of that name "
+        "either; check the name and the network, or give a folder"
+    )
 
 
 def _checked(
@@ -504,9 +527,13 @@ def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:
             raise UserError(
                 f"the {split} split of {name!r} has no column 'text', only {', '.join(columns)}; rename one"
             )
-        type_ = getattr(rows.features["text"], "dtype", "list")
-        if type_ not in ("string", "large_string"):
-            raise UserError(f"the column 'text' in the {split} split of {name!r} holds {type_}; it must hold strings")
+        _refuse_no_strings(name, split, rows.features["text"])
+
+
+def _refuse_no_strings(name: str, split: str, feature: Any) -> None:
+    kind = getattr(feature, "dtype", "list")
+    if kind not in ("string", "large_string"):
+        raise UserError(f"the column 'text' in the {split} split of {name!r} holds {kind}; it must hold strings")
 
 
 def hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:

@@ -9,7 +9,7 @@ Which block comes when depends on the text alone, and not on how many processes 
   1, and so on. Lane l reads its part of the files if they can be shared out evenly, and otherwise every L-th row; at
   their end it begins again. Each process reads the lanes of its own batches, and no others.
 - **Windows.** A lane's tokens are cut into blocks as those of a token file are. So many of them as `shuffle` says are
-  read at a time, from every source its part, and given in an order of their own.
+  read at a time, from every source its part, and given in random order.
 - **Notes.** Where a window begins in the files is noted, so that a resumed run opens them there: at that row, and at
   that token of it. Without a note a lane reads from its beginning, and gives the same blocks.
 
@@ -17,9 +17,10 @@ Which block comes when depends on the text alone, and not on how many processes 
 `streaming` calls canonical nodes, tied to the batches of a step.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.utils.data import Dataset
 from chiaroscuro.data.blocks import row_of
 from chiaroscuro.data.corpora import StreamedCorpus, pieces_of
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
-from chiaroscuro.data.tokens import BATCH
+from chiaroscuro.data.tokens import BATCH, refuse_unknown_ids
 from chiaroscuro.errors import UserError
 
 Encode = Callable[[list[str]], list[UInt32[np.ndarray, " tokens"]]]
@@ -81,11 +82,8 @@ class TextStream:
         shuffle: int,
         seed: int,
     ) -> None:
-        own = 1 - sum(parts)
-        counts = [round(part * shuffle) for part in (own, *parts)]
-        counts[0] += shuffle - sum(counts)
-        for corpus, count in zip(corpora, counts, strict=True):
-            if count < 1:
+        for corpus, part in zip(corpora, (1 - sum(parts), *parts), strict=True):
+            if part * shuffle < 1:
                 raise UserError(
                     f"data.shuffle={shuffle}: a window of so few blocks has none of {corpus.name}; raise it"
                 )
@@ -94,9 +92,18 @@ class TextStream:
                     f"the corpus {corpus.name!r} has documents, and the tokenizer has no end-of-sequence token to put "
                     "between them; choose another tokenizer, such as 'bpe:8192'"
                 )
-        self.sources = [_Source(c, n, _encoder(c, tokenizer)) for c, n in zip(corpora, counts, strict=True)]
+        self.sources = [(corpus, _encoder(corpus, tokenizer)) for corpus in corpora]
+        self.parts = list(parts)
         self.end = tokenizer.eos_token_id if corpora[0].separator == "eos" else None
         self.length, self.shuffle, self.seed = length, shuffle, seed
+
+    def counts(self, window: int) -> list[int]:
+        """How many blocks of a window each source gives: over many windows its part, to the block."""
+        of_others = [
+            math.floor((window + 1) * self.shuffle * part) - math.floor(window * self.shuffle * part)
+            for part in self.parts
+        ]
+        return [self.shuffle - sum(of_others), *of_others]
 
     def rows(self, count: int, batch_size: int, lanes: int) -> "StreamedBlocks":
         """The rows of a run: so many, in batches, of which a step has as many as there are lanes."""
@@ -146,27 +153,18 @@ class StreamedBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
 
     def _window(self, lane: int, window: int) -> UInt32[np.ndarray, "shuffle length+1"]:
         noted = self.notes.setdefault(str(lane), {})
+        nearest = max((int(w) for w in noted if int(w) <= window), default=0)
         opened = self._open.get(lane)
-        if opened is None or opened.window > window:
-            nearest = max((int(w) for w in noted if int(w) <= window), default=0)
+        if opened is None or opened.window > window or opened.window < nearest - 1:
             places = [Place(**place) for place in noted.get(str(nearest), [])] or [Place()] * len(self.stream.sources)
             opened = self._open[lane] = _Lane(self.stream, lane, self.lanes, nearest, places)
         while opened.window < window:
             opened.read(noted)
         # What is read ahead of a step is at most a few batches, and a checkpoint is of a step.
-        kept = 3 + 4 * self.batch_size // self.stream.shuffle
+        kept = 4 + 4 * self.batch_size // self.stream.shuffle
         for old in sorted(map(int, noted))[:-kept]:
             del noted[str(old)]
         return opened.blocks
-
-
-@dataclass
-class _Source:
-    """A corpus, how many blocks of a window are its, and what makes tokens of its pieces."""
-
-    corpus: StreamedCorpus
-    count: int
-    encode: Encode
 
 
 class _Lane:
@@ -174,24 +172,26 @@ class _Lane:
 
     def __init__(self, stream: TextStream, lane: int, lanes: int, window: int, places: Sequence[Place]) -> None:
         self.stream, self.lane = stream, lane
-        self.runs = [_Run(s, lane, lanes, place) for s, place in zip(stream.sources, places, strict=True)]
+        self.readers = [_Reader(*s, lane, lanes, place) for s, place in zip(stream.sources, places, strict=True)]
         self.window = window - 1
         self.blocks = np.empty((0, stream.length + 1), np.uint32)
 
     def read(self, noted: dict[str, list[dict[str, Any]]]) -> None:
-        """Read the next window, and note where it begins."""
+        """Read the next window, and note where the one after it begins."""
         self.window += 1
-        noted[str(self.window)] = [{"state": run.place.state, "given": run.place.given} for run in self.runs]
-        blocks = np.concatenate([run.blocks(self.stream.length) for run in self.runs])
+        counts = self.stream.counts(self.window)
+        blocks = np.concatenate([r.blocks(n, self.stream.length) for r, n in zip(self.readers, counts, strict=True)])
         order = np.random.default_rng([self.stream.seed, self.lane, self.window]).permutation(len(blocks))
         self.blocks = blocks[order]
+        noted[str(self.window + 1)] = [asdict(reader.place) for reader in self.readers]
 
 
 @dataclass
-class _Run:
+class _Reader:
     """The tokens of a lane of one source, one after the other and without end, from a place on."""
 
-    source: _Source
+    corpus: StreamedCorpus
+    encode: Encode
     lane: int
     lanes: int
     place: Place
@@ -201,9 +201,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.pieces = self._endless(self.place.state)
 
-    def blocks(self, length: int) -> UInt32[np.ndarray, "count length+1"]:
-        """The source's blocks of the next window; each begins with the token that the one before it ends with."""
-        wanted = self.source.count * length
+    def blocks(self, count: int, length: int) -> UInt32[np.ndarray, "count length+1"]:
+        """The next blocks; each begins with the token that the one before it ends with."""
+        if count == 0:
+            return np.empty((0, length + 1), np.uint32)
+        wanted = count * length
         held = sum(len(ids) for _, ids in self.held) - self.place.given
         while held < wanted + 1:
             self.held.append(next(self.pieces))
@@ -213,20 +215,18 @@ class _Run:
         while given >= len(self.held[0][1]):
             given -= len(self.held.popleft()[1])
         self.place = Place(self.held[0][0], given)
-        return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][: self.source.count]
+        return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:count]
 
     def _endless(self, state: dict[str, Any] | None) -> Iterator[tuple[Any, UInt32[np.ndarray, " tokens"]]]:
+        found = state is not None
         while True:
-            corpus, found = self.source.corpus, state is not None
-            pieces = pieces_of(corpus.rows(self.lane, self.lanes, state), corpus.separator)
+            pieces = pieces_of(self.corpus.rows(self.lane, self.lanes, state), self.corpus.separator)
             while batch := list(islice(pieces, BATCH)):
-                encoded = self.source.encode([piece for _, piece in batch])
-                for (before, _), ids in zip(batch, encoded, strict=True):
-                    found = found or len(ids) > 0
-                    yield before, ids
+                found = found or any(piece.strip() for _, piece in batch)
+                yield from zip((mark for mark, _ in batch), self.encode([piece for _, piece in batch]), strict=True)
             if not found:
                 raise UserError(
-                    f"the train split of {corpus.name!r} has no text for batch {self.lane + 1} of the "
+                    f"the train split of {self.corpus.name!r} has no text for batch {self.lane + 1} of the "
                     f"{self.lanes} of a step; give more rows, or take fewer and larger batches"
                 )
             state = None
@@ -239,6 +239,8 @@ def _encoder(corpus: StreamedCorpus, tokenizer: Any) -> Encode:
     def encode(pieces: list[str]) -> list[UInt32[np.ndarray, " tokens"]]:
         with all_cores():
             encoded = backend.encode_batch_fast(pieces, add_special_tokens=False)
-        return [np.array(piece.ids if end is None else [*piece.ids, end], np.uint32) for piece in encoded]
+        given = [np.array(piece.ids if end is None else [*piece.ids, end], np.uint32) for piece in encoded]
+        refuse_unknown_ids(max((int(ids.max()) for ids in given if ids.size), default=0), len(tokenizer))
+        return given
 
     return encode

@@ -131,8 +131,7 @@ def _write(
     bar = patient_bar(f"tokenising {name}", corpus.splits[split].data.nbytes)
     with cached_file(path) as temporary, temporary.open("wb") as stream, bar as advance:
         for ids, text_bytes in _encode(corpus, split, backend, end):
-            if ids.size and ids.max() >= vocab_size:
-                raise UserError(f"the tokenizer gives the id {ids.max()} and has only {vocab_size} tokens; repair it")
+            refuse_unknown_ids(int(ids.max()) if ids.size else 0, vocab_size)
             stream.write(ids.astype(dtype).data)
             count += ids.size
             size += text_bytes
@@ -148,6 +147,12 @@ def _write(
     with cached_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
     return TokenFile(name, path, count, dtype.str, size)
+
+
+def refuse_unknown_ids(largest: int, vocab_size: int) -> None:
+    """Raise a UserError if a tokenizer gives an id beyond its own size."""
+    if largest >= vocab_size:
+        raise UserError(f"the tokenizer gives the id {largest} and has only {vocab_size} tokens; repair it")
 
 
 def _encode(

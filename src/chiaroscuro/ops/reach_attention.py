@@ -33,6 +33,9 @@ from chiaroscuro.ops.packed_attention import (
 SPAN = 64
 """Queries of a tile of `Spans`."""
 
+PAIRS = 2**22
+"""Pairs of a head's query and key that `gains_of_pairs` holds at a time."""
+
 
 def reach_attention(
     query: Float[Tensor, "queries heads head_width"],
@@ -147,30 +150,40 @@ def gains_of_pairs(
     G = ∂L/∂o. Σⱼ aᵢⱼ (vⱼ − oᵢ) over the far keys is exactly what looking far changes in oᵢ. So the sum of a row is the
     gain of a token that looks, and the sum of a column that of a token that is kept.
 
-    One row of a batch; queries × keys are held in memory.
+    One row of a batch, some of its queries at a time.
 
     Args:
         query: of one row, rotated.
         key: likewise. Each of its heads serves as many heads of the queries in turn.
         value: likewise.
         slope: G.
-        near: which keys each query sees now; at least one, or the query's gains are 0.
-        far: which others it would see.
+        near: which keys each query sees now, none after its own; at least one, or the query's gains are 0.
+        far: which others it would see, likewise.
         softcap: as of `reach_attention`.
 
     Returns:
         The gain of each token that looks, over all heads; and of each that is kept, over the heads that share a key.
 
     """
+    time = near.shape[0]
     query, slope = (x.unflatten(0, (len(key), -1)) for x in (query, slope))
     key, value = key[:, None], value[:, None]
-    scores = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).float()
-    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-    output = scores.masked_fill(~near, -torch.inf).softmax(-1).nan_to_num(0.0).to(value.dtype) @ value
-    weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1).masked_fill(~far, 0.0).nan_to_num(0.0)
-    change = slope @ value.transpose(-1, -2) - (slope * output).sum(-1, keepdim=True)
-    gains = -weights * change
-    return gains.sum((0, 1, 3)), gains.sum((1, 2))
+    looking, kept = [], key.new_zeros(len(key), time, dtype=torch.promote_types(key.dtype, torch.float32))
+    at_once = max(1, PAIRS // (query.shape[0] * query.shape[1] * time))
+    for begin in range(0, time, at_once):
+        end = min(time, begin + at_once)
+        q, g = query[:, :, begin:end], slope[:, :, begin:end]
+        k, v = key[:, :, :end], value[:, :, :end]
+        seen, beyond = near[begin:end, :end], far[begin:end, :end]
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).float()
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        output = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0).to(v.dtype) @ v
+        weights = scores.masked_fill(~(seen | beyond), -torch.inf).softmax(-1).masked_fill(~beyond, 0.0).nan_to_num(0.0)
+        change = g @ v.transpose(-1, -2) - (g * output).sum(-1, keepdim=True)
+        gains = -weights * change
+        looking.append(gains.sum((0, 1, 3)))
+        kept[:, :end] += gains.sum((1, 2))
+    return torch.cat(looking), kept
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from chiaroscuro.data.tasks import (
     tokenize_targets,
     tokenize_task,
 )
+from chiaroscuro.data.tasks.language_modelling import LanguageModelling as TextToModel
 from chiaroscuro.data.tokenizers import bare_backend
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification
@@ -234,19 +235,26 @@ def _stored(
             files.append(tokenize_corpus(corpus, tokenizer, cache_dir)["train"])
             rows.append(task.train_rows(files[-1], tokenizer, recipe.data.sequence_length))
     others = list(zip(rows[1:], recipe.trainer.training_texts.values(), strict=True))
+    train: Dataset[Any] = MixedRows(rows[0], others) if others else rows[0]
     identity = "+".join(file.path.stem for file in files)  # fingerprints of text and tokenizer
-    return MixedRows(rows[0], others) if others else rows[0], identity, [f"{file.count:,} tokens" for file in files]
+    return train, identity, [f"{file.count:,} tokens" for file in files]
 
 
 def _streamed(
     sources: Mapping[str, Corpus], recipe: Recipe, task: TextTask, tokenizer: Any, cache_dir: Path
 ) -> tuple[TextStream, str, list[str]]:
     """The same of text that is read on the way."""
+    own = type(task)
+    if not isinstance(task, TextToModel) or (own.train_rows, own.blocks) != (
+        TextToModel.train_rows,
+        TextToModel.blocks,
+    ):
+        raise UserError(f"data.task={own.name}: it makes rows of its own, which can't be streamed")
     corpora = cast(list[StreamedCorpus], list(sources.values()))
     parts = list(recipe.trainer.training_texts.values())
-    shuffle = cast(Any, task).shuffle
-    stream = TextStream(corpora, parts, tokenizer, recipe.data.sequence_length, shuffle, recipe.trainer.seed)
-    digest = hashlib.sha256(bare_backend(tokenizer).to_str().encode()).hexdigest()[:24]
+    stream = TextStream(corpora, parts, tokenizer, recipe.data.sequence_length, task.shuffle, recipe.trainer.seed)
+    words = f"{bare_backend(tokenizer).to_str()} {tokenizer.eos_token_id}"
+    digest = hashlib.sha256(words.encode()).hexdigest()[:24]
     return stream, "+".join([*(corpus.fingerprint for corpus in corpora), digest]), ["streamed"] * len(corpora)
 
 

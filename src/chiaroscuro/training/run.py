@@ -166,7 +166,10 @@ def _train(
             rows.notes = read_notes(checkpoint.path)
 
     model = _build_model(recipe, objective, baseline)
-    fit, fit_after = _fit_of(recipe, model, objective, rows), recipe.fit.step(steps) if recipe.fit is not None else None
+    fit, fit_after = (
+        _fit_of(recipe, model, objective, world),
+        recipe.fit.step(steps) if recipe.fit is not None else None,
+    )
     if checkpoint is None and recipe.trainer.init_from is not None:
         load_weights(model, recipe.trainer.init_from, objective.tokenizer)
         if recipe.fit is not None and fit_after is None:
@@ -272,12 +275,13 @@ def _train(
     )
 
 
-def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, rows: Dataset[Any]) -> Callable[[Any], str]:
+def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, world: int) -> Callable[[Any], str]:
     """What fits the scores that the recipe asks for, at the shares that the model is built with."""
     sides = {} if recipe.fit is None else fitted_sides(cast(ChiarConfig, model.config))
 
     def fit(model: Any) -> str:
         assert recipe.fit is not None
+        rows = _rows_of(objective.train, recipe, world)  # its own: a stream notes where its rows are read
         batches = fit_batches(rows, recipe.fit.tokens, recipe.data.sequence_length, objective.collate)
         return fit_scores(model, batches, sides, recipe.fit.spread)
 

@@ -24,7 +24,8 @@ class LanguageModelling(TextTask):
             are the paper's, a running text.
         streaming: whether the train split is read and tokenised while a model learns from it, in the order of its
             files, and neither stored nor held in memory.
-        shuffle: of a streamed split, how many blocks are read at a time and given in an order drawn anew.
+        shuffle: of a streamed split, how many blocks are read at a time, for each batch of a step, and given in random
+            order.
 
     """
 
@@ -36,7 +37,7 @@ class LanguageModelling(TextTask):
 
     def __post_init__(self) -> None:
         if self.shuffle < 1:
-            raise UserError(f"data.shuffle={self.shuffle}: a window has at least 1 block, which shuffles nothing")
+            raise UserError(f"data.shuffle={self.shuffle}: must be at least 1; 1 shuffles nothing")
 
     def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""
