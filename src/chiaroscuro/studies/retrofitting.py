@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,21 +222,25 @@ class Seen:
 
 
 @contextmanager
-def watching(model: Any) -> Any:
+def watching(model: Any) -> Iterator[Seen]:
     """Inside the block the decisions of a retrofitted model are noted; afterwards the shares are there."""
     seen = Seen()
-    for reach in model.reaches.values():
-        reach.watched = []
-    try:
+    with _decisions(model) as decided:
         yield seen
-        shares = [
-            {
-                i: float(torch.stack([decided[side].float().mean() for decided in reach.watched or []]).mean())
-                for i, reach in model.reaches.items()
-            }
+        seen.look, seen.kept = (
+            {i: float(torch.stack([one[side].float().mean() for one in each]).mean()) for i, each in decided.items()}
             for side in (0, 1)
-        ]
-        seen.look, seen.kept = shares
+        )
+
+
+@contextmanager
+def _decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+    """Inside the block, by layer, who looked and who was kept in each forward."""
+    decided: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for i, reach in model.reaches.items():
+        decided[i] = reach.watched = []
+    try:
+        yield decided
     finally:
         for reach in model.reaches.values():
             reach.watched = None
@@ -309,17 +313,11 @@ def predicted_prefill(model: Any, ids: torch.Tensor) -> float:
     modules = attention_modules(model)
     causal = time * (time + 1) / 2
     pairs = dict.fromkeys(modules, causal)
-    reaches = model.reaches.values()
-    for reach in reaches:
-        reach.watched = []
-    try:
+    with _decisions(model) as decided:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        for reach in reaches:
-            looks, kept = (reach.watched or [])[-1]
-            pairs[reach.layer] = reached_pairs(looks[0], kept[0], reach.window, reach.sinks)
-    finally:
-        for reach in reaches:
-            reach.watched = None
+    for i, reach in model.reaches.items():
+        looks, kept = decided[i][-1]
+        pairs[i] = reached_pairs(looks[0], kept[0], reach.window, reach.sinks)
     width = {i: 4 * model.config.num_attention_heads * module.head_dim for i, module in modules.items()}
     before, after = (
         linear + sum(width[i] * each[i] for i in modules) for each in (dict.fromkeys(modules, causal), pairs)
