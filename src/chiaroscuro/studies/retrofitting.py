@@ -225,7 +225,7 @@ class Seen:
 def watching(model: Any) -> Iterator[Seen]:
     """Inside the block the decisions of a retrofitted model are noted; afterwards the shares are there."""
     seen = Seen()
-    with _decisions(model) as decided:
+    with noting_decisions(model) as decided:
         yield seen
         seen.look, seen.kept = (
             {i: float(torch.stack([one[side].float().mean() for one in each]).mean()) for i, each in decided.items()}
@@ -234,7 +234,7 @@ def watching(model: Any) -> Iterator[Seen]:
 
 
 @contextmanager
-def _decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+def noting_decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
     """Inside the block, by layer, who looked and who was kept in each forward."""
     decided: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for i, reach in model.reaches.items():
@@ -313,7 +313,7 @@ def predicted_prefill(model: Any, ids: torch.Tensor) -> float:
     modules = attention_modules(model)
     causal = time * (time + 1) / 2
     pairs = dict.fromkeys(modules, causal)
-    with _decisions(model) as decided:
+    with noting_decisions(model) as decided:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     for i, reach in model.reaches.items():
         looks, kept = decided[i][-1]

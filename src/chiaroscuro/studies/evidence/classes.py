@@ -13,7 +13,7 @@ from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.evidence_figure import draw_classes
 from chiaroscuro.retrofitting.routed_model import RoutedModel
-from chiaroscuro.studies.retrofitting import watching
+from chiaroscuro.studies.retrofitting import noting_decisions
 from chiaroscuro.studies.statistics import estimate
 from chiaroscuro.studies.workspace import Workspace
 
@@ -74,10 +74,9 @@ def decisions(model: Any, ids: Int[Tensor, " time"]) -> dict[str, dict[int, Floa
     """By side and layer, which tokens were chosen: 1, 0, or the part of the key-value heads that keep a token."""
     found: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
     if isinstance(model, RoutedModel):
-        with watching(model):
+        with noting_decisions(model) as decided:
             model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-            noted = {i: (reach.watched or [])[0] for i, reach in model.reaches.items()}
-        for i, (looks, kept) in noted.items():
+        for i, [(looks, kept)] in decided.items():
             found["look"][i], found["kept"][i] = _part(looks), _part(kept)
         return {side: layers for side, layers in found.items() if not _trivial(layers)}
     routing = model(input_ids=ids[None], use_cache=False, output_routing=True).routing
