@@ -213,6 +213,18 @@ def test_parts(folder, other, cache, tokenizer, part, shuffle) -> None:
     assert len(orders) > 3
 
 
+@given(st.lists(st.floats(0.01, 0.3), min_size=1, max_size=3), st.integers(1, 400), st.integers(0, 10**6))
+def test_windows_are_full(folder, cache, tokenizer, parts, shuffle, window) -> None:
+    try:
+        stream = TextStream([stream_corpus(folder, cache)] * (1 + len(parts)), parts, tokenizer, 16, shuffle, 0)
+    except UserError:
+        assert min((1 - sum(parts)) / len(parts), *parts) * shuffle < 1
+        return
+    counts = stream.counts(window)
+    assert sum(counts) == shuffle and min(counts) >= 0
+    assert all(abs(count - part * shuffle) <= 1 for count, part in zip(counts[1:], parts, strict=True))
+
+
 def test_orders_differ_by_seed_window_and_lane(folder, cache, tokenizer) -> None:
     """Of blocks that are known by what they begin with, in a text of one row that is given to every lane."""
     corpus = stream_corpus(folder, cache)
@@ -292,7 +304,7 @@ def test_rows_that_lack_text(cache, tokenizer, tmp_path) -> None:
     assert len(rows[0]["input_ids"]) == 16  # lane 0 has the row, and reads it again and again
     with pytest.raises(UserError, match=r"has no text for batch 2 of the 2 of a step"):
         rows[2]
-    with pytest.raises(UserError, match=r"data\.shuffle=4: a window of so few blocks has none of"):
+    with pytest.raises(UserError, match=r"data\.shuffle=4: windows of so few blocks may have none of"):
         TextStream([stream_corpus(tmp_path, cache)] * 2, [0.1], tokenizer, 16, 4, 0)
 
 

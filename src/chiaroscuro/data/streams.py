@@ -68,8 +68,8 @@ class TextStream:
         seed: of the order in it.
 
     Raises:
-        UserError: documents need an end-of-sequence token and the tokenizer has none, or a text's part of a window is
-            less than one block.
+        UserError: documents need an end-of-sequence token and the tokenizer has none, or a window is too short to have
+            blocks of each text.
 
     """
 
@@ -82,10 +82,12 @@ class TextStream:
         shuffle: int,
         seed: int,
     ) -> None:
-        for corpus, part in zip(corpora, (1 - sum(parts), *parts), strict=True):
-            if part * shuffle < 1:
+        # In a window each other text may have a block more than its part, which is then one less of the first text.
+        least = (max(1, len(parts)), *(1 for _ in parts))
+        for corpus, part, blocks in zip(corpora, (1 - sum(parts), *parts), least, strict=True):
+            if part * shuffle < blocks:
                 raise UserError(
-                    f"data.shuffle={shuffle}: a window of so few blocks has none of {corpus.name}; raise it"
+                    f"data.shuffle={shuffle}: windows of so few blocks may have none of {corpus.name}; raise it"
                 )
             if corpus.separator == "eos" and tokenizer.eos_token_id is None:
                 raise UserError(
