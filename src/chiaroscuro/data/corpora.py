@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import datasets
 from datasets.distributed import split_dataset_by_node
@@ -297,16 +297,8 @@ def _identify(paths: Sequence[Path]) -> str:
     """What tells these files from others: names, sizes and beginnings."""
     digest = hashlib.sha256()
     for path in paths:
-        if path.exists() and not path.is_file():  # to read a pipe would wait for whoever writes to it
-            raise UserError(f"{path} can't be read: it is no file, but a folder, a pipe or a device; use a file")
-        try:
-            with path.open("rb") as stream:
-                beginning = stream.read(IDENTIFYING_BYTES)
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {one_line(error)}") from error
-        if not beginning:
-            raise UserError(f"{path} is empty; put text into it or remove it")
-        digest.update(f"{path.name} {path.stat().st_size} ".encode() + beginning)
+        with _opened(path) as stream:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + stream.read(IDENTIFYING_BYTES))
     return digest.hexdigest()
 
 
@@ -448,6 +440,20 @@ def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str
     return splits
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """A file that there is something in, to be read."""
+    if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
+        raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
+    try:
+        with file.open("rb") as stream:
+            if file.stat().st_size == 0:
+                raise UserError(f"{file} is empty; put text into it or remove it")
+            yield stream
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {one_line(error)}") from error
+
+
 def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> datasets.Dataset:
     """Read the files of one split as a memory-mapped table.
 
@@ -457,15 +463,8 @@ def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> 
     """
     digests = hashlib.sha256()
     for file in files:
-        if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
-            raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
-        try:
-            with file.open("rb") as stream:
-                digests.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file} can't be read: {one_line(error)}") from error
-        if file.stat().st_size == 0:
-            raise UserError(f"{file} is empty; put text into it or remove it")
+        with _opened(file) as stream:
+            digests.update(hashlib.file_digest(stream, "sha256").digest())
     table_dir = cache_dir / "corpora" / digests.hexdigest()[:24]
     paths = [str(file) for file in files]
     try:
