@@ -5,6 +5,7 @@ Every corpus has the same form, wherever it came from: splits named train, valid
 """
 
 import hashlib
+import io
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import datasets
 from datasets.distributed import split_dataset_by_node
@@ -441,7 +442,7 @@ def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
+def _opened(file: Path) -> Iterator[io.BufferedReader]:
     """A file that there is something in, to be read."""
     if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
         raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
