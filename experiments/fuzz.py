@@ -28,6 +28,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
+import zstandard
 
 from chiaroscuro.model import ChiarForCausalLM
 from experiments.commands import command, in_child
@@ -108,6 +109,10 @@ class Samples:
         for split in ("train", "validation"):
             rows = datasets.Dataset.from_dict({"text": [line] * 60})
             rows.to_parquet(root / "tables" / f"{split}.parquet")
+        (root / "shards").mkdir()
+        lines = "".join(json.dumps({"text": line, "number": i}) + "\n" for i in range(60)).encode()
+        for name, content in (("train-0.jsonl", lines), ("train-1.jsonl", lines), ("validation.jsonl", lines)):
+            (root / "shards" / f"{name}.zst").write_bytes(zstandard.compress(content))
         self.recipe: dict[str, Any] = {
             "model": {
                 **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "window": 8, "sinks": 1},
@@ -234,6 +239,20 @@ def _corpora(samples: Samples, draw: random.Random, place: Path) -> Trial:
     return ["evaluate", samples.root / "run", "--data", place / "text", "--length", 16], file.name
 
 
+def _streams(samples: Samples, draw: random.Random, place: Path) -> Trial:
+    source = place / "text"
+    shutil.copytree(samples.root / draw.choice(("text", "tables", "shards")), source)
+    recipe = copy.deepcopy(samples.recipe)
+    recipe["data"] |= {"source": str(source), "streaming": True, "shuffle": 4, "documents": draw.random() < 0.5}
+    if draw.random() < 0.5:
+        recipe["data"] = changed(recipe["data"], draw)
+    if draw.random() < 0.7:
+        file = draw.choice(sorted(source.iterdir()))
+        file.write_bytes(broken(file.read_bytes(), draw))
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return ["train", place / "recipe.yaml", f"trainer.output_dir={place / 'run'}"], str(recipe["data"])
+
+
 def _records(samples: Samples, draw: random.Random, place: Path) -> Trial:
     run = _copied(samples, place)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -259,6 +278,7 @@ KINDS: dict[str, Callable[[Samples, random.Random, Path], Trial]] = {
     "checkpoints": _checkpoints,
     "references": _references,
     "corpora": _corpora,
+    "streams": _streams,
     "records": _records,
     "arguments": _arguments,
 }
@@ -345,8 +365,10 @@ def main() -> int:
                 print(f"\r{kind} {number}: {words[:90]}: {wrong[:200]}")
             print(f"\r{number + 1} inputs, {len(found)} findings", end="", flush=True)
             shutil.rmtree(place, ignore_errors=True)
+            if (number + 1) % 100 == 0 or number + 1 == given.inputs:  # an interruption loses a minute
+                results = {"seed": given.seed, "inputs": counts, "findings": found}
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print()
-    RESULTS.write_text(json.dumps({"seed": given.seed, "inputs": counts, "findings": found}, indent=1) + "\n")
     return 1 if found else 0
 
 
