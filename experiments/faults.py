@@ -30,11 +30,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from chiaroscuro.report.tables import markdown_table
 from chiaroscuro.training.checkpoints import checkpoints, newest_complete
 from experiments.commands import command, in_child
+from experiments.reliability import FAULTS, NAMES, write_page
 
-RESULTS, PAGE = Path("experiments/results/faults.json"), Path("docs/reliability.md")
 STEPS = 12
 WORDS = [
     "the",
@@ -400,18 +399,6 @@ def two_runs(place: Place, moments: int) -> Iterator[str]:
 
 # ---- figures ---------------------------------------------------------------------------------------------------
 
-NAMES = {
-    "train": "kill −9 at a random moment of training",
-    "fit": "kill −9 at a random moment of `fit`",
-    "heal": "kill −9 at a random moment of `heal`",
-    "sweep": "kill −9 of a sweep and its runs at a random moment",
-    "disk": "a disk that runs full, sooner or later, in training",
-    "read-only": "a disk on which nothing can be written, by command",
-    "clock": "a clock that jumps by up to a day, back and forth, in training",
-    "bits": "a flipped bit in a file of the newest checkpoint",
-    "two": "a second run begun in the folder of one at work",
-}
-
 
 def trials(place: Place, name: str, moments: int) -> Iterator[str]:
     """What each trial of a fault lost."""
@@ -430,32 +417,6 @@ def trials(place: Place, name: str, moments: int) -> Iterator[str]:
     return kinds[name]()
 
 
-def render(found: dict[str, dict[str, Any]]) -> str:
-    """The figures as a page."""
-    rows = [
-        [NAMES[name], str(one["trials"]), str(len(one["lost"])), "; ".join(dict.fromkeys(one["lost"]))[:200]]
-        for name, one in found.items()
-    ]
-    return "\n".join(
-        [
-            "# Reliability",
-            "",
-            "Written by `python -m experiments.faults` from `experiments/results/faults.json`; do not edit.",
-            "",
-            "Each trial runs a command on a model of a few thousand weights, disturbs it, looks at what is left,",
-            "goes on, and compares the weights with those of a run that was left alone, bit for bit. Something is",
-            "lost where a checkpoint or a model that is there can't be read whole, where the command can't go on,",
-            "or where it ends with other weights. A fault that can't be survived is one line that says what is wrong,",
-            "and exit code 2.",
-            "",
-            markdown_table(["fault", "trials", "lost", "what"], rows),
-            "A checkpoint's manifest has the size and the SHA-256 of each of its files. The folder `model/` that a run",
-            "ends with has none: a bit that is flipped there is not seen.",
-            "",
-        ]
-    )
-
-
 def main() -> int:
     """Run the trials, and write figures and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -471,7 +432,7 @@ def main() -> int:
         )
         return 2
     torch.set_num_threads(1)
-    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found = json.loads(FAULTS.read_text()) if FAULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as root:
         os.environ["CHIAROSCURO_CACHE"] = f"{root}/cache"
         place = Place(Path(root))
@@ -487,8 +448,8 @@ def main() -> int:
             for line in lost:
                 print(f"  {line}")
             found[name] = {"trials": count, "lost": lost}
-            RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(render({name: found[name] for name in NAMES if name in found}))
+            FAULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_page()
     return 1 if any(one["lost"] for one in found.values()) else 0
 
 

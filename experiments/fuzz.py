@@ -5,7 +5,7 @@
 Inputs are made of valid ones: recipes and configurations of which a value or a name is another, files of which bytes
 are cut, flipped, doubled or others, and command lines of which words are others. A *finding* is a traceback, a signal,
 a command that takes a core for 30 seconds or a gigabyte more than it had, or a mistake that is told in more than one
-line. The figures go to experiments/results/fuzz.json.
+line. The figures go to experiments/results/fuzz.json and docs/reliability.md.
 
 Each input is tried in a fork of one process, which has loaded everything.
 """
@@ -32,8 +32,8 @@ import zstandard
 
 from chiaroscuro.model import ChiarForCausalLM
 from experiments.commands import command, in_child
+from experiments.reliability import INPUTS, write_page
 
-RESULTS = Path("experiments/results/fuzz.json")
 SECONDS, MEMORY = 30, 2**30
 """Seconds of a core, and bytes beyond what was loaded, that a command may take. On the clock it may take ten times as
 long: this machine may be busy."""
@@ -367,8 +367,9 @@ def main() -> int:
             shutil.rmtree(place, ignore_errors=True)
             if (number + 1) % 100 == 0 or number + 1 == given.inputs:  # an interruption loses a minute
                 results = {"seed": given.seed, "inputs": counts, "findings": found}
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                INPUTS.write_text(json.dumps(results, indent=1) + "\n")
     print()
+    write_page()
     return 1 if found else 0
 
 
