@@ -1,5 +1,6 @@
 """Runs whose text is read on the way: the same weights wherever they were interrupted, by however many processes."""
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, TrainingInterrupted, read_records, train
 from chiaroscuro.training.initial_weights import fit_batches
+from chiaroscuro.training.objectives import load_objective
 from chiaroscuro.training.streaming import read_notes
 from chiaroscuro.training.trainer import RunTrainer
 from several_processes import NO_DROPOUT, accumulating, losses, tensors, torchrun
@@ -87,9 +89,12 @@ def test_documents_and_parts(run, content, corpus, tmp_path) -> None:
 
 def test_scores_are_fitted_on_its_first_rows_and_the_run_reads_on(run, monkeypatch) -> None:
     fitted: list[list[int]] = []
-    original = fit_batches
+    made: list[Any] = []
+    original, make = fit_batches, TextStream.rows
+    monkeypatch.setattr(TextStream, "rows", lambda self, *how: made.append(make(self, *how)) or made[-1])
 
     def noted(rows: Any, *how: Any) -> Any:
+        assert rows is made[1]  # not the run's own, which would note where the fit has read
         batches = original(rows, *how)
         fitted.append([ids for batch in batches for ids in batch["input_ids"].flatten().tolist()])
         fitted.append([ids for i in range(32) for ids in rows[i]["input_ids"].tolist()])
@@ -107,6 +112,14 @@ def test_scores_are_fitted_on_its_first_rows_and_the_run_reads_on(run, monkeypat
     assert result.steps == 12 and fitted[0] == fitted[1]
     # 48 rows in windows of 6; and beside them those of the fit, which are read once more here.
     assert sorted(windows) == sorted([*range(8), *range(6), *range(6)])
+
+
+def test_another_end_of_sequence_is_another_text(content, tmp_path) -> None:
+    recipe = Recipe.from_dict(content)
+    one = load_objective(recipe, tmp_path / "cache")
+    ended = copy.deepcopy(one.tokenizer)
+    ended.eos_token = "t"
+    assert load_objective(recipe, tmp_path / "cache", ended).identity != one.identity
 
 
 @dataclass(frozen=True)
