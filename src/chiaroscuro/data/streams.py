@@ -20,6 +20,7 @@ Which block comes when depends on the text alone, and not on how many processes 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -33,6 +34,7 @@ from torch.utils.data import Dataset
 
 from chiaroscuro.data.blocks import row_of
 from chiaroscuro.data.corpora import StreamedCorpus, pieces_of
+from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.tokenizers import all_cores, bare_backend
 from chiaroscuro.data.tokens import BATCH, refuse_unknown_ids
 from chiaroscuro.errors import UserError
@@ -123,11 +125,16 @@ class StreamedBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
         batch_size: rows of a batch.
         lanes: L, the batches of a step, over all processes.
 
+    Attributes:
+        notes: where windows begin; those of a checkpoint may be put there before a row is asked for.
+        shown: whether a bar is shown while a window is read, if that takes long.
+
     """
 
     def __init__(self, stream: TextStream, count: int, batch_size: int, lanes: int) -> None:
         self.stream, self.count, self.batch_size, self.lanes = stream, count, batch_size, lanes
         self.notes: Notes = {}
+        self.shown = True
         self._open: dict[int, _Lane] = {}
 
     def __len__(self) -> int:
@@ -161,7 +168,9 @@ class StreamedBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
             places = [Place(**place) for place in noted.get(str(nearest), [])] or [Place()] * len(self.stream.sources)
             opened = self._open[lane] = _Lane(self.stream, lane, self.lanes, nearest, places)
         while opened.window < window:
-            opened.read(noted)
+            bar = patient_bar(f"reading {self.stream.shuffle:,} blocks", self.stream.shuffle * self.stream.length)
+            with bar if self.shown else nullcontext(lambda tokens: None) as advance:
+                opened.read(noted, advance)
         # What is read ahead of a step is at most a few batches, and a checkpoint is of a step.
         kept = 4 + 4 * self.batch_size // self.stream.shuffle
         for old in sorted(map(int, noted))[:-kept]:
@@ -178,11 +187,12 @@ class _Lane:
         self.window = window - 1
         self.blocks = np.empty((0, stream.length + 1), np.uint32)
 
-    def read(self, noted: dict[str, list[dict[str, Any]]]) -> None:
-        """Read the next window, and note where the one after it begins."""
+    def read(self, noted: dict[str, list[dict[str, Any]]], advance: Callable[[int], None]) -> None:
+        """Read the next window, and note where the one after it begins; `advance` is told of tokens."""
         self.window += 1
         counts = self.stream.counts(self.window)
-        blocks = np.concatenate([r.blocks(n, self.stream.length) for r, n in zip(self.readers, counts, strict=True)])
+        length = self.stream.length
+        blocks = np.concatenate([r.blocks(n, length, advance) for r, n in zip(self.readers, counts, strict=True)])
         order = np.random.default_rng([self.stream.seed, self.lane, self.window]).permutation(len(blocks))
         self.blocks = blocks[order]
         noted[str(self.window + 1)] = [asdict(reader.place) for reader in self.readers]
@@ -203,7 +213,7 @@ class _Reader:
     def __post_init__(self) -> None:
         self.pieces = self._endless(self.place.state)
 
-    def blocks(self, count: int, length: int) -> UInt32[np.ndarray, "count length+1"]:
+    def blocks(self, count: int, length: int, advance: Callable[[int], None]) -> UInt32[np.ndarray, "count length+1"]:
         """The next blocks; each begins with the token that the one before it ends with."""
         if count == 0:
             return np.empty((0, length + 1), np.uint32)
@@ -212,6 +222,7 @@ class _Reader:
         while held < wanted + 1:
             self.held.append(next(self.pieces))
             held += len(self.held[-1][1])
+            advance(len(self.held[-1][1]))
         tokens = np.concatenate([ids for _, ids in self.held])[self.place.given :]
         given = self.place.given + wanted
         while given >= len(self.held[0][1]):

@@ -164,6 +164,8 @@ def _train(
         _refuse_other_steps(checkpoint, facts, recipe)
         if isinstance(rows, StreamedBlocks):
             rows.notes = read_notes(checkpoint.path)
+    if isinstance(rows, StreamedBlocks):
+        rows.shown = processes.is_main_process
 
     model = _build_model(recipe, objective, baseline)
     fit, fit_after = (
@@ -469,7 +471,10 @@ def _rows_of(source: Dataset[Any] | TextStream, recipe: Recipe, world: int) -> D
     sequences = recipe.sequences_per_step(world)
     if isinstance(source, TextStream):
         batch_size = recipe.trainer.batch_size
-        return source.rows(recipe.steps(world) * sequences, batch_size, sequences // batch_size)
+        lanes = sequences // batch_size
+        held = 4 * source.shuffle * source.length * lanes // world
+        refuse_beyond_memory(held, f"the blocks that data.shuffle={source.shuffle} reads at a time")
+        return source.rows(recipe.steps(world) * sequences, batch_size, lanes)
     return _whole_steps(source, sequences)
 
 
