@@ -17,11 +17,15 @@ from chiaroscuro.model.loading import load_checkpoint_tokenizer
         ({"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, "has no tokenizer: copy"),
         ({"tokenizer.json": '{"version":'}, "has no tokenizer that can be read: JSONDecodeError: Expecting value"),
         (
+            {"tokenizer.json": '{"version": "1.0", "added_tokens": [], "post_processor": 1, "model": {"type": "BPE"}}'},
+            "has no tokenizer that can be read: Exception: ",
+        ),
+        (
             {"vocab.txt": "light"},
             r"can be read: ValueError: Couldn't instantiate .* one of: \(1\) .*\(3\) .*sentencepiece",
         ),
     ],
-    ids=["none", "settings alone", "cut short", "of no kind"],
+    ids=["none", "settings alone", "cut short", "of no model", "of no kind"],
 )
 def test_a_tokenizer_that_is_none(tmp_path: Path, files: dict[str, str], message: str) -> None:
     build(shrunk("small")).save_pretrained(tmp_path)
