@@ -9,9 +9,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**26
 """Bytes of the largest block that is kept.
 
-A larger one, such as the logits of a long row, takes so long to fill that new pages cost little. And kept, its place
-would be broken up by the first small block that outlives it, so that the next one needs another place: a fit of a model
-of 135M parameters on rows of 2048 tokens grew by a gigabyte a row.
+A larger one, such as the logits of a long row, gets new pages each time, which can take as long as simple arithmetic on
+it. But kept, its place would be broken up by the first small block that outlives it, and the next one would need another
+place: a fit of a model of 135M parameters on rows of 2048 tokens grew until the machine was full. Work that is to be
+fast takes smaller blocks, as `gains_of_pairs` does.
 """
 
 
