@@ -10,7 +10,7 @@ LARGEST = 2**26
 """Bytes of the largest block that is kept.
 
 A larger one, such as the logits of a long row, gets new pages each time, which can take as long as simple arithmetic on
-it. But kept, its place would be broken up by the first small block that outlives it, and the next one would need another
+it. But kept, its place would be broken up by the first small block that outlives it, and the next one needs another
 place: a fit of a model of 135M parameters on rows of 2048 tokens grew until the machine was full. Work that is to be
 fast takes smaller blocks, as `gains_of_pairs` does.
 """
