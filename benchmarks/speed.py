@@ -76,7 +76,7 @@ def closing(found: dict[str, Any]) -> str:
             share, what = cell["share_of_layer"], "training step" if cell["training"] else "forward"
             text = f"router and transform, {cell['context']}, {what}: part of a layer at d = {cell['length']}"
             rows.append(_row(text, 1024, "≤ 0.1", share, share <= 0.1))
-            if share > 0.1:
+            if share > 0.1 and cell["parts"]:  # they are timed of a forward alone
                 each = ", ".join(f"{name} {1e3 * t['median']:.2g} ms" for name, t in cell["parts"].items())
                 why += ["", f"What goes into *{text}*: {each}, of the layer's {1e3 * cell['layer']['median']:.3g} ms."]
     head = [
