@@ -75,10 +75,10 @@ def masked(original: Any, routed: Any, real: Tensor | None = None) -> Any:
     modules = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}
     for i, reach in routed.reaches.items():
         looks, kept = reach.watched[-1]
-        real = torch.ones_like(looks) if real is None else real
+        real = torch.ones(looks.shape[:2], dtype=torch.bool) if real is None else real
         places = (real.cumsum(1) - 1).clamp(min=0)[:, None]
-        kept = kept[:, None] if kept.ndim == 2 else kept.transpose(1, 2)
-        seen = reach_mask(places, places, looks[:, None], kept, reach.window, reach.sinks) & real[:, None, None]
+        looks, kept = (x[:, None] if x.ndim == 2 else x.transpose(1, 2) for x in (looks, kept))
+        seen = reach_mask(places, places, looks, kept, reach.window, reach.sinks) & real[:, None, None]
         seen = seen & torch.ones(seen.shape[-2:], dtype=torch.bool).tril() | torch.eye(seen.shape[-1]).bool()
         heads = model.config.num_attention_heads
         seen = seen.repeat_interleave(heads // seen.shape[1], 1)

@@ -122,7 +122,8 @@ def test_gains_of_pairs_are_what_looking_changes(
     scores = query @ repeated[0].transpose(-1, -2) / 2
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     whole, nearby = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ repeated[1] for seen in (near | far, near))
-    torch.testing.assert_close(look, -(slope * (whole - nearby)).sum((0, 2)), atol=1e-6, rtol=1e-5)
+    by_head = -(slope * (whole - nearby)).sum(-1).unflatten(0, (2, groups)).sum(1)
+    torch.testing.assert_close(look, by_head, atol=1e-6, rtol=1e-5)
     weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1)
     wanted = torch.zeros(2, time, dtype=torch.float64)
     for head in range(heads):

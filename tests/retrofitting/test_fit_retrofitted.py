@@ -60,7 +60,7 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
     reach: Reach = model.reaches[layer]
     for side in gains:  # what a row looks at is what a column is seen by
         assert gains[side][layer].shape[:2] == (2, 24)
-    torch.testing.assert_close(gains["look"][layer].sum((1, 2)), gains["kept"][layer].sum((1, 2)))
+    torch.testing.assert_close(gains["look"][layer].sum(1), gains["kept"][layer].sum(1))
 
     def loss(place: tuple[int, int], part: float) -> float:
         """With the token of this place looking a little, in the last layer of the model where nobody does."""
@@ -89,20 +89,20 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
     with torch.no_grad():
         for place in ((0, 16), (1, 9), (1, 20)):
             wanted = (loss(place, -1e-2) - loss(place, 1e-2)) / 2e-2  # norms are float32 there
-            assert float(gains["look"][layer][place][0]) == pytest.approx(wanted, rel=2e-3, abs=1e-5)
+            assert float(gains["look"][layer][place].sum()) == pytest.approx(wanted, rel=2e-3, abs=1e-5)
     assert (gains["look"][layer].abs() > 1e-5).any()
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("hidden", [None, 8])
 def test_it_beats_chance_meets_the_shares_and_leaves_the_weights(heads: int, hidden: int | None) -> None:
-    model = routed(kv_router={"fitted": {"heads": heads}})
+    model = routed(router={"fitted": {"heads": heads}}, kv_router={"fitted": {"heads": heads}})
     before = {name: weight.clone() for name, weight in model.state_dict().items() if ".chiaroscuro." not in name}
     data = answers(model, batches(0, 16))
     report = fit(model, data, hidden=hidden, spread=False)
     assert report.layers == [0, 1, 2] and (report.look_share, report.kept_share) == (0.5, 0.25)
     assert json.dumps(report.figures(), allow_nan=False) and "kept" in str(report)
-    assert report.look[2].captured > 0.8  # in the last layer no others gain; by chance a half
+    assert report.look[2].captured > 0.7  # in the last layer no others gain; by chance a half
     correlations = [side.rank_correlation for side in report.kept.values()]
     assert sum(correlations) / 3 > 3 / (3 * report.kept[0].tokens) ** 0.5
     for name, weight in before.items():
@@ -116,7 +116,7 @@ def test_it_beats_chance_meets_the_shares_and_leaves_the_weights(heads: int, hid
         looks, kept = (torch.cat([one[side].float() for one in reach.watched or []]) for side in (0, 1))
         assert float(looks.mean()) == pytest.approx(0.5, abs=0.02)
         assert float(kept.mean()) == pytest.approx(0.25, abs=0.02)
-        assert kept.ndim == (3 if heads > 1 else 2)
+        assert looks.ndim == kept.ndim == (3 if heads > 1 else 2)
 
 
 def test_shares_by_layer_are_saved_and_the_dial_turns_them(tmp_path: Path) -> None:
@@ -159,8 +159,9 @@ def test_padding_is_no_token() -> None:
 
 
 @torch.no_grad()
-def test_fitted_and_cached_is_fitted() -> None:
-    model = routed(kv_router={"fitted": {"heads": 2}})
+@pytest.mark.parametrize("router", ["fitted", {"fitted": {"heads": 2}}])
+def test_fitted_and_cached_is_fitted(router: Any) -> None:
+    model = routed(router=router, kv_router={"fitted": {"heads": 2}})
     fit(model, answers(model, batches()))
     tokens = ids(3, 2, 50)
     wanted = model(tokens).logits

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import chiaroscuro
 from chiaroscuro import UserError, retrofit, unretrofit
+from chiaroscuro.layers import FittedRouter
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked
@@ -32,6 +33,15 @@ def routed_copy(model: Any, **options: Any) -> Any:
     for reach in routed.reaches.values():
         reach.watched = []
     return routed
+
+
+def score_at_random(routed: Any, seed: int) -> None:
+    """Give fitted scores weights at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for reach in routed.reaches.values():
+        for router in (reach.look, reach.kept):
+            if isinstance(router, FittedRouter):
+                router.fitted.set_weights(torch.randn(2, 32, generator=generator), torch.zeros(2))
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -110,7 +120,7 @@ def test_layers_that_are_not_named_stay_whole() -> None:
     window=st.integers(1, 20),
     sinks=st.integers(0, 5),
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    heads=st.booleans(),
+    heads=st.tuples(st.booleans(), st.booleans()),
     padding=st.tuples(st.integers(0, 12), st.integers(0, 12)),
 )
 @settings(max_examples=40)
@@ -120,23 +130,23 @@ def test_it_is_the_original_with_a_mask(
     window: int,
     sinks: int,
     shares: tuple[float, float],
-    heads: bool,
+    heads: tuple[bool, bool],
     padding: tuple[int, int],
 ) -> None:
+    """By head or for all heads alike, on either side."""
     model, tokens = build(family, seed), ids(seed, 2, 40)
-    heads = heads and family != "gpt_neox"
+    by_head = [side and family != "gpt_neox" for side in heads]
+    entry: Any = {"fitted": {"heads": 2}}
     routed = routed_copy(
         model,
         window=window,
         sinks=sinks,
         attention_share=shares[0],
         kv_share=shares[1],
-        router="random",
-        kv_router={"fitted": {"heads": 2}} if heads else "threshold",
+        router=entry if by_head[0] else "random",
+        kv_router=entry if by_head[1] else "threshold",
     )
-    for reach in routed.reaches.values() if heads else ():
-        generator = torch.Generator().manual_seed(seed)
-        reach.kept.fitted.set_weights(torch.randn(2, 32, generator=generator), torch.zeros(2))
+    score_at_random(routed, seed)
     real = torch.ones_like(tokens, dtype=torch.bool)
     real[0, : padding[0]], real[1, 40 - padding[1] :] = False, False
     given = {"attention_mask": real.long()} if not bool(real.all()) else {}
@@ -154,11 +164,21 @@ def test_it_is_the_original_with_a_mask(
         torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
 
 
-@given(family=st.sampled_from([*FAMILIES]), seed=st.integers(0, 99), chunk=st.integers(1, 9), padded=st.booleans())
+@given(
+    family=st.sampled_from([*FAMILIES]),
+    seed=st.integers(0, 99),
+    chunk=st.integers(1, 9),
+    padded=st.booleans(),
+    heads=st.tuples(st.booleans(), st.booleans()),
+)
 @settings(max_examples=25)
 @torch.no_grad()
-def test_cached_is_uncached(family: str, seed: int, chunk: int, padded: bool) -> None:
-    routed, tokens = routed_copy(build(family, seed), **HALF), ids(seed, 2, 40)
+def test_cached_is_uncached(family: str, seed: int, chunk: int, padded: bool, heads: tuple[bool, bool]) -> None:
+    entry: Any = {"fitted": {"heads": 2}}
+    by_head = {name: entry for name, side in zip(("router", "kv_router"), heads, strict=True) if side}
+    routed = routed_copy(build(family, seed), **HALF | (by_head if family != "gpt_neox" else {}))
+    score_at_random(routed, seed)
+    tokens = ids(seed, 2, 40)
     mask = torch.ones_like(tokens)
     mask[0, : 7 if padded else 0] = 0
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
@@ -516,7 +536,7 @@ def twice() -> Any:
         (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a sliding window of its own"),
         (build, {"kv_router": "best"}, "unknown router 'best'"),
         (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
-        (build, {"router": {"fitted": {"heads": 2}}}, "all of its heads or none"),
+        (build, {"router": {"fitted": {"heads": 4}}}, "the model has 2 key-value heads"),
         (build, {"router": "soft"}, "needs a router by a score"),
         (build, {"kv_router": "learned"}, "scales what it routes"),
     ],

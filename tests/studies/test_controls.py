@@ -24,12 +24,14 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize(("window", "sinks", "heads"), [(1, 0, 1), (7, 3, 2), (16, 2, 3), (90, 5, 1)])
-def test_pairs_are_those_of_the_mask(window: int, sinks: int, heads: int) -> None:
+@pytest.mark.parametrize("look_by_head", [True, False])
+def test_pairs_are_those_of_the_mask(window: int, sinks: int, heads: int, look_by_head: bool) -> None:
     draw = torch.Generator().manual_seed(window)
-    looks = torch.rand(64, generator=draw) < 0.4
+    looks = torch.rand(*((64, heads) if look_by_head else (64,)), generator=draw) < 0.4
     kept = torch.rand(64, heads, generator=draw) < 0.4
     i = torch.arange(64)
-    masks = [reach_mask(i, i, looks, kept[:, head], window, sinks) for head in range(heads)]
+    looking = looks if look_by_head else looks[:, None].expand(64, heads)
+    masks = [reach_mask(i, i, looking[:, head], kept[:, head], window, sinks) for head in range(heads)]
     assert reached_pairs(looks, kept, window, sinks) == pytest.approx(sum(float(m.sum()) for m in masks) / heads)
 
 

@@ -97,6 +97,10 @@ def shares_of_file(served: Served, file: str | Path, look: float | None, kept: f
         row: dict[str, Any] = {"layer": i + 1, "menu": " · ".join(layer.operators)}
         for number, name in enumerate(layer.operators):
             row[name] = sum(chosen == number for chosen in layer.index) / len(layer.index)
+        if layer.looking is not None:  # head by head
+            near, far = layer.operators
+            row[far] = sum(layer.looking) / len(layer.looking)
+            row[near] = 1 - row[far]
         row["kept"] = None if layer.kept is None else sum(layer.kept) / len(layer.kept)
         row["mean H"] = sum(layer.entropy) / len(layer.entropy)
         rows.append(row)

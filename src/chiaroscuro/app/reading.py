@@ -32,12 +32,13 @@ class LayerReading:
 
     Attributes:
         operators: the layer's menu, cheapest first.
-        index: (T,) which of them each token got.
+        index: (T,) which of them each token got; where the heads choose, the costliest that one of them chose.
         kept: (T,) the part of the key-value heads that keep it to be seen from far; None where nothing decides that.
         entropy: (T,) H of what the operator reads.
-        score: (T,) what the threshold was compared with; None where there is none.
+        score: (T,) what the threshold was compared with, the highest of the heads'; None where there is none.
         threshold: the last of the menu's, or of who looks; None without one.
         far: (T,) the attention that goes beyond the window in full attention; None where there is no window.
+        looking: (T,) the part of the key-value heads whose queries look far; None where they do not choose.
 
     """
 
@@ -48,10 +49,13 @@ class LayerReading:
     score: tuple[float, ...] | None
     threshold: float | None
     far: tuple[float, ...] | None = None
+    looking: tuple[float, ...] | None = None
 
     @property
     def level(self) -> tuple[float, ...]:
         """(T,) from 0, the cheapest operator, to 1, the costliest; of a layer without a choice who is kept."""
+        if self.looking is not None:
+            return self.looking
         if len(self.operators) > 1:
             return tuple(i / (len(self.operators) - 1) for i in self.index)
         return self.kept or (1.0,) * len(self.index)
@@ -182,20 +186,23 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
         source, router = given[i], model.reaches[i].look
         free = 0 < router.calibration.share < 1
         score = router(source, source.new_zeros(source.shape[:2])).score if free and not router.unready() else None
+        by_head = looks.ndim == 3
+        highest = score if score is None or not by_head else score.amax(-1)
         layers[i] = LayerReading(
             operators=LOOK_SIDE if free else LOOK_SIDE[1:] if router.calibration.share else LOOK_SIDE[:1],
-            index=tuple(looks[0].long().tolist()) if free else (0,) * ids.shape[1],
+            index=tuple(looks[0].reshape(len(looks[0]), -1).any(-1).long().tolist()) if free else (0,) * ids.shape[1],
             kept=_part(kept),
             entropy=tuple(spectral_entropy(source[0].float()).tolist()),
-            score=None if score is None else tuple(score[0].tolist()),
-            threshold=None if score is None else float(router.calibration.values[-1]),
+            score=None if highest is None else tuple(highest[0].tolist()),
+            threshold=None if highest is None else float(router.calibration.values[-1]),
             far=far.get(i),
+            looking=_part(looks) if free and by_head else None,
         )
     return _of(logits, ids), layers
 
 
-def _part(kept: Tensor) -> tuple[float, ...]:
-    first = kept[0].float()
+def _part(chosen: Tensor) -> tuple[float, ...]:
+    first = chosen[0].float()
     return tuple((first if first.ndim == 1 else first.mean(-1)).tolist())
 
 

@@ -62,7 +62,8 @@ def tip_of(reading: Reading, t: int, layer: int | None) -> str:
             lines.append(f"attention in {reading.level[t]:.0%} of the layers that choose")
     else:
         one = reading.layers[layer]
-        lines.append(f"layer {layer + 1}: {one.operators[one.index[t]]}")
+        heads = "" if one.looking is None else f", by {one.looking[t]:.0%} of the key-value heads"
+        lines.append(f"layer {layer + 1}: {one.operators[one.index[t]]}{heads if one.index[t] else ''}")
         lines.append(f"H {one.entropy[t]:.4f}")
         if one.score is not None and one.threshold is not None:
             lines.append(f"score {one.score[t]:.4f}, threshold {one.threshold:.4f}")

@@ -154,7 +154,7 @@ def _level(routing: Any, decided: list[Any]) -> float:
     if routing is not None:
         chosen = [float(r.operator_index[0, -1]) / (len(r.operators) - 1) for r in routing if len(r.operators) > 1]
     else:
-        chosen = [float(looks[0, -1]) for layer in decided for looks, _ in layer]
+        chosen = [float(looks[0, -1].float().mean()) for layer in decided for looks, _ in layer]
     return sum(chosen) / len(chosen) if chosen else 1.0
 
 

@@ -17,7 +17,7 @@ def attend_near_and_far(
     value: Float[Tensor, "keys key_heads head_width"],
     tokens: PackedTokens,
     keyed: PackedTokens,
-    looks: Bool[Tensor, "batch time"],
+    looks: Bool[Tensor, "batch time *look_heads"],
     kept: Bool[Tensor, "batch time *key_heads"],
     context: Context,
     window: int,
@@ -33,8 +33,8 @@ def attend_near_and_far(
         value: likewise.
         tokens: which tokens attend.
         keyed: which are attended to, those that attend among them.
-        looks: which tokens look beyond the window.
-        kept: which are seen from beyond it, for all key-value heads or for each.
+        looks: which tokens look beyond the window, with all of their heads or with the queries of each key-value head.
+        kept: which are seen from beyond it, likewise.
         context: the layer's; its state is a `ReachState`.
         window: w.
         sinks: s.
@@ -43,8 +43,8 @@ def attend_near_and_far(
 
     """
     state: ReachState | None = context.state
-    heads = key.shape[1] if kept.ndim == 3 else 1
-    looking, keeping = tokens.take(looks), keyed.take(kept)
+    heads = key.shape[1] if looks.ndim == 3 or kept.ndim == 3 else 1
+    looking, keeping = _by_head(tokens.take(looks), heads), _by_head(keyed.take(kept), heads)
     everything = PackedTokens.real_of(tokens.chosen, context.real(tokens.chosen.shape[1]), tokens.segments)
     lengths, key_lengths = tokens.lengths, keyed.lengths
     places, key_places = (part.ordinals(everything) - 1 for part in (tokens, keyed))
@@ -52,8 +52,8 @@ def attend_near_and_far(
         order, key_order = _by_row_and_head(lengths, heads), _by_row_and_head(key_lengths, heads)
         query = query.unflatten(1, (heads, -1)).flatten(0, 1)[order]
         key, value = (x.flatten(0, 1)[key_order, None] for x in (key, value))
-        places, looking = (x.repeat_interleave(heads)[order] for x in (places, looking))
-        key_places, keeping = key_places.repeat_interleave(heads)[key_order], keeping.flatten()[key_order]
+        places, looking = places.repeat_interleave(heads)[order], looking[order]
+        key_places, keeping = key_places.repeat_interleave(heads)[key_order], keeping[key_order]
         lengths, key_lengths = lengths.repeat_interleave(heads), key_lengths.repeat_interleave(heads)
     if state is not None:
         row = torch.arange(len(lengths), device=query.device)
@@ -81,7 +81,7 @@ def attend_from_newest(
     query: Float[Tensor, "batch heads head_width"],
     key: Float[Tensor, "batch key_heads head_width"],
     value: Float[Tensor, "batch key_heads head_width"],
-    looks: Bool[Tensor, " batch"],
+    looks: Bool[Tensor, "batch *look_heads"],
     kept: Bool[Tensor, "batch *key_heads"],
     state: ReachState,
     implementation: AttentionImplementation = "sdpa",
@@ -93,8 +93,8 @@ def attend_from_newest(
         query: of the new tokens.
         key: of them, put into the state.
         value: likewise.
-        looks: which of them look beyond the window.
-        kept: which are to be seen from beyond it, for all key-value heads or for each.
+        looks: which of them look beyond the window, with all of their heads or with the queries of each key-value head.
+        kept: which are to be seen from beyond it, likewise.
         state: of rows that are equally long.
         implementation: of attention.
         softcap: as of `reach_attention`.
@@ -102,7 +102,8 @@ def attend_from_newest(
     """
     heads = state.heads
     key, value = (x.reshape(state.rows, -1, key.shape[-1]) for x in (key, value))
-    state.extend_by_one(key, value, kept.flatten())
+    state.extend_by_one(key, value, _by_head(kept, heads))
+    looks = _by_head(looks, heads)
     folded = query.reshape(state.rows, key.shape[1], -1, query.shape[-1])
     near, (most, slots) = state.near, state.far_and_near
     looking = len(looks) if most == near else sum(looks.tolist())
@@ -110,7 +111,7 @@ def attend_from_newest(
         return _attend_to_slots(folded, state.vectors, most, slots, implementation, softcap).view_as(query)
     mixed = _attend_to_slots(folded, state.vectors, near, None, implementation, softcap)
     if looking:
-        rows = looks.repeat_interleave(heads).nonzero()[:, 0]
+        rows = looks.nonzero()[:, 0]
         # Whole rows, which are copied faster than parts of them.
         vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
         mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation, softcap)
@@ -127,7 +128,7 @@ def gains_from_far(
     window: int,
     sinks: int,
     softcap: float | None = None,
-) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time key_heads"]]:
+) -> tuple[Float[Tensor, "batch time key_heads"], Float[Tensor, "batch time key_heads"]]:
     """What the loss loses by each token that looks, and by each that is kept: `gains_of_pairs` of every row.
 
     0 where there is nothing beyond the window, or nobody who could see the token, and at padding.
@@ -155,7 +156,7 @@ def gains_from_far(
             seen = seen & (context.segments[row, :, None] == context.segments[row])
         near = seen & reach_mask(i, i, nobody, nobody, window, sinks)
         gains = gains_of_pairs(query[row], key[row], value[row], slope[row], near, seen & ~near, softcap)
-        look.append(gains[0])
+        look.append(gains[0].T)
         kept.append(gains[1].T)
     return torch.stack(look), torch.stack(kept)
 
@@ -172,6 +173,11 @@ def _attend_to_slots(
     key, value = vectors[:, :, :, :most]
     mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
     return attend_to_all(query, key, value, mask, implementation=implementation, softcap=softcap)
+
+
+def _by_head(decided: Bool[Tensor, "tokens *heads"], heads: int) -> Bool[Tensor, " tokens_and_heads"]:
+    """Decisions of all heads or of each, as those of each."""
+    return decided.flatten() if decided.ndim == 2 else decided.repeat_interleave(heads) if heads > 1 else decided
 
 
 def _by_row_and_head(lengths: Int[Tensor, " rows"], heads: int) -> Int[Tensor, " tokens_and_heads"]:

@@ -143,7 +143,7 @@ def gains_of_pairs(
     near: Bool[Tensor, "time time"],
     far: Bool[Tensor, "time time"],
     softcap: float | None = None,
-) -> tuple[Float[Tensor, " time"], Float[Tensor, "key_heads time"]]:
+) -> tuple[Float[Tensor, "key_heads time"], Float[Tensor, "key_heads time"]]:
     """What the loss loses, to first order and in nats, if query i sees key j that it does not see yet.
 
     gᵢⱼ = −aᵢⱼ Gᵢ·(vⱼ − oᵢ), with a the attention to all that is near or far, o the output over what is near alone, and
@@ -162,7 +162,7 @@ def gains_of_pairs(
         softcap: as of `reach_attention`.
 
     Returns:
-        The gain of each token that looks, over all heads; and of each that is kept, over the heads that share a key.
+        The gain of each token that looks, and of each that is kept, over the heads that share a key.
 
     """
     time = near.shape[0]
@@ -181,9 +181,9 @@ def gains_of_pairs(
         weights = scores.masked_fill(~(seen | beyond), -torch.inf).softmax(-1).masked_fill(~beyond, 0.0).nan_to_num(0.0)
         change = g @ v.transpose(-1, -2) - (g * output).sum(-1, keepdim=True)
         gains = -weights * change
-        looking.append(gains.sum((0, 1, 3)))
+        looking.append(gains.sum((1, 3)))
         kept[:, :end] += gains.sum((1, 2))
-    return torch.cat(looking), kept
+    return torch.cat(looking, 1), kept
 
 
 @dataclass(frozen=True)

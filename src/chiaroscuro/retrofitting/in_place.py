@@ -171,12 +171,10 @@ def _check_module(layer: int, module: nn.Module, model: PreTrainedModel) -> None
 
 
 def _check_heads(router: Entry, kv_router: Entry, model: PreTrainedModel) -> None:
-    if split_entry(router)[1].get("heads", 1) != 1:
-        raise UserError(f"router={router!r}: a token looks with all of its heads or none; leave heads out")
-    heads = split_entry(kv_router)[1].get("heads", 1)
     own = key_heads(model.config)
-    if heads not in (1, own):
-        raise UserError(f"kv_router={kv_router!r}: the model has {own} key-value heads: give heads={own}, or none")
+    for name, entry in (("router", router), ("kv_router", kv_router)):
+        if split_entry(entry)[1].get("heads", 1) not in (1, own):
+            raise UserError(f"{name}={entry!r}: the model has {own} key-value heads: give heads={own}, or none")
 
 
 def key_heads(config: Any) -> int:

@@ -233,7 +233,7 @@ class Reach(nn.Module):
 
     def decide(
         self, x: Float[Tensor, "batch time width"], context: Context
-    ) -> tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch time *key_heads"]]:
+    ) -> tuple[Bool[Tensor, "batch time *look_heads"], Bool[Tensor, "batch time *key_heads"]]:
         """Which of the new tokens look far, and which are kept.
 
         Raises:
@@ -304,7 +304,7 @@ class Probe:
         """By side, what the loss loses by each token that looks, or is kept: see `gains_from_far`."""
         query, key, value, slopes = (x.transpose(1, 2) for x in (*self.parts, slope))
         look, kept = gains_from_far(query, key, value, slopes, self.context, self.window, self.sinks, self.softcap)
-        return {"look": look[..., None], "kept": kept}
+        return {"look": look, "kept": kept}
 
 
 class MadeClass:

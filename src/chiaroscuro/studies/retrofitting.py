@@ -100,7 +100,7 @@ def retrofit_copy(
         sinks: see there.
         look: the share that looks far, the mean over the layers.
         kept: the share that is kept; likewise.
-        heads: whether each key-value head keeps tokens of its own.
+        heads: whether each key-value head chooses for itself, which tokens its queries look from and which it keeps.
         layers: see there.
         data: a corpus. Scores are fitted on its train split and on needles and copies in it, and measured on its
             validation split.
@@ -138,8 +138,8 @@ def retrofit_copy(
     for row in measured.needles:
         Haystack(tokenizer).needle(row, 0.5, 0, keys=4)  # or an error, before all that takes time
     original = copy.deepcopy(model)
-    entry: Any = "fitted"
     grouped = key_heads(model.config)
+    entry: Any = {"fitted": {"heads": grouped}} if heads and grouped > 1 else "fitted"
     retrofit(
         model,
         window=window,
@@ -147,7 +147,8 @@ def retrofit_copy(
         attention_share=look,
         kv_share=kept,
         layers=layers,
-        kv_router={entry: {"heads": grouped}} if heads and grouped > 1 else entry,
+        router=entry,
+        kv_router=entry,
     )
     corpus = load_corpus(data, needed=("train", "validation"))
     tokens = tokenize_corpus(corpus, tokenizer)
@@ -326,17 +327,17 @@ def predicted_prefill(model: Any, ids: torch.Tensor) -> float:
 
 
 def reached_pairs(
-    looks: Bool[Tensor, " time"], kept: Bool[Tensor, "time *key_heads"], window: int, sinks: int
+    looks: Bool[Tensor, "time *look_heads"], kept: Bool[Tensor, "time *key_heads"], window: int, sinks: int
 ) -> float:
     """How many keys the queries of one row see, all in all; the mean over heads."""
     place = torch.arange(len(looks), device=looks.device)
     near = (place + 1).clamp(max=window)
     beyond = (place + 1 - window).clamp(min=0)  # so many keys are not near, the first ones
     sunk = beyond.clamp(max=sinks)
-    far = kept.double().reshape(len(kept), -1).mean(1)
+    far = kept.double().reshape(len(kept), -1)
     far[:sinks] = 0
-    reached = F.pad(far.cumsum(0), (1, 0))[beyond]
-    return float((near + sunk + looks * reached).sum())
+    reached = F.pad(far.cumsum(0), (0, 0, 1, 0))[beyond]
+    return float((near + sunk + (looks.reshape(len(looks), -1) * reached).mean(1)).sum())
 
 
 @torch.no_grad()
