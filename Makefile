@@ -37,7 +37,7 @@ quickstart: install ## train CHIAR-Former and full attention on real text, side 
 # The tests run side by side, one process a core, so each process keeps to one thread. Each begins with half of the list, in
 # which tests with a common set-up stand together, and takes over from the other when it is done.
 test: lint $(KERNELS) $(SMOLLM2) $(TORCHAO) ## lint, then the whole test suite, the slow tests too
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40 --durations-min=8
 
 lint: install ## formatting, lint rules, types, and the direction of imports
 	@$(BIN)/ruff check --quiet

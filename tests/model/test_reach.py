@@ -230,6 +230,7 @@ def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
         ({"router": "soft"}, "two of these are one module"),
         ({"router": "hard"}, "two of these are one module"),
         ({"kv_router": "nobody"}, "unknown router 'nobody'"),
+        ({"router": {"learned": {"heads": 2}}}, "a token goes to one operator with all of its heads"),
         ({"kv_router": {"learned": {"heads": 3}}}, "heads=3 is neither 1 nor the number of key-value heads, 2"),
         ({"kv_router": {"random": {"heads": 2}}}, "unknown option heads=2"),
         ({"menus": [["attention", "local"]]}, "list the cheapest operator first"),

@@ -118,7 +118,10 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class HeadOptions(ScoreOptions):
-    """Options of a router by a score that can give several: `heads`, on the key side one for each key-value head."""
+    """Options of a router by a score that can give several: `heads`, one for each key-value head.
+
+    They are for the key side, and in a retrofitted model for either.
+    """
 
     heads: int = 1
 

@@ -505,9 +505,14 @@ class ChiarConfig(PreTrainedConfig):
     def _check_router(self) -> None:
         router, by_score = self.router_class, _routes_by_score(self.router)
         try:
-            make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
+            options = make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
         except UserError as error:
             raise UserError(f"router={self.router!r}: {error}") from None
+        if getattr(options, "heads", 1) != 1:
+            raise UserError(
+                f"router={self.router!r}: a token goes to one operator with all of its heads; leave heads out, or give "
+                "them to kv_router"
+            )
         self._check_kv_router()
         if self.shared_layers and (router.trains_densely or not router.one_operator_per_token):
             i = self.shared_layers[0]

@@ -54,8 +54,9 @@ def retrofit(
         attention_share: the share of the tokens that look beyond their window.
         kv_share: the share of the tokens that are kept, to be seen from beyond the window.
         layers: which layers to route, by number; all that can be unless given.
-        router: what scores who looks; see `ChiarConfig.router`.
-        kv_router: what scores who is kept; with `{"fitted": {"heads": n}}` each key-value head keeps tokens of its own.
+        router: what scores who looks; see `ChiarConfig.router`. With `{"fitted": {"heads": n}}` each of the n key-value
+            heads chooses for itself which tokens its queries look from.
+        kv_router: what scores who is kept; with heads each keeps tokens of its own.
 
     Raises:
         UserError: a model, a layer or an option of another kind. The model is then as it was.
