@@ -48,7 +48,7 @@ def main() -> None:
         given.rows, given.length
     )
     before = evaluate_blocks(original, blocks, batch_size=1).loss
-    found: dict[str, Any] = {"rows": given.rows, "length": given.length, "measured": given.measured}
+    found: dict[str, Any] = {**vars(given), "share": SHARE}
     found["full attention"] = math.exp(before)
     by_head: Any = {"fitted": {"heads": key_heads(original.config)}}
     for name, router in (("by head", by_head), ("all heads alike", "fitted")):

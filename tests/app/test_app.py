@@ -21,6 +21,7 @@ from chiaroscuro.app.served import Served, serve
 from chiaroscuro.app.view import LOSS, ROUTING, draw_panels, draw_reading, draw_written, summary, tip_of
 from chiaroscuro.app.writing import write
 from chiaroscuro.retrofitting.whole import without_routing
+from chiaroscuro.studies.retrofitting import noting_decisions
 from decoders import build
 
 Run = Callable[..., tuple[int, str, str]]
@@ -34,9 +35,18 @@ def plain() -> Served:
     return Served(model, tokenizer, "plain")
 
 
-@pytest.fixture(params=["own", "retrofitted", "plain"])
+BY_HEAD: Any = {"fitted": {"heads": 2}}
+
+
+@pytest.fixture(params=["own", "retrofitted", "by head", "plain"])
 def model(request: pytest.FixtureRequest, served: Served) -> Served:
-    return {"own": lambda: served, "retrofitted": retrofitted, "plain": plain}[request.param]()
+    made = {
+        "own": lambda: served,
+        "retrofitted": retrofitted,
+        "by head": lambda: retrofitted(BY_HEAD),
+        "plain": plain,
+    }
+    return made[request.param]()
 
 
 def test_losses_are_the_models_own(model: Served) -> None:
@@ -58,6 +68,24 @@ def test_losses_are_the_models_own(model: Served) -> None:
     for layer in reading.layers.values():
         assert layer.score is not None and layer.threshold is not None and layer.far is not None
         assert [score > layer.threshold for score in layer.score] == [bool(i) for i in layer.index]
+
+
+def test_what_looks_by_head_is_shown_as_a_part_of_the_heads(tmp_path: Path) -> None:
+    model = retrofitted(BY_HEAD)
+    text = take_up(model, TEXT)
+    with noting_decisions(model.model) as decided, torch.no_grad():
+        model.model(input_ids=torch.tensor([text.ids]), use_cache=False)
+    looks = {i: one[0][0][0].float().mean(-1).tolist() for i, one in decided.items()}
+    reading = read(model, text)
+    assert {i: list(layer.level) for i, layer in reading.layers.items()} == looks
+    halves = [(i, t) for i, one in looks.items() for t, part in enumerate(one) if part == 0.5]
+    assert halves
+    layer, t = halves[0]
+    assert "far, by 50% of the key-value heads" in tip_of(reading, t, layer)
+    assert "of the layers and heads that choose" in tip_of(reading, t, None)
+    (tmp_path / "text.txt").write_text(TEXT)
+    for i, row in enumerate(measuring.shares_of_file(model, tmp_path / "text.txt", None, None)):
+        assert row["far"] == pytest.approx(sum(looks[i]) / len(looks[i])) and row["near"] == 1 - row["far"]
 
 
 def test_a_dial_reroutes_and_leaves_no_trace(model: Served) -> None:

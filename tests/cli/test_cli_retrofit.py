@@ -71,7 +71,7 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert found["controls"].keys() == CONTROLS.keys()
     kept = [*found["kept"].values()]
     assert len(kept) == 3 and 0.1 < sum(kept) / 3 < 0.5
-    assert found["shares"]["kv_router"] == {"fitted": {"heads": 2}}
+    assert found["shares"]["kv_router"] == found["shares"]["router"] == {"fitted": {"heads": 2}}
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.chiaroscuro == found["shares"] and [*model.reaches] == [0, 1, 2]
     assert (tmp_path / "out/retrofit.png").read_bytes().startswith(b"\x89PNG")
@@ -89,7 +89,8 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
     found = json.loads(out)
     assert found["shares"]["kv_share"] == min(one["kv_share"] for one in found["tried"] if one["rise"] <= 0.3)
     assert found["after"]["loss"] - found["before"]["loss"] <= 0.27  # log 1.3
-    assert found["shares"]["layers"] == [0, 2] and found["shares"]["kv_router"] == "fitted"
+    assert found["shares"]["layers"] == [0, 2]
+    assert found["shares"]["kv_router"] == found["shares"]["router"] == "fitted"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_it_beats_chance_meets_the_shares_and_leaves_the_weights(heads: int, hid
     report = fit(model, data, hidden=hidden, spread=False)
     assert report.layers == [0, 1, 2] and (report.look_share, report.kept_share) == (0.5, 0.25)
     assert json.dumps(report.figures(), allow_nan=False) and "kept" in str(report)
-    assert report.look[2].captured > 0.7  # in the last layer no others gain; by chance a half
+    assert report.look[2].captured > (0.8 if heads == 1 else 0.7)  # in the last layer no others gain; by chance a half
     correlations = [side.rank_correlation for side in report.kept.values()]
     assert sum(correlations) / 3 > 3 / (3 * report.kept[0].tokens) ** 0.5
     for name, weight in before.items():

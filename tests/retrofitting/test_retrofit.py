@@ -197,6 +197,31 @@ def test_cached_is_uncached(family: str, seed: int, chunk: int, padded: bool, he
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shares", [(1.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kv_share", [0.5, 1.0])
+def test_the_dial_of_who_looks_turns_within_a_cache(
+    shares: tuple[float, float], chunk: int, rows: int, kv_share: float
+) -> None:
+    entry: Any = {"fitted": {"heads": 2}}
+    # In one layer who looked earlier changes nothing but these tokens' own outputs: later ones see the same keys.
+    routed = routed_copy(build(num_hidden_layers=1), router=entry, kv_router="norm", kv_share=kv_share)
+    score_at_random(routed, 3)
+    tokens = ids(3, rows, 40)
+
+    def turned(share: float) -> Any:
+        routed.set_attention_share(share)
+        return routed
+
+    wanted = turned(shares[1])(tokens).logits[:, 20:]
+    cache = turned(shares[0])(tokens[:, :20], use_cache=True).past_key_values
+    turned(shares[1])
+    parts = [routed(tokens[:, a : min(a + chunk, 40)], past_key_values=cache).logits for a in range(20, 40, chunk)]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_packed_documents_do_not_see_each_other() -> None:
     model, tokens = build(), ids(4, 1, 40)
     position_ids = torch.cat([torch.arange(17), torch.arange(23)])[None]

@@ -32,7 +32,7 @@ class LayerReading:
 
     Attributes:
         operators: the layer's menu, cheapest first.
-        index: (T,) which of them each token got; where the heads choose, the costliest that one of them chose.
+        index: (T,) which of them each token got; where the heads choose, the costliest that any of them chose.
         kept: (T,) the part of the key-value heads that keep it to be seen from far; None where nothing decides that.
         entropy: (T,) H of what the operator reads.
         score: (T,) what the threshold was compared with, the highest of the heads'; None where there is none.
@@ -53,7 +53,7 @@ class LayerReading:
 
     @property
     def level(self) -> tuple[float, ...]:
-        """(T,) from 0, the cheapest operator, to 1, the costliest; of a layer without a choice who is kept."""
+        """(T,) from 0, the cheapest operator, to 1, the costliest, the mean over heads; else who is kept."""
         if self.looking is not None:
             return self.looking
         if len(self.operators) > 1:

@@ -59,7 +59,8 @@ def tip_of(reading: Reading, t: int, layer: int | None) -> str:
     lines = [f"“{harmless(reading.tokens[t])}”, token {t + 1} of {len(reading.tokens)}"]
     if layer is None or layer not in reading.layers:
         if reading.layers:
-            lines.append(f"attention in {reading.level[t]:.0%} of the layers that choose")
+            of = "layers and heads" if any(one.looking for one in reading.layers.values()) else "layers"
+            lines.append(f"attention in {reading.level[t]:.0%} of the {of} that choose")
     else:
         one = reading.layers[layer]
         heads = "" if one.looking is None else f", by {one.looking[t]:.0%} of the key-value heads"

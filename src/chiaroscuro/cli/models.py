@@ -397,7 +397,7 @@ def retrofit(
         str | None, typer.Option(help="Which layers to route, such as 2-9,12. By default all that can be.")
     ] = None,
     one_head: Annotated[
-        bool, typer.Option("--one-head", help="Choose alike for all key-value heads who looks and who is kept.")
+        bool, typer.Option("--one-head", help="Choose who looks and who is kept alike for all key-value heads.")
     ] = False,
     target: Annotated[
         str | None, typer.Option(help="Instead of --kv-share: keep as few as cost at most this perplexity, such as 1%.")

@@ -34,7 +34,7 @@ def attend_near_and_far(
         tokens: which tokens attend.
         keyed: which are attended to, those that attend among them.
         looks: which tokens look beyond the window, with all of their heads or with the queries of each key-value head.
-        kept: which are seen from beyond it, likewise.
+        kept: which are seen from beyond it, for all key-value heads or for each.
         context: the layer's; its state is a `ReachState`.
         window: w.
         sinks: s.
@@ -94,7 +94,7 @@ def attend_from_newest(
         key: of them, put into the state.
         value: likewise.
         looks: which of them look beyond the window, with all of their heads or with the queries of each key-value head.
-        kept: which are to be seen from beyond it, likewise.
+        kept: which are to be seen from beyond it, for all key-value heads or for each.
         state: of rows that are equally long.
         implementation: of attention.
         softcap: as of `reach_attention`.

@@ -64,7 +64,7 @@ class Entries:
 class ReachState(OperatorState):
     """The window's tokens in a ring, and beyond it those that are kept.
 
-    Where key-value heads keep tokens of their own, each head of each batch element is a row here.
+    Where key-value heads choose for themselves who looks or who is kept, each head of each batch element is a row here.
 
     Args:
         window: w.

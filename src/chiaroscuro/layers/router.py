@@ -27,7 +27,8 @@ class Decision:
 
     Attributes:
         operator_index: which operator of the menu each token goes to, from 0. On the key side 0 for a token that is
-            dropped and 1 for one that is kept, for all key-value heads or for each.
+            dropped and 1 for one that is kept, for all key-value heads or for each; in a retrofitted model likewise 1
+            for one that looks far.
         score: what the thresholds were compared with, where there are any.
         scale: what the last operator's output is multiplied by, where the router scales it.
         weights: a weight for each operator, where every operator runs on every token and the outputs are averaged.
@@ -159,7 +160,7 @@ class ScoreRouter(Router):
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
     ) -> Float[Tensor, "batch time *heads"]:
-        """The number that is compared with the thresholds; on the key side it may be one for each key-value head."""
+        """The number that is compared with the thresholds, or one for each key-value head (see `HeadOptions`)."""
         raise NotImplementedError
 
     def unready(self) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
+from chiaroscuro.layers.registry import split_entry
 from chiaroscuro.report.tables import markdown_table
 
 CONTROLS = {
@@ -107,8 +108,9 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
 
 def _side(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     looked, kept = (mean(found[side].values()) for side in ("looked", "kept"))
+    heads = " and their heads" if "heads" in split_entry(said["kv_router"])[1] else ""
     looks = "All look beyond" if said["attention_share"] == 1 else f"{looked:.0%} of the tokens look beyond"
-    return f"{looks}, and {kept:.0%} are kept to be seen from there, the mean over {len(found['kept'])} layers."
+    return f"{looks}, and {kept:.0%} are kept to be seen from there, the mean over {len(found['kept'])} layers{heads}."
 
 
 def _recall(found: Mapping[str, Any]) -> str:

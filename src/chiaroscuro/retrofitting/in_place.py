@@ -55,7 +55,7 @@ def retrofit(
         kv_share: the share of the tokens that are kept, to be seen from beyond the window.
         layers: which layers to route, by number; all that can be unless given.
         router: what scores who looks; see `ChiarConfig.router`. With `{"fitted": {"heads": n}}` each of the n key-value
-            heads chooses for itself which tokens its queries look from.
+            heads chooses for itself for which tokens its queries look far.
         kv_router: what scores who is kept; with heads each keeps tokens of its own.
 
     Raises:

@@ -245,7 +245,10 @@ class Reach(nn.Module):
         for side, router in self.routers.items():
             share = router.calibration.share if self.whole[side] is None else float(bool(self.whole[side]))
             if share in (0, 1):
-                decided.append(torch.full(x.shape[:2], bool(share), device=x.device))
+                # In the shape of a score's decisions: the rows of a cache must not depend on the shares of the moment.
+                heads = getattr(router.options, "heads", 1)
+                shape = x.shape[:2] if heads == 1 else (*x.shape[:2], heads)
+                decided.append(torch.full(shape, bool(share), device=x.device))
                 continue
             self._see_that_it_is_ready(side, router)
             if router.reads_entropy and entropy is None:
@@ -300,7 +303,7 @@ class Probe:
 
     def gains(
         self, slope: Float[Tensor, "batch time heads head_width"]
-    ) -> dict[str, Float[Tensor, "batch time side_heads"]]:
+    ) -> dict[str, Float[Tensor, "batch time key_heads"]]:
         """By side, what the loss loses by each token that looks, or is kept: see `gains_from_far`."""
         query, key, value, slopes = (x.transpose(1, 2) for x in (*self.parts, slope))
         look, kept = gains_from_far(query, key, value, slopes, self.context, self.window, self.sinks, self.softcap)

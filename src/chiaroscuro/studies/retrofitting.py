@@ -100,7 +100,7 @@ def retrofit_copy(
         sinks: see there.
         look: the share that looks far, the mean over the layers.
         kept: the share that is kept; likewise.
-        heads: whether each key-value head chooses for itself, which tokens its queries look from and which it keeps.
+        heads: whether each key-value head chooses for itself for which tokens its queries look far, and which it keeps.
         layers: see there.
         data: a corpus. Scores are fitted on its train split and on needles and copies in it, and measured on its
             validation split.

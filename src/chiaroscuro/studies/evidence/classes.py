@@ -71,7 +71,7 @@ def _rows(workspace: Workspace, data: str | None, rows: int, length: int) -> lis
 
 @torch.no_grad()
 def decisions(model: Any, ids: Int[Tensor, " time"]) -> dict[str, dict[int, Float[Tensor, " time"]]]:
-    """By side and layer, which tokens were chosen: 1, 0, or the part of the key-value heads that keep a token."""
+    """By side and layer, which tokens were chosen: 1, 0, or the part of the key-value heads that chose it."""
     found: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
     if isinstance(model, RoutedModel):
         with noting_decisions(model) as decided:

@@ -169,12 +169,12 @@ def _retrofitted(far: FarModel, ids: Tensor) -> Iterator[tuple[int, FarLayer]]:
         yield i, FarLayer(far_part(query, key, value, far.window, far.sinks), _scores(source[0], score[0]))
 
 
-def _scores(source: Float[Tensor, "time width"], fitted: Tensor) -> Mapping[str, Tensor]:
-    """What could tell, from the layer's input alone, whether a token needs what is far."""
+def _scores(source: Float[Tensor, "time width"], fitted: Float[Tensor, "time *heads"]) -> Mapping[str, Tensor]:
+    """What could tell, from the layer's input alone, whether a token needs what is far; of heads the highest score."""
     order = PermutedRouter(source.shape[-1], ("near", "far")).permutation
     return {
         "H": spectral_entropy(source),
         "permuted H": spectral_entropy(source[..., order]),
         "norm": source.norm(dim=-1),
-        "fitted": fitted.reshape(len(source)),
+        "fitted": fitted.reshape(len(source), -1).amax(-1),
     }
