@@ -62,8 +62,11 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
         assert gains[side][layer].shape[:2] == (2, 24)
     torch.testing.assert_close(gains["look"][layer].sum(1), gains["kept"][layer].sum(1))
 
-    def loss(place: tuple[int, int], part: float) -> float:
-        """With the token of this place looking a little, in the last layer of the model where nobody does."""
+    group = model.config.num_attention_heads // gains["look"][layer].shape[-1]
+
+    def loss(place: tuple[int, int], head: int, part: float) -> float:
+        """With a key-value head of this place looking a little, in the last layer of the model where nobody does."""
+        queries = slice(group * head, group * (head + 1))
         attend = reach.attend
 
         def moved(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -71,7 +74,7 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
             reach.whole = {"look": True, "kept": True}
             far = attend(query, key, value, *rest)
             reach.whole = {"look": False, "kept": False}
-            near[place] += part * (far - near)[place]
+            near[place][queries] += part * (far - near)[place][queries]
             return near
 
         object.__setattr__(reach, "attend", moved)
@@ -88,8 +91,9 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
 
     with torch.no_grad():
         for place in ((0, 16), (1, 9), (1, 20)):
-            wanted = (loss(place, -1e-2) - loss(place, 1e-2)) / 2e-2  # norms are float32 there
-            assert float(gains["look"][layer][place].sum()) == pytest.approx(wanted, rel=2e-3, abs=1e-5)
+            for head in (0, 1):
+                wanted = (loss(place, head, -1e-2) - loss(place, head, 1e-2)) / 2e-2  # norms are float32 there
+                assert float(gains["look"][layer][place][head]) == pytest.approx(wanted, rel=2e-3, abs=1e-5)
     assert (gains["look"][layer].abs() > 1e-5).any()
 
 
