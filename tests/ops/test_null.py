@@ -94,3 +94,15 @@ def test_nothing_around_it_changes_it() -> None:
     assert torch.equal(first, tables[0]) and torch.equal(second, tables[1])
     # A table made under inference mode is an ordinary tensor to autograd.
     assert not null._null_draws(41, "orthonormal").is_inference()
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 257])
+def test_draws_in_parts_are_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities = [0.0, 0.1, 0.5, 1.0]
+    tables = []
+    for at_once in (2**24, 48 * width):
+        monkeypatch.setattr(null, "_AT_ONCE", at_once)
+        null._null_draws.cache_clear()
+        tables.append(null_entropy_quantiles(width, probabilities))
+    null._null_draws.cache_clear()
+    assert torch.equal(*tables)

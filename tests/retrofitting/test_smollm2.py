@@ -40,7 +40,7 @@ def test_fitted_scores_keep_a_needle_that_chance_loses(loaded: tuple[Any, Any]) 
     """A quarter kept in every layer: how likely the answer still is."""
     tokenizer = loaded[1]
     haystack = Haystack(tokenizer)
-    rows = [haystack.needle(LENGTH, (i % 7 + 0.5) / 7, i).input_ids[None] for i in range(10)]
+    rows = [haystack.needle(LENGTH, (i % 7 + 0.5) / 7, i).input_ids[None] for i in range(6)]
     tried = [haystack.needle(LENGTH, depth, 100 + i) for i, depth in enumerate((0.2, 0.4, 0.6))]
 
     def loss(model: Any) -> float:

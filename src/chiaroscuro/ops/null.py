@@ -15,6 +15,8 @@ from torch import Tensor
 from chiaroscuro.ops.spectral import Spectrum, entropy_of_spectrum
 
 _DRAWS = 8192
+_AT_ONCE = 2**24
+"""Coefficients that are held at a time."""
 _SEED = 2606
 
 
@@ -50,5 +52,8 @@ def _null_draws(width: int, spectrum: Spectrum) -> Tensor:
     # A generator of its own, on the CPU, outside inference mode: neither a seed nor a default device changes the table.
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(_SEED)
-        coefficients = torch.randn(_DRAWS, width, generator=generator, device="cpu", dtype=torch.float32)
-        return entropy_of_spectrum(coefficients, spectrum).double()
+        # In parts of a multiple of 16 draws, which PyTorch's generator gives as it gives all at once.
+        part = min(_DRAWS, 16 * max(1, _AT_ONCE // (16 * width)))
+        sizes = [min(part, _DRAWS - begin) for begin in range(0, _DRAWS, part)]
+        drawn = (torch.randn(n, width, generator=generator, device="cpu", dtype=torch.float32) for n in sizes)
+        return torch.cat([entropy_of_spectrum(coefficients, spectrum).double() for coefficients in drawn])
