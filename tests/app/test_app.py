@@ -199,15 +199,15 @@ def test_a_token_tells_what_is_known_of_it(served: Served) -> None:
 
 def test_it_measures_what_a_model_costs(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "SECONDS", 0.01)
-    monkeypatch.setattr(measuring, "LENGTHS", (48, 4096))
+    monkeypatch.setattr(measuring, "LENGTHS", (32, 64, 4096))
     *_, rows = measuring.measure(model, None, None)
-    assert [row["length"] for row in rows] == [48]
+    assert [row["length"] for row in rows] == [32, 64]
     for row in rows:
         assert row["forward, times as fast"] > 0 and row["decoding, ms"] > 0
         assert 0 < row["forward's memory, MB"] < 2 * row["memory of full attention, MB"]
         assert (row["cache, MB"] < row["cache of full attention, MB"]) == bool(model.dials)
     table = page._table(rows)
-    assert table is not None and len(table["data"]) == 1
+    assert table is not None and len(table["data"]) == 2
 
 
 def test_the_shares_of_a_file(served: Served, tmp_path: Path) -> None:

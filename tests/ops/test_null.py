@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chiaroscuro.ops import null, null_entropy_mean, null_entropy_quantiles, spectral_entropy
+from chiaroscuro.ops.spectral import Spectrum, entropy_of_spectrum
 
 DRAWS = 20_000
 
@@ -99,10 +100,17 @@ def test_nothing_around_it_changes_it() -> None:
 @pytest.mark.parametrize("width", [1, 7, 64, 257])
 def test_draws_in_parts_are_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probabilities = [0.0, 0.1, 0.5, 1.0]
-    tables = []
+    tables, drawn = [], []
+
+    def entropy(coefficients: torch.Tensor, spectrum: Spectrum) -> torch.Tensor:
+        drawn.append(coefficients.numel())
+        return entropy_of_spectrum(coefficients, spectrum)
+
+    monkeypatch.setattr(null, "entropy_of_spectrum", entropy)
     for at_once in (2**24, 48 * width):
         monkeypatch.setattr(null, "_AT_ONCE", at_once)
         null._null_draws.cache_clear()
         tables.append(null_entropy_quantiles(width, probabilities))
     null._null_draws.cache_clear()
     assert torch.equal(*tables)
+    assert drawn[0] == 8192 * width and max(drawn[1:]) == 48 * width

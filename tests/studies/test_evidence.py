@@ -41,14 +41,18 @@ def own() -> ChiarForCausalLM:
     return model
 
 
-def retrofitted() -> Any:
+def retrofitted(router: Any = "fitted") -> Any:
     model = build()
-    retrofit(model, window=WINDOW, sinks=SINKS, attention_share=0.25, kv_share=1.0, router="fitted")
+    retrofit(model, window=WINDOW, sinks=SINKS, attention_share=0.25, kv_share=1.0, router=router)
     fit(model, [torch.randint(VOCABULARY, (2, TIME)) for _ in range(4)], look=0.25, spread=False)
     return model
 
 
-@pytest.mark.parametrize("make", [own, retrofitted])
+def by_head() -> Any:
+    return retrofitted({"fitted": {"heads": 2}})
+
+
+@pytest.mark.parametrize("make", [own, retrofitted, by_head])
 def test_far_context_is_the_difference_between_two_models(make: Callable[[], Any]) -> None:
     torch.manual_seed(1)
     model = make()

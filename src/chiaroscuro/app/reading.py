@@ -186,17 +186,18 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
         source, router = given[i], model.reaches[i].look
         free = 0 < router.calibration.share < 1
         score = router(source, source.new_zeros(source.shape[:2])).score if free and not router.unready() else None
-        by_head = looks.ndim == 3
-        highest = score if score is None or not by_head else score.amax(-1)
+        if score is not None and score.ndim == 3:
+            score = score.amax(-1)
+        looking = _part(looks)
         layers[i] = LayerReading(
             operators=LOOK_SIDE if free else LOOK_SIDE[1:] if router.calibration.share else LOOK_SIDE[:1],
-            index=tuple(looks[0].reshape(len(looks[0]), -1).any(-1).long().tolist()) if free else (0,) * ids.shape[1],
+            index=tuple(int(part > 0) for part in looking) if free else (0,) * ids.shape[1],
             kept=_part(kept),
             entropy=tuple(spectral_entropy(source[0].float()).tolist()),
-            score=None if highest is None else tuple(highest[0].tolist()),
-            threshold=None if highest is None else float(router.calibration.values[-1]),
+            score=None if score is None else tuple(score[0].tolist()),
+            threshold=None if score is None else float(router.calibration.values[-1]),
             far=far.get(i),
-            looking=_part(looks) if free and by_head else None,
+            looking=looking if free and looks.ndim == 3 else None,
         )
     return _of(logits, ids), layers
 

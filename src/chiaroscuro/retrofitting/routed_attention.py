@@ -245,8 +245,9 @@ class Reach(nn.Module):
         for side, router in self.routers.items():
             share = router.calibration.share if self.whole[side] is None else float(bool(self.whole[side]))
             if share in (0, 1):
-                # In the shape of a score's decisions: the rows of a cache must not depend on the shares of the moment.
-                heads = getattr(router.options, "heads", 1)
+                # A cache has a row for each head that chooses, whatever the shares of the moment; without one, one for
+                # all heads is cheaper.
+                heads = 1 if context.state is None else getattr(router.options, "heads", 1)
                 shape = x.shape[:2] if heads == 1 else (*x.shape[:2], heads)
                 decided.append(torch.full(shape, bool(share), device=x.device))
                 continue
