@@ -87,7 +87,7 @@ def _operations(model: ChiarForCausalLM, task: str, length: int) -> float:
 @torch.no_grad()
 def _kept(model: ChiarForCausalLM, ids: torch.Tensor) -> int:
     cache = ChiarCache(model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
     return cache.numbers_kept()
 
 

@@ -19,6 +19,7 @@ from chiaroscuro.analysis.speed import (
     training_step,
 )
 from chiaroscuro.layers import Context, PackedTokens, build_block
+from chiaroscuro.model.cache import CACHE
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "max_position_embeddings": 64}
 
@@ -73,7 +74,7 @@ def test_decoding_reads_as_many_tokens_on_the_same_cache_every_time(
     model, inputs, ids = make(), [], ids[:, :length]
     work = decoding(model, ids)
     handle = model.register_forward_pre_hook(
-        lambda _, __, given: inputs.append((given["input_ids"].shape[1], given["past_key_values"].get_seq_length())),
+        lambda _, __, given: inputs.append((given["input_ids"].shape[1], given[CACHE].get_seq_length())),
         with_kwargs=True,
     )
     for _ in range(2):
@@ -87,7 +88,7 @@ def test_a_forward_pass_is_a_prefill(ids: torch.Tensor) -> None:
     model.register_forward_hook(lambda _, __, out: outputs.append(out))
     forward_pass(model, ids)()
     assert outputs[0].logits.shape == (2, 1, 50) and not outputs[0].logits.requires_grad
-    assert outputs[0].past_key_values.get_seq_length() == 20
+    assert outputs[0][CACHE].get_seq_length() == 20
 
 
 @pytest.mark.parametrize("training", [True, False])

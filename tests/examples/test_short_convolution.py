@@ -14,6 +14,7 @@ from transformers import set_seed
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops
 from chiaroscuro.layers import Context, PackedTokens
+from chiaroscuro.model.cache import CACHE
 
 MENU = ["dct", "gated_conv", "attention"]
 
@@ -95,7 +96,7 @@ def test_it_is_calibrated_counted_saved_and_loaded(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = ChiarForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids(2)).logits, model(ids(2)).logits)
-    assert loaded(ids(2)).past_key_values.states[1].states["gated_conv"].vectors.shape == (3, 3, 32)
+    assert loaded(ids(2))[CACHE].states[1].states["gated_conv"].vectors.shape == (3, 3, 32)
 
 
 def test_its_option_is_of_one_entry_of_a_menu() -> None:

@@ -25,7 +25,7 @@ from transformers import DynamicCache, set_seed
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, register_operator
 from chiaroscuro.layers import Context, KeptTokens, Operator, SelfAttention
 from chiaroscuro.layers.registry import OPERATORS
-from chiaroscuro.model.cache import REMEMBERED
+from chiaroscuro.model.cache import CACHE, REMEMBERED
 
 ATOL = 1e-4
 TIME = 14
@@ -78,7 +78,7 @@ def in_pieces(model: ChiarForCausalLM, ids: Tensor, mask: Tensor | None, cuts: l
     edges = [0, *cuts, ids.shape[1]]
     for start, end in pairwise(edges):
         seen = None if mask is None else mask[:, :end]
-        logits.append(model(ids[:, start:end], attention_mask=seen, past_key_values=cache).logits)
+        logits.append(model(ids[:, start:end], attention_mask=seen, cache=cache).logits)
         assert cache.get_seq_length() == end
     return torch.cat(logits, dim=1)
 
@@ -126,7 +126,7 @@ def test_pieces_equal_the_whole_with_operators_of_a_user() -> None:
     model = build(shrunk("small", operators=menus))
     assert model.config.use_cache
     check_pieces(model)
-    model(tokens(0), past_key_values=(cache := ChiarCache(model.config)))
+    model(tokens(0), cache=(cache := ChiarCache(model.config)))
     assert [layer.keys is not None for layer in cache.layers] == [False, True, True, True]
 
 
@@ -136,7 +136,7 @@ def test_every_operator_of_a_layer_has_a_state_of_its_own() -> None:
     for context in CONTEXTS:
         model = build(shrunk("small", operators=menus, attention_context=context))
         check_pieces(model)
-        cache = model(tokens(0)).past_key_values
+        cache = model(tokens(0))[CACHE]
         kept = [{name: state is not None for name, state in layer.states.items()} for layer in cache.states]
         assert kept[0] == {"dct": False, "rbf": True}
         assert kept[1] == {"attention": True, "attention2": True} and kept[2] == {"rbf": True, "attention": True}
@@ -151,7 +151,7 @@ def test_every_router_has_a_config_with_and_without_a_metarouter() -> None:
 
 def test_a_layer_of_dct_alone_keeps_nothing() -> None:
     model = build(shrunk("small"))
-    cache = model(tokens(0, 2, 6)).past_key_values
+    cache = model(tokens(0, 2, 6))[CACHE]
     assert isinstance(cache, ChiarCache)
     assert cache.layers[0].keys is None
     assert [state.lengths for state in states(cache)] == [[6, 6]] * 3
@@ -165,7 +165,7 @@ def test_a_layer_of_dct_alone_keeps_nothing() -> None:
 def test_a_model_of_dct_alone_is_cached_too() -> None:
     model = build(shrunk("small", operators=[["dct"]] * 4, meta_router="none"))
     check_pieces(model)
-    cache = model(tokens(0)).past_key_values
+    cache = model(tokens(0))[CACHE]
     assert all(layer.keys is None for layer in cache.layers)
 
 
@@ -179,7 +179,7 @@ def states(cache: ChiarCache) -> list[KeptTokens]:
 
 def continued(model: ChiarForCausalLM, cache: ChiarCache, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, cache=cache).logits
 
 
 def filled(model: ChiarForCausalLM, ids: Tensor) -> ChiarCache:
@@ -445,7 +445,7 @@ def test_a_padded_row_is_kept_as_the_row_alone() -> None:
     mask = real_between([(0, 0), (6, 0), (3, 5)])
     cache = ChiarCache(model.config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
     for b, real in enumerate(mask.bool()):
         alone = filled(model, ids[b : b + 1, real])
         for together, single in zip(states(cache), states(alone), strict=True):
@@ -464,7 +464,7 @@ def test_buffers_have_the_type_of_what_is_kept(rows: int) -> None:
     cache = ChiarCache(model.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for t in range(TIME):
-            model(ids[:, t : t + 1], past_key_values=cache)
+            model(ids[:, t : t + 1], cache=cache)
             if t == 0:
                 assert any(state.empty for state in states(cache))
     assert {state.buffers[0].dtype for state in states(cache)} == {torch.bfloat16}
@@ -529,7 +529,7 @@ def test_in_decoding_a_token_that_goes_to_dct_does_no_attention(context: str, ro
     cache = filled(model, ids[:, :6])
     for t in range(6, LENGTH):
         with torch.no_grad(), attention_calls(model) as counts:
-            routing = model(ids[:, t : t + 1], past_key_values=cache, output_routing=True).routing
+            routing = model(ids[:, t : t + 1], cache=cache, output_routing=True).routing
         attended = [int((r.operator_index == 1).sum()) for r in routing[1:]]
         got = sum(attended)
         keyed = 3 * rows if context == "all" else got
@@ -594,14 +594,14 @@ def test_asking_for_a_cache_where_there_can_be_none(name: str, reason: str) -> N
     config = UNCACHEABLE[name]
     assert config.use_cache is False
     model, ids = build(config), tokens(0)
-    assert model(ids).past_key_values is None
+    assert getattr(model(ids), CACHE) is None
     asked = [
         lambda: ChiarCache(config),
         lambda: ChiarConfig.from_dict(config.to_dict() | {"use_cache": True}),
         lambda: model(ids, use_cache=True),
-        lambda: model(ids, past_key_values=DynamicCache()),
+        lambda: model(ids, cache=DynamicCache()),
         lambda: model.generate(ids, max_new_tokens=2, use_cache=True),
-        lambda: model.generate(ids, max_new_tokens=2, past_key_values=DynamicCache()),
+        lambda: model.generate(ids, max_new_tokens=2, cache=DynamicCache()),
         lambda: model.generate(ids, max_new_tokens=2, cache_implementation="dynamic"),
     ]
     for ask in asked:
@@ -621,16 +621,31 @@ def test_caches_that_are_not_this_model_s() -> None:
         (filled(model, tokens(0, 3, 4)), "3 rows"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            model(ids, past_key_values=other)
+            model(ids, cache=other)
     with pytest.raises(UserError, match="use_cache=False"):
-        model(ids, past_key_values=filled(model, ids), use_cache=False)
+        model(ids, cache=filled(model, ids), use_cache=False)
+    for ask in (model, model.model, lambda ids, **both: model.generate(ids, max_new_tokens=2, **both)):
+        with pytest.raises(UserError, match="cache and past_key_values are one thing"):
+            ask(ids, cache=filled(model, ids), past_key_values=filled(model, ids))
+
+
+def test_a_cache_has_two_names() -> None:
+    model, ids = build(shrunk("small")), tokens(0)
+    found = {}
+    for name in ("cache", "past_key_values"):
+        for forward in (model, model.model):
+            cache = filled(model, ids[:, :8])
+            output = forward(ids[:, 8:], **{name: cache})
+            assert output[CACHE] is cache and cache.get_seq_length() == ids.shape[1]
+        found[name] = model(ids[:, 8:], **{name: filled(model, ids[:, :8])}).logits
+    assert torch.equal(*found.values())
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_training_keeps_no_cache_unless_asked() -> None:
     model = build(shrunk("small")).train()
-    assert model(tokens(0)).past_key_values is None
-    assert model(tokens(0), use_cache=True).past_key_values is not None
+    assert getattr(model(tokens(0)), CACHE) is None
+    assert getattr(model(tokens(0), use_cache=True), CACHE) is not None
     model.gradient_checkpointing_enable()
     with pytest.raises(UserError, match="gradient checkpointing"):
         model(tokens(0), use_cache=True)
@@ -642,14 +657,14 @@ def test_a_cache_begun_with_padding_is_not_gone_on_with_without_a_mask(execution
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     cache = ChiarCache(model.config)
-    model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+    model(ids[:, :5], attention_mask=mask[:, :5], cache=cache)
     with pytest.raises(UserError, match="begun with an attention_mask: pass one again"):
-        model(ids[:, 5:], past_key_values=cache)
-    model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, 5:], cache=cache)
+    model(ids[:, 5:], attention_mask=mask, cache=cache)
     # A mask that hides nothing need not be gone on with.
     cache.reset()
-    model(ids[:, :5], attention_mask=torch.ones_like(ids[:, :5]), past_key_values=cache)
-    model(ids[:, 5:], past_key_values=cache)
+    model(ids[:, :5], attention_mask=torch.ones_like(ids[:, :5]), cache=cache)
+    model(ids[:, 5:], cache=cache)
 
 
 # Gradients and inference mode
@@ -660,7 +675,7 @@ def test_pieces_of_one_cache_can_be_differentiated_together(context: str) -> Non
     model = build(shrunk("small", attention_context=context))
     cache, loss, ids = ChiarCache(model.config), torch.zeros(()), tokens(0, 2, TIME)
     for piece in ids.split(4, dim=1):
-        loss = loss + model(piece, past_key_values=cache).logits.square().sum()
+        loss = loss + model(piece, cache=cache).logits.square().sum()
     loss.backward()
     assert model.model.embed_tokens.weight.grad.isfinite().all()
 
@@ -670,9 +685,9 @@ def test_a_cache_begun_in_inference_mode_goes_on_without(context: str) -> None:
     model = build(shrunk("small", attention_context=context))
     cache, ids = ChiarCache(model.config), tokens(0, 2, TIME)
     with torch.inference_mode():
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
     with torch.no_grad():
-        rest = model(ids[:, 6:], past_key_values=cache).logits
+        rest = model(ids[:, 6:], cache=cache).logits
         torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 6:], atol=ATOL, rtol=0)
 
 
@@ -700,7 +715,7 @@ def test_an_operator_that_keeps_keys_sees_every_token(rows: int) -> None:
         model = build(shrunk("small", num_hidden_layers=3, operators=menus, attention_share=0.3))
         cache, ids = ChiarCache(model.config), tokens(0, rows, TIME)
         with torch.no_grad():
-            pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
+            pieces = [model(piece, cache=cache).logits for piece in ids.split(1, dim=1)]
             whole = model(ids, use_cache=False).logits
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=ATOL, rtol=0)
     finally:

@@ -298,6 +298,8 @@ def test_what_others_pass_to_a_classifier() -> None:
     torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=8).loss, wanted.loss / 4)
     with pytest.raises(UserError, match="past_key_values: a classifier"):
         model(ids, past_key_values=ChiarCache(model.config))
+    with pytest.raises(UserError, match="cache: a classifier"):
+        model(ids, cache=ChiarCache(model.config))
     with pytest.raises(UserError, match="unknown keyword label: did you mean labels"):
         model(ids, label=labels)
 

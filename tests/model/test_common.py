@@ -10,6 +10,7 @@ from small_models import VOCABULARY, WIDTH, build, shrunk, tokens
 from torch import nn
 
 from chiaroscuro import ChiarForCausalLM, ChiarForSequenceClassification
+from chiaroscuro.model.cache import CACHE
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,7 +57,7 @@ def test_generation_goes_on_from_a_returned_cache() -> None:
     model, ids = build(shrunk("small")), tokens(0)
     options = {"do_sample": False, "pad_token_id": 0}
     first = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, **options)
-    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, **options)
+    again = model.generate(first.sequences, cache=first[CACHE], max_new_tokens=4, **options)
     assert torch.equal(again, model.generate(ids, max_new_tokens=8, **options))
 
 

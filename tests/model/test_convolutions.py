@@ -20,6 +20,7 @@ from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, ca
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops
 from chiaroscuro.layers import Context, LayerStates, NeighbourMixing, PackedTokens, ShortConvolution, build_block
 from chiaroscuro.layers.state import REMEMBERED
+from chiaroscuro.model.cache import CACHE
 
 MENUS: list[list[Any]] = [["dct", "conv"], ["dct", {"conv": {"kernel": 2}}, "attention"], ["conv"], ["attention"]]
 KINDS: dict[str, dict[str, Any]] = {
@@ -80,10 +81,10 @@ def test_pieces_are_the_whole(kind: str) -> None:
             whole = model(ids, attention_mask=mask, use_cache=False).logits
             for start, end in pairwise([0, *cuts, time]):
                 seen = None if mask is None else mask[:, :end]
-                logits.append(model(ids[:, start:end], attention_mask=seen, past_key_values=cache).logits)
+                logits.append(model(ids[:, start:end], attention_mask=seen, cache=cache).logits)
                 if 0 < crop < end - start:  # and the same again
                     cache.crop(-crop)
-                    model(ids[:, end - crop : end], attention_mask=seen, past_key_values=cache)
+                    model(ids[:, end - crop : end], attention_mask=seen, cache=cache)
         real = slice(None) if mask is None else mask
         torch.testing.assert_close(torch.cat(logits, 1)[real], whole[real], **CLOSE)
 
@@ -250,7 +251,7 @@ def test_counted() -> None:
     training = count_flops(config, 40, share=0.5, training=True).by_operator
     assert training["short convolution"] == 3 * count.by_operator["short convolution"]
     model = build(operators=config.operators, num_hidden_layers=2, short_conv=3)
-    cache = model(tokens(0, 1, 40)).past_key_values
+    cache = model(tokens(0, 1, 40))[CACHE]
     assert count_decode_flops(config, 39, share=0.5).numbers_kept == cache.numbers_kept()
     states = [layer.states["input.short_conv"] for layer in cache.states]
     assert [state.numbers_kept() for state in states] == [(2 + 40) * WIDTH] * 2

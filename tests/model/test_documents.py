@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from chiaroscuro import ChiarCache, UserError
+from chiaroscuro.model.cache import CACHE
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 MENUS = [["dct"], ["dct", "attention"], ["dct", "rbf", "attention"], ["attention"]]
@@ -82,8 +83,8 @@ def test_what_can_not_keep_documents_apart_says_so() -> None:
     ids, positions = batch["input_ids"], batch["position_ids"]
     model = build(shrunk("small"))
     with pytest.raises(UserError, match="holds several documents, which a cache can't continue"):
-        model(ids, position_ids=positions, past_key_values=ChiarCache(model.config))
-    assert model(ids, position_ids=positions).past_key_values is None  # nobody asked for a cache
+        model(ids, position_ids=positions, cache=ChiarCache(model.config))
+    assert getattr(model(ids, position_ids=positions), CACHE) is None  # nobody asked for a cache
     pooled = build(shrunk("small", meta_router="sequence"))
     with pytest.raises(UserError, match="meta_router='sequence' pools over rows"):
         pooled(ids, position_ids=positions)

@@ -435,7 +435,7 @@ def test_cached_is_uncached(seed: int, hidden: int | None, chunk: int) -> None:
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         for part in ids.split(chunk, 1):
-            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(part, cache=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
+from chiaroscuro.model.cache import CACHE
 
 ATOL = 1e-4
 NEW = 12
@@ -53,9 +54,9 @@ def test_greedy_with_and_without_a_cache(preset: str, router: str) -> None:
         out = generate(model, prompt, use_cache=use_cache)
         assert torch.equal(out.sequences, ids)
         torch.testing.assert_close(torch.stack(out.logits), logits, atol=ATOL, rtol=0)
-        assert (out.past_key_values is not None) == use_cache
+        assert (getattr(out, CACHE) is not None) == use_cache
     # By itself it caches.
-    assert generate(model, prompt).past_key_values.get_seq_length() == 8 + NEW - 1
+    assert generate(model, prompt)[CACHE].get_seq_length() == 8 + NEW - 1
 
 
 @pytest.mark.parametrize("changes", [{"meta_router": "batch"}, {"meta_router": "sequence"}])
@@ -65,7 +66,7 @@ def test_greedy_where_nothing_can_be_cached(changes: dict[str, str]) -> None:
     out = generate(model, prompt)
     assert torch.equal(out.sequences, ids)
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=ATOL, rtol=0)
-    assert out.past_key_values is None
+    assert getattr(out, CACHE) is None
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,14 @@ def test_other_ways_to_choose_are_the_same_with_a_cache_too(preset: str, options
     assert len(found[0]) == 3 * options.get("num_return_sequences", 1)
 
 
-def test_a_cache_that_generation_returned_goes_on() -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_that_generation_returned_goes_on(name: str) -> None:
     model, prompt = build(shrunk("small")), left_padded()
     first = generate(model, prompt)
     ids = torch.cat([first.sequences, tokens(9, 3, 4)], dim=1)
     mask = torch.cat([prompt["attention_mask"], torch.ones(3, NEW + 4, dtype=torch.long)], dim=1)
     both = {"input_ids": ids, "attention_mask": mask}
-    onward = generate(model, both, past_key_values=first.past_key_values)
+    onward = generate(model, both, **{name: first[CACHE]})
     assert torch.equal(onward.sequences, generate(model, both, use_cache=False).sequences)
 
 

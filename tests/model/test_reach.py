@@ -118,7 +118,7 @@ def test_cached_is_uncached(model: ChiarForCausalLM, rows: int, time: int, seed:
             out = model(
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end] if padded else None,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
             parts.append(out.logits)
@@ -133,11 +133,11 @@ def test_a_cropped_cache_is_one_that_never_went_further(
     steps = data.draw(st.lists(st.sampled_from([1, more]), min_size=1, max_size=1))
     with torch.no_grad():
         cache = ChiarCache(model.config)
-        model(input_ids=ids[:, :time], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :time], cache=cache, use_cache=True)
         for start in range(time, time + more, steps[0]):
-            model(input_ids=ids[:, start : start + steps[0]].flip(1), past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, start : start + steps[0]].flip(1), cache=cache, use_cache=True)
         cache.crop(-(cache.tokens_seen - time))
-        again = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(time, time + more)]
+        again = [model(input_ids=ids[:, t : t + 1], cache=cache).logits for t in range(time, time + more)]
         whole = model(input_ids=ids, use_cache=False).logits[:, time:]
     torch.testing.assert_close(torch.cat(again, 1), whole)
 
@@ -209,7 +209,7 @@ def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
     model = build([["local", "attention"]], attention_context="kept", sinks=2, window=4)
     ids = ids_of(1, 30, 3)
     cache = ChiarCache(model.config)
-    routing = model(input_ids=ids, past_key_values=cache, use_cache=True, output_routing=True).routing[0]
+    routing = model(input_ids=ids, cache=cache, use_cache=True, output_routing=True).routing[0]
     kept = int(routing.kept[0, 2:26].sum())
     assert cache.numbers_kept() == 2 * 2 * 4 * (4 + 2 + kept)
 
@@ -275,7 +275,7 @@ def test_pieces_and_crops_of_any_length_are_the_whole(window: int | None, steps:
                 seen = cache.tokens_seen
                 # Other tokens than the last time, so that what a crop leaves behind shows.
                 ids[:, seen : seen + step] = (ids[:, seen : seen + step] + 7) % VOCABULARY
-                logits = model(input_ids=ids[:, seen : seen + step], past_key_values=cache).logits
+                logits = model(input_ids=ids[:, seen : seen + step], cache=cache).logits
             whole = model(input_ids=ids[:, : cache.tokens_seen], use_cache=False).logits
         torch.testing.assert_close(logits, whole[:, -logits.shape[1] :])
 
@@ -284,7 +284,7 @@ def test_more_than_is_remembered_is_not_cropped() -> None:
     model = build([["local", "attention"]], attention_context="kept", max_position_embeddings=256)
     cache = ChiarCache(model.config)
     with torch.no_grad():
-        model(input_ids=ids_of(1, 130, 0), past_key_values=cache)
+        model(input_ids=ids_of(1, 130, 0), cache=cache)
     cache.crop(-60)
     with pytest.raises(UserError, match="crop of 60 tokens"):
         cache.crop(-60)
@@ -294,7 +294,7 @@ def test_a_short_prompt_takes_no_room_for_a_whole_window() -> None:
     model = build([["local", "attention"]], attention_context="kept", window=10**6)
     ids, cache = ids_of(2, 40, 0), ChiarCache(model.config)
     with torch.no_grad():
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, *[1] * 35], 1)]
+        parts = [model(input_ids=part, cache=cache).logits for part in ids.split([5, *[1] * 35], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=ids, use_cache=False).logits.detach())
     [state] = cache.states[0].kept()
     assert state.vectors.shape[3] < 100
@@ -307,7 +307,7 @@ def test_decoding_a_batch_is_the_whole_whoever_looks_and_is_kept(look: float, ke
     model = build([["local", "attention"]] * 2, attention_context="kept", sinks=2, **shares)
     ids, cache = ids_of(5, 30, 0), ChiarCache(model.config)
     with torch.no_grad():
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([3, *[1] * 27], 1)]
+        parts = [model(input_ids=part, cache=cache).logits for part in ids.split([3, *[1] * 27], 1)]
         whole = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
@@ -316,7 +316,7 @@ def test_dense_execution_caches_what_it_routes() -> None:
     model = build([["dct", "attention"]] * 2, attention_context="routed", execution="dense")
     ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)
     with torch.no_grad():
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([12, 1, 7], 1)]
+        parts = [model(input_ids=part, cache=cache).logits for part in ids.split([12, 1, 7], 1)]
         whole = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
@@ -327,7 +327,7 @@ def test_a_soft_router_beside_a_window_weighs_what_full_attention_says_of_every_
     full.load_state_dict(model.state_dict())
     ids, cache = ids_of(2, 20, 0), ChiarCache(model.config)
     with torch.no_grad():
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([12, 1, 7], 1)]
+        parts = [model(input_ids=part, cache=cache).logits for part in ids.split([12, 1, 7], 1)]
         expected = full(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
     torch.testing.assert_close(torch.cat(parts, 1), expected)
@@ -337,12 +337,12 @@ def test_a_cache_goes_in_and_out_of_inference_mode() -> None:
     model = build([["local", "attention"]], attention_context="kept")
     ids, cache = ids_of(1, 20, 0), ChiarCache(model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :10], past_key_values=cache)
+        model(input_ids=ids[:, :10], cache=cache)
     with torch.inference_mode():
-        model(input_ids=ids[:, 10:15], past_key_values=cache)
-        model(input_ids=ids[:, 15:16], past_key_values=cache)
+        model(input_ids=ids[:, 10:15], cache=cache)
+        model(input_ids=ids[:, 15:16], cache=cache)
     with torch.no_grad():
-        logits = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(16, 20)]
+        logits = [model(input_ids=ids[:, t : t + 1], cache=cache).logits for t in range(16, 20)]
         whole = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, 1), whole[:, 16:])
 

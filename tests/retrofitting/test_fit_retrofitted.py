@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from chiaroscuro import UserError, fit, retrofit
+from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _given, _noting_outputs, _Whole
 from chiaroscuro.retrofitting.routed_attention import Reach
 from chiaroscuro.retrofitting.whole import without_routing
@@ -170,9 +171,7 @@ def test_fitted_and_cached_is_fitted(router: Any) -> None:
     tokens = ids(3, 2, 50)
     wanted = model(tokens).logits
     cache = DynamicCache(config=model.config)
-    parts = [
-        model(tokens[:, a:b], past_key_values=cache).logits for a, b in [(0, 30), *((i, i + 1) for i in range(30, 50))]
-    ]
+    parts = [model(tokens[:, a:b], **{CACHE: cache}).logits for a, b in [(0, 30), *((i, i + 1) for i in range(30, 50))]]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-4, rtol=1e-3)
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import chiaroscuro
 from chiaroscuro import UserError, retrofit, unretrofit
 from chiaroscuro.layers import FittedRouter
+from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked
@@ -189,7 +190,7 @@ def test_cached_is_uncached(family: str, seed: int, chunk: int, padded: bool, he
         end = 20 if start == 0 else min(start + chunk, 40)
         given = {"attention_mask": mask[:, :end]} if padded else {}
         parts.append(
-            routed(tokens[:, start:end], position_ids=position_ids[:, start:end], past_key_values=cache, **given).logits
+            routed(tokens[:, start:end], position_ids=position_ids[:, start:end], **{CACHE: cache}, **given).logits
         )
     real = mask.bool()
     torch.testing.assert_close(torch.cat(parts, 1)[real], wanted[real], atol=2e-5, rtol=1e-4)
@@ -215,9 +216,9 @@ def test_the_dial_of_who_looks_turns_within_a_cache(
         return routed
 
     wanted = turned(shares[1])(tokens).logits[:, 20:]
-    cache = turned(shares[0])(tokens[:, :20], use_cache=True).past_key_values
+    cache = turned(shares[0])(tokens[:, :20], use_cache=True)[CACHE]
     turned(shares[1])
-    parts = [routed(tokens[:, a : min(a + chunk, 40)], past_key_values=cache).logits for a in range(20, 40, chunk)]
+    parts = [routed(tokens[:, a : min(a + chunk, 40)], **{CACHE: cache}).logits for a in range(20, 40, chunk)]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=2e-5, rtol=1e-4)
 
 
@@ -272,7 +273,7 @@ def test_a_token_that_is_not_kept_changes_nothing_beyond_its_window() -> None:
 @torch.no_grad()
 def test_the_cache_holds_the_window_and_what_is_kept() -> None:
     routed, tokens = routed_copy(build(), **HALF), ids(7, 2, 48)
-    cache = routed(tokens, use_cache=True).past_key_values
+    cache = routed(tokens, use_cache=True)[CACHE]
     for i, layer in enumerate(cache.layers):
         assert isinstance(layer, RoutedLayer)
         kept = routed.reaches[i].watched[-1][1]
@@ -296,11 +297,11 @@ def test_assisted_generation_is_greedy(options: dict[str, Any]) -> None:
 def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been() -> None:
     routed, tokens = routed_copy(build(), **HALF), ids(8, 2, 40)
     wanted = routed(tokens).logits[:, 30:]
-    cache = routed(tokens[:, :30], use_cache=True).past_key_values
-    routed(ids(9, 2, 7), past_key_values=cache)
+    cache = routed(tokens[:, :30], use_cache=True)[CACHE]
+    routed(ids(9, 2, 7), **{CACHE: cache})
     cache.crop(-7)
     assert cache.get_seq_length() == 30 and cache.layers[1].get_mask_sizes(10) == (40, 0)
-    found = routed(tokens[:, 30:], past_key_values=cache).logits
+    found = routed(tokens[:, 30:], **{CACHE: cache}).logits
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
@@ -663,13 +664,13 @@ def test_a_model_that_is_spread_over_devices_is_refused() -> None:
 def test_caches_that_can_not_be_routed() -> None:
     model = build()
     routed, tokens = routed_copy(model, **HALF), ids(1)
-    begun = model(tokens, use_cache=True).past_key_values
+    begun = model(tokens, use_cache=True)[CACHE]
     for cache, complaint in (
         (StaticCache(config=model.config, max_cache_len=64), "can't use a StaticLayer"),
         (begun, "this cache was begun without routing"),
     ):
         with pytest.raises(UserError, match=complaint):
-            routed(tokens, past_key_values=cache)
+            routed(tokens, **{CACHE: cache})
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, RoutedBlock, Spectra
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
+from chiaroscuro.model.cache import CACHE
 
 DECODED = 16
 """Tokens of a turn in decoding: routing makes one token cheaper than the next, so a turn is the sum over some."""
@@ -107,13 +108,13 @@ def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
     """
     model.eval()
     cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     following = ids[:, torch.arange(DECODED) % ids.shape[1]].flip(1)
 
     @torch.no_grad()
     def run() -> None:
         for token in following.split(1, dim=1):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **{CACHE: cache}, use_cache=True)
         cache.crop(-following.shape[1])
 
     return run

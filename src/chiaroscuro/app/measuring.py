@@ -15,6 +15,7 @@ from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
 from chiaroscuro.app.writing import new_cache, numbers_in
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.cache import CACHE
 from chiaroscuro.model.config import ChiarConfig
 
 SECONDS = 2.0
@@ -70,7 +71,7 @@ def _cache(model: Any, ids: Tensor) -> float | None:
     cache = new_cache(model)
     if cache is None:
         return None
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     return float(numbers_in(cache) * model.dtype.itemsize / 2**20)
 
 

@@ -14,6 +14,7 @@ from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.app.served import Served
 from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.cache import CACHE
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import RoutedModel
@@ -121,7 +122,11 @@ def _step(model: Any, tokenizer: Any, writer: _Writer, temperature: float, full:
     begin = time.perf_counter()
     try:
         output = model(
-            input_ids=given, past_key_values=writer.cache, use_cache=writer.cache is not None, logits_to_keep=1, **asked
+            input_ids=given,
+            use_cache=writer.cache is not None,
+            logits_to_keep=1,
+            **{CACHE: writer.cache},
+            **asked,
         )
     finally:
         seconds = time.perf_counter() - begin

@@ -1,16 +1,34 @@
 """The cache of one model: a state for each operator of each layer, and the MetaRouter's running sum."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import KeptTokens, LayerStates, OperatorState
 from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.config import ChiarConfig
+
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What transformers calls the cache in the forwards and outputs of a model: `cache` from 5.24 on."""
+
+
+def given_cache(**by_name: Cache | None) -> Cache | None:
+    """The one cache that was given by one of its names, or None.
+
+    Raises:
+        UserError: it was given by several.
+
+    """
+    given = {name: cache for name, cache in by_name.items() if cache is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are one thing: give one of them")
+    return next(iter(given.values()), None)
 
 
 class LayerCache(LayerStates, CacheLayerMixin):
@@ -41,7 +59,7 @@ class LayerCache(LayerStates, CacheLayerMixin):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Not how operators keep what they keep."""
-        raise UserError("this cache is filled by the operators of a CHIAR-Former: pass it to one as past_key_values")
+        raise UserError("this cache is filled by the operators of a CHIAR-Former: pass it to one as cache=…")
 
     def get_seq_length(self) -> int:
         """Not known to a layer, which may keep nothing."""

@@ -77,7 +77,7 @@ class ChiarForSequenceClassification(ChiarPreTrainedModel):
                 `use_cache` is ignored, because a classifier continues nothing. Others as in `ChiarModel.forward`.
 
         Raises:
-            UserError: a sequence has no real token, labels don't suit the problem type, or `past_key_values` is given;
+            UserError: a sequence has no real token, labels don't suit the problem type, or a cache is given;
                 and as `ChiarModel.forward`.
 
         """
@@ -144,8 +144,9 @@ def classify(
     **inputs: Any,
 ) -> ChiarSequenceClassifierOutput:
     """`ChiarForSequenceClassification.forward` with a given trunk, head and loss; arguments and errors are the same."""
-    if inputs.pop("past_key_values", None) is not None:
-        raise UserError("past_key_values: a classifier scores whole texts, and continues none: drop it")
+    for name in ("cache", "past_key_values"):
+        if inputs.pop(name, None) is not None:
+            raise UserError(f"{name}: a classifier scores whole texts, and continues none: drop it")
     inputs["use_cache"] = False
     outputs = trunk(attention_mask=attention_mask, output_routing=output_routing, return_dict=True, **inputs)
     logits = head(pool_tokens(outputs.last_hidden_state, attention_mask, trunk.config.classifier_pooling))

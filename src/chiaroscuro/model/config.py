@@ -159,7 +159,7 @@ class ChiarConfig(PreTrainedConfig):
     """
 
     model_type = "chiar"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it so)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (transformers reads it so)
 
     vocab_size: int = 8192
     hidden_size: int = 128

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
+from chiaroscuro.model.cache import CACHE, given_cache
+
 
 class _LongestSequence(StoppingCriteria):
     """Stop all rows at so many tokens, prompt and padding included."""
@@ -27,8 +29,14 @@ class BoundedGenerationMixin(GenerationMixin):
     """
 
     def generate(self, *args: Any, stopping_criteria: Any = None, **kwargs: Any) -> Any:
-        """Generate as `GenerationMixin.generate` does; all of its arguments are taken, criteria by name."""
+        """Generate as `GenerationMixin.generate` does; all of its arguments are taken, criteria by name.
+
+        A cache may be given as `cache` or as `past_key_values`, whatever the version of transformers.
+        """
         inherited, config = cast(Any, super()), cast(Any, self).config
         longest = config.max_position_embeddings + 1  # the last token is not read, and needs no position
         criteria = StoppingCriteriaList([*(stopping_criteria or []), _LongestSequence(longest)])
+        cache = given_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
+        if cache is not None:
+            kwargs[CACHE] = cache
         return inherited.generate(*args, stopping_criteria=criteria, **kwargs)

@@ -36,7 +36,7 @@ from chiaroscuro.layers import (
     exact_modules,
 )
 from chiaroscuro.layers.norms import make_norm
-from chiaroscuro.model.cache import ChiarCache
+from chiaroscuro.model.cache import CACHE, ChiarCache, given_cache
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.generation import BoundedGenerationMixin
@@ -61,7 +61,6 @@ _REFUSED = {
     "output_attentions": "attention weights are not returned, and a token sent to another operator has none: use "
     "output_routing=True, which says which operator each token was sent to",
     "head_mask": "heads can't be masked: drop it",
-    "cache": "a CHIAR-Former has no paged cache: use generate",
 }
 """Keywords that other models take, and that would change the result."""
 
@@ -123,7 +122,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChiarLayer"]  # noqa: RUF012 (transformers reads it so)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     def post_init(self) -> None:
@@ -309,12 +308,13 @@ class ChiarModel(ChiarPreTrainedModel):
         input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> ChiarModelOutput:
         """Run the model.
@@ -326,12 +326,13 @@ class ChiarModel(ChiarPreTrainedModel):
             position_ids: counted over the real tokens where not given. Where they restart within a row, as in a batch
                 of transformers' `DataCollatorWithFlattening`, the row holds several documents, which don't see each
                 other.
-            past_key_values: a cache to continue.
+            cache: a cache to continue.
             inputs_embeds: embeddings instead of input_ids.
             use_cache: whether to return a cache; the config's unless given, never by default in training.
             output_routing: return what every layer routed where, and the gate.
             output_hidden_states: return the tokens after every layer.
             return_dict: False for a plain tuple.
+            past_key_values: the same as `cache`, by the name that it had before transformers 5.24.
             kwargs: what transformers and other libraries pass to every model. `cu_seq_lens_q`, where each document in
                 the one row begins and the last ends, gives the positions if position_ids doesn't. What would change
                 the result and can't be honoured is refused; the rest is ignored.
@@ -346,43 +347,44 @@ class ChiarModel(ChiarPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
         refuse_keywords(kwargs, ChiarModel.forward, self.config)
-        asked = use_cache or past_key_values is not None
+        given = given_cache(cache=cache, past_key_values=past_key_values)
+        asked = use_cache or given is not None
         if use_cache is None:
-            use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
-        elif not use_cache and past_key_values is not None:
-            raise UserError("past_key_values with use_cache=False: drop one of them")
-        cache = self.check_cache(past_key_values) if use_cache else None
+            use_cache = given is not None or (bool(self.config.use_cache) and not self.training)
+        elif not use_cache and given is not None:
+            raise UserError("a cache with use_cache=False: drop one of them")
+        states = self.check_cache(given) if use_cache else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embed(input_ids, inputs_embeds)
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             position_ids = document_positions(kwargs["cu_seq_lens_q"], x)
-        context = self.prepare(x, attention_mask, position_ids, cache, input_ids)
-        if context.segments is not None and cache is not None:
+        context = self.prepare(x, attention_mask, position_ids, states, input_ids)
+        if context.segments is not None and states is not None:
             if asked:
                 raise UserError(
                     "position_ids restart within a row, so it holds several documents, which a cache can't continue: "
                     "pass use_cache=False"
                 )
-            cache = None
-        gate = self.gate(x, context, cache)
+            states = None
+        gate = self.gate(x, context, states)
         hidden_states: list[Tensor] = []
         routings: list[Routing | None] = []
         for i in range(len(self.layers)):
             if output_hidden_states:
                 hidden_states.append(x)
-            x, routing = self.run_layer(i, x, gate, context, cache, output_routing)
+            x, routing = self.run_layer(i, x, gate, context, states, output_routing)
             routings.append(routing)
         # Noted here and not in the layers, which activation checkpointing runs a second time. Generated tokens are not
         # followed.
-        if self.training and cache is None and (followed := self._followed_scores(routings)):
+        if self.training and states is None and (followed := self._followed_scores(routings)):
             _note(followed, context.real(x.shape[1]))
-        if cache is not None:
-            cache.tokens_seen, cache.rows = cache.tokens_seen + x.shape[1], x.shape[0]
+        if states is not None:
+            states.tokens_seen, states.rows = states.tokens_seen + x.shape[1], x.shape[0]
         x = self.norm(x)
         return ChiarModelOutput(
             last_hidden_state=x,
-            past_key_values=cache,
+            **{CACHE: states},
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             routing=tuple(routings) if output_routing or self.penalises() else None,
             meta_gate=gate if output_routing else None,
@@ -409,7 +411,7 @@ class ChiarModel(ChiarPreTrainedModel):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: ChiarCache | None = None,
+        cache: ChiarCache | None = None,
         input_ids: Tensor | None = None,
     ) -> Context:
         """What all layers share: padding, positions, documents, the attention implementation, token ids.
@@ -418,7 +420,7 @@ class ChiarModel(ChiarPreTrainedModel):
         `DataCollatorWithFlattening` makes them.
         """
         batch, time, _ = x.shape
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if cache is None else cache.get_seq_length()
         if time == 0:
             raise UserError(f"an input of shape {tuple(x.shape[:2])} has no tokens: give at least one per row")
         if seen + time > self.config.max_position_embeddings:
@@ -426,12 +428,12 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
                 "shorten the sequence, or configure the model for longer ones"
             )
-        if attention_mask is None and past_key_values is not None and past_key_values.padded:
+        if attention_mask is None and cache is not None and cache.padded:
             raise UserError(
                 "this cache was begun with an attention_mask: pass one again, over the cached and the new tokens"
             )
         if attention_mask is not None:
-            attention_mask = self._checked_mask(attention_mask, batch, seen + time, past_key_values)
+            attention_mask = self._checked_mask(attention_mask, batch, seen + time, cache)
         segments = None
         if position_ids is None:
             if attention_mask is None:
@@ -449,9 +451,7 @@ class ChiarModel(ChiarPreTrainedModel):
             implementation=self.config._attn_implementation or "sdpa",
         )
 
-    def _checked_mask(
-        self, attention_mask: Tensor, batch: int, keys: int, past_key_values: ChiarCache | None
-    ) -> Tensor | None:
+    def _checked_mask(self, attention_mask: Tensor, batch: int, keys: int, cache: ChiarCache | None) -> Tensor | None:
         """The mask as booleans; None where nothing is padded and execution is sparse."""
         if attention_mask.shape != (batch, keys):
             raise UserError(
@@ -459,23 +459,23 @@ class ChiarModel(ChiarPreTrainedModel):
                 "a row for each sequence, over cached and new tokens"
             )
         attention_mask = attention_mask.bool()
-        if torch.compiler.is_compiling() or (past_key_values is None and self.config.execution == "dense"):
+        if torch.compiler.is_compiling() or (cache is None and self.config.execution == "dense"):
             return attention_mask  # whether anything is padded depends on the data, which a compiler can't test
         padded = bool(~attention_mask.all())
-        if past_key_values is not None:
-            past_key_values.padded = padded
+        if cache is not None:
+            cache.padded = padded
         return attention_mask if padded or self.config.execution == "dense" else None
 
-    def gate(self, x: Tensor, context: Context, past_key_values: ChiarCache | None = None) -> Tensor | None:
+    def gate(self, x: Tensor, context: Context, cache: ChiarCache | None = None) -> Tensor | None:
         """The MetaRouter's g of the embedded tokens, continued from the cache; None without a MetaRouter."""
         if self.meta_router is None:
             return None
-        past = None if past_key_values is None else past_key_values.meta_state.last
+        past = None if cache is None else cache.meta_state.last
         if past is not None and len(past[1]) != len(x):
             raise UserError(f"the cache holds {len(past[1])} rows, the input has {len(x)}: the two must match")
         gate, sums = self.meta_router(x, context.real(x.shape[1]), past, context.segments)
-        if past_key_values is not None:
-            past_key_values.meta_state.extend(*sums)
+        if cache is not None:
+            cache.meta_state.extend(*sums)
         return gate
 
     def run_layer(
@@ -484,13 +484,13 @@ class ChiarModel(ChiarPreTrainedModel):
         x: Tensor,
         gate: Tensor | None,
         context: Context,
-        past_key_values: ChiarCache | None = None,
+        cache: ChiarCache | None = None,
         output_routing: bool = False,
     ) -> tuple[Tensor, Routing | None]:
         """One layer on its input, gated if it is the gated one."""
         layer = self.layers[index]
-        if past_key_values is not None:
-            context = replace(context, cache=past_key_values.states[index])
+        if cache is not None:
+            context = replace(context, cache=cache.states[index])
         y, routing = layer(x, context, output_routing)
         if gate is not None and index == GATED_LAYER:
             y = gate[..., None] * y + (1 - gate[..., None]) * x
@@ -524,25 +524,25 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         return self.config.collapse_penalty * utilisation
 
-    def check_cache(self, past_key_values: Any) -> ChiarCache:
+    def check_cache(self, cache: Any) -> ChiarCache:
         """The given cache, or a new one; a UserError if it can't serve this model."""
         if self.gradient_checkpointing and self.training:
             raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
-        if past_key_values is None:
+        if cache is None:
             return ChiarCache(self.config)
-        if not isinstance(past_key_values, ChiarCache):
+        if not isinstance(cache, ChiarCache):
             if reason := self.config.uncacheable():
-                raise UserError(f"past_key_values for a model with {reason}: drop it")
+                raise UserError(f"a cache for a model with {reason}: drop it")
             raise UserError(
-                f"past_key_values is a {type(past_key_values).__name__}: need a chiaroscuro.ChiarCache(model.config), "
+                f"cache is a {type(cache).__name__}: need a chiaroscuro.ChiarCache(model.config), "
                 "which knows the layers that keep nothing"
             )
-        if len(past_key_values.layers) != len(self.layers):
+        if len(cache.layers) != len(self.layers):
             raise UserError(
-                f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}: "
+                f"cache has {len(cache.layers)} layers, the model {len(self.layers)}: "
                 "need a chiaroscuro.ChiarCache(model.config)"
             )
-        return past_key_values
+        return cache
 
 
 class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
@@ -566,7 +566,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch keys"] | Bool[Tensor, "batch keys"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
@@ -574,6 +574,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_logits: bool | None = None,
         **kwargs: Any,
@@ -587,7 +588,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             input_ids: see `ChiarModel.forward`, as for all that is not named here.
             attention_mask: see there.
             position_ids: see there.
-            past_key_values: see there.
+            cache: see there.
             inputs_embeds: see there.
             labels: the tokens themselves, which the model shifts; −100 for tokens that are not to be predicted.
                 Predictions at padding and of padding are not counted.
@@ -596,6 +597,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
+            past_key_values: see there.
             num_items_in_batch: divide the summed loss by this instead of by the number of this forward's predictions,
                 so that the losses of several forwards of one step add up. It is the number of all labels, as the
                 Trainer counts them; where some are at padding, it is scaled to those that count.
@@ -615,7 +617,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache=cache, past_key_values=past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_routing=output_routing,
@@ -656,7 +658,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         return ChiarCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             routing=outputs.routing if output_routing else None,
             meta_gate=outputs.meta_gate,
@@ -703,7 +705,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused. `generate_batch` calls it."""
-        raise UserError(f"generate_batch: {_REFUSED['cache']}")
+        raise UserError("generate_batch: a CHIAR-Former has no paged cache: use generate")
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -714,11 +716,11 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: a CHIAR-Former has its own dynamic "
                 "cache alone; drop the argument"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None or generation_config.cache_implementation == "dynamic":
             self.model.check_cache(given)
         if given is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = ChiarCache(self.config)
+            model_kwargs[CACHE] = ChiarCache(self.config)
             return None
         base: Any = super()  # its annotations name a protocol that this class doesn't satisfy
         return base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -1,22 +1,26 @@
-"""What a forward returns: outputs as in transformers, with the routing."""
+"""What a forward returns: the outputs of transformers, with the routing.
+
+Their field for the cache is inherited, because its name depends on the version: `cache`, and `past_key_values` before
+transformers 5.24. `attentions` is always None.
+"""
 
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 from chiaroscuro.layers import Routing
-from chiaroscuro.model.cache import ChiarCache
 
 
 @dataclass
-class ChiarModelOutput(ModelOutput):
+class ChiarModelOutput(BaseModelOutputWithPast):
     """Output of `ChiarModel`.
 
     Attributes:
         last_hidden_state: the tokens after the final norm.
-        past_key_values: the cache, if one was used.
+        cache: the `ChiarCache`, if one was used.
         hidden_states: with `output_hidden_states=True`: the input of each layer and, last, `last_hidden_state`.
         routing: with `output_routing=True`: a `Routing` for each layer (entropy, operator index, share per operator).
             In training with a collapse penalty it is always given, with None for layers of one operator.
@@ -26,21 +30,20 @@ class ChiarModelOutput(ModelOutput):
     """
 
     last_hidden_state: Float[Tensor, "batch time width"] | None = None
-    past_key_values: ChiarCache | None = None
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing | None, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None
 
 
 @dataclass
-class ChiarCausalLMOutput(ModelOutput):
+class ChiarCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ChiarForCausalLM`: the loss and the logits, and the rest as in `ChiarModelOutput`.
 
     Attributes:
         loss: mean negative log-likelihood of the next token in nats, if labels were given; in training with
             `collapse_penalty` λ > 0, minus λ Σ_layers U.
         logits: scores of the next token; None in training with labels, unless `output_logits=True` asked for them.
-        past_key_values: see `ChiarModelOutput`.
+        cache: see `ChiarModelOutput`.
         hidden_states: see `ChiarModelOutput`.
         routing: see `ChiarModelOutput`.
         meta_gate: see `ChiarModelOutput`.
@@ -51,7 +54,6 @@ class ChiarCausalLMOutput(ModelOutput):
 
     loss: Float[Tensor, ""] | None = None
     logits: Float[Tensor, "batch kept vocabulary"] | None = None
-    past_key_values: ChiarCache | None = None
     hidden_states: tuple[Float[Tensor, "batch time width"], ...] | None = None
     routing: tuple[Routing, ...] | None = None
     meta_gate: Float[Tensor, "#batch #time"] | None = None
@@ -60,7 +62,7 @@ class ChiarCausalLMOutput(ModelOutput):
 
 
 @dataclass
-class ChiarSequenceClassifierOutput(ModelOutput):
+class ChiarSequenceClassifierOutput(SequenceClassifierOutput):
     """Output of `ChiarForSequenceClassification`: the loss and the logits, and the rest as in `ChiarModelOutput`.
 
     Attributes:

@@ -308,7 +308,7 @@ def _measure(plan: Plan, task: str, length: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _cache_of(model: ChiarForCausalLM, ids: Tensor) -> int:
     cache = ChiarCache(model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
     return cache.numbers_kept()
 
 

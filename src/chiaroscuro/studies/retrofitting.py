@@ -25,6 +25,7 @@ from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.smollm2 import smollm2
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_place, write_bytes, write_text
+from chiaroscuro.model.cache import CACHE
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
@@ -344,5 +345,5 @@ def reached_pairs(
 def numbers_kept(model: Any, ids: torch.Tensor) -> int:
     """How many numbers a model's cache holds after these tokens."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     return numbers_held(cache)
