@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from chiaroscuro.training import read_records
 
-# As the command does, but with a kill of the main process between the backward and the optimizer of one step.
+# As the command does, but with a kill of the main process between the backward and the optimizer of one step. Without
+# torchrun the script starts its processes itself, with torchrun's agent: they are forks, which need not import again.
 SCRIPT = """
 import os, signal, sys
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from chiaroscuro.cli import main
 torch.set_default_dtype(getattr(torch, os.environ["TYPE"]))
 from chiaroscuro.training.trainer import RunTrainer
@@ -23,19 +25,31 @@ def clip(self, model):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, model)
 RunTrainer._clip_grad_norm = clip
-main()
+if "RANK" in os.environ:
+    main()
+else:
+    count = int(os.environ["PROCESSES"])
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1, "max_restarts": 0}
+    elastic_launch(LaunchConfig(1, 1, count, run_id="run", start_method="fork", **how), main)()
 """
 
 
 def torchrun(
-    folder: Path, *arguments: str, processes: int = 2, killed_at: int = 0, dtype: str = "float32"
+    folder: Path,
+    *arguments: str,
+    processes: int = 2,
+    killed_at: int = 0,
+    dtype: str = "float32",
+    command: bool = False,
 ) -> subprocess.CompletedProcess[str]:
+    """A job; with `command` started by `torchrun`, without it by its agent."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), "train"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if command else []
     return subprocess.run(
-        [sys.executable, *launcher, str(folder / "recipe.yaml"), *arguments],
-        env=os.environ | {"KILLED_AT": str(killed_at), "OMP_NUM_THREADS": "1", "TYPE": dtype},
+        [sys.executable, *launcher, str(script), "train", str(folder / "recipe.yaml"), *arguments],
+        env=os.environ
+        | {"KILLED_AT": str(killed_at), "OMP_NUM_THREADS": "1", "PROCESSES": str(processes), "TYPE": dtype},
         capture_output=True,
         text=True,
         timeout=300,

@@ -310,7 +310,7 @@ def test_a_model_beyond_all_machines_is_one_line(
 def test_weights_beyond_the_memory_are_refused(run: Run, text_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "model: {hidden_size: 32768, num_attention_heads: 2, num_hidden_layers: 48}\n"
+        "model: {intermediate_size: 67108864, num_attention_heads: 2, num_hidden_layers: 48}\n"
         f"data: {{source: '{text_folder}', sequence_length: 16}}\ntokenizer: bpe:300\n"
         f"trainer: {{output_dir: '{tmp_path / 'run'}', steps: 4, warmup_steps: 1, batch_size: 2}}\n"
     )

@@ -23,7 +23,7 @@ def test_a_job_of_two_processes_is_one_run(content: dict[str, Any], tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     whole, broken = (f"trainer.output_dir={tmp_path / name}" for name in ("whole", "broken"))
 
-    done = torchrun(tmp_path, whole)
+    done = torchrun(tmp_path, whole, command=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 12/12  loss") == 1  # the main process alone speaks
     records = read_records(tmp_path / "whole" / "metrics.jsonl")
