@@ -49,7 +49,7 @@ def main(folder: Path, names: list[str]) -> None:
 
     The processes are forks of this one, so that PyTorch and transformers are imported once.
     """
-    import chiaroscuro.training  # noqa: F401
+    from chiaroscuro.training import train  # noqa: F401 (names in a package are imported when they are asked for)
 
     for number, name in enumerate(names):
         place = folder / str(number)

@@ -151,9 +151,10 @@ def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes
 def test_bf16_checkpointing_accumulation_and_compile_on_two_processes(
     recipe: Path, tmp_path: Path, sharded: bool
 ) -> None:
+    layers = ["model.num_hidden_layers=2", "model.operators=[[dct, attention], [attention]]"]
     how = ["precision=bf16", "gradient_checkpointing=true", "compile=true", f"fsdp={str(sharded).lower()}"]
     place = f"output_dir={tmp_path / 'run'}"
-    done = torchrun(tmp_path, accumulating(2), *(f"trainer.{each}" for each in [*how, place]))
+    done = torchrun(tmp_path, accumulating(2), *layers, *(f"trainer.{each}" for each in [*how, place]))
     assert done.returncode == 0, done.stderr
     first, *_, last = losses(tmp_path / "run")
     assert last < first - 0.1
