@@ -27,7 +27,7 @@ from jaxtyping import config as jaxtyping_config  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # From here on `import chiaroscuro` compiles the annotations of these rooms into checks: a wrong shape or type in
-# any call that any test makes, and in any value returned, is an error. The library itself checks nothing at run
+# a call, and in any value returned, is an error (see `pytest_runtest_setup`). The library itself checks nothing at run
 # time. The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the
 # config, the recipe and the commands from their annotations, which a checked class breaks.
 UNCHECKED = {"config", "calibration", "loading"}  # built from annotations, or given duck-typed models
@@ -47,6 +47,21 @@ settings.register_profile("dev", deadline=None, max_examples=60, suppress_health
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+_checked: set[str] = set()
+"""Tests of which a case ran with checked annotations."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check annotations in every test of `ops` and `layers`, and elsewhere in one case of each test.
+
+    A small model takes more than twice as long where all of its calls are checked, and another case of a test makes
+    calls of much the same shapes.
+    """
+    test = item.nodeid.split("[")[0]
+    checks = item.path.parent.name in ("ops", "layers") or test not in _checked
+    _checked.add(test)
+    jaxtyping_config.update("jaxtyping_disable", not checks)
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -60,9 +75,10 @@ def shared() -> Path:
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Switch the annotations' checks off, as they are for users: to see the library's own error messages."""
+    before = jaxtyping_config.jaxtyping_disable
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
-    jaxtyping_config.update("jaxtyping_disable", False)
+    jaxtyping_config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture
