@@ -352,7 +352,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def test_tensors_that_are_no_plain_arrays(make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
     weights = theirs()
     path = saved(tmp_path, weights | {"token_emb.weight": make(weights["token_emb.weight"].detach().clone())})
-    assert_refused(r"sparse, quantised, nested or without values: token_emb\.weight", path)
+    # From PyTorch 2.15 on, a nested tensor is not even read with `weights_only=True`.
+    assert_refused(r"sparse, quantised, nested or without values: token_emb\.weight|holds objects beside tensors", path)
 
 
 class Bomb:
