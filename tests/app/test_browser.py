@@ -132,7 +132,7 @@ def test_writing(visitor: Any) -> None:
 def test_measuring(visitor: Any, tmp_path: Path) -> None:
     visitor.get_by_role("tab", name="Measure").click()
     visitor.get_by_role("button", name="Measure speed").click()
-    visitor.get_by_text("Done. Other work").wait_for(timeout=60_000)
+    visitor.get_by_text("Done. Other work").wait_for(timeout=180_000)
     (tmp_path / "text.txt").write_text("the light falls on a wall and what is dark stays dark")
     visitor.locator('input[type="file"]:not([accept])').set_input_files(tmp_path / "text.txt")
     visitor.get_by_text("The beginning of text.txt.").wait_for()
