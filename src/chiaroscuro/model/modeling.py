@@ -384,7 +384,7 @@ class ChiarModel(ChiarPreTrainedModel):
         x = self.norm(x)
         return ChiarModelOutput(
             last_hidden_state=x,
-            **{CACHE: states},
+            **cast(Any, {CACHE: states}),
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             routing=tuple(routings) if output_routing or self.penalises() else None,
             meta_gate=gate if output_routing else None,
