@@ -27,8 +27,8 @@ from jaxtyping import config as jaxtyping_config  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # From here on `import chiaroscuro` compiles the annotations of these rooms into checks: a wrong shape or type in
-# a call, and in any value returned, is an error (see `pytest_runtest_setup`). The library itself checks nothing at run
-# time. The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the
+# a checked call, or in what it returns, is an error (see `pytest_runtest_setup`). The library itself checks nothing at
+# run time. The rooms above take duck-typed models in their tests, and transformers, pydantic and typer build the
 # config, the recipe and the commands from their annotations, which a checked class breaks.
 UNCHECKED = {"config", "calibration", "loading"}  # built from annotations, or given duck-typed models
 _MODEL = Path(__file__).resolve().parents[1] / "src/chiaroscuro/model"
@@ -47,20 +47,15 @@ settings.register_profile("dev", deadline=None, max_examples=60, suppress_health
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-_checked: set[str] = set()
-"""Tests of which a case ran with checked annotations."""
-
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check annotations in every test of `ops` and `layers`, and elsewhere in one case of each test.
+    """Check annotations in all tests of `ops` and `layers`, and elsewhere in the first case of each test.
 
-    A small model takes more than twice as long where all of its calls are checked, and another case of a test makes
-    calls of much the same shapes.
+    A small model takes more than twice as long where all of its calls are checked.
     """
-    test = item.nodeid.split("[")[0]
-    checks = item.path.parent.name in ("ops", "layers") or test not in _checked
-    _checked.add(test)
-    jaxtyping_config.update("jaxtyping_disable", not checks)
+    case = getattr(item, "callspec", None)
+    first = case is None or not any(case.indices.values())
+    jaxtyping_config.update("jaxtyping_disable", not (first or item.path.parent.name in ("ops", "layers")))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs of several processes, by torchrun on gloo, and what they end with."""
+"""Runs of several processes on gloo, by torchrun or its agent, and what they end with."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ else:
 """
 
 
-def torchrun(
+def run_job(
     folder: Path,
     *arguments: str,
     processes: int = 2,
@@ -42,7 +42,7 @@ def torchrun(
     dtype: str = "float32",
     command: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """A job; with `command` started by `torchrun`, without it by its agent."""
+    """Train in several processes: with `command` of `torchrun`, otherwise of its agent, in forks of the script."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if command else []

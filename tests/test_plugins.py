@@ -59,7 +59,7 @@ def chiaroscuro(folder: Path, *arguments: str, path: Path | None = None) -> subp
     )
 
 
-def test_a_module_that_is_named_is_known_to_every_command(folder: Path) -> None:
+def test_a_module_that_is_named_is_known_before_the_command_and_after_it(folder: Path) -> None:
     unknown = chiaroscuro(folder, "train", "recipe.yaml")
     assert unknown.returncode == 2 and "loudness" in unknown.stderr
     trained = chiaroscuro(folder, "--import", "my_router", "train", "recipe.yaml")

@@ -14,9 +14,10 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM
 @pytest.fixture(autouse=True)
 def as_for_users() -> Iterator[None]:
     """Without the annotations' checks: some clients wrap tensors, or build outputs of dictionaries."""
+    before = jaxtyping_config.jaxtyping_disable
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
-    jaxtyping_config.update("jaxtyping_disable", False)
+    jaxtyping_config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -349,11 +349,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     ids=["sparse", "csr", "quantised", "8 bits", "meta", "nested"],
 )
 @pytest.mark.filterwarnings("ignore")  # what PyTorch has to say on such tensors
-def test_tensors_that_are_no_plain_arrays(make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+def test_tensors_that_are_no_plain_arrays(
+    make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     weights = theirs()
     path = saved(tmp_path, weights | {"token_emb.weight": make(weights["token_emb.weight"].detach().clone())})
     # From PyTorch 2.15 on, a nested tensor is not even read with `weights_only=True`.
-    assert_refused(r"sparse, quantised, nested or without values: token_emb\.weight|holds objects beside tensors", path)
+    unread = "|holds objects beside tensors" if request.node.callspec.id == "nested" else ""
+    assert_refused(rf"sparse, quantised, nested or without values: token_emb\.weight{unread}", path)
 
 
 class Bomb:

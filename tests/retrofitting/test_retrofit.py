@@ -299,6 +299,8 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been() -> None:
     wanted = routed(tokens).logits[:, 30:]
     cache = routed(tokens[:, :30], use_cache=True)[CACHE]
     routed(ids(9, 2, 7), **{CACHE: cache})
+    with pytest.raises(UserError, match="negative"):
+        cache.crop(7)
     cache.crop(-7)
     assert cache.get_seq_length() == 30 and cache.layers[1].get_mask_sizes(10) == (40, 0)
     found = routed(tokens[:, 30:], **{CACHE: cache}).logits

@@ -21,7 +21,7 @@ from chiaroscuro.training.initial_weights import fit_batches
 from chiaroscuro.training.objectives import load_objective
 from chiaroscuro.training.streaming import read_notes
 from chiaroscuro.training.trainer import RunTrainer
-from several_processes import NO_DROPOUT, accumulating, losses, tensors, torchrun
+from several_processes import NO_DROPOUT, accumulating, losses, run_job, tensors
 from small_runs import WORDS
 
 
@@ -174,12 +174,12 @@ def test_several_processes_stream_as_one_and_any_number_goes_on(content, tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     several, one = tmp_path / "several", tmp_path / "one"
     place = [f"trainer.output_dir={several}", accumulating(processes)]
-    killed = torchrun(tmp_path, *place, processes=processes, killed_at=7, dtype="float64")
+    killed = run_job(tmp_path, *place, processes=processes, killed_at=7, dtype="float64")
     assert killed.returncode != 0
     notes = read_notes(several / "checkpoint-4")
     assert {lane: max(map(int, noted)) for lane, noted in notes.items()} == dict.fromkeys("0123", 1)  # of 6 rows each
     shutil.copytree(several, tmp_path / "alone")
-    done = torchrun(tmp_path, *place, "--resume", processes=processes, dtype="float64")
+    done = run_job(tmp_path, *place, "--resume", processes=processes, dtype="float64")
     assert done.returncode == 0, done.stderr
     torch.set_default_dtype(torch.float64)
     try:

@@ -14,7 +14,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.training import Recipe, read_records, train
-from several_processes import NO_DROPOUT, accumulating, losses, tensors, torchrun
+from several_processes import NO_DROPOUT, accumulating, losses, run_job, tensors
 
 
 @pytest.mark.slow
@@ -23,15 +23,15 @@ def test_a_job_of_two_processes_is_one_run(content: dict[str, Any], tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     whole, broken = (f"trainer.output_dir={tmp_path / name}" for name in ("whole", "broken"))
 
-    done = torchrun(tmp_path, whole, command=True)
+    done = run_job(tmp_path, whole, command=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 12/12  loss") == 1  # the main process alone speaks
     records = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [record["tokens"] for record in records if record["kind"] == "train"] == [64, 192, 384, 576, 768]
 
-    assert torchrun(tmp_path, broken, killed_at=7).returncode != 0
+    assert run_job(tmp_path, broken, killed_at=7).returncode != 0
     assert not (tmp_path / "broken" / "model").exists()
-    resumed = torchrun(tmp_path, broken, "--resume")
+    resumed = run_job(tmp_path, broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 4 of 12" in resumed.stdout
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken"))
@@ -44,7 +44,7 @@ def test_a_job_of_two_processes_is_one_run(content: dict[str, Any], tmp_path: Pa
     ]
 
     with alone_in(tmp_path / "held"):
-        refused = torchrun(tmp_path, f"trainer.output_dir={tmp_path / 'held'}")
+        refused = run_job(tmp_path, f"trainer.output_dir={tmp_path / 'held'}")
     assert refused.returncode != 0
     assert refused.stderr.count("held is in use: a run or a sweep is at work there") == 2  # both learn it, none waits
     assert not (tmp_path / "held").exists()
@@ -58,7 +58,7 @@ def test_two_processes_distil_as_one_and_draw_one_share(content: dict[str, Any],
     content["trainer"] |= {"batch_size": 2, "log_every": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     two, one = (tmp_path / name for name in ("two", "one"))
-    done = torchrun(tmp_path, f"trainer.output_dir={two}")
+    done = run_job(tmp_path, f"trainer.output_dir={two}")
     assert done.returncode == 0, done.stderr
     train(Recipe.load(tmp_path / "recipe.yaml", [f"trainer.output_dir={one}", "trainer.gradient_accumulation=2"]))
     records = [[r for r in read_records(f / "metrics.jsonl") if r["kind"] == "train"] for f in (two, one)]
@@ -88,7 +88,7 @@ def test_several_processes_learn_as_one(recipe: Path, tmp_path: Path, processes:
     """In float64; in float32 a last bit can send a token elsewhere."""
     several, one = tmp_path / "several", tmp_path / "one"
     place = [f"trainer.output_dir={several}", f"trainer.fsdp={str(sharded).lower()}"]
-    done = torchrun(tmp_path, *place, accumulating(processes), processes=processes, dtype="float64")
+    done = run_job(tmp_path, *place, accumulating(processes), processes=processes, dtype="float64")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1  # the main process alone speaks
     torch.set_default_dtype(torch.float64)
@@ -108,10 +108,10 @@ def test_several_processes_learn_as_one(recipe: Path, tmp_path: Path, processes:
 @pytest.mark.slow
 def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes(recipe: Path, tmp_path: Path) -> None:
     whole, broken, by_one, by_four = (tmp_path / name for name in ("whole", "broken", "by-one", "by-four"))
-    done = torchrun(tmp_path, f"trainer.output_dir={whole}", "trainer.fsdp=true", accumulating(2))
+    done = run_job(tmp_path, f"trainer.output_dir={whole}", "trainer.fsdp=true", accumulating(2), command=True)
     assert done.returncode == 0, done.stderr
     begun = time.monotonic()
-    killed = torchrun(tmp_path, f"trainer.output_dir={broken}", "trainer.fsdp=true", accumulating(2), killed_at=7)
+    killed = run_job(tmp_path, f"trainer.output_dir={broken}", "trainer.fsdp=true", accumulating(2), killed_at=7)
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert time.monotonic() - begun < 60  # the other process does not wait for it
     for copy in (by_one, by_four):
@@ -126,7 +126,7 @@ def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes
     assert {path.name for path in saved.rglob("*.p*t*")} == {"scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert load_checkpoint(str(saved)).config.num_hidden_layers == 3
 
-    resumed = torchrun(tmp_path, f"trainer.output_dir={broken}", "trainer.fsdp=true", accumulating(2), "--resume")
+    resumed = run_job(tmp_path, f"trainer.output_dir={broken}", "trainer.fsdp=true", accumulating(2), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 4 of 12" in resumed.stdout
     ours = tensors(whole)
@@ -137,7 +137,7 @@ def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes
         train(Recipe.load(recipe, [*place, accumulating(2)]), resume=True)
     train(Recipe.load(recipe, [*place, accumulating(1)]), resume=True)
     place = [f"trainer.output_dir={by_four}", "trainer.fsdp=true", accumulating(4)]
-    resumed = torchrun(tmp_path, *place, "--resume", processes=4)
+    resumed = run_job(tmp_path, *place, "--resume", processes=4)
     assert resumed.returncode == 0, resumed.stderr
     assert "2 processes began: steps have the same rows" in resumed.stdout
     for run in (by_one, by_four):
@@ -154,7 +154,7 @@ def test_bf16_checkpointing_accumulation_and_compile_on_two_processes(
     layers = ["model.num_hidden_layers=2", "model.operators=[[dct, attention], [attention]]"]
     how = ["precision=bf16", "gradient_checkpointing=true", "compile=true", f"fsdp={str(sharded).lower()}"]
     place = f"output_dir={tmp_path / 'run'}"
-    done = torchrun(tmp_path, accumulating(2), *layers, *(f"trainer.{each}" for each in [*how, place]))
+    done = run_job(tmp_path, accumulating(2), *layers, *(f"trainer.{each}" for each in [*how, place]))
     assert done.returncode == 0, done.stderr
     first, *_, last = losses(tmp_path / "run")
     assert last < first - 0.1

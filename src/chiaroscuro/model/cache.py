@@ -15,7 +15,7 @@ from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.config import ChiarConfig
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What transformers calls the cache in the forwards and outputs of a model: `cache` from 5.24 on."""
+"""What transformers calls the cache in a model's forward and in its output: `cache` from 5.24 on."""
 
 
 def given_cache(**by_name: Cache | None) -> Cache | None:

@@ -332,7 +332,7 @@ class ChiarModel(ChiarPreTrainedModel):
             output_routing: return what every layer routed where, and the gate.
             output_hidden_states: return the tokens after every layer.
             return_dict: False for a plain tuple.
-            past_key_values: the same as `cache`, by the name that it had before transformers 5.24.
+            past_key_values: the same as `cache`, under the name that it had before transformers 5.24.
             kwargs: what transformers and other libraries pass to every model. `cu_seq_lens_q`, where each document in
                 the one row begins and the last ends, gives the positions if position_ids doesn't. What would change
                 the result and can't be honoured is refused; the rest is ignored.
@@ -574,9 +574,9 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: Cache | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_logits: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> ChiarCausalLMOutput:
         """Run the model and its head.
@@ -597,12 +597,12 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             output_routing: see there.
             output_hidden_states: see there.
             return_dict: see there.
-            past_key_values: see there.
             num_items_in_batch: divide the summed loss by this instead of by the number of this forward's predictions,
                 so that the losses of several forwards of one step add up. It is the number of all labels, as the
                 Trainer counts them; where some are at padding, it is scaled to those that count.
             output_logits: whether to return logits with a loss; by default in evaluation, but not in training. They
                 are always returned without labels, and if the head or `loss_function` was replaced.
+            past_key_values: see there.
             kwargs: `shift_labels`, (B, T): labels that are shifted already, the token that each position is to predict.
                 (It is not in the signature, because the Trainer would then require it in every batch.) Others as in
                 `ChiarModel.forward`.

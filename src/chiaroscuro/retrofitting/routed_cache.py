@@ -63,9 +63,11 @@ class RoutedLayer(CacheLayerMixin):
         """Forget the last tokens; their number is negative, as transformers gives it.
 
         Raises:
-            UserError: more of them than are remembered.
+            UserError: a number above 0, or more of them than are remembered.
 
         """
+        if tokens_to_remove > 0:
+            raise UserError(f"crop({tokens_to_remove}) of a cache: give the number of tokens to remove, negative")
         self.state.crop(-tokens_to_remove)
         self.columns += tokens_to_remove
 
