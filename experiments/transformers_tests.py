@@ -137,8 +137,7 @@ def main() -> int:
             *arguments,
             "--no-header",
             "--tb=no",
-            "-W",
-            "ignore",
+            "--disable-warnings",
             "-k",
             given.only,
         ]
