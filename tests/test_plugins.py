@@ -29,7 +29,7 @@ data: {source: text, sequence_length: 16}
 tokenizer: bpe:300
 trainer: {output_dir: run, steps: 4, warmup_steps: 1, batch_size: 2}
 """
-SWEEP = "{recipe: recipe.yaml, output_dir: runs, seeds: [0], baseline: a, variants: {a: {}}}"
+SWEEP = "{recipe: recipe.yaml, output_dir: runs, seeds: [0], baseline: a, variants: {a: {}, b: {model.router: random}}}"
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,14 @@ def chiaroscuro(folder: Path, *arguments: str, path: Path | None = None) -> subp
     )
 
 
-def test_a_module_that_is_named_is_known_before_the_command_and_after_it(folder: Path) -> None:
+def test_a_module_that_is_named_is_known_to_every_command(folder: Path) -> None:
     unknown = chiaroscuro(folder, "train", "recipe.yaml")
     assert unknown.returncode == 2 and "loudness" in unknown.stderr
     trained = chiaroscuro(folder, "--import", "my_router", "train", "recipe.yaml")
     assert trained.returncode == 0, trained.stderr
-    counted = chiaroscuro(folder, "flops", "run", "--import", "my_router")
-    assert counted.returncode == 0, counted.stderr
+    for arguments in (("info", "run", "--import", "my_router"), ("--import", "my_router", "flops", "run")):
+        found = chiaroscuro(folder, *arguments)
+        assert found.returncode == 0, found.stderr
 
 
 def test_the_runs_of_a_sweep_know_it_too(folder: Path) -> None:

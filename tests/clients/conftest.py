@@ -1,10 +1,7 @@
 """Each of these libraries runs on our models as on any other of transformers'. A test of a missing one is skipped."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from jaxtyping import config as jaxtyping_config
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
@@ -12,12 +9,8 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM
 
 
 @pytest.fixture(autouse=True)
-def as_for_users() -> Iterator[None]:
+def as_for_users(unchecked: None) -> None:
     """Without the annotations' checks: some clients wrap tensors, or build outputs of dictionaries."""
-    before = jaxtyping_config.jaxtyping_disable
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

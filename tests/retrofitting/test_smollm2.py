@@ -53,7 +53,8 @@ def test_fitted_scores_keep_a_needle_that_chance_loses(loaded: tuple[Any, Any]) 
     losses = {"full": loss(loaded[0])}
     for name in ("random", "fitted"):
         model = copy.deepcopy(loaded[0])
-        retrofit(model, attention_share=1.0, kv_share=0.25, kv_router=name, **NEAR)
+        entry: Any = {"fitted": {"heads": 3}} if name == "fitted" else name
+        retrofit(model, attention_share=1.0, kv_share=0.25, kv_router=entry, **NEAR)
         if name == "fitted":
             fit(model, rows, spread=False)
         losses[name] = loss(model)
