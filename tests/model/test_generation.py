@@ -98,6 +98,7 @@ def test_a_cache_that_generation_returned_goes_on(name: str) -> None:
     mask = torch.cat([prompt["attention_mask"], torch.ones(3, NEW + 4, dtype=torch.long)], dim=1)
     both = {"input_ids": ids, "attention_mask": mask}
     onward = generate(model, both, **{name: first[CACHE]})
+    assert onward[CACHE] is first[CACHE]
     assert torch.equal(onward.sequences, generate(model, both, use_cache=False).sequences)
 
 
