@@ -137,6 +137,22 @@ def test_decisions_are_of_the_sides_that_choose(make: Callable[[], Any]) -> None
     assert all(chosen.shape == (TIME,) and 0 < float(chosen.mean()) < 1 for chosen in found["look"].values())
 
 
+def test_shares_of_a_class_by_layer_and_over_all_layers() -> None:
+    """A class is chosen in the first layer alone, wholly; the other one in the second layer, by half."""
+    kinds = ["digit"] * 4 + ["word start"] * 4
+    chosen = {0: torch.tensor([1.0] * 4 + [0.0] * 4), 1: torch.tensor([0.0] * 4 + [1.0, 0.0] * 2)}
+    seed = json.loads(json.dumps(classes.summarise([{"look": chosen}], [kinds])))
+    assert classes._layers({"seeds": {"0": seed}}, "look") == ["0", "1"]
+    found = {"small": {"seeds": {"0": seed, "1": seed}, "agreement": []}}
+    shares = {
+        name: [classes._of_layer(found["small"], "look", layer, name) for layer in ("0", "1")] for name in set(kinds)
+    }
+    assert shares == {"digit": [1.0, 0.0], "word start": [0.0, 0.5]}
+    assert classes._of_layer(found["small"], "look", "0", "newline") is None
+    assert "| small: who looks | 38% | 25% | – | 50% |" in "\n".join(classes.answer(found))
+    assert classes.draw(found).startswith(b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a small model of full attention."""

@@ -1,9 +1,10 @@
 """The pictures of the evidence: one of each question."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
 from chiaroscuro.report.gate_figure import PUBLISHED
@@ -58,18 +59,26 @@ def draw_gain(
     return as_png(figure)
 
 
-def draw_classes(shares: Mapping[str, Mapping[str, float | None]]) -> bytes:
-    """The share of each class of tokens that is chosen, one line of marks for each model and side.
+def draw_classes(
+    shares: Mapping[str, Mapping[str, float | None]],
+    by_layer: Mapping[str, Mapping[str, Sequence[float | None]]],
+) -> bytes:
+    """The share of each class of tokens that is chosen: of all layers, a line of marks, and of each, a map.
 
     Args:
         shares: by model and side, the share of each class; None where there is no such token.
+        by_layer: by model and side, those of each layer.
 
     Returns:
         A PNG.
 
     """
-    figure = new_figure(8.0, 0.9 + 0.42 * len(shares))
-    axes = figure.subplots()
+    columns = 2
+    rows = -(-len(by_layer) // columns)
+    heights = (0.9 + 0.42 * len(shares), 1.35 * rows + 0.3)
+    figure = new_figure(9.0, sum(heights))
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    axes = above.subplots()
     classes = list(next(iter(shares.values())))
     for n, name in enumerate(classes):
         values = [own[name] for own in shares.values()]
@@ -83,7 +92,21 @@ def draw_classes(shares: Mapping[str, Mapping[str, float | None]]) -> bytes:
     axes.set_xlabel("chosen, of the tokens of a class", color=INK, fontsize=9)
     axes.grid(axis="both", color=GRID, linewidth=0.6)
     quieten(axes, ["top", "right", "left"])
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    above.legend(frameon=False, fontsize=8, loc="outside right center")
+    panels = below.subplots(rows, columns, squeeze=False).flatten()
+    for panel, (name, own) in zip(panels, by_layer.items(), strict=False):
+        known = {one: [math.nan if share is None else share for share in row] for one, row in own.items()}
+        drawn = {one: row for one, row in known.items() if not all(math.isnan(share) for share in row)}
+        image = panel.imshow(list(drawn.values()), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        panel.set_yticks(range(len(drawn)), list(drawn))
+        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        panel.set_title(name, color=INK, fontsize=9, loc="left")
+        quieten(panel)
+    for panel in panels[len(by_layer) :]:
+        panel.set_axis_off()
+    panels[len(by_layer) - 1].set_xlabel("layer", color=INK, fontsize=9)
+    bar = below.colorbar(image, ax=panels, format=PercentFormatter(1.0, decimals=0), shrink=0.6, label="chosen")
+    bar.ax.tick_params(labelsize=8, colors=INK)
     return as_png(figure)
 
 

@@ -141,11 +141,14 @@ def _agreement(
 
 def draw(found: Mapping[str, Any]) -> bytes:
     """The picture."""
-    bars = {}
+    shares: dict[str, dict[str, float | None]] = {}
+    by_layer: dict[str, dict[str, list[float | None]]] = {}
     for name, model in found.items():
         for side in _sides(model):
-            bars[f"{name}: {SIDES[side]}"] = {one: _mean(model, side, "classes", one) for one in CLASSES}
-    return draw_classes(bars)
+            title, layers = f"{name}: {SIDES[side]}", _layers(model, side)
+            shares[title] = {one: _mean(model, side, "classes", one) for one in CLASSES}
+            by_layer[title] = {one: [_of_layer(model, side, i, one) for i in layers] for one in CLASSES}
+    return draw_classes(shares, by_layer)
 
 
 def answer(found: Mapping[str, Any]) -> list[str]:
@@ -156,7 +159,8 @@ def answer(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "The share of each class of tokens that is chosen, the mean over layers and seeds. "
         + (f"Two seeds choose the same tokens of a layer as often as chance would, times: {said}." if said else "")
-        + " A share of a quarter that two seeds agree on wholly would be 4 times chance.",
+        + " A share of a quarter that two seeds agree on wholly would be 4 times chance. The maps in the picture "
+        "have the shares by layer.",
         "",
         "| | all | " + " | ".join(CLASSES) + " | first eighth of a row | last eighth | layers, from first to last |",
         "| --- |" + " --- |" * (len(CLASSES) + 4),
@@ -166,8 +170,7 @@ def answer(found: Mapping[str, Any]) -> list[str]:
             cells = [_percent(estimate([seed[side]["share"] for seed in model["seeds"].values()]).mean)]
             cells += [_percent(_mean(model, side, "classes", one)) for one in CLASSES]
             cells += [_percent(_mean(model, side, "positions", place)) for place in (0, PARTS - 1)]
-            layers = next(iter(model["seeds"].values()))[side]["layers"]
-            cells.append(" ".join(_percent(_mean(model, side, "layers", i)) for i in layers))
+            cells.append(" ".join(_percent(_mean(model, side, "layers", i)) for i in _layers(model, side)))
             lines.append(f"| {name}: {SIDES[side]} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -175,6 +178,17 @@ def answer(found: Mapping[str, Any]) -> list[str]:
 def _sides(model: Mapping[str, Any]) -> list[str]:
     first = next(iter(model["seeds"].values()))
     return [side for side in SIDES if side in first]
+
+
+def _layers(model: Mapping[str, Any], side: str) -> list[str]:
+    return list(next(iter(model["seeds"].values()))[side]["layers"])
+
+
+def _of_layer(model: Mapping[str, Any], side: str, layer: str, name: str) -> float | None:
+    """The share of a class in a layer, the mean over the seeds."""
+    values = [seed[side]["classes by layer"][layer].get(name) for seed in model["seeds"].values()]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _mean(model: Mapping[str, Any], side: str, what: str, key: Any) -> float | None:
