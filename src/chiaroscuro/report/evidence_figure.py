@@ -77,7 +77,7 @@ def draw_classes(
     rows = -(-len(by_layer) // columns)
     heights = (0.9 + 0.42 * len(shares), 1.35 * rows + 0.3)
     figure = new_figure(9.0, sum(heights))
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flatten()
     axes = above.subplots()
     classes = list(next(iter(shares.values())))
     for n, name in enumerate(classes):
