@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError
 from chiaroscuro.model.calibration import calibrate
+from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 
 VOCABULARY = 50
 MENUS: list[list[Any]] = [
@@ -214,15 +215,31 @@ def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
     assert cache.numbers_kept() == 2 * 2 * 4 * (4 + 2 + kept)
 
 
+@pytest.mark.parametrize("sinks", [0, LONGEST_WINDOW])
+def test_the_longest_window_sees_everything(sinks: int) -> None:
+    """Places of three rows on one line, each as far from the next as the window is long."""
+    longest = build([["local", "attention"]], attention_context="kept", window=LONGEST_WINDOW, sinks=sinks)
+    whole = build([["local", "attention"]], attention_context="kept", window=64)
+    ids = ids_of(3, 30, 3)
+    expected = whole(input_ids=ids).logits
+    torch.testing.assert_close(longest(input_ids=ids).logits, expected)
+    cache = ChiarCache(longest.config)
+    parts = [longest(input_ids=part, cache=cache, use_cache=True).logits for part in (ids[:, :7], ids[:, 7:])]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+    newest = longest(input_ids=ids[:, :1], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(newest, whole(input_ids=torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:])
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"menus": [["local"]], "window": None}, "'local' without a window"),
-        ({"window": 0}, "window=0: must be a positive whole number"),
+        ({"window": 0}, "window=0: must be a whole number of tokens from 1 to 2147483647"),
+        ({"window": 2**31}, "window=2147483648: must be a whole number of tokens from 1 to 2147483647"),
         ({"window": 2.5}, "window=2.5"),
         ({"window": True}, "window=True"),
-        ({"sinks": -1}, "sinks=-1"),
+        ({"sinks": -1}, "sinks=-1: must be a whole number of tokens from 0 to 2147483647"),
         ({"window": None, "menus": [["attention"]], "sinks": 2}, "sinks=2 without a window"),
         ({"attention_context": "far"}, "choose one of all, routed, kept"),
         ({"kv_share": 1.5}, "kv_share=1.5: must be a number from 0 to 1"),

@@ -18,7 +18,7 @@ from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
 from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
-from chiaroscuro.ops.reach_attention import reach_mask
+from chiaroscuro.ops.reach_attention import LONGEST_WINDOW, reach_mask
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,19 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         check_attention_context(self.attention_context)
-        if self.window is not None and (
-            isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1
-        ):
-            raise UserError(f"window={self.window!r}: must be a positive whole number of tokens, or left out for none")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise UserError(f"sinks={self.sinks!r}: must be a whole number of tokens, 0 or more")
+        if self.window is not None and not _is_whole(self.window, 1, LONGEST_WINDOW):
+            raise UserError(
+                f"window={self.window!r}: must be a whole number of tokens from 1 to {LONGEST_WINDOW}, or left out for "
+                "none"
+            )
+        if not _is_whole(self.sinks, 0, LONGEST_WINDOW):
+            raise UserError(f"sinks={self.sinks!r}: must be a whole number of tokens from 0 to {LONGEST_WINDOW}")
         if self.sinks and self.window is None:
             raise UserError(f"sinks={self.sinks} without a window: set window too, or drop sinks")
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
             optional = name != "num_attention_heads"
-            if not (optional and value is None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
+            if not (optional and value is None) and not _is_whole(value, 1):
                 raise UserError(f"{name}={value!r}: must be a positive whole number")
         if not isinstance(self.bias, bool):
             raise UserError(f"bias={self.bias!r}: must be true or false")
@@ -370,6 +369,11 @@ class SelfAttention(Operator):
             frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
+
+
+def _is_whole(value: Any, least: int, most: int | None = None) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and least <= value and (most is None or value <= most)
 
 
 def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Count:

@@ -33,6 +33,9 @@ from chiaroscuro.ops.packed_attention import (
 SPAN = 64
 """Queries of a tile of `Spans`."""
 
+LONGEST_WINDOW = 2**31 - 1
+"""Places of all rows lie on one line, a window apart: longer ones, times the rows, would leave 64 bits."""
+
 PAIRS = 2**22
 """Pairs of a head's query and key that `gains_of_pairs` holds at a time."""
 

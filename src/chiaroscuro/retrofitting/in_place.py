@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.registry import Entry, split_entry
+from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import RoutedAttention
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules, install, routed_class
 
@@ -218,8 +219,8 @@ def _layers(given: Any, modules: Mapping[int, nn.Module], able: list[int], model
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={value!r}: must be a whole number of tokens, {least} or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LONGEST_WINDOW:
+        raise UserError(f"{name}={value!r}: must be a whole number of tokens from {least} to {LONGEST_WINDOW}")
     return value
 
 
