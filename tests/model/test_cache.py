@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import LENGTH, PRESETS, ROUTERS, WIDTH, Switches, build, shrunk, tokens
+from small_models import LENGTH, PRESETS, ROUTERS, VOCABULARY, WIDTH, Switches, build, shrunk, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, set_seed
@@ -229,6 +229,29 @@ def test_crop_forgets_the_last_tokens(context: str) -> None:
     assert cache.numbers_kept() == filled(model, ids[:, :5]).numbers_kept()
     wanted = model(torch.cat([ids[:, :5], other], dim=1), use_cache=False).logits[:, 5:]
     torch.testing.assert_close(continued(model, cache, other), wanted, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"operators": [["dct", "attention"], ["attention"]]},  # the causal MetaRouter refuses
+        {"operators": [["attention"], ["conv"]], "meta_router": "none"},
+        {"operators": [["attention"], ["local"]], "meta_router": "none", "window": 4},
+    ],
+)
+def test_a_crop_that_is_refused_leaves_the_cache_as_it_was(fields: dict[str, Any]) -> None:
+    """The first layer could be cropped."""
+    config = ChiarConfig(
+        **fields, hidden_size=16, num_attention_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256
+    )
+    model, ids = build(config), tokens(0, 1, 100)
+    cache = ChiarCache(config)
+    continued(model, cache, ids[:, :99])
+    with pytest.raises(UserError, match="crop of 80 tokens"):
+        cache.crop(-80)
+    assert cache.get_seq_length() == 99
+    wanted = model(ids, use_cache=False).logits[:, 99:]
+    torch.testing.assert_close(continued(model, cache, ids[:, 99:]), wanted, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("wrong", [3, -9])
@@ -585,10 +608,17 @@ UNCACHEABLE = {
     "batch": shrunk("small", meta_router="batch"),
     "sequence": shrunk("small", meta_router="sequence"),
     "rbf": shrunk("v1-three-operator", rbf_causal=False),
+    "dense": ChiarConfig(
+        operators=[["rbf", "attention"]],
+        **{"window": 4, "attention_context": "routed", "execution": "dense", "meta_router": "none"},
+        **{"hidden_size": 16, "num_attention_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 32},
+    ),
 }
 
 
-@pytest.mark.parametrize(("name", "reason"), [("batch", "meta_router"), ("sequence", "meta_router"), ("rbf", "rbf")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("batch", "meta_router"), ("sequence", "meta_router"), ("rbf", "rbf"), ("dense", "dense")]
+)
 @pytest.mark.usefixtures("unchecked")
 def test_asking_for_a_cache_where_there_can_be_none(name: str, reason: str) -> None:
     config = UNCACHEABLE[name]

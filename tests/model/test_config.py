@@ -350,6 +350,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": "llama3"}, "rope_parameters='llama3'"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral'.*known are"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*'factor' is missing"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters=.*frequencies that are no finite"),
+    ({"router": {"random": {"router_seed": "a"}}}, "router_seed='a': must be a whole number from 0"),
+    ({"router": {"permuted": {"router_seed": -1}}}, "router_seed=-1: must be a whole number from 0"),
     ({"operators": [[D], [D, {"attention": {"heads": 2}}], [A]]}, r"operators\[1\].*unknown option heads=2"),
     (
         {"operators": [[D], [D, {"attention": {"num_attention_heads": 3}}], [A]]},

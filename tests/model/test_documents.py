@@ -85,6 +85,10 @@ def test_what_can_not_keep_documents_apart_says_so() -> None:
     with pytest.raises(UserError, match="holds several documents, which a cache can't continue"):
         model(ids, position_ids=positions, cache=ChiarCache(model.config))
     assert getattr(model(ids, position_ids=positions), CACHE) is None  # nobody asked for a cache
+    for mask in (None, torch.ones(1, 16)):
+        begun = getattr(model(ids, use_cache=True, attention_mask=None if mask is None else mask[:, :8]), CACHE)
+        with pytest.raises(UserError, match="holds several documents, which a cache can't continue"):
+            model(ids, position_ids=positions + 8 - 8 * (positions < 2), cache=begun, attention_mask=mask)
     pooled = build(shrunk("small", meta_router="sequence"))
     with pytest.raises(UserError, match="meta_router='sequence' pools over rows"):
         pooled(ids, position_ids=positions)

@@ -210,6 +210,12 @@ def test_a_plain_tuple(by_config: bool) -> None:
         ({"input_ids": tokens(0, 1, 49)}, "49 tokens, but max_position_embeddings=48"),
         ({"input_ids": tokens(0), "attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
         ({"input_ids": tokens(0), "attention_mask": torch.ones(1, 1, 12, 12)}, r"attention_mask has shape"),
+        ({"input_ids": tokens(0)[0]}, r"input_ids of shape \(12,\) and dtype torch.int64"),
+        ({"input_ids": tokens(0).float()}, r"input_ids of shape \(2, 12\) and dtype torch.float32"),
+        ({"input_ids": tokens(0), "position_ids": torch.arange(5)[None]}, r"position_ids of shape \(1, 5\): need"),
+        ({"input_ids": tokens(0), "position_ids": torch.arange(12)}, r"position_ids of shape \(12,\): need \(2, 12\)"),
+        ({"input_ids": tokens(0), "labels": tokens(0) + VOCABULARY}, f"labels from .*vocab_size={VOCABULARY}"),
+        ({"input_ids": tokens(0), "labels": tokens(0) - 200}, "labels from -.*need token ids or -100"),
     ],
     ids=[
         "nothing",
@@ -220,6 +226,12 @@ def test_a_plain_tuple(by_config: bool) -> None:
         "too long",
         "short mask",
         "mask of four axes",
+        "one axis",
+        "floats",
+        "short positions",
+        "positions of one axis",
+        "label too large",
+        "label too small",
     ],
 )
 def test_impossible_arguments(arguments: dict[str, Any], complaint: str) -> None:

@@ -215,6 +215,13 @@ def test_the_cache_holds_the_window_the_sinks_and_the_kept() -> None:
     assert cache.numbers_kept() == 2 * 2 * 4 * (4 + 2 + kept)
 
 
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_batch_without_rows(execution: str, use_cache: bool) -> None:
+    model = build([["local", "attention"], ["local"]], attention_context="kept", execution=execution)
+    assert model(input_ids=ids_of(2, 9, 0)[:0], use_cache=use_cache).logits.shape == (0, 9, VOCABULARY)
+
+
 @pytest.mark.parametrize("sinks", [0, LONGEST_WINDOW])
 def test_the_longest_window_sees_everything(sinks: int) -> None:
     """Places of three rows on one line, each as far from the next as the window is long."""

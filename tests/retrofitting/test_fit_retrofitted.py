@@ -198,6 +198,13 @@ def test_a_model_that_is_fitted_again_forgets_the_first_fit() -> None:
         ({}, [torch.zeros(4), torch.zeros(4)], "every batch needs input_ids"),
         ({}, [{"labels": ids(1)}] * 2, "every batch needs input_ids"),
         ({}, [ids(1) + VOCABULARY] * 2, "a token outside the vocabulary, vocab_size=61"),
+        ({}, None, "batches=None: give a list"),
+        ({}, [[1, 2, 3]] * 2, "every batch needs input_ids"),
+        ({}, [ids(1)[:0]] * 2, "every batch needs input_ids"),
+        ({}, [{"input_ids": ids(1), "labels": ids(1)[:, :4]}] * 2, "labels of shape .*: must be alike"),
+        ({}, [{"input_ids": ids(1), "attention_mask": torch.ones(1, 4)}] * 2, "attention_mask of shape"),
+        ({}, [{"input_ids": ids(1), "attention_mask": torch.zeros_like(ids(1))}] * 2, "nothing to predict"),
+        ({}, [ids(1), {"input_ids": ids(1), "labels": torch.full_like(ids(1), -100)}], "that are held out there is"),
         ({}, [ids(1, 1, 20)] * 2, "tokens with a target to fit 32 features on"),
         ({"kept": 0.001}, batches(0, 3, 2, 40), "are held out, too few for a share of 0.001"),
     ],
@@ -223,6 +230,12 @@ def test_a_side_that_is_not_named_takes_its_own_share_and_another_router_stays()
     two = routed(kv_router={"fitted": {"hidden": 4}}, attention_share=1.0)
     fit(two, answers(two, batches()), spread=False)
     assert two.reaches[0].kept.options.hidden == 4
+
+
+@torch.inference_mode()
+def test_in_inference_mode_there_are_no_gradients() -> None:
+    with pytest.raises(UserError, match=r"call it outside torch.inference_mode\(\)"):
+        fit(routed(), batches())
 
 
 def test_nothing_to_fit() -> None:

@@ -4,11 +4,13 @@ Oracle: the original model, whole; or with masks written out by what the routed 
 """
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,9 +386,26 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     wanted = {name: gradient.clone() for name, gradient in gradients(routed).items()}
     routed.zero_grad()
     routed.gradient_checkpointing_enable()
-    routed(input_ids=tokens, labels=tokens).loss.backward()
+    loss = routed(input_ids=tokens, labels=tokens).loss
+    routed(input_ids=ids(11, 2, 20))  # of other tokens, whose draws are others, before the layers run again
+    loss.backward()
     for name, gradient in gradients(routed).items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str) -> None:
+    """What is rotated comes in float32, values in bfloat16: as SDPA, routed attention takes all in bfloat16."""
+    model, tokens = build(family), ids(1)
+    routed = routed_copy(model, **ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, found = (m(input_ids=tokens, labels=tokens) for m in (model, routed))
+        half = routed_copy(model, **HALF)
+        half(input_ids=tokens, labels=tokens).loss.backward()
+        cached = half.generate(tokens, max_new_tokens=3, do_sample=False)
+    assert found.logits.dtype == wanted.logits.dtype
+    torch.testing.assert_close(found.logits, wanted.logits, atol=0.1, rtol=0.1)
+    assert cached.shape[1] == tokens.shape[1] + 3 and all(g.isfinite().all() for g in gradients(half).values())
 
 
 def test_lora_trains_it(tmp_path: Path) -> None:
@@ -531,6 +550,10 @@ def quantised() -> Any:
     return model
 
 
+def quantised_by_torch() -> Any:
+    return torch.ao.quantization.quantize_dynamic(build(), {torch.nn.Linear}, dtype=torch.qint8)
+
+
 def twice() -> Any:
     model = build()
     retrofit(model, **ALL)
@@ -542,14 +565,15 @@ def twice() -> Any:
     [
         (lambda: torch.nn.Linear(2, 2), {}, "takes a causal language model of transformers, not a Linear"),
         (encoder, {}, "predicts no next token"),
-        (bert, {}, "predicts no next token|rotary|attention modules of the kind"),
+        (bert, {}, "BertLMHeadModel sees the future: a retrofit needs a causal decoder"),
         (encoder_decoder, {}, "an encoder and a decoder"),
         (alibi, {}, "attention modules of the kind"),
         (learned_positions, {}, "rotary|predicts no next token|attention modules of the kind"),
         (sinks, {}, "learned attention sinks"),
         (latent, {}, "latent keys and values"),
-        (own_windows, {}, "every layer of this MistralForCausalLM has a sliding window of its own .16 tokens."),
+        (own_windows, {}, "every layer of this MistralForCausalLM has a window or chunks of its own"),
         (quantised, {}, "is quantised: load it without"),
+        (quantised_by_torch, {}, "are without weights, as after torch's quantisation"),
         (twice, {}, "retrofitted already"),
         (build, {"window": 0}, "window=0: must be a whole number of tokens from 1 to 2147483647"),
         (build, {"window": 2**70}, "window=1180591620717411303424: must be a whole number of tokens from 1 to"),
@@ -562,11 +586,12 @@ def twice() -> Any:
         (build, {"layers": [0, 0]}, "name at least one, and each once"),
         (build, {"layers": []}, "name at least one"),
         (build, {"layers": "all"}, "layers='all': give the numbers of layers"),
-        (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a sliding window of its own"),
+        (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a window or chunks of its own"),
         (build, {"kv_router": "best"}, "unknown router 'best'"),
         (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
         (build, {"router": {"fitted": {"heads": 4}}}, "the model has 2 key-value heads"),
         (build, {"router": "soft"}, "needs a router by a score"),
+        (build, {"router": {"random": {"router_seed": "a"}}}, "router_seed='a': must be a whole number"),
         (build, {"kv_router": "learned"}, "scales what it routes"),
     ],
 )
@@ -668,12 +693,31 @@ def test_caches_that_can_not_be_routed() -> None:
     model = build()
     routed, tokens = routed_copy(model, **HALF), ids(1)
     begun = model(tokens, use_cache=True)[CACHE]
+    other = routed_copy(model, window=7, **HALF)(tokens, use_cache=True)[CACHE]
     for cache, complaint in (
         (StaticCache(config=model.config, max_cache_len=64), "can't use a StaticLayer"),
         (begun, "this cache was begun without routing"),
+        (other, "begun with window=7, sinks=1, and layer 0 has window=6, sinks=1"),
     ):
         with pytest.raises(UserError, match=complaint):
             routed(tokens, **{CACHE: cache})
+    with pytest.raises(UserError, match="begun by a routed model, and this one is not"):
+        model(tokens[:, :1], **{CACHE: routed(tokens, use_cache=True)[CACHE]})
+
+
+@torch.no_grad()
+def test_a_cache_that_only_the_first_layers_could_crop_is_not_gone_on_with() -> None:
+    """transformers crops layer after layer, and the first one, which is not routed, can always be cropped."""
+    routed, tokens = routed_copy(build(), layers=[1, 2], **HALF), ids(1, 1, 100)
+    cache = routed(tokens, use_cache=True)[CACHE]
+    with pytest.raises(UserError, match="the last 64 alone are remembered"):
+        cache.crop(-80)
+    with pytest.raises(UserError, match="layer 1 of this cache holds 100 tokens and the first one 20"):
+        routed(tokens[:, :1], **{CACHE: cache})
+    cache = routed(tokens, use_cache=True)[CACHE]
+    cache.crop(-100)
+    found = routed(tokens[:, :9], **{CACHE: cache}).logits
+    torch.testing.assert_close(found, routed(tokens[:, :9]).logits)
 
 
 @torch.no_grad()
@@ -683,8 +727,46 @@ def test_masks_that_can_not_be_honoured() -> None:
     holes[0, 0, 15, 4] = False
     with pytest.raises(UserError, match="hides tokens in another way"):
         routed(tokens, attention_mask=holes)
+    bias = torch.zeros(1, 1, 20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(routed(tokens, attention_mask=bias).logits, routed(tokens).logits)
+    for number in (0.5, -2.0):
+        bias[0, 0, 15, 4] = number
+        with pytest.raises(UserError, match="adds a bias to some scores"):
+            routed(tokens, attention_mask=bias.clone())
     with pytest.raises(UserError, match="output_attentions"):
         routed(tokens, output_attentions=True)
+    routed.config._attn_implementation = "eager"
+    routed.config.output_attentions = True
+    with pytest.raises(UserError, match="output_attentions"):
+        routed(tokens)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = build()
+    retrofit(model, **HALF | {"window": np.int64(6), "kv_share": np.float32(0.5), "layers": np.arange(2)})
+    said = model.config.chiaroscuro
+    assert (said["window"], said["layers"], said["kv_share"]) == (6, [0, 1], 0.5)
+    assert {type(said["window"]), type(said["layers"][0])} == {int} and type(said["kv_share"]) is float
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"window": 0}, "window=0: must be a whole number"),
+        ({"kv_share": 3}, "kv_share=3: must be a number from 0 to 1"),
+        ({"layers": [9]}, "layers=.9.: the model has the layers 0 to 2"),
+        ({"kv_spread": [1.0]}, "kv_spread=.1.0.: give a weight, 0 or more, for each of the 3 routed layers"),
+        ({"sinks": None}, "chiaroscuro in the configuration lacks sinks"),
+    ],
+)
+def test_a_config_that_was_edited_by_hand(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    routed_copy(build(), **HALF).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    said = content["chiaroscuro"] | changes
+    content["chiaroscuro"] = {name: value for name, value in said.items() if name != "sinks" or value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_names_are_there() -> None:

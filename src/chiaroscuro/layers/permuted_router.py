@@ -1,7 +1,6 @@
 """H of shuffled features: if it routes as well as H, the order of the feature axis carries nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +9,9 @@ from torch import Tensor
 
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Work
-from chiaroscuro.layers.router import ScoreOptions, ScoreRouter
+from chiaroscuro.layers.router import ScoreRouter, SeededOptions
 from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.ops import spectral_entropy
-
-
-@dataclass(frozen=True)
-class PermutedOptions(ScoreOptions):
-    """Options of a router by a score, and `router_seed`, of the permutation."""
-
-    router_seed: int = 0
 
 
 class PermutedRouter(ScoreRouter):
@@ -28,7 +20,7 @@ class PermutedRouter(ScoreRouter):
     White noise stays white noise, so the null and an uncalibrated layer's thresholds are those of H.
     """
 
-    Options = PermutedOptions
+    Options = SeededOptions
     permutation: Tensor
 
     def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:

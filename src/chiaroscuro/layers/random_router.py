@@ -1,7 +1,6 @@
 """Routing by chance: what any score that means something has to beat."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,16 +8,9 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.router import ScoreOptions, ScoreRouter
+from chiaroscuro.layers.router import ScoreRouter, SeededOptions
 
 _32_BITS = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class RandomOptions(ScoreOptions):
-    """Options of a router by a score, and `router_seed`, of the draw."""
-
-    router_seed: int = 0
 
 
 class RandomRouter(ScoreRouter):
@@ -28,7 +20,7 @@ class RandomRouter(ScoreRouter):
     position counts real tokens, as everywhere, so padding changes nothing either.
     """
 
-    Options = RandomOptions
+    Options = SeededOptions
     scores_entropy = False
     reads_entropy = False
 

@@ -240,21 +240,25 @@ class ReachState(OperatorState):
         self.rows = len(index)
         self._measure()
 
+    def check_crop(self, tokens: int) -> None:
+        """Raise a UserError where more tokens are to be cropped than are remembered."""
+        if self.begun and tokens > self._undoable:
+            raise UserError(
+                f"crop of {tokens} tokens, but of what left a window the last {REMEMBERED} alone are remembered, and "
+                f"{self._undoable} of them are left: start a new cache"
+            )
+
     @torch.no_grad()
     def crop(self, tokens: int) -> None:
         """Forget the last tokens: what had left the window for them comes back from what is remembered.
 
         Raises:
-            UserError: more of them than are remembered.
+            UserError: see `check_crop`.
 
         """
         if not self.begun or tokens == 0:
             return
-        if tokens > self._undoable:
-            raise UserError(
-                f"crop of {tokens} tokens, but of what left a window the last {REMEMBERED} alone are remembered, and "
-                f"{self._undoable} of them are left: start a new cache"
-            )
+        self.check_crop(tokens)
         self._undoable -= tokens
         self._wake()
         columns, seen = self._columns(), self.seen

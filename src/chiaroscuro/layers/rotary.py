@@ -1,6 +1,7 @@
 """Rotary angles by transformers' `rope_parameters`, the scaled kinds included."""
 
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ def frequencies_of(
         length: of the sequence, cached tokens included, on which some types depend.
 
     Raises:
-        UserError: transformers doesn't know the type, or the type needs a parameter that is missing.
+        UserError: transformers doesn't know the type, or the type needs a parameter that is missing or another.
 
     """
     kind = parameters.get("rope_type", "default")
@@ -64,4 +65,6 @@ def _frequencies(parameters: str, head_width: int, longest: int, length: int) ->
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"rope_parameters={given}: {reason}") from None
+    if not bool(frequencies.isfinite().all()) or not math.isfinite(factor):
+        raise UserError(f"rope_parameters={given}: give frequencies that are no finite numbers")
     return frequencies.float(), float(factor)

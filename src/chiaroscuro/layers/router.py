@@ -118,6 +118,23 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True)
+class SeededOptions(ScoreOptions):
+    """Options of a router by a score that draws something.
+
+    Attributes:
+        router_seed: of the draw.
+
+    """
+
+    router_seed: int = 0
+
+    def __post_init__(self) -> None:
+        seed = self.router_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"router_seed={seed!r}: must be a whole number from 0 to 2³² − 1")
+
+
+@dataclass(frozen=True)
 class HeadOptions(ScoreOptions):
     """Options of a router by a score that can give several: `heads`, one for each key-value head.
 

@@ -231,6 +231,8 @@ class SelfAttention(Operator):
         return seen.repeat_interleave(self.heads // seen.shape[1], 1) if seen.shape[1] > 1 else seen
 
     def _mix_packed_near_and_far(self, x: Tensor, tokens: PackedTokens, context: Context) -> Tensor:
+        if len(x) == 0:  # a batch without rows
+            return x.flatten(0, 1)
         state: ReachState | None = context.state
         if state is not None and len(tokens) == len(x) and state.continues(x, context):
             return self._mix_newest(x, context)

@@ -85,17 +85,21 @@ class LastTokens(OperatorState):
         if self.real is not None:
             self.real = self.real[rows.to(self.real.device)]
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last tokens.
-
-        Raises:
-            UserError: more of them than are remembered.
-
-        """
+    def check_crop(self, tokens: int) -> None:
+        """Raise a UserError where more tokens are to be cropped than are remembered."""
         if tokens > self.remembered:
             raise UserError(
                 f"crop of {tokens} tokens, but a convolution keeps the last {REMEMBERED} alone: start a new cache"
             )
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            UserError: see `check_crop`.
+
+        """
+        self.check_crop(tokens)
         self.remembered -= tokens
         plain = min(tokens, self.unpadded)
         self.end, self.unpadded, rest = self.end - plain, self.unpadded - plain, tokens - plain

@@ -38,6 +38,14 @@ class OperatorState(ABC):
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows, in this order; a row may be repeated. The index may lie on another device."""
 
+    def check_crop(self, tokens: int) -> None:
+        """Raise a UserError where `crop` of so many tokens can't be had, and change nothing.
+
+        A cache asks all of its states before it crops the first one.
+        """
+        if not self.croppable:
+            raise UserError("this cache holds the state of an operator that can't be cropped: start a new one")
+
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every row."""
         raise NotImplementedError(f"{type(self).__name__} cannot be cropped")

@@ -102,18 +102,22 @@ class RunningSums(OperatorState):
         """Keep these rows, in this order."""
         self.parts = [(sums[rows.to(sums.device)], counts[rows.to(counts.device)]) for sums, counts in self.parts]
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last tokens.
-
-        Raises:
-            UserError: more of them than are remembered.
-
-        """
+    def check_crop(self, tokens: int) -> None:
+        """Raise a UserError where more tokens are to be cropped than are remembered."""
         if tokens >= sum(count.shape[1] for _, count in self.parts):
             raise UserError(
                 f"crop of {tokens} tokens, but the causal MetaRouter keeps the sums of the last {REMEMBERED} alone: "
                 "start a new cache"
             )
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            UserError: see `check_crop`.
+
+        """
+        self.check_crop(tokens)
         while tokens:
             sums, counts = self.parts.pop()
             kept = max(0, counts.shape[1] - tokens)
@@ -193,17 +197,18 @@ class ChiarCache(Cache):
         """Forget the last tokens; `tokens_to_remove` is negative, as in transformers.
 
         Raises:
-            UserError: an operator's state can't be cropped, or there are not as many tokens.
+            UserError: an operator's state can't be cropped, or not by so many tokens, or there are not as many. The
+                cache is then as it was.
 
         """
-        if not self.is_croppable:
-            raise UserError("this cache holds the state of an operator that can't be cropped: start a new one")
         if not -self.tokens_seen <= tokens_to_remove <= 0:
             raise UserError(
                 f"crop({tokens_to_remove}) of a cache of {self.tokens_seen} tokens: give the number to remove, negative"
             )
         if tokens_to_remove == -self.tokens_seen:
             return self.reset()
+        for state in self._all():
+            state.check_crop(-tokens_to_remove)
         for state in self._all():
             state.crop(-tokens_to_remove)
         self.tokens_seen += tokens_to_remove

@@ -6,7 +6,7 @@ The running calibration, which follows the data while a model trains, is the mod
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, ScoreRouter
+from chiaroscuro.model.batches import Batch, checked_batches, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import ChiarPreTrainedModel
 from chiaroscuro.ops import spectral_entropy
@@ -30,7 +31,7 @@ PAPER_PERCENTILES = (33.0, 67.0)
 @torch.no_grad()
 def calibrate(
     model: ChiarPreTrainedModel,
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Batch],
     share: float | None = None,
     kv_share: float | None = None,
 ) -> dict[int, list[float]]:
@@ -66,7 +67,7 @@ def calibrate(
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
     layers, keeping = model.thresholds(), model.kv_thresholds()
     with evaluation_mode(model):
-        states = [embed_batch(model, batch) for batch in batches]
+        states = [embed_batch(model, batch) for batch in checked_batches(batches)]
         if not states:
             raise UserError("calibrate got no batches: give at least one with some tokens")
         masks = [context.attention_mask for _, context, _ in states]
@@ -92,18 +93,16 @@ def calibrate(
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
 
 
-def embed_batch(model: ChiarPreTrainedModel, batch: Tensor | Mapping[str, Any]) -> State:
+def embed_batch(model: ChiarPreTrainedModel, batch: Batch) -> State:
     """The input of layer 0 for one batch: tokens, what the layers know about them, and the MetaRouter's gate.
 
     Raises:
-        UserError: it has no `input_ids` of shape (B, T), or such that the model can't read.
+        UserError: its `input_ids` are such that the model can't read.
 
     """
-    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    ids, mask = fields.get("input_ids"), fields.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
-    ids, base = ids.to(model.device), model.trunk
+    fields = fields_of(batch)
+    ids, mask = fields["input_ids"].to(model.device), fields.get("attention_mask")
+    base = model.trunk
     x = base.embed(ids)
     context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
     return x, context, base.gate(x, context)

@@ -590,15 +590,11 @@ class ChiarConfig(PreTrainedConfig):
         """Why no cache can serve this model; empty where one can."""
         if self.meta_router in ("batch", "sequence"):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
-        if (
-            self.attention_context == "routed"
-            and self.window is None
-            and self.execution == "dense"
-            and self.routed_layers
-        ):
-            return "attention_context='routed' under execution='dense', whose keys are of all tokens"
         for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
             for name, (cls, options) in zip(menu, entries, strict=True):
+                routed = i in self.routed_layers and getattr(options, "attention_context", None) == "routed"
+                if routed and self.execution == "dense" and not getattr(options, "near_and_far", False):
+                    return "attention_context='routed' under execution='dense', whose keys are of all tokens"
                 if reason := cls.uncacheable(options):
                     return f"operators[{i}]={menu}: {name!r} {reason}"
         return ""

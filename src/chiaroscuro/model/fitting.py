@@ -29,6 +29,7 @@ from chiaroscuro.layers import (
     build_router,
 )
 from chiaroscuro.layers.registry import build_kv_router, split_entry
+from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of
 from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -148,7 +149,7 @@ class FitReport:
 @torch.no_grad()
 def fit(
     model: ChiarForCausalLM,
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Batch],
     *,
     look: float | None = None,
     kept: float | None = None,
@@ -192,10 +193,9 @@ def fit(
         look, kept, spread = budget, budget, True
     sides = _check(model, look, kept, both=budget is None)
     look, kept = (share if side in dict(sides) else None for side, share in (("look", look), ("kept", kept)))
-    given = list(batches)
+    given = checked_batches(batches)
     held_out = math.ceil(len(given) * HELD_OUT)
-    if len(given) < 2:
-        raise UserError(f"{len(given)} batches to fit on: give two or more, of which the last are held out")
+    check_predictions(given, held_out)
     entry: Any = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
     fields = model.config.fields() | {"router": entry, "kv_router": _with_heads(entry, model), "thresholds": None}
     fits: dict[tuple[str, int], SideFitting] = {}
@@ -322,7 +322,7 @@ def _new_router(side: str, i: int, block: RoutedBlock, fields: dict[str, Any]) -
 
 
 def _targets(
-    model: ChiarForCausalLM, batch: Tensor | Mapping[str, Any], sides: list[tuple[str, int]]
+    model: ChiarForCausalLM, batch: Batch, sides: list[tuple[str, int]]
 ) -> Iterable[tuple[tuple[str, int], _Target]]:
     """Run a batch inside `full_attention`, and give the targets of each side and layer."""
     x, context, _ = state = embed_batch(model, batch)
@@ -344,7 +344,7 @@ def _targets(
 
 def _fit_in_turn(
     model: ChiarForCausalLM,
-    batches: list[Tensor | Mapping[str, Any]],
+    batches: list[Batch],
     targets: list[dict[tuple[str, int], _Target]],
     fits: Mapping[tuple[str, int], "SideFitting"],
     fitting: int,
@@ -395,9 +395,9 @@ def _refuse_broken(layer: int, x: Tensor) -> None:
         raise UserError(f"layer {layer} gives NaN or infinity: the model's weights or its input hold some")
 
 
-def _predicted(batch: Tensor | Mapping[str, Any], context: Context) -> Int[Tensor, "batch time"]:
+def _predicted(batch: Batch, context: Context) -> Int[Tensor, "batch time"]:
     """What each token of a batch is to predict, and −100 where that is nothing."""
-    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    fields = fields_of(batch)
     labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
     mask = context.attention_mask
     return ChiarForCausalLM.targets_of(
@@ -681,9 +681,7 @@ def _installed(
         raise
 
 
-def _calibrate(
-    model: ChiarForCausalLM, batches: list[Tensor | Mapping[str, Any]], shares: Mapping[tuple[str, int], float]
-) -> None:
+def _calibrate(model: ChiarForCausalLM, batches: list[Batch], shares: Mapping[tuple[str, int], float]) -> None:
     """Set the thresholds of every side and layer to a share of its own."""
     by_side = [{i: share for (side, i), share in shares.items() if side == name} for name in ("look", "kept")]
     set_thresholds(model, [embed_batch(model, batch) for batch in batches], *by_side)
@@ -703,9 +701,7 @@ def _spread(config: ChiarConfig, harms: Mapping[tuple[str, int], float]) -> dict
     return shares
 
 
-def _harms(
-    model: ChiarForCausalLM, batches: list[Tensor | Mapping[str, Any]], sides: list[tuple[str, int]]
-) -> dict[tuple[str, int], float]:
+def _harms(model: ChiarForCausalLM, batches: list[Batch], sides: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
     """KL(full ‖ routed) in nats a prediction, with one side of one layer routed by its thresholds, all else whole."""
     trunk = model.trunk
     thresholds = {"look": model.thresholds(), "kept": model.kv_thresholds()}

@@ -393,6 +393,12 @@ class ChiarModel(ChiarPreTrainedModel):
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """The input of layer 0: embeddings, normalised if the config says so, with dropout."""
         if inputs_embeds is None:
+            assert input_ids is not None
+            if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+                raise UserError(
+                    f"input_ids of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: need shape (B, T) and "
+                    "dtype torch.int64"
+                )
             try:
                 x = self.embed_tokens(input_ids)
             except IndexError:
@@ -440,8 +446,13 @@ class ChiarModel(ChiarPreTrainedModel):
                 position_ids = torch.arange(seen, seen + time, device=x.device)[None]
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
-        elif seen == 0 and (attention_mask is None or not torch.compiler.is_compiling()):
-            segments = _segments(position_ids.expand(batch, -1), attention_mask)
+        elif position_ids.shape not in ((batch, time), (1, time)):
+            raise UserError(
+                f"position_ids of shape {tuple(position_ids.shape)}: need ({batch}, {time}), one for each new token"
+            )
+        elif (attention_mask is None and seen == 0) or not torch.compiler.is_compiling():
+            real = None if attention_mask is None else attention_mask[:, -time:]
+            segments = _segments(position_ids.expand(batch, -1), real)
         return Context(
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch, -1),
@@ -633,7 +644,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
         loss = term = None
         if predicts:
-            self._check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
+            vocabulary = self.config.vocab_size
+            self._check_labels(outputs.last_hidden_state, vocabulary, labels=labels, shift_labels=shift_labels)
             targets = self.targets_of(labels, shift_labels, attention_mask)
             if num_items_in_batch is not None and attention_mask is not None:
                 counted, labelled = targets.ne(-100).sum(), self.targets_of(labels, shift_labels).ne(-100).sum()
@@ -667,7 +679,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         )
 
     @staticmethod
-    def _check_labels(hidden: Tensor, **given: Tensor | None) -> None:
+    def _check_labels(hidden: Tensor, vocabulary: int, **given: Tensor | None) -> None:
         for name, labels in given.items():
             if labels is None:
                 continue
@@ -676,6 +688,11 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
                     f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}: need a token id or -100 for each "
                     f"token of the input, shape {tuple(hidden.shape[:2])} and dtype torch.int64"
                 )
+            # On a GPU this would wait for all that was computed before.
+            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+                low, high = (int(label) for label in labels.aminmax())
+                if low < -100 or high >= vocabulary:
+                    raise UserError(f"{name} from {low} to {high}, vocab_size={vocabulary}: need token ids or -100")
 
     def _loss_needs_logits(self) -> bool:
         """Whether the head or the loss was replaced, by an adapter or by the user."""

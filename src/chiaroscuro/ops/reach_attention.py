@@ -32,7 +32,7 @@ from chiaroscuro.ops.packed_attention import (
 
 FORWARD_BLOCK, BACKWARD_BLOCK = 32, 64
 """Most queries of one of the `Blocks`. The kernel goes forward by 32 queries at a time, so larger blocks waste more and
-gain nothing; backward it likes longer ones. At a window of 128, 32 take 0.8 of the time of 64 forward, and 1.2 backward."""
+gain nothing; backward it likes longer ones. At a window of 128, 32 take 0.8 of the time of 64 forward, 1.2 backward."""
 
 SPAN = 64
 """Queries of a tile of `Spans`."""
@@ -107,6 +107,8 @@ def reach_attention_by_rows(
     softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """`reach_attention` written out, row by row: the plain form that the fast one is held to."""
+    if len(query_lengths) == 0:
+        return query
     queries, keys = query_lengths.tolist(), key_lengths.tolist()
     rows = []
     for q, k, v, i, j, looking, keeping in zip(

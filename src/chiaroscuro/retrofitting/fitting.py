@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
+from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, check_share, with_target
 from chiaroscuro.model.fitting import fit as fit_chiar
@@ -29,8 +30,6 @@ from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
 from chiaroscuro.retrofitting.whole import without_routing
-
-Batch = Tensor | Mapping[str, Any]
 
 HARMED = 6
 """Batches of those held out, at most, that the harm of each layer is measured on: a whole forward each."""
@@ -79,7 +78,7 @@ def fit(
         fitted = all(isinstance(reach.routers[side], FittedRouter) for reach in model.reaches.values())
         if shares[side] is None and fitted and 0 < said[field] < 1:
             shares[side] = said[field]
-    given = list(batches)
+    given = checked_batches(batches)
     _check(model, shares, given)
     before = _State(model)
     try:
@@ -99,12 +98,9 @@ def _check(model: RoutedModel, shares: Mapping[str, Any], batches: list[Batch]) 
         raise UserError("nothing to fit: all look and all are kept; give look, kept, or a budget")
     for side, share in shares.items():
         check_share(side, share)
-    if len(batches) < 2:
-        raise UserError(f"{len(batches)} batches to fit on: give two or more, of which the last are held out")
+    check_predictions(batches, math.ceil(len(batches) * HELD_OUT))
     for batch in batches:
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
-            raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
+        ids = fields_of(batch)["input_ids"]
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
             raise UserError(
                 f"a token outside the vocabulary, vocab_size={model.config.vocab_size}: use the model's own tokenizer"
@@ -139,7 +135,7 @@ class _Whole:
     """
 
     def __init__(self, model: RoutedModel, layers: Sequence[nn.Module], batch: Batch) -> None:
-        fields = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        fields = fields_of(batch)
         ids = fields["input_ids"].to(model.device)
         mask = fields.get("attention_mask")
         self.inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask.to(model.device)})

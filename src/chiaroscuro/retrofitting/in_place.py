@@ -4,16 +4,23 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers.registry import Entry, split_entry
-from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
+from chiaroscuro.layers.registry import Entry
 from chiaroscuro.retrofitting.routed_attention import RoutedAttention
-from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules, install, routed_class
+from chiaroscuro.retrofitting.routed_model import (
+    FIELD,
+    RoutedModel,
+    attention_modules,
+    checked,
+    install,
+    routed_class,
+)
 
 _UNKNOWN = {
     "sinks": "learned attention sinks",
@@ -70,18 +77,17 @@ def retrofit(
     for i in chosen:
         _check_module(i, modules[i], model)
     said = {
-        "window": _whole_number("window", window, least=1),
-        "sinks": _whole_number("sinks", sinks, least=0),
-        "attention_share": _share("attention_share", attention_share),
+        "window": window,
+        "sinks": sinks,
+        "attention_share": attention_share,
         "attention_spread": None,
-        "kv_share": _share("kv_share", kv_share),
+        "kv_share": kv_share,
         "kv_spread": None,
         "router": router,
         "kv_router": kv_router,
         "layers": chosen,
     }
-    _check_heads(router, kv_router, model)
-    _adopt(model, said)
+    _adopt(model, checked(said, model.config))
 
 
 def unretrofit(model: PreTrainedModel) -> None:
@@ -149,7 +155,7 @@ def _check_model(model: Any) -> None:
         raise UserError(f"{name} is an encoder and a decoder: a retrofit needs a decoder alone")
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name} reads more than text: give its language model")
-    if not name.endswith("ForCausalLM"):
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise UserError(f"{name} predicts no next token: a retrofit needs a ...ForCausalLM")
     modules = attention_modules(model)
     if len(modules) != model.config.num_hidden_layers:
@@ -157,6 +163,8 @@ def _check_model(model: Any) -> None:
             f"{name}: {len(modules)} of its {model.config.num_hidden_layers} layers have attention modules of the kind "
             "that transformers dispatches, with rotary positions: there is nothing to route in the others"
         )
+    if not all(any(True for _ in module.parameters()) for module in modules.values()):
+        raise UserError(f"the attention modules of this {name} are without weights, as after torch's quantisation")
     if not all(module.is_causal for module in modules.values()):
         raise UserError(f"{name} sees the future: a retrofit needs a causal decoder")
 
@@ -170,18 +178,6 @@ def _check_module(layer: int, module: nn.Module, model: PreTrainedModel) -> None
         missing = "an attention of its own, which can't be replaced"
     if missing:
         raise UserError(f"layer {layer} of {type(model).__name__} is a {cls.__name__}, with {missing}: not supported")
-
-
-def _check_heads(router: Entry, kv_router: Entry, model: PreTrainedModel) -> None:
-    own = key_heads(model.config)
-    for name, entry in (("router", router), ("kv_router", kv_router)):
-        if split_entry(entry)[1].get("heads", 1) not in (1, own):
-            raise UserError(f"{name}={entry!r}: the model has {own} key-value heads: give heads={own}, or none")
-
-
-def key_heads(config: Any) -> int:
-    """How many heads the keys and values of a decoder have."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -201,30 +197,18 @@ def _layers(given: Any, modules: Mapping[int, nn.Module], able: list[int], model
     if given is None:
         if not able:
             raise UserError(
-                f"every layer of this {type(model).__name__} has a sliding window of its own "
-                f"({getattr(model.config, 'sliding_window', None)} tokens): there is nothing far to route"
+                f"every layer of this {type(model).__name__} has a window or chunks of its own: there is nothing "
+                "far to route"
             )
         return able
     if isinstance(given, str | int) or not isinstance(given, Iterable):
         raise UserError(f"layers={given!r}: give the numbers of layers, such as range(2, 28)")
-    chosen = list(given)
+    chosen = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in given]
     for i in chosen:
         if isinstance(i, bool) or not isinstance(i, int) or i not in modules:
             raise UserError(f"layers={chosen}: the model has the layers 0 to {len(modules) - 1}")
         if i not in able:
-            raise UserError(f"layers={chosen}: layer {i} has a sliding window of its own, and stays as it is")
+            raise UserError(f"layers={chosen}: layer {i} has a window or chunks of its own, and stays as it is")
     if not chosen or len(set(chosen)) != len(chosen):
         raise UserError(f"layers={chosen}: name at least one, and each once")
     return sorted(chosen)
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LONGEST_WINDOW:
-        raise UserError(f"{name}={value!r}: must be a whole number of tokens from {least} to {LONGEST_WINDOW}")
-    return value
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{name}={value!r}: must be a number from 0 to 1")
-    return float(value)

@@ -9,13 +9,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
@@ -30,6 +30,12 @@ from chiaroscuro.retrofitting.routed_cache import layer_of
 IMPLEMENTATION = "chiaroscuro"
 """The name under which routed modules find `attend_routed`."""
 
+HIDDEN = -1e4
+"""What a mask adds, at most, to the score of a token that is not seen; −∞ and a type's least number are less."""
+
+NO_WEIGHTS = "output_attentions: a routed module computes no whole matrix of weights: drop it"
+"""What is said to who asks for these."""
+
 LOOK_SIDE = ("near", "far")
 """What a router of the look side chooses between."""
 
@@ -41,18 +47,26 @@ class ReachedError(Exception):
         self.hidden = hidden
 
 
-@dataclass
 class Forward:
     """What the modules of one model share in a forward.
 
-    Attributes:
-        input_ids: the new tokens, where the model was given ids.
-
+    A layer whose activations are checkpointed runs again in the backward, when the model may have had another forward.
+    Which one it is of is told by the rotary table that it is given, which each forward makes anew.
     """
 
-    input_ids: Int[Tensor, "batch time"] | None = None
-    _last: Any = None
-    _read: Any = None
+    def __init__(self) -> None:
+        self._input_ids: Tensor | None = None
+        self._by_table: Any = WeakTensorKeyDictionary()
+        self._last: Any = None
+        self._read: Any = None
+
+    def input_ids(self, table: Tensor | None) -> Int[Tensor, "batch time"] | None:
+        """The new tokens, where the model was given ids, of the forward with this rotary table."""
+        if table is None:
+            return self._input_ids
+        if table not in self._by_table:
+            self._by_table[table] = self._input_ids
+        return self._by_table[table]
 
     def read_mask(
         self, mask: Any, time: int
@@ -75,10 +89,19 @@ class Forward:
 
     def begin(self, input_ids: Tensor | None) -> None:
         """A forward of the model begins."""
-        self.input_ids, self._last, self._read = input_ids, None, None
+        self._input_ids, self._last, self._read = input_ids, None, None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Forward, ()  # a copy, or what is loaded, knows of no forward
+
+
+def _of_one_type(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as SDPA takes them under autocast, where those that were rotated are float32 yet."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
@@ -86,7 +109,14 @@ def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
         return mask.bool(), None
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise UserError(f"an attention_mask of shape {tuple(mask.shape)}: routed attention takes (batch, tokens)")
-    seen = (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
+    if mask.dtype != torch.bool:
+        if bool(((mask != 0) & (mask > HIDDEN)).any()):
+            raise UserError(
+                "this attention_mask adds a bias to some scores, which routed attention can't honour: a mask has 0 "
+                f"where a token is seen, and {HIDDEN:g} or less where not"
+            )
+        mask = mask == 0
+    seen = mask[:, 0]
     real = seen.any(1)
     keys = seen.shape[-1]
     causal = real.cumsum(1)[:, -time:]
@@ -149,12 +179,14 @@ class Reach(nn.Module):
         self._ready.discard(side)
 
     @contextmanager
-    def given(self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None) -> Iterator[None]:
-        """Inside the block, what the module was given is known."""
+    def given(
+        self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None, table: Tensor | None
+    ) -> Iterator[None]:
+        """Inside the block, what the module was given is known; of the rotary table, one tensor."""
         if self._stopping:
             raise ReachedError(hidden)
-        state = None if cache is None else layer_of(cache, self.layer, self.window, self.sinks)
-        self._now = (hidden, state, position_ids)
+        state = None if cache is None else layer_of(cache, self.layer, self.window, self.sinks, hidden.shape[1])
+        self._now = (hidden, state, position_ids, table)
         try:
             yield
         finally:
@@ -190,7 +222,7 @@ class Reach(nn.Module):
         softcap: float | None,
     ) -> Float[Tensor, "batch time heads head_width"]:
         """Attention of the new tokens; the arguments as transformers' attention functions have them."""
-        hidden, cached, position_ids = self._now
+        hidden, cached, position_ids, table = self._now
         time = query.shape[2]
         attention_mask, segments = self.shared.read_mask(mask, time)
         context = Context(
@@ -198,7 +230,7 @@ class Reach(nn.Module):
             segments=segments,
             past=0 if cached is None else cached.columns - time,
             position_ids=None if position_ids is None else position_ids.expand(len(hidden), -1),
-            input_ids=self.shared.input_ids,
+            input_ids=self.shared.input_ids(table),
             state=None if cached is None else cached.state,
         )
         looks, kept = self.decide(hidden, context)
@@ -344,7 +376,9 @@ class RoutedAttention(MadeClass, nn.Module):
         """The module's own forward, with routed attention."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
-        with self.chiaroscuro.given(hidden, caches[0] if caches else None, kwargs.get("position_ids")):
+        table = kwargs.get("position_embeddings")
+        table = table[0] if isinstance(table, tuple) else table
+        with self.chiaroscuro.given(hidden, caches[0] if caches else None, kwargs.get("position_ids"), table):
             return super().forward(*args, **kwargs)
 
 
@@ -384,8 +418,10 @@ def attend_routed(
 
     """
     if kwargs.get("output_attentions"):
-        raise UserError("output_attentions: a routed module computes no whole matrix of weights: drop it")
-    return module.chiaroscuro.attend(query, key, value, attention_mask, dropout, scaling, softcap), None
+        raise UserError(NO_WEIGHTS)
+    parts = _of_one_type(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        return module.chiaroscuro.attend(*parts, attention_mask, dropout, scaling, softcap), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend_routed)

@@ -1,6 +1,6 @@
 """One routed layer of a transformers cache: the window in a ring, and of what lies beyond it those that are kept."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class RoutedLayer(CacheLayerMixin):
     Attributes:
         state: the keys and values.
         columns: how many tokens of each row there were, padding included.
+        expected: whether a routed module is about to update it.
 
     """
 
@@ -34,12 +35,21 @@ class RoutedLayer(CacheLayerMixin):
         """Forget everything."""
         self.state = ReachState(self.window, self.sinks)
         self.columns = 0
+        self.expected = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the attention module fills the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens. The attention module, which knows who is kept, takes their keys and values up."""
+        """Count the new tokens. The attention module, which knows who is kept, takes their keys and values up.
+
+        Raises:
+            UserError: the module is not routed.
+
+        """
+        if not self.expected:
+            raise UserError("this cache was begun by a routed model, and this one is not: start a new one")
+        self.expected = False
         self.columns += key_states.shape[-2]
         return key_states, value_states
 
@@ -68,6 +78,8 @@ class RoutedLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise UserError(f"crop({tokens_to_remove}) of a cache: give the number of tokens to remove, negative")
+        if tokens_to_remove == -self.columns:
+            return self.reset()
         self.state.crop(-tokens_to_remove)
         self.columns += tokens_to_remove
 
@@ -85,17 +97,36 @@ class RoutedLayer(CacheLayerMixin):
             self.state.select(torch.arange(self.state.rows // self.state.heads).repeat_interleave(repeats))
 
 
-def layer_of(cache: Cache, layer: int, window: int, sinks: int) -> RoutedLayer:
+def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> RoutedLayer:
     """The routed layer of a cache, which takes the place of an empty `DynamicLayer`.
 
+    Args:
+        cache: of the model.
+        layer: its number.
+        window: w.
+        sinks: s.
+        time: how many new tokens there are, which the layers before have taken up already.
+
     Raises:
-        UserError: a cache of another kind, or one that another model began.
+        UserError: a cache of another kind, one that another model began, or one of which only the layers before could
+            be cropped.
 
     """
     while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     found = cache.layers[layer]
     if isinstance(found, RoutedLayer):
+        if (found.window, found.sinks) != (window, sinks):
+            raise UserError(
+                f"this cache was begun with window={found.window}, sinks={found.sinks}, and layer {layer} has "
+                f"window={window}, sinks={sinks}: start a new one"
+            )
+        if layer and found.columns != (before := cast(Any, cache.layers[0]).get_seq_length() - time):
+            raise UserError(
+                f"layer {layer} of this cache holds {found.columns} tokens and the first one {before}, as after a crop "
+                "that was refused halfway: start a new one"
+            )
+        found.expected = True
         return found
     if type(found) is not DynamicLayer or cache.offloading:
         kind = "an offloaded cache" if cache.offloading else f"a {type(found).__name__}"
@@ -103,6 +134,7 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int) -> RoutedLayer:
     if found.get_seq_length():
         raise UserError(f"layer {layer} is routed, and this cache was begun without routing: start a new one")
     routed = RoutedLayer(window, sinks)
+    routed.expected = True
     cache.layers[layer] = routed
     return routed
 

@@ -3,9 +3,10 @@
 They are made from the classes that the model has, one each, when they are first needed.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,27 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ExactBuffers, Router, exact_modules
+from chiaroscuro.layers.registry import split_entry
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
-from chiaroscuro.retrofitting.routed_attention import ConfigView, Forward, MadeClass, Reach, RoutedAttention
+from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
+from chiaroscuro.retrofitting.routed_attention import (
+    NO_WEIGHTS,
+    ConfigView,
+    Forward,
+    MadeClass,
+    Reach,
+    RoutedAttention,
+)
 
 FIELD = "chiaroscuro"
 """The name of the configuration's field, and of a module's child."""
+
+SAID = (
+    *("window", "sinks", "attention_share", "attention_spread", "kv_share", "kv_spread"),
+    *("router", "kv_router", "layers"),
+)
+"""What that field says."""
 
 
 class RoutedModel(MadeClass, PreTrainedModel):
@@ -177,6 +193,62 @@ def routed_attention_class(attention: Any) -> Any:
     return type(f"Routed{attention.__name__}", (RoutedAttention, attention), names)
 
 
+def checked(said: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What a configuration says of the routing, with numbers as Python has them.
+
+    Args:
+        said: its field, or what is to become it.
+        config: of the model.
+
+    Raises:
+        UserError: something is missing or impossible.
+
+    """
+    if missing := [name for name in SAID if name not in said]:
+        raise UserError(f"{FIELD} in the configuration lacks {missing[0]}: it was not saved by this library")
+    layers = said["layers"]
+    if not isinstance(layers, list) or not layers or any(i not in range(config.num_hidden_layers) for i in layers):
+        raise UserError(f"layers={layers!r}: the model has the layers 0 to {config.num_hidden_layers - 1}")
+    own = key_heads(config)
+    for name in ("router", "kv_router"):
+        if split_entry(said[name])[1].get("heads", 1) not in (1, own):
+            raise UserError(f"{name}={said[name]!r}: the model has {own} key-value heads: give heads={own}, or none")
+    numbers = {name: _tokens(name, said[name], least) for name, least in (("window", 1), ("sinks", 0))}
+    shares = {}
+    for name, weights in SPREADS.values():
+        shares[name] = _share(name, said[name])
+        _check_weights(weights, said[weights], len(layers))
+    return {**said, **numbers, **shares}
+
+
+def _tokens(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= LONGEST_WINDOW:
+        raise UserError(f"{name}={value!r}: must be a whole number of tokens from {least} to {LONGEST_WINDOW}")
+    return int(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise UserError(f"{name}={value!r}: must be a number from 0 to 1")
+    return float(value)
+
+
+def _check_weights(name: str, weights: Any, layers: int) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, list) or len(weights) != layers or not all(_is_weight(weight) for weight in weights):
+        raise UserError(f"{name}={weights!r}: give a weight, 0 or more, for each of the {layers} routed layers")
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
+def key_heads(config: Any) -> int:
+    """How many heads the keys and values of a decoder have."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def install(model: Any) -> None:
     """Route the attention modules of a model as its configuration says.
 
@@ -184,10 +256,10 @@ def install(model: Any) -> None:
         UserError: it says something impossible.
 
     """
-    said = dict(getattr(model.config, FIELD))
+    config = model.config
+    said = checked(getattr(config, FIELD), config)
     shared = Forward()
     modules = attention_modules(model)
-    config = model.config
     for place, i in enumerate(said["layers"]):
         module = modules[i]
         parameter = next(module.parameters())
@@ -204,12 +276,14 @@ def install(model: Any) -> None:
 
 
 class _Remember:
-    """A hook that notes the ids that a model is given, by which a router may draw."""
+    """A hook that notes the ids that a model is given, by which a router may draw, and refuses what can't be had."""
 
     def __init__(self, shared: Forward) -> None:
         self.shared = shared
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if cast(Any, model).config.output_attentions:
+            raise UserError(NO_WEIGHTS)
         self.shared.begin(kwargs.get("input_ids", args[0] if args else None))
 
 

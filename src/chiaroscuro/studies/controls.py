@@ -20,8 +20,9 @@ from chiaroscuro.layers import Context, Decision, PackedTokens, ScoreRouter, Spe
 from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.reach_attention import reach_mask
-from chiaroscuro.retrofitting.in_place import key_heads, retrofit
+from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.inside import noting_inputs, projections
+from chiaroscuro.retrofitting.routed_model import key_heads
 from chiaroscuro.retrofitting.whole import without_routing
 
 GATE_STEPS, GATE_RATE, GATE_PRICE = 40, 0.05, 0.05

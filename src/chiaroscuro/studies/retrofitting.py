@@ -30,9 +30,9 @@ from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
-from chiaroscuro.retrofitting.in_place import key_heads, retrofit
+from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.routed_cache import numbers_held
-from chiaroscuro.retrofitting.routed_model import attention_modules
+from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
 from chiaroscuro.studies.controls import compare_controls
 from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.needles import DEPTHS, needles_found

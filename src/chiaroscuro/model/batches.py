@@ -1,0 +1,72 @@
+"""Batches that a model is calibrated or fitted on, checked before anything is computed from them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiaroscuro.errors import UserError
+from chiaroscuro.ops.linear_cross_entropy import IGNORED
+
+Batch = Tensor | Mapping[str, Any]
+"""`input_ids` of shape (B, T), alone or beside what a model's forward takes."""
+
+
+def fields_of(batch: Batch) -> Mapping[str, Any]:
+    """A batch as a mapping."""
+    return {"input_ids": batch} if isinstance(batch, Tensor) else batch
+
+
+def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """All batches, in memory.
+
+    Raises:
+        UserError: there is something that is no batch.
+
+    """
+    if not isinstance(batches, Iterable):
+        raise UserError(f"batches={batches!r}: give a list of input_ids of shape (B, T), or a data loader")
+    given = list(batches)
+    for batch in given:
+        ids = fields_of(batch).get("input_ids") if isinstance(batch, Tensor | Mapping) else None
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+            raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
+    return given
+
+
+def check_predictions(batches: Sequence[Batch], held_out: int) -> None:
+    """Raise a UserError where nothing is predicted in the batches that are fitted on, or in those held out.
+
+    Args:
+        batches: of `checked_batches`.
+        held_out: how many of the last ones are.
+
+    """
+    if torch.is_inference_mode_enabled():
+        raise UserError("a fit needs gradients: call it outside torch.inference_mode()")
+    if len(batches) < 2:
+        raise UserError(f"{len(batches)} batches to fit on: give two or more, of which the last are held out")
+    predicted = [_predicts(fields_of(batch)) for batch in batches]
+    for name, part in (("fitted on", predicted[:-held_out]), ("held out", predicted[-held_out:])):
+        if not any(part):
+            raise UserError(
+                f"in the batches that are {name} there is nothing to predict: every label is {IGNORED} or at padding"
+            )
+
+
+def _predicts(fields: Mapping[str, Any]) -> bool:
+    """Whether some token of a batch predicts something."""
+    ids, shifted = fields["input_ids"], fields.get("shift_labels")
+    for name in ("attention_mask", "labels", "shift_labels"):
+        given = fields.get(name)
+        if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise UserError(f"{name} of shape {shape} beside input_ids of shape {tuple(ids.shape)}: must be alike")
+    mask = fields.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if shifted is not None:
+        return bool(((shifted != IGNORED) & real.to(shifted.device)).any())
+    labels = ids if fields.get("labels") is None else fields["labels"]
+    real = real.to(labels.device)
+    return bool(((labels != IGNORED) & real)[:, 1:].logical_and(real[:, :-1]).any())
