@@ -450,7 +450,7 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError(
                 f"position_ids of shape {tuple(position_ids.shape)}: need ({batch}, {time}), one for each new token"
             )
-        elif (attention_mask is None and seen == 0) or not torch.compiler.is_compiling():
+        elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
             real = None if attention_mask is None else attention_mask[:, -time:]
             segments = _segments(position_ids.expand(batch, -1), real)
         return Context(
