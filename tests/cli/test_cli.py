@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_presets_lists_every_preset_with_its_size(run: Run) -> None:
     assert "400.04 M" in out and "16.03 M" in out
     code, out, _ = run("presets", "--json")
     assert set(json.loads(out)) == set(ChiarConfig.presets())
+
+
+def test_without_a_command_there_is_the_help_and_no_empty_error(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2 and "evaluate" in out and err == ""
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert run("presets")[0] == 0
+    assert warnings.formatwarning("the share\n is a guess", UserWarning, "module.py", 9) == (
+        "warning: the share is a guess\n"
+    )
 
 
 def test_info_says_what_a_checkpoint_is(run: Run, run_folder: Path) -> None:

@@ -147,6 +147,12 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     first, second = (AutoModelForCausalLM.from_pretrained(folder / "run/model") for folder in (whole, halves))
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
+    (halves / "run/model/model.safetensors").unlink()
+    code, out, err = run("heal", file, "--resume")  # of a finished run: the result again, and the model
+    assert code == 0 and "validation loss" in out, err
+    again = AutoModelForCausalLM.from_pretrained(halves / "run/model")
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

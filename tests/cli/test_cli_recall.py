@@ -14,6 +14,7 @@ import yaml
 from chiaroscuro.analysis.classification import evaluate_targets
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data.tasks import PadToLongest
+from chiaroscuro.studies.evaluation import evaluate
 from chiaroscuro.studies.workspace import Workspace
 from small_runs import recipe_content, write_corpus
 
@@ -95,6 +96,20 @@ def test_perplexity_by_position_and_on_recall_tokens(run: Run, text_run: Path) -
     assert 0 < figures["recall"]["tokens"] < figures["tokens"]
     code, out, _ = run("evaluate", text_run, "--length", 40)
     assert code == 0 and "position 33 to 40" in out and "recall, beyond 64" in out and "–" in out, "40 is less than 64"
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [((32, 1), 32), ((33, 1), 33), ((100, 7), 32 + 10 * 7), ((64, 16), 64), ((100, None), 128), ((1, None), 32)],
+)
+def test_the_first_windows_that_hold_so_many_tokens(text_run: Path, given: tuple[int, int | None], seen: int) -> None:
+    tokens, stride = given
+    assert evaluate(Workspace(str(text_run)), length=32, stride=stride, tokens=tokens)["tokens"] == seen
+
+
+def test_a_model_of_words_is_not_measured_on_a_text(run: Run, folder: Path, task_run: Callable[[str], Path]) -> None:
+    code, _, err = run("evaluate", task_run("mqar"), "--data", write_corpus(folder))
+    assert code == 2 and err.startswith("error: tokenizer='words' loses the spaces of a text")
 
 
 def test_a_run_goes_on_with_other_rows(run: Run, folder: Path, task_run: Callable[[str], Path]) -> None:

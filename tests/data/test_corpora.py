@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import zstandard
 from corpus_samples import LINES, TEXTS, shared
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,6 +227,23 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, cache, format) -> None:
     (tmp_path / f"train.{format}").write_text("plain text\n" * 10)
     message = refuse(tmp_path, cache)
     assert f"train.{format} can't be read" in message and "column 'text'" in message
+
+
+def test_a_text_of_other_values_among_strings(tmp_path, cache) -> None:
+    (write(tmp_path, val="v\n") / "train.jsonl").write_text('{"text": "a"}\n{"text": 5}\n{"text": "b"}\n')
+    assert "holds values of several types; it must hold strings" in refuse(tmp_path, cache)
+
+
+def test_a_link_to_nothing(tmp_path, cache) -> None:
+    (write(tmp_path, val="v\n") / "train.txt").symlink_to(tmp_path / "gone")
+    assert "train.txt is a link to a file that is not there; mend it or remove it" in refuse(tmp_path, cache)
+
+
+def test_a_compressed_file_that_ends_too_early(tmp_path, cache) -> None:
+    lines = "".join(f'{{"text": "{i} {i * i}"}}\n' for i in range(9999)).encode()
+    whole = zstandard.ZstdCompressor().compress(lines)
+    (write(tmp_path, val="v\n") / "train.jsonl.zst").write_bytes(whole[:100])
+    assert "can't be read (it ends too early)" in refuse(tmp_path, cache)
 
 
 def test_a_folder_in_place_of_a_file(tmp_path, cache) -> None:

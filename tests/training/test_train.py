@@ -604,7 +604,7 @@ def test_validation_shows_how_far_it_is_and_that_it_can_be_capped(
     model = AutoModelForCausalLM.from_pretrained(capped.model)
     assert capped.validation_loss == pytest.approx(nll(model, blocks, 5), rel=1e-6)
     assert capped.bits_per_byte / capped.validation_loss == pytest.approx(
-        result.bits_per_byte / result.validation_loss, rel=0.05
+        result.bits_per_byte / result.validation_loss, rel=1e-12
     )
 
 

@@ -23,7 +23,7 @@ class TextSize(Protocol):
         """In tokens."""
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         """In bytes of UTF-8."""
 
 

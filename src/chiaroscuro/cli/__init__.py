@@ -6,6 +6,7 @@ holds one JSON object and nothing else.
 
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 # Before anything of Hugging Face is imported, which reads them once: nothing phones home.
@@ -28,6 +29,7 @@ __all__ = ["app", "costs", "main", "models", "runs"]
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     keep_freed_memory()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {harmless(' '.join(str(message).split()))}\n"
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -43,6 +45,8 @@ def main() -> None:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            if not error.format_message():  # no command, and the help is printed
+                sys.exit(2)
             _fail(f"{error.format_message()} (see chiaroscuro --help)")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             _fail("this machine has not enough memory for that: ask for something smaller")

@@ -66,7 +66,10 @@ def evaluate(
     device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1, max=2**20)] = 8,
     tokens: Annotated[
-        int | None, typer.Option(help="Of a text, measure so many tokens at its beginning; all unless given.", min=1)
+        int | None,
+        typer.Option(
+            help="Of a text, measure the first windows alone, as few as hold so many tokens; all unless given.", min=1
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -444,6 +444,8 @@ def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str
 @contextmanager
 def _opened(file: Path) -> Iterator[io.BufferedReader]:
     """A file that there is something in, to be read."""
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file} is a link to a file that is not there; mend it or remove it")
     if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
         raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
     try:
@@ -531,8 +533,9 @@ def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:
 
 
 def _refuse_no_strings(name: str, split: str, feature: Any) -> None:
-    kind = getattr(feature, "dtype", "list")
+    kind = getattr(feature, "dtype", type(feature).__name__.lower())
     if kind not in ("string", "large_string"):
+        kind = "values of several types" if kind == "json" else kind
         raise UserError(f"the column 'text' in the {split} split of {name!r} holds {kind}; it must hold strings")
 
 

@@ -70,5 +70,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """Return the first line of an error's message, or what it means where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = next(iter(str(error).strip().splitlines()), "")
+    return said or ("it ends too early" if isinstance(error, StopIteration | EOFError) else type(error).__name__)

@@ -45,8 +45,8 @@ class TokenFile:
         path: the file of ids.
         count: the number of ids.
         dtype: their type, "<u2" or "<u4" on most machines.
-        bytes: the number of UTF-8 bytes of text that they stand for; an end-of-sequence token between documents stands
-            for none.
+        bytes: the number of UTF-8 bytes of text that they stand for, which for a part of a split is an estimate; an
+            end-of-sequence token between documents stands for none.
 
     """
 
@@ -54,7 +54,7 @@ class TokenFile:
     path: Path
     count: int
     dtype: str
-    bytes: int
+    bytes: float
 
     @cached_property
     def tokens(self) -> UInt[np.ndarray, " count"]:

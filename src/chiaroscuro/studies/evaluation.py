@@ -1,5 +1,6 @@
 """How good a trained model is: perplexity on its text, or accuracy on its task."""
 
+import math
 from typing import Any
 
 from torch.utils.data import Subset
@@ -37,7 +38,7 @@ def evaluate(
         window: of language models, how far back the pair of a recall token must lie; the model's `window` or, where its
             config has none, 64. See `chiaroscuro.analysis.recall`.
         batch_size: windows at once.
-        tokens: of a text, measure the windows of so many tokens at its beginning alone; all of it unless given.
+        tokens: of a text, measure the first windows alone, as few as hold so many tokens; all of it unless given.
 
     Returns:
         What was measured, ready for JSON; with the routing of every layer if the model routes.
@@ -92,7 +93,7 @@ def evaluate(
         figures |= {"data": sequences.name, **result.figures()}
     else:
         corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
-        blocks = whole if tokens is None else first_blocks(whole, max(1, tokens // (stride or length)))
+        blocks = whole if tokens is None else first_blocks(whole, _windows(tokens, length, stride or length))
         with patient_bar("evaluating", len(blocks)) as advance:
             result = evaluate_blocks(
                 model,
@@ -104,6 +105,11 @@ def evaluate(
             )
         figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
     return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})
+
+
+def _windows(tokens: int, length: int, stride: int) -> int:
+    """How many windows hold so many predictions: the first one T of them, each other one as many as the stride."""
+    return 1 + max(0, math.ceil((tokens - length) / stride))
 
 
 def first_blocks(blocks: TokenBlocks, count: int) -> Any:

@@ -39,6 +39,11 @@ def add_adapters(model: Any, rank: int) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
+def adapted(model: nn.Module) -> bool:
+    """Whether a model has LoRA layers."""
+    return any(hasattr(module, "lora_A") for module in model.modules())
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the block LoRA layers add nothing: the model is as it was before it was healed."""

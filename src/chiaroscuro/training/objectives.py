@@ -385,7 +385,7 @@ def _beginning(tokens: TokenFile, recipe: Recipe) -> TokenFile:
     kept = tokens.count if rows is None else rows * recipe.data.sequence_length + 1
     if kept >= tokens.count:
         return tokens
-    return replace(tokens, count=kept, bytes=round(tokens.bytes * kept / tokens.count))
+    return replace(tokens, count=kept, bytes=tokens.bytes * kept / tokens.count)  # as many a token as in all of it
 
 
 def _rows_to_validate(recipe: Recipe) -> int | None:

@@ -34,7 +34,7 @@ from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config, load_checkpoint_tokenizer
-from chiaroscuro.training.adapters import add_adapters
+from chiaroscuro.training.adapters import adapted, add_adapters
 from chiaroscuro.training.averaging import Averages
 from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
 from chiaroscuro.training.checkpoints import (
@@ -178,7 +178,7 @@ def _train(
             say(fit(model))
     finished = checkpoint is not None and checkpoint.step >= steps
     if checkpoint is not None:
-        if finished:
+        if finished and not adapted(model):  # the checkpoint of a model with adapters has theirs, too
             model = load_checkpoint(str(checkpoint.path))
         else:
             _refuse_other_weights(checkpoint.path, model, recipe.trainer.fsdp)

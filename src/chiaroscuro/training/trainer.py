@@ -37,7 +37,7 @@ from chiaroscuro.files import move_whole, saying_why
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.whole import without_routing
-from chiaroscuro.training.adapters import merge_adapters, without_adapters
+from chiaroscuro.training.adapters import adapted, merge_adapters, without_adapters
 from chiaroscuro.training.averaging import Averages
 from chiaroscuro.training.callbacks import Reporter, StopOnSignal
 from chiaroscuro.training.checkpoints import GO_ON, Facts, Interval, checkpoints, make_way, prune, seal
@@ -442,7 +442,9 @@ class RunTrainer(Trainer):
                 raise KeyboardInterrupt from None  # the checkpoint is there, and no step was begun
 
     def finish(self, checkpoint: Path) -> None:
-        """Take up a run after its last step, with nothing left to train: the model has its weights already."""
+        """Take up a run after its last step, with nothing left to train."""
+        if adapted(self.model):  # others have their weights already
+            self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
 

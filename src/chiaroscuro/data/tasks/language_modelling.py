@@ -11,6 +11,9 @@ from chiaroscuro.data.tasks.task import TextTask
 from chiaroscuro.data.tokens import TokenFile
 from chiaroscuro.errors import UserError
 
+SHUFFLE = 1024
+"""Blocks of a streamed split that are read at a time, unless another number is given."""
+
 
 @dataclass(frozen=True)
 class LanguageModelling(TextTask):
@@ -33,11 +36,15 @@ class LanguageModelling(TextTask):
     column: str = "text"
     documents: bool = False
     streaming: bool = False
-    shuffle: int = 1024
+    shuffle: int = SHUFFLE
 
     def __post_init__(self) -> None:
         if self.shuffle < 1:
             raise UserError(f"data.shuffle={self.shuffle}: must be at least 1; 1 shuffles nothing")
+        if self.shuffle != SHUFFLE and not self.streaming:
+            raise UserError(
+                f"data.shuffle={self.shuffle} goes with data.streaming: true; blocks that are stored are drawn from all"
+            )
 
     def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""
