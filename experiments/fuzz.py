@@ -1,6 +1,7 @@
 """Inputs that are broken at random, given to the commands: each should end in success, or in one line and exit code 2.
 
     python -m experiments.fuzz [--inputs 10000] [--seed 0] [--only recipes,arguments]
+    python -m experiments.fuzz --again                          # the inputs of the last findings, once more
 
 Inputs are made of valid ones: recipes and configurations of which a value or a name is another, files of which bytes
 are cut, flipped, doubled or others, and command lines of which words are others. A *finding* is a traceback, a signal,
@@ -333,13 +334,35 @@ def finding(arguments: list[object]) -> tuple[str, int]:
     return "", code
 
 
+def again() -> int:
+    """Try the inputs of the findings that are noted once more, and note how they end now."""
+    results = json.loads(INPUTS.read_text())
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["CHIAROSCURO_CACHE"], tempfile.tempdir = f"{root}/cache", root
+        samples = Samples(Path(root))
+        for one in results["findings"]:
+            place = Path(root) / "trial"
+            place.mkdir()
+            draw = random.Random(f"{results['seed']} {one['kind']} {one['number']}")
+            wrong, code = finding(KINDS[one["kind"]](samples, draw, place)[0])
+            one["now"] = wrong or ("refused in one line" if code else "succeeds")
+            print(f"{one['kind']} {one['number']}: {one['finding']}; now: {one['now']}")
+            shutil.rmtree(place, ignore_errors=True)
+    INPUTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_page()
+    return 0
+
+
 def main() -> int:
     """Try the inputs, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(KINDS))
+    parser.add_argument("--again", action="store_true", help="try the inputs of the findings that are noted")
     given = parser.parse_args()
+    if given.again:
+        return again()
     only = given.only.split(",")
     if given.inputs < 1 or not set(only) <= KINDS.keys():
         print(f"error: --inputs {given.inputs} --only {given.only}: one or more of {', '.join(KINDS)}", file=sys.stderr)
@@ -360,7 +383,13 @@ def main() -> int:
             if wrong:
                 words = " ".join(map(str, arguments)).replace(root, "")
                 found.append(
-                    {"kind": kind, "number": number, "command": words, "input": what[:2000], "finding": wrong[:600]}
+                    {
+                        "kind": kind,
+                        "number": number,
+                        "command": words,
+                        "input": what.replace(root, "")[:2000],
+                        "finding": wrong[:600],
+                    }
                 )
                 print(f"\r{kind} {number}: {words[:90]}: {wrong[:200]}")
             print(f"\r{number + 1} inputs, {len(found)} findings", end="", flush=True)

@@ -52,6 +52,10 @@ def render(faults: dict[str, dict[str, Any]], inputs: dict[str, Any]) -> str:
         for kind, what in KINDS.items()
         if (one := inputs["inputs"].get(kind)) is not None
     ]
+    findings = [
+        [KINDS[one["kind"]], f"{one['number']:,}", f"`{one['finding'][:120]}`", one.get("now", "not tried again")]
+        for one in inputs["findings"]
+    ]
     total = sum(sum(one.values()) for one in inputs["inputs"].values())
     return "\n".join(
         [
@@ -80,5 +84,14 @@ def render(faults: dict[str, dict[str, Any]], inputs: dict[str, Any]) -> str:
             "than it had.",
             "",
             markdown_table(["what was broken", "succeeded", "refused", "findings"], counted),
+            *(
+                [
+                    "The findings, and how the same inputs end since they were mended (`--again`):",
+                    "",
+                    markdown_table(["what was broken", "input", "finding", "now"], findings),
+                ]
+                if findings
+                else []
+            ),
         ]
     )
