@@ -397,7 +397,8 @@ def retrofit(
     window: Annotated[int, typer.Option(help="w, how many tokens each token sees in any case.")] = 128,
     sinks: Annotated[int, typer.Option(help="s, how many tokens at the beginning all see.")] = 4,
     layers: Annotated[
-        str | None, typer.Option(help="Which layers to route, such as 2-9,12. By default all that can be.")
+        str | None,
+        typer.Option(help="Which layers to route, counted from 0, such as 2-9,12. By default all that can be."),
     ] = None,
     one_head: Annotated[
         bool, typer.Option("--one-head", help="Choose who looks and who is kept alike for all key-value heads.")
