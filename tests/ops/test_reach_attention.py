@@ -91,8 +91,7 @@ def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: i
     found = []
     for attention in (reach_attention, reach_attention_by_rows):
         query, key, value, direction = (x.clone().requires_grad_() for x in numbers)
-        blocks = mock.patch.object(module, "block_of", lambda window, most: block * most // 32)
-        with blocks, mock.patch.object(module, "SPAN", span):
+        with mock.patch.object(module, "block_of", lambda window: block), mock.patch.object(module, "SPAN", span):
             output = attention(query, key, value, *arguments, problem.window, problem.sinks, softcap=softcap)
             gradients = torch.autograd.grad(output, (query, key, value), direction.detach())
         found.append((output, *gradients))

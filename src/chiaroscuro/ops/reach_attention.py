@@ -30,10 +30,6 @@ from chiaroscuro.ops.packed_attention import (
     attend_in_parts,
 )
 
-FORWARD_BLOCK, BACKWARD_BLOCK = 32, 64
-"""Most queries of one of the `Blocks`. The kernel goes forward by 32 queries at a time, so larger blocks waste more and
-gain nothing; backward it likes longer ones. At a window of 128, 32 take 0.8 of the time of 64 forward, 1.2 backward."""
-
 SPAN = 64
 """Queries of a tile of `Spans`."""
 
@@ -276,6 +272,9 @@ def _parts(
 class Band(Part):
     """What is near, where every key has its query: blocks of queries, each against the keys that some of it see.
 
+    The blocks lie on the packed line, and the kernel takes them as a batch: block b of C queries sees the C keys at its
+    own places and as many blocks before as the window reaches into. The views of the keys overlap.
+
     Args:
         begin: the first key that each query sees, on the packed line; the last is its own.
         window: w.
@@ -283,16 +282,35 @@ class Band(Part):
     """
 
     def __init__(self, begin: Int[Tensor, " queries"], window: int) -> None:
-        self.begin = begin
-        self.window = window
+        self.block = block_of(window)
+        self.before = -(-(window - 1) // self.block)
+        self.blocks = -(-len(begin) // self.block)
+        self.filled = self.blocks * self.block - len(begin)
+        place = torch.arange(self.blocks * self.block)
+        first = torch.cat([begin, place[len(begin) :]]).view(-1, self.block)
+        key = torch.arange((self.before + 1) * self.block) - self.before * self.block
+        key = key + place.view(-1, self.block)[:, :1]
+        own = place.view(-1, self.block)
+        self.hidden = (key[:, None] < first[..., None]) | (key[:, None] > own[..., None])
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        return additive_mask(self.hidden, dtype)[:, None]
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """(blocks, heads, C, c)."""
+        return F.pad(x, (0, 0, 0, 0, 0, self.filled)).view(self.blocks, self.block, *x.shape[1:]).transpose(1, 2)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """(blocks, heads, keys, c), overlapping."""
+        line = F.pad(x, (0, 0, 0, 0, self.before * self.block, self.filled))
+        return line.unfold(0, (self.before + 1) * self.block, self.block).transpose(2, 3)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """All blocks at once."""
-        blocks = Blocks(self.begin, self.window, block_of(self.window, FORWARD_BLOCK))
         output, normaliser = kernel.forward(
-            blocks.queries(query), blocks.keys(key), blocks.keys(value), blocks.mask(query.dtype)
+            self._queries(query), self._keys(key), self._keys(value), self._mask(query.dtype)
         )
-        return blocks.line(output), blocks.line(normaliser)
+        return self._line(output, len(query)), self._line(normaliser, len(query))
 
     def backward(
         self,
@@ -304,73 +322,33 @@ class Band(Part):
         normaliser: Tensor,
         kernel: Kernel,
     ) -> Sequence[Tensor]:
-        """Over blocks of another size."""
-        blocks = Blocks(self.begin, self.window, block_of(self.window, BACKWARD_BLOCK))
+        """Over the same blocks."""
         to_query, *to_keys = kernel.backward(
-            blocks.queries(grad),
-            blocks.queries(query),
-            blocks.keys(key),
-            blocks.keys(value),
-            blocks.queries(output),
-            blocks.queries(normaliser[..., None])[..., 0],
-            blocks.mask(query.dtype),
+            self._queries(grad),
+            self._queries(query),
+            self._keys(key),
+            self._keys(value),
+            self._queries(output),
+            F.pad(normaliser, (0, 0, 0, self.filled)).view(self.blocks, self.block, -1).transpose(1, 2),
+            self._mask(query.dtype),
         )
-        return blocks.line(to_query), *(blocks.overlapped(part) for part in to_keys)
+        return self._line(to_query, len(query)), *(self._overlapped(part, len(key)) for part in to_keys)
 
+    def _line(self, blocks: Tensor, length: int) -> Tensor:
+        return blocks.transpose(1, 2).flatten(0, 1)[:length]
 
-class Blocks:
-    """The packed line in blocks, which the kernel takes as a batch.
-
-    Block b of C queries sees the C keys at its own places and as many blocks before as the window reaches into. The
-    views of the keys overlap.
-
-    Args:
-        begin: as of `Band`.
-        window: w.
-        size: C.
-
-    """
-
-    def __init__(self, begin: Int[Tensor, " queries"], window: int, size: int) -> None:
-        self.length, self.size = len(begin), size
-        self.before = -(-(window - 1) // size)
-        self.number = -(-self.length // size)
-        self.filled = self.number * size - self.length
-        own = torch.arange(self.number * size)
-        first = torch.cat([begin, own[self.length :]]).view(-1, size)
-        own = own.view(-1, size)
-        key = torch.arange((self.before + 1) * size) - self.before * size + own[:, :1]
-        self._hidden = (key[:, None] < first[..., None]) | (key[:, None] > own[..., None])
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """(blocks, 1, C, keys)."""
-        return additive_mask(self._hidden, dtype)[:, None]
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(blocks, heads, C, c)."""
-        return F.pad(x, (0, 0, 0, 0, 0, self.filled)).view(self.number, self.size, *x.shape[1:]).transpose(1, 2)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """(blocks, heads, keys, c), overlapping."""
-        line = F.pad(x, (0, 0, 0, 0, self.before * self.size, self.filled))
-        return line.unfold(0, (self.before + 1) * self.size, self.size).transpose(2, 3)
-
-    def line(self, blocks: Tensor) -> Tensor:
-        """What is said of the queries, on the packed line."""
-        return blocks.transpose(1, 2).flatten(0, 1)[: self.length]
-
-    def overlapped(self, grad: Tensor) -> Tensor:
+    def _overlapped(self, grad: Tensor, length: int) -> Tensor:
         """What the blocks say of each key, added up."""
-        parts = grad.unflatten(2, (self.before + 1, self.size)).permute(2, 0, 3, 1, 4)
-        total = grad.new_zeros(self.number + self.before, *parts.shape[2:])
+        parts = grad.unflatten(2, (self.before + 1, self.block)).permute(2, 0, 3, 1, 4)
+        total = grad.new_zeros(self.blocks + self.before, *parts.shape[2:])
         for shift, part in enumerate(parts):
-            total[shift : shift + self.number] += part
-        return total.flatten(0, 1)[self.before * self.size :][: self.length]
+            total[shift : shift + self.blocks] += part
+        return total.flatten(0, 1)[self.before * self.block :][:length]
 
 
-def block_of(window: int, most: int) -> int:
-    """C, queries of one of the `Blocks`: about half a window, so that at most a third of what is computed is wasted."""
-    return max(16, min(most, 1 << max(0, (window // 2 - 1).bit_length())))
+def block_of(window: int) -> int:
+    """C, queries of a block of `Band`: about half a window, so that a third of what the kernel computes is wasted."""
+    return max(16, min(64, 1 << max(0, (window // 2 - 1).bit_length())))
 
 
 class Spans(TiledPart):
