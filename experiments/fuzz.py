@@ -39,6 +39,9 @@ SECONDS, MEMORY = 30, 2**30
 """Seconds of a core, and bytes beyond what was loaded, that a command may take. On the clock it may take ten times as
 long: this machine may be busy."""
 
+ENDS = ("succeeds", "refused in one line")
+"""How a command should end."""
+
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 0.5, -0.5, 1e-9, 1e300, 2**31, 2**63, 2**70, float("nan"), float("inf")),
     *(
@@ -345,12 +348,12 @@ def again() -> int:
             place.mkdir()
             draw = random.Random(f"{results['seed']} {one['kind']} {one['number']}")
             wrong, code = finding(KINDS[one["kind"]](samples, draw, place)[0])
-            one["now"] = wrong or ("refused in one line" if code else "succeeds")
+            one["now"] = wrong or ENDS[bool(code)]
             print(f"{one['kind']} {one['number']}: {one['finding']}; now: {one['now']}")
             shutil.rmtree(place, ignore_errors=True)
     INPUTS.write_text(json.dumps(results, indent=1) + "\n")
     write_page()
-    return 0
+    return int(any(one["now"] not in ENDS for one in results["findings"]))
 
 
 def main() -> int:

@@ -35,6 +35,11 @@ KINDS = {
 }
 
 
+def _cell(text: str) -> str:
+    """The first line, as a table takes it."""
+    return text.splitlines()[0][:120].replace("|", "/")
+
+
 def write_page() -> None:
     """Write the page from the figures that are there."""
     PAGE.write_text(render(json.loads(FAULTS.read_text()), json.loads(INPUTS.read_text())))
@@ -53,7 +58,7 @@ def render(faults: dict[str, dict[str, Any]], inputs: dict[str, Any]) -> str:
         if (one := inputs["inputs"].get(kind)) is not None
     ]
     findings = [
-        [KINDS[one["kind"]], f"{one['number']:,}", f"`{one['finding'][:120]}`", one.get("now", "not tried again")]
+        [KINDS[one["kind"]], f"{one['number']:,}", _cell(one["finding"]), _cell(one.get("now", "not tried again"))]
         for one in inputs["findings"]
     ]
     total = sum(sum(one.values()) for one in inputs["inputs"].values())
@@ -86,7 +91,7 @@ def render(faults: dict[str, dict[str, Any]], inputs: dict[str, Any]) -> str:
             markdown_table(["what was broken", "succeeded", "refused", "findings"], counted),
             *(
                 [
-                    "The findings, and how the same inputs end since they were mended (`--again`):",
+                    "The findings, and how the same inputs end now (`python -m experiments.fuzz --again`):",
                     "",
                     markdown_table(["what was broken", "input", "finding", "now"], findings),
                 ]

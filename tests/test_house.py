@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -174,3 +177,20 @@ def test_the_picture_of_the_rooms_is_the_contract_and_the_folders() -> None:
 
 def test_the_readme_stays_short() -> None:
     assert len(text_of("README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("room", ["experiments", "benchmarks"])
+def test_what_scripts_import_is_there(room: str) -> None:
+    """They are run by hand, and would miss a name that has moved only then."""
+    files = sorted((ROOT / room).glob("*.py"))
+    imports = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if _of_ours(node)]
+    assert len(imports) > 10
+    for node in imports:
+        module = import_module(str(node.module))
+        missing = [name.name for name in node.names if not hasattr(module, name.name)]
+        missing = [name for name in missing if find_spec(f"{node.module}.{name}") is None]
+        assert not missing, f"{node.module} has no {missing}"
+
+
+def _of_ours(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "chiaroscuro"

@@ -82,11 +82,14 @@ def test_without_a_command_there_is_the_help_and_no_empty_error(run: Run) -> Non
 
 
 def test_a_warning_is_one_line_without_a_place_in_the_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    assert run("presets")[0] == 0
-    assert warnings.formatwarning("the share\n is a guess", UserWarning, "module.py", 9) == (
-        "warning: the share is a guess\n"
-    )
+    before, shown = warnings.formatwarning, []
+
+    def warn(**_: Any) -> None:
+        shown.append(warnings.formatwarning("the share\n is a guess", UserWarning, "module.py", 9))
+
+    monkeypatch.setattr("chiaroscuro.cli.app", warn)
+    run("presets")
+    assert shown == ["warning: the share is a guess\n"] and warnings.formatwarning is before
 
 
 def test_info_says_what_a_checkpoint_is(run: Run, run_folder: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_text_of_other_values_among_strings(tmp_path, cache) -> None:
 
 def test_a_link_to_nothing(tmp_path, cache) -> None:
     (write(tmp_path, val="v\n") / "train.txt").symlink_to(tmp_path / "gone")
-    assert "train.txt is a link to a file that is not there; mend it or remove it" in refuse(tmp_path, cache)
+    assert "train.txt is a link to a file that is not there; mend or remove the link" in refuse(tmp_path, cache)
 
 
 def test_a_compressed_file_that_ends_too_early(tmp_path, cache) -> None:

@@ -350,7 +350,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": "llama3"}, "rope_parameters='llama3'"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral'.*known are"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*'factor' is missing"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters=.*frequencies that are no finite"),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        "rope_parameters=.*frequencies they give are not finite",
+    ),
     ({"router": {"random": {"router_seed": "a"}}}, "router_seed='a': must be a whole number from 0"),
     ({"router": {"permuted": {"router_seed": -1}}}, "router_seed=-1: must be a whole number from 0"),
     ({"operators": [[D], [D, {"attention": {"heads": 2}}], [A]]}, r"operators\[1\].*unknown option heads=2"),

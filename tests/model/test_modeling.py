@@ -214,8 +214,9 @@ def test_a_plain_tuple(by_config: bool) -> None:
         ({"input_ids": tokens(0).float()}, r"input_ids of shape \(2, 12\) and dtype torch.float32"),
         ({"input_ids": tokens(0), "position_ids": torch.arange(5)[None]}, r"position_ids of shape \(1, 5\): need"),
         ({"input_ids": tokens(0), "position_ids": torch.arange(12)}, r"position_ids of shape \(12,\): need \(2, 12\)"),
-        ({"input_ids": tokens(0), "labels": tokens(0) + VOCABULARY}, f"labels from .*vocab_size={VOCABULARY}"),
-        ({"input_ids": tokens(0), "labels": tokens(0) - 200}, "labels from -.*need token ids or -100"),
+        ({"input_ids": tokens(0), "labels": tokens(0) + VOCABULARY}, "is neither a token id, from 0 to .* nor -100"),
+        ({"input_ids": tokens(0), "labels": tokens(0) - 200}, "labels: -.* is neither a token id"),
+        ({"input_ids": tokens(0), "labels": tokens(0) * 0 - 1}, "labels: -1 is neither a token id"),
     ],
     ids=[
         "nothing",
@@ -232,6 +233,7 @@ def test_a_plain_tuple(by_config: bool) -> None:
         "positions of one axis",
         "label too large",
         "label too small",
+        "label of minus one",
     ],
 )
 def test_impossible_arguments(arguments: dict[str, Any], complaint: str) -> None:

@@ -389,6 +389,11 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     loss = routed(input_ids=tokens, labels=tokens).loss
     routed(input_ids=ids(11, 2, 20))  # of other tokens, whose draws are others, before the layers run again
     loss.backward()
+    shared = routed.reaches[0].shared
+    table = torch.zeros(3)
+    for tokens in (ids(1), ids(2)):  # a table that comes again, as one that a graph is replayed into
+        shared.begin(tokens)
+        assert shared.input_ids(table) is tokens
     for name, gradient in gradients(routed).items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-5)
 
@@ -573,7 +578,7 @@ def twice() -> Any:
         (latent, {}, "latent keys and values"),
         (own_windows, {}, "every layer of this MistralForCausalLM has a window or chunks of its own"),
         (quantised, {}, "is quantised: load it without"),
-        (quantised_by_torch, {}, "are without weights, as after torch's quantisation"),
+        (quantised_by_torch, {}, "hold no weights, as after quantisation by torch"),
         (twice, {}, "retrofitted already"),
         (build, {"window": 0}, "window=0: must be a whole number of tokens from 1 to 2147483647"),
         (build, {"window": 2**70}, "window=1180591620717411303424: must be a whole number of tokens from 1 to"),
@@ -754,7 +759,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     [
         ({"window": 0}, "window=0: must be a whole number"),
         ({"kv_share": 3}, "kv_share=3: must be a number from 0 to 1"),
-        ({"layers": [9]}, "layers=.9.: the model has the layers 0 to 2"),
+        ({"kv_share": 10**400}, "kv_share=10+: must be a number from 0 to 1"),
+        ({"layers": [9]}, "layers=.9.: give a list of layers; the model has 0 to 2"),
+        ({"layers": [True]}, "layers=.True.: give a list of layers"),
+        ({"layers": [1, 1]}, "layers=.1, 1.: name each once, in order"),
         ({"kv_spread": [1.0]}, "kv_spread=.1.0.: give a weight, 0 or more, for each of the 3 routed layers"),
         ({"sinks": None}, "chiaroscuro in the configuration lacks sinks"),
     ],

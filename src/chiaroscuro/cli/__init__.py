@@ -7,7 +7,7 @@ holds one JSON object and nothing else.
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Before anything of Hugging Face is imported, which reads them once: nothing phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -29,7 +29,7 @@ __all__ = ["app", "costs", "main", "models", "runs"]
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     keep_freed_memory()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {harmless(' '.join(str(message).split()))}\n"
+    formatwarning, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -45,12 +45,19 @@ def main() -> None:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            if not error.format_message():  # no command, and the help is printed
+            if type(error).__name__ == "NoArgsIsHelpError":  # no command: the help is printed already
                 sys.exit(2)
             _fail(f"{error.format_message()} (see chiaroscuro --help)")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             _fail("this machine has not enough memory for that: ask for something smaller")
         raise
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def _warning(message: Any, *_: Any, **__: Any) -> str:
+    """One line, without a place in the code."""
+    return f"warning: {harmless(' '.join(str(message).split()))}\n"
 
 
 def _fail(message: str) -> NoReturn:

@@ -68,7 +68,7 @@ def evaluate(
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Of a text, measure the first windows alone, as few as hold so many tokens; all unless given.", min=1
+            help="Of a text, measure only the first windows, as few as hold this many tokens; all unless given.", min=1
         ),
     ] = None,
     as_json: AsJson = False,

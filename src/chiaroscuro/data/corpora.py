@@ -445,7 +445,7 @@ def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str
 def _opened(file: Path) -> Iterator[io.BufferedReader]:
     """A file that there is something in, to be read."""
     if file.is_symlink() and not file.exists():
-        raise UserError(f"{file} is a link to a file that is not there; mend it or remove it")
+        raise UserError(f"{file} is a link to a file that is not there; mend or remove the link")
     if file.exists() and not file.is_file():  # to read a pipe would wait for whoever writes to it
         raise UserError(f"{file} can't be read: it is no file, but a folder, a pipe or a device; use a file")
     try:
@@ -454,7 +454,7 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
                 raise UserError(f"{file} is empty; put text into it or remove it")
             yield stream
     except OSError as error:
-        raise UserError(f"{file} can't be read: {one_line(error)}") from error
+        raise UserError(f"{file} can't be read: {error.strerror or one_line(error)}") from error
 
 
 def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> datasets.Dataset:

@@ -30,7 +30,7 @@ def frequencies_of(
         length: of the sequence, cached tokens included, on which some types depend.
 
     Raises:
-        UserError: transformers doesn't know the type, or the type needs a parameter that is missing or another.
+        UserError: transformers doesn't know the type, or the type needs a parameter that is missing or unusable.
 
     """
     kind = parameters.get("rope_type", "default")
@@ -66,5 +66,5 @@ def _frequencies(parameters: str, head_width: int, longest: int, length: int) ->
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"rope_parameters={given}: {reason}") from None
     if not bool(frequencies.isfinite().all()) or not math.isfinite(factor):
-        raise UserError(f"rope_parameters={given}: give frequencies that are no finite numbers")
+        raise UserError(f"rope_parameters={given}: the frequencies they give are not finite")
     return frequencies.float(), float(factor)

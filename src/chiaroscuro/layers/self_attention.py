@@ -59,7 +59,7 @@ class AttentionOptions:
         if self.window is not None and not _is_whole(self.window, 1, LONGEST_WINDOW):
             raise UserError(
                 f"window={self.window!r}: must be a whole number of tokens from 1 to {LONGEST_WINDOW}, or left out for "
-                "none"
+                "no window"
             )
         if not _is_whole(self.sinks, 0, LONGEST_WINDOW):
             raise UserError(f"sinks={self.sinks!r}: must be a whole number of tokens from 0 to {LONGEST_WINDOW}")

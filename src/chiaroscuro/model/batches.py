@@ -30,13 +30,22 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     given = list(batches)
     for batch in given:
         ids = fields_of(batch).get("input_ids") if isinstance(batch, Tensor | Mapping) else None
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-            raise UserError("every batch needs input_ids of shape (B, T): give a list of such batches")
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or ids.dtype not in (torch.int64, torch.int32)
+            or not ids.numel()
+        ):
+            raise UserError(
+                "every batch needs input_ids of shape (B, T), one whole number at least: give a list of such batches"
+            )
     return given
 
 
 def check_predictions(batches: Sequence[Batch], held_out: int) -> None:
-    """Raise a UserError where nothing is predicted in the batches that are fitted on, or in those held out.
+    """Raise a UserError where a fit has no gradients, too few batches, or some in which nothing is predicted.
+
+    Of those that are fitted on, and of those held out, one at least has to predict something.
 
     Args:
         batches: of `checked_batches`.

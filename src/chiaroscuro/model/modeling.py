@@ -397,7 +397,7 @@ class ChiarModel(ChiarPreTrainedModel):
             if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
                 raise UserError(
                     f"input_ids of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: need shape (B, T) and "
-                    "dtype torch.int64"
+                    "dtype torch.int64 or torch.int32"
                 )
             try:
                 x = self.embed_tokens(input_ids)
@@ -423,7 +423,7 @@ class ChiarModel(ChiarPreTrainedModel):
         """What all layers share: padding, positions, documents, the attention implementation, token ids.
 
         Documents in one row are told by positions that restart among the real tokens, as transformers'
-        `DataCollatorWithFlattening` makes them.
+        `DataCollatorWithFlattening` makes them. One that begins with the first token after a cache is not told.
         """
         batch, time, _ = x.shape
         seen = 0 if cache is None else cache.get_seq_length()
@@ -448,7 +448,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -time:]
         elif position_ids.shape not in ((batch, time), (1, time)):
             raise UserError(
-                f"position_ids of shape {tuple(position_ids.shape)}: need ({batch}, {time}), one for each new token"
+                f"position_ids of shape {tuple(position_ids.shape)}: need ({batch}, {time}) or (1, {time}), one for "
+                "each new token"
             )
         elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
             real = None if attention_mask is None else attention_mask[:, -time:]
@@ -690,9 +691,11 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
                 )
             # On a GPU this would wait for all that was computed before.
             if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
-                low, high = (int(label) for label in labels.aminmax())
-                if low < -100 or high >= vocabulary:
-                    raise UserError(f"{name} from {low} to {high}, vocab_size={vocabulary}: need token ids or -100")
+                wrong = labels[(labels >= vocabulary) | ((labels < 0) & (labels != -100))]
+                if len(wrong):
+                    raise UserError(
+                        f"{name}: {int(wrong[0])} is neither a token id, from 0 to {vocabulary - 1}, nor -100"
+                    )
 
     def _loss_needs_logits(self) -> bool:
         """Whether the head or the loss was replaced, by an adapter or by the user."""

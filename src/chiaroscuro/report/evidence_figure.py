@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
 from chiaroscuro.report.gate_figure import PUBLISHED
@@ -61,13 +61,13 @@ def draw_gain(
 
 def draw_classes(
     shares: Mapping[str, Mapping[str, float | None]],
-    by_layer: Mapping[str, Mapping[str, Sequence[float | None]]],
+    by_layer: Mapping[str, Mapping[str, Mapping[str, float | None]]],
 ) -> bytes:
     """The share of each class of tokens that is chosen: of all layers, a line of marks, and of each, a map.
 
     Args:
         shares: by model and side, the share of each class; None where there is no such token.
-        by_layer: by model and side, those of each layer.
+        by_layer: by model, side and class, those of each layer by its number; one class at least is there.
 
     Returns:
         A PNG.
@@ -95,16 +95,19 @@ def draw_classes(
     above.legend(frameon=False, fontsize=8, loc="outside right center")
     panels = below.subplots(rows, columns, squeeze=False).flatten()
     for panel, (name, own) in zip(panels, by_layer.items(), strict=False):
-        known = {one: [math.nan if share is None else share for share in row] for one, row in own.items()}
-        drawn = {one: row for one, row in known.items() if not all(math.isnan(share) for share in row)}
-        image = panel.imshow(list(drawn.values()), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        drawn = {one: row for one, row in own.items() if any(share is not None for share in row.values())}
+        shown = [[math.nan if share is None else share for share in row.values()] for row in drawn.values()]
+        image = panel.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         panel.set_yticks(range(len(drawn)), list(drawn))
-        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        layers = list(next(iter(drawn.values())))
+        step = -(-len(layers) // 8)
+        panel.set_xticks(range(0, len(layers), step), layers[::step])
         panel.set_title(name, color=INK, fontsize=9, loc="left")
         quieten(panel)
     for panel in panels[len(by_layer) :]:
         panel.set_axis_off()
-    panels[len(by_layer) - 1].set_xlabel("layer", color=INK, fontsize=9)
+    for panel in panels[max(0, len(by_layer) - columns) : len(by_layer)]:  # the last of each column
+        panel.set_xlabel("layer, from 0", color=INK, fontsize=9)
     bar = below.colorbar(image, ax=panels, format=PercentFormatter(1.0, decimals=0), shrink=0.6, label="chosen")
     bar.ax.tick_params(labelsize=8, colors=INK)
     return as_png(figure)

@@ -25,6 +25,7 @@ from chiaroscuro.model.batches import Batch, check_predictions, checked_batches,
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, check_share, with_target
 from chiaroscuro.model.fitting import fit as fit_chiar
+from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
@@ -160,11 +161,8 @@ class _Whole:
 
 def _predicted(fields: Mapping[str, Any], real: Tensor) -> Int[Tensor, "batch time"]:
     """What each token of a batch is to predict, and −100 where that is nothing."""
-    if fields.get("shift_labels") is not None:
-        return fields["shift_labels"].to(real.device).masked_fill(~real, IGNORED)
     labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
-    labels = labels.to(real.device).masked_fill(~real, IGNORED)
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return ChiarForCausalLM.targets_of(labels, fields.get("shift_labels"), real.to(labels.device)).to(real.device)
 
 
 class _Fitting:

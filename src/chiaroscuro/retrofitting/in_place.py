@@ -156,7 +156,7 @@ def _check_model(model: Any) -> None:
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name} reads more than text: give its language model")
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise UserError(f"{name} predicts no next token: a retrofit needs a ...ForCausalLM")
+        raise UserError(f"{name} predicts no next token: a retrofit needs a ...ForCausalLM or ...LMHeadModel")
     modules = attention_modules(model)
     if len(modules) != model.config.num_hidden_layers:
         raise UserError(
@@ -164,7 +164,7 @@ def _check_model(model: Any) -> None:
             "that transformers dispatches, with rotary positions: there is nothing to route in the others"
         )
     if not all(any(True for _ in module.parameters()) for module in modules.values()):
-        raise UserError(f"the attention modules of this {name} are without weights, as after torch's quantisation")
+        raise UserError(f"the attention modules of this {name} hold no weights, as after quantisation by torch")
     if not all(module.is_causal for module in modules.values()):
         raise UserError(f"{name} sees the future: a retrofit needs a causal decoder")
 

@@ -31,10 +31,10 @@ IMPLEMENTATION = "chiaroscuro"
 """The name under which routed modules find `attend_routed`."""
 
 HIDDEN = -1e4
-"""What a mask adds, at most, to the score of a token that is not seen; −∞ and a type's least number are less."""
+"""A mask that adds this or less to a score hides the token: −∞, a type's least number, and −10,000."""
 
-NO_WEIGHTS = "output_attentions: a routed module computes no whole matrix of weights: drop it"
-"""What is said to who asks for these."""
+NO_WEIGHTS = "drop output_attentions: a routed module computes no whole matrix of weights"
+"""What is said to whoever asks for these."""
 
 LOOK_SIDE = ("near", "far")
 """What a router of the look side chooses between."""
@@ -51,7 +51,7 @@ class Forward:
     """What the modules of one model share in a forward.
 
     A layer whose activations are checkpointed runs again in the backward, when the model may have had another forward.
-    Which one it is of is told by the rotary table that it is given, which each forward makes anew.
+    Which one it is of is told by the rotary table that it was given.
     """
 
     def __init__(self) -> None:
@@ -61,12 +61,12 @@ class Forward:
         self._read: Any = None
 
     def input_ids(self, table: Tensor | None) -> Int[Tensor, "batch time"] | None:
-        """The new tokens, where the model was given ids, of the forward with this rotary table."""
-        if table is None:
-            return self._input_ids
-        if table not in self._by_table:
+        """The new tokens, where the model was given ids: of this forward, or in a backward of that with this table."""
+        if torch._C._current_graph_task_id() != -1:  # a backward, as torch.utils.checkpoint tells it
+            return None if table is None else self._by_table.get(table)
+        if table is not None:
             self._by_table[table] = self._input_ids
-        return self._by_table[table]
+        return self._input_ids
 
     def read_mask(
         self, mask: Any, time: int
@@ -97,10 +97,9 @@ class Forward:
 
 def _of_one_type(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values as SDPA takes them under autocast, where those that were rotated are float32 yet."""
-    device = query.device.type
-    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+    if query.dtype == torch.float64:
         return query, key, value
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(query.device.type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
@@ -191,6 +190,8 @@ class Reach(nn.Module):
             yield
         finally:
             self._now = None
+            if state is not None:
+                state.expected = False
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
@@ -377,7 +378,7 @@ class RoutedAttention(MadeClass, nn.Module):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
         table = kwargs.get("position_embeddings")
-        table = table[0] if isinstance(table, tuple) else table
+        table = table[0] if isinstance(table, tuple | list) else table
         with self.chiaroscuro.given(hidden, caches[0] if caches else None, kwargs.get("position_ids"), table):
             return super().forward(*args, **kwargs)
 
@@ -419,8 +420,11 @@ def attend_routed(
     """
     if kwargs.get("output_attentions"):
         raise UserError(NO_WEIGHTS)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return module.chiaroscuro.attend(query, key, value, attention_mask, dropout, scaling, softcap), None
     parts = _of_one_type(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return module.chiaroscuro.attend(*parts, attention_mask, dropout, scaling, softcap), None
 
 

@@ -108,8 +108,8 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> Ro
         time: how many new tokens there are, which the layers before have taken up already.
 
     Raises:
-        UserError: a cache of another kind, one that another model began, or one of which only the layers before could
-            be cropped.
+        UserError: a cache of another kind, one that was begun without routing or with another window, or one of which
+            only the layers before were cropped or went on.
 
     """
     while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
@@ -124,7 +124,7 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> Ro
         if layer and found.columns != (before := cast(Any, cache.layers[0]).get_seq_length() - time):
             raise UserError(
                 f"layer {layer} of this cache holds {found.columns} tokens and the first one {before}, as after a crop "
-                "that was refused halfway: start a new one"
+                "or a forward that ended halfway: start a new one"
             )
         found.expected = True
         return found

@@ -3,7 +3,6 @@
 They are made from the classes that the model has, one each, when they are first needed.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
@@ -207,8 +206,11 @@ def checked(said: Mapping[str, Any], config: Any) -> dict[str, Any]:
     if missing := [name for name in SAID if name not in said]:
         raise UserError(f"{FIELD} in the configuration lacks {missing[0]}: it was not saved by this library")
     layers = said["layers"]
-    if not isinstance(layers, list) or not layers or any(i not in range(config.num_hidden_layers) for i in layers):
-        raise UserError(f"layers={layers!r}: the model has the layers 0 to {config.num_hidden_layers - 1}")
+    number = config.num_hidden_layers
+    if not isinstance(layers, list) or not layers or not all(type(i) is int and 0 <= i < number for i in layers):
+        raise UserError(f"layers={layers!r}: give a list of layers; the model has 0 to {number - 1}")
+    if sorted({*layers}) != layers:
+        raise UserError(f"layers={layers!r}: name each once, in order")
     own = key_heads(config)
     for name in ("router", "kv_router"):
         if split_entry(said[name])[1].get("heads", 1) not in (1, own):
@@ -228,7 +230,7 @@ def _tokens(name: str, value: Any, least: int) -> int:
 
 
 def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= cast(Any, value) <= 1:
         raise UserError(f"{name}={value!r}: must be a number from 0 to 1")
     return float(value)
 
@@ -241,7 +243,7 @@ def _check_weights(name: str, weights: Any, layers: int) -> None:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= cast(Any, value) < 1e300
 
 
 def key_heads(config: Any) -> int:

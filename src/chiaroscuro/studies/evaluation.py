@@ -1,6 +1,5 @@
 """How good a trained model is: perplexity on its text, or accuracy on its task."""
 
-import math
 from typing import Any
 
 from torch.utils.data import Subset
@@ -38,7 +37,7 @@ def evaluate(
         window: of language models, how far back the pair of a recall token must lie; the model's `window` or, where its
             config has none, 64. See `chiaroscuro.analysis.recall`.
         batch_size: windows at once.
-        tokens: of a text, measure the first windows alone, as few as hold so many tokens; all of it unless given.
+        tokens: of a text, measure only the first windows, as few as hold this many tokens; all of it unless given.
 
     Returns:
         What was measured, ready for JSON; with the routing of every layer if the model routes.
@@ -92,6 +91,11 @@ def evaluate(
             )
         figures |= {"data": sequences.name, **result.figures()}
     else:
+        if type(workspace.tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+            raise UserError(
+                f"the tokenizer of {workspace.name} is one of words, which loses the spaces of a text and the words "
+                "that it has not seen: a perplexity would not be that of the text; evaluate a model that learned a text"
+            )
         corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
         blocks = whole if tokens is None else first_blocks(whole, _windows(tokens, length, stride or length))
         with patient_bar("evaluating", len(blocks)) as advance:
@@ -109,7 +113,7 @@ def evaluate(
 
 def _windows(tokens: int, length: int, stride: int) -> int:
     """How many windows hold so many predictions: the first one T of them, each other one as many as the stride."""
-    return 1 + max(0, math.ceil((tokens - length) / stride))
+    return 1 + max(0, -(-(tokens - length) // stride))
 
 
 def first_blocks(blocks: TokenBlocks, count: int) -> Any:

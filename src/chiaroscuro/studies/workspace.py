@@ -203,8 +203,6 @@ class Workspace:
     ) -> tuple[Corpus, TokenBlocks]:
         """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`."""
         corpus, text = self.corpus(split, source), self._text(source)
-        if self.recipe is not None:
-            text.refuse_tokenizer(self.recipe.tokenizer)
         tokens = tokenize_corpus(corpus, self.tokenizer)[split]
         return corpus, text.blocks(tokens, self.tokenizer, self.length(length), stride)
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.data import StreamedBlocks, TextStream, default_cache_dir
+from chiaroscuro.data.tasks.language_modelling import SHUFFLE, LanguageModelling
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, refuse_file, saying_why, write_text
 from chiaroscuro.model import ChiarPreTrainedModel, MoveThresholds
@@ -130,6 +131,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     if recipe.trainer.epochs is None:
         # Refuses too long a warm-up or schedule before minutes go into the data.
         recipe.courses(recipe.steps(processes.num_processes))
+    if not resume:
+        _refuse_idle(recipe)
     if not resume and recipe.trainer.init_from is not None:
         _refuse_no_checkpoint(recipe.trainer.init_from)
     _refuse_data_parallel(processes)
@@ -455,6 +458,15 @@ def _refuse_no_checkpoint(init_from: str) -> None:
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------
+
+
+def _refuse_idle(recipe: Recipe) -> None:
+    """Refuse what a run would not heed. A recipe that lies beside a model is read all the same."""
+    task = recipe.data.build_task()
+    if isinstance(task, LanguageModelling) and task.shuffle != SHUFFLE and not task.streaming:
+        raise UserError(
+            f"data.shuffle={task.shuffle} goes with data.streaming: true; blocks that are stored are drawn from all"
+        )
 
 
 def _refuse_data_parallel(processes: PartialState) -> None:

@@ -41,10 +41,6 @@ class LanguageModelling(TextTask):
     def __post_init__(self) -> None:
         if self.shuffle < 1:
             raise UserError(f"data.shuffle={self.shuffle}: must be at least 1; 1 shuffles nothing")
-        if self.shuffle != SHUFFLE and not self.streaming:
-            raise UserError(
-                f"data.shuffle={self.shuffle} goes with data.streaming: true; blocks that are stored are drawn from all"
-            )
 
     def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""

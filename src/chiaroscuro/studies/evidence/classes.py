@@ -142,12 +142,12 @@ def _agreement(
 def draw(found: Mapping[str, Any]) -> bytes:
     """The picture."""
     shares: dict[str, dict[str, float | None]] = {}
-    by_layer: dict[str, dict[str, list[float | None]]] = {}
+    by_layer: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, model in found.items():
         for side in _sides(model):
             title, layers = f"{name}: {SIDES[side]}", _layers(model, side)
             shares[title] = {one: _mean(model, side, "classes", one) for one in CLASSES}
-            by_layer[title] = {one: [_of_layer(model, side, i, one) for i in layers] for one in CLASSES}
+            by_layer[title] = {one: {i: _of_layer(model, side, i, one) for i in layers} for one in CLASSES}
     return draw_classes(shares, by_layer)
 
 
