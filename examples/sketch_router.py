@@ -15,15 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from chiaroscuro import register_router
-from chiaroscuro.layers import Context, ScoreOptions, ScoreRouter, Work
+from chiaroscuro.layers import Context, ScoreRouter, SeededOptions, Work
 
 
 @dataclass(frozen=True)
-class SketchOptions(ScoreOptions):
-    """Options of a router by a score; `features`, m, drawn ones; and `router_seed`, of the draw (the model's field)."""
+class SketchOptions(SeededOptions):
+    """Options of a router by a score that draws something, by the model's `router_seed`; and `features`, m, drawn."""
 
     features: int = 16
-    router_seed: int = 0
 
 
 class SketchRouter(ScoreRouter):

@@ -22,7 +22,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -337,20 +338,32 @@ def finding(arguments: list[object]) -> tuple[str, int]:
     return "", code
 
 
+@contextmanager
+def made_samples() -> Iterator[Samples]:
+    """Valid inputs in a temporary folder, which holds all that the commands write too."""
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["CHIAROSCURO_CACHE"], tempfile.tempdir = f"{root}/cache", root
+        yield Samples(Path(root))
+
+
+@contextmanager
+def trial(samples: Samples, seed: int, kind: str, number: int) -> Iterator[Trial]:
+    """Input `number` of a kind, whose files are there inside the block."""
+    place = samples.root / "trial"
+    place.mkdir()
+    yield KINDS[kind](samples, random.Random(f"{seed} {kind} {number}"), place)
+    shutil.rmtree(place, ignore_errors=True)
+
+
 def again() -> int:
     """Try the inputs of the findings that are noted once more, and note how they end now."""
     results = json.loads(INPUTS.read_text())
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["CHIAROSCURO_CACHE"], tempfile.tempdir = f"{root}/cache", root
-        samples = Samples(Path(root))
+    with made_samples() as samples:
         for one in results["findings"]:
-            place = Path(root) / "trial"
-            place.mkdir()
-            draw = random.Random(f"{results['seed']} {one['kind']} {one['number']}")
-            wrong, code = finding(KINDS[one["kind"]](samples, draw, place)[0])
+            with trial(samples, results["seed"], one["kind"], one["number"]) as (arguments, _):
+                wrong, code = finding(arguments)
             one["now"] = wrong or ENDS[bool(code)]
             print(f"{one['kind']} {one['number']}: {one['finding']}; now: {one['now']}")
-            shutil.rmtree(place, ignore_errors=True)
     INPUTS.write_text(json.dumps(results, indent=1) + "\n")
     write_page()
     return int(any(one["now"] not in ENDS for one in results["findings"]))
@@ -372,16 +385,12 @@ def main() -> int:
         return 2
     counts: dict[str, dict[str, int]] = {kind: {"succeeded": 0, "refused": 0, "findings": 0} for kind in only}
     found = []
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["CHIAROSCURO_CACHE"], tempfile.tempdir = f"{root}/cache", root
-        samples = Samples(Path(root))
+    with made_samples() as samples:
+        root = str(samples.root)
         for number in range(given.inputs):
             kind = only[number % len(only)]
-            draw = random.Random(f"{given.seed} {kind} {number}")
-            place = Path(root) / "trial"
-            place.mkdir()
-            arguments, what = KINDS[kind](samples, draw, place)
-            wrong, code = finding(arguments)
+            with trial(samples, given.seed, kind, number) as (arguments, what):
+                wrong, code = finding(arguments)
             counts[kind]["findings" if wrong else "refused" if code else "succeeded"] += 1
             if wrong:
                 words = " ".join(map(str, arguments)).replace(root, "")
@@ -396,7 +405,6 @@ def main() -> int:
                 )
                 print(f"\r{kind} {number}: {words[:90]}: {wrong[:200]}")
             print(f"\r{number + 1} inputs, {len(found)} findings", end="", flush=True)
-            shutil.rmtree(place, ignore_errors=True)
             if (number + 1) % 100 == 0 or number + 1 == given.inputs:  # an interruption loses a minute
                 results = {"seed": given.seed, "inputs": counts, "findings": found}
                 INPUTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,16 @@ from chiaroscuro.layers.registry import (
     register_operator,
     register_router,
 )
-from chiaroscuro.layers.router import Decision, Router, ScoreOptions, ScoreRouter, ThresholdRouter, pick_thresholds
+from chiaroscuro.layers.router import (
+    Decision,
+    Router,
+    ScoreOptions,
+    ScoreRouter,
+    SeededOptions,
+    ThresholdRouter,
+    check_seed,
+    pick_thresholds,
+)
 from chiaroscuro.layers.self_attention import SelfAttention
 from chiaroscuro.layers.short_convolution import NeighbourMixing, ShortConvolution
 from chiaroscuro.layers.soft_router import HardRouter, SoftRouter
@@ -60,6 +69,7 @@ __all__ = [
     "Routing",
     "ScoreOptions",
     "ScoreRouter",
+    "SeededOptions",
     "SelfAttention",
     "ShortConvolution",
     "SoftRouter",
@@ -71,6 +81,7 @@ __all__ = [
     "build_block",
     "build_operator",
     "build_router",
+    "check_seed",
     "exact_modules",
     "find_operator",
     "find_router",

@@ -117,6 +117,12 @@ class ScoreOptions:
     spectrum: Spectrum = "orthonormal"
 
 
+def check_seed(seed: Any) -> None:
+    """Raise a UserError if this is no `router_seed`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"router_seed={seed!r}: must be a whole number from 0 to 2³² − 1")
+
+
 @dataclass(frozen=True)
 class SeededOptions(ScoreOptions):
     """Options of a router by a score that draws something.
@@ -129,9 +135,7 @@ class SeededOptions(ScoreOptions):
     router_seed: int = 0
 
     def __post_init__(self) -> None:
-        seed = self.router_seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(f"router_seed={seed!r}: must be a whole number from 0 to 2³² − 1")
+        check_seed(self.router_seed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from chiaroscuro.auto_classes import AUTO_MAP, HUB_MODULE, write_hub_module
 from chiaroscuro.errors import UserError, suggest
-from chiaroscuro.layers import Operator, Router, ScoreRouter, find_operator, find_router, pick_thresholds
+from chiaroscuro.layers import Operator, Router, ScoreRouter, check_seed, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
@@ -416,8 +416,7 @@ class ChiarConfig(PreTrainedConfig):
                 raise UserError(f"{field}={getattr(self, field)!r}: must be true or false")
         for field in _CHOICES:
             self._check_choice(field)
-        if not _is_whole(self.router_seed) or not 0 <= self.router_seed < 2**32:
-            raise UserError(f"router_seed={self.router_seed!r}: must be a whole number from 0 to 2³² − 1")
+        check_seed(self.router_seed)
         if not _is_finite(self.collapse_penalty) or self.collapse_penalty < 0:
             raise UserError(f"collapse_penalty={self.collapse_penalty!r}: must be 0 or a positive number")
         for field in _TOKEN_IDS:
