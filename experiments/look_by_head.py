@@ -21,9 +21,10 @@ from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
+from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.retrofitting.routed_model import key_heads
 from chiaroscuro.studies.evaluation import first_blocks
-from chiaroscuro.studies.retrofitting import load_decoder, watching
+from chiaroscuro.studies.retrofitting import load_decoder
 
 RESULTS = Path("experiments/results/retrofit/look-by-head.json")
 NOISE = 2**22

@@ -20,8 +20,8 @@ from chiaroscuro.app.runs import curves, find_runs, table_of
 from chiaroscuro.app.served import Served, serve
 from chiaroscuro.app.view import LOSS, ROUTING, draw_panels, draw_reading, draw_written, summary, tip_of
 from chiaroscuro.app.writing import write
+from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.retrofitting.whole import without_routing
-from chiaroscuro.studies.retrofitting import noting_decisions
 from decoders import build
 
 Run = Callable[..., tuple[int, str, str]]

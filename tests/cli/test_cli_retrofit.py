@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.report.retrofit_page import CONTROLS
+from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.studies.needles import needles_found
 from decoders import build
 from small_runs import WORDS
@@ -79,6 +81,18 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert "Every token sees 32 tokens and the first 4." in page and "![" in page and "| by chance |" in page
     code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--kv-share", 0.1, "--json")
     assert code == 0 and json.loads(out)["perplexity"] > 1, err
+    figures = json.loads(out)
+    assert [*figures["kept"]] == [*figures["looked"]] == ["0", "1", "2"]
+    assert mean(figures["kept"].values()) < 0.8 * mean(found["kept"].values())  # the dial was turned
+    code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--tokens", 64)
+    assert code == 0 and "% of the tokens, the mean over the routed layers" in " ".join(out.split()), err
+    code, out, err = run("needles", tmp_path / "out", "--lengths", LENGTH, "--keys", 1, "--tries", 1, "--json")
+    (row,) = json.loads(out)["needles"]
+    with noting_decisions(model) as decided:
+        needles_found(model, Haystack(byte_tokenizer()), LENGTH, 5, 1)
+    for side, name in enumerate(("looked", "kept")):
+        each = [torch.cat([forward[side] for forward in layer]).float().mean() for layer in decided.values()]
+        assert 0 < row[name] < 1 and row[name] == pytest.approx(float(sum(each) / 3), abs=1e-6)
     code, out, err = run("generate", tmp_path / "out", "the light", "--max-new-tokens", 4)
     assert code == 0, err
 
@@ -153,7 +167,7 @@ def test_needles_are_counted_as_the_report_counts_them(run: Run, places: tuple[P
     model = AutoModelForCausalLM.from_pretrained(places[0])
     expected = needles_found(model, Haystack(byte_tokenizer()), LENGTH, 5, 2)
     assert (row["length"], row["keys"], row["by depth"]) == (LENGTH, 1, expected)
-    assert row["found"] == sum(expected) / 5
+    assert row["found"] == sum(expected) / 5 and "kept" not in row  # of a model that routes nothing
     code, out, err = run(*asked)
     assert code == 0 and f"{LENGTH}" in out and "by depth" in out
 

@@ -18,7 +18,7 @@ from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops import spectral_entropy
-from chiaroscuro.retrofitting.inside import noting_inputs, projections
+from chiaroscuro.retrofitting.inside import noting_decisions, noting_inputs, projections
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 
@@ -172,17 +172,10 @@ def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[An
 
 
 def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, Any]:
-    for reach in model.reaches.values():
-        reach.watched = []
-    try:
-        with noting_inputs(model) as given:
-            logits = model(input_ids=ids, use_cache=False).logits
-        decided = {i: (reach.watched or [])[0] for i, reach in model.reaches.items()}
-    finally:
-        for reach in model.reaches.values():
-            reach.watched = None
+    with noting_inputs(model) as given, noting_decisions(model) as decided:
+        logits = model(input_ids=ids, use_cache=False).logits
     layers = {}
-    for i, (looks, kept) in decided.items():
+    for i, ((looks, kept),) in decided.items():
         source, router = given[i], model.reaches[i].look
         free = 0 < router.calibration.share < 1
         score = router(source, source.new_zeros(source.shape[:2])).score if free and not router.unready() else None

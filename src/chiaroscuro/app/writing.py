@@ -1,7 +1,7 @@
 """A text continued token by token, by a routed model and by its full-attention self in turns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.retrofitting.routed_cache import numbers_held
-from chiaroscuro.retrofitting.routed_model import RoutedModel
 
 COLDEST = 0.01
 
@@ -116,11 +116,8 @@ def _step(model: Any, tokenizer: Any, writer: _Writer, temperature: float, full:
     given = torch.tensor([new], device=model.device)
     own = isinstance(model, ChiarPreTrainedModel)
     asked = {"output_routing": True} if own else {}
-    watched = list(model.reaches.values()) if isinstance(model, RoutedModel) else []
-    for reach in watched:
-        reach.watched = []
-    begin = time.perf_counter()
-    try:
+    with noting_decisions(model) as decided:
+        begin = time.perf_counter()
         output = model(
             input_ids=given,
             use_cache=writer.cache is not None,
@@ -128,18 +125,14 @@ def _step(model: Any, tokenizer: Any, writer: _Writer, temperature: float, full:
             **{CACHE: writer.cache},
             **asked,
         )
-    finally:
         seconds = time.perf_counter() - begin
-        decided = [(reach.watched or [])[-1:] for reach in watched]
-        for reach in watched:
-            reach.watched = None
     token = _choose(output.logits[0, -1].float().cpu(), temperature, writer.generator)
     writer.ids.append(token)
     before = writer.written
     writer.written = replace(
         before,
         pieces=(*before.pieces, tokenizer.decode([token])),
-        levels=(*before.levels, 1.0 if full else _level(output.routing if own else None, decided)),
+        levels=(*before.levels, 1.0 if full else _level(output.routing if own else None, decided.values())),
         seconds=before.seconds + (0.0 if first else seconds),
         numbers=None if writer.cache is None else numbers_in(writer.cache),
     )
@@ -154,7 +147,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
-def _level(routing: Any, decided: list[Any]) -> float:
+def _level(routing: Any, decided: Iterable[Any]) -> float:
     """How much attention the newest token got, the mean over the layers that choose; of a retrofit, its looks."""
     if routing is not None:
         chosen = [float(r.operator_index[0, -1]) / (len(r.operators) - 1) for r in routing if len(r.operators) > 1]

@@ -1,6 +1,7 @@
 """The small tables of the commands. They show the figures that `--json` prints."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from rich.markup import escape
@@ -31,6 +32,9 @@ def evaluation_tables(figures: Mapping[str, Any]) -> list[Table]:
     """What `evaluate` measured, and where the tokens went."""
     tabled = ("layers", "null_entropy", "depths", "window", "positions", "recall", "rest")
     shown = {name: value for name, value in figures.items() if name not in tabled}
+    for side in ("looked", "kept"):
+        if side in shown:
+            shown[side] = f"{mean(shown[side].values()):.1%} of the tokens, the mean over the routed layers"
     if "accuracy_interval" in shown:
         shown["accuracy_interval"] = "{:.4f} to {:.4f}".format(*shown["accuracy_interval"])
     routing = [routing_table(figures["layers"], figures["null_entropy"])] if "layers" in figures else []
@@ -50,11 +54,14 @@ def slices_table(figures: Mapping[str, Any]) -> Table:
 
 
 def needles_table(figures: Mapping[str, Any]) -> Table:
-    """A row per length and number of needles: the part that is found, in all and by depth."""
-    table = Table(*_right("tokens", "needles", "found"), "by depth, from the first part to the last", box=None)
+    """A row per length and number of needles: the part found, in all and by depth, and of some the parts routed."""
+    sides = [side for side in ("looked", "kept") if side in figures["needles"][0]]
+    depths = "by depth, from the first part to the last"
+    table = Table(*_right("tokens", "needles", "found"), depths, *_right(*sides), box=None)
     for row in figures["needles"]:
         by_depth = "  ".join(f"{part:.0%}" for part in row["by depth"])
-        table.add_row(f"{row['length']:,}", f"{row['keys']}", f"{row['found']:.0%}", by_depth)
+        routed = [f"{row[side]:.1%}" for side in sides]
+        table.add_row(f"{row['length']:,}", f"{row['keys']}", f"{row['found']:.0%}", by_depth, *routed)
     return table
 
 

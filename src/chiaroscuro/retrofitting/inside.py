@@ -1,14 +1,16 @@
 """What the attention modules of a retrofitted model are given, and what they make of it, seen from outside."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from chiaroscuro.retrofitting.routed_attention import Probe
+from chiaroscuro.retrofitting.routed_attention import Probe, Reach
 from chiaroscuro.retrofitting.routed_model import RoutedModel, attention_modules
 
 
@@ -30,6 +32,62 @@ def noting_inputs(model: RoutedModel) -> Iterator[dict[int, Float[Tensor, "batch
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def noting_decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+    """Inside the block, by layer, who looked and who was kept in each forward; no layers of other models."""
+    decided: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in _reaches(model)}
+    with _watched(model, lambda layer, looks, kept: decided[layer].append((looks, kept))):
+        yield decided
+
+
+@dataclass
+class Shares:
+    """The shares of the tokens that looked and that were kept, by layer, means over tokens and heads.
+
+    Both are empty where nothing was decided.
+    """
+
+    look: dict[int, float] = field(default_factory=dict)
+    kept: dict[int, float] = field(default_factory=dict)
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[Shares]:
+    """Inside the block the decisions of any model are counted; afterwards the shares are there.
+
+    Of a model that is not retrofitted there are none.
+    """
+    shares = Shares()
+    tokens = dict.fromkeys(_reaches(model), 0)
+    sums = {side: dict.fromkeys(tokens, 0.0) for side in ("look", "kept")}
+
+    def count(layer: int, looks: Tensor, kept: Tensor) -> None:
+        tokens[layer] += (new := looks.shape[:2].numel())
+        for side, decided in (("look", looks), ("kept", kept)):
+            sums[side][layer] += new * float(decided.float().mean())
+
+    with _watched(model, count):
+        yield shares
+    shares.look, shares.kept = (
+        {i: total / tokens[i] for i, total in sums[side].items() if tokens[i]} for side in ("look", "kept")
+    )
+
+
+@contextmanager
+def _watched(model: Any, note: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    for i, reach in _reaches(model).items():
+        reach.watched = partial(note, i)
+    try:
+        yield
+    finally:
+        for reach in _reaches(model).values():
+            reach.watched = None
+
+
+def _reaches(model: Any) -> dict[int, Reach]:
+    return model.reaches if isinstance(model, RoutedModel) else {}
 
 
 @torch.no_grad()

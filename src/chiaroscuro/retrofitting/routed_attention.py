@@ -145,7 +145,7 @@ class Reach(nn.Module):
     Attributes:
         whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
         probe: takes up what the gains follow from, while a model is fitted.
-        watched: where it is a list, the decisions of each forward are put there.
+        watched: called with the decisions of each forward, unless None.
 
     """
 
@@ -165,7 +165,7 @@ class Reach(nn.Module):
         self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
-        self.watched: list[tuple[Tensor, Tensor]] | None = None
+        self.watched: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def routers(self) -> dict[str, ScoreRouter]:
@@ -291,7 +291,7 @@ class Reach(nn.Module):
             decided.append(router(x, given, context).operator_index.bool())
         looks, kept = decided
         if self.watched is not None:
-            self.watched.append((looks, kept))
+            self.watched(looks, kept)
         return looks, kept
 
     def _see_that_it_is_ready(self, side: str, router: ScoreRouter) -> None:

@@ -12,6 +12,7 @@ from chiaroscuro.data import TokenBlocks
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
+from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.workspace import Workspace
 
 
@@ -40,7 +41,8 @@ def evaluate(
         tokens: of a text, measure only the first windows, as few as hold this many tokens; all of it unless given.
 
     Returns:
-        What was measured, ready for JSON; with the routing of every layer if the model routes.
+        What was measured, ready for JSON; with the routing of every layer if the model routes. Of a retrofitted model
+        and a text that is the share of the tokens that looked and that were kept, by layer.
 
     Raises:
         UserError: the text or task can't be found, T, the stride or the window is impossible, or the model is a
@@ -98,7 +100,7 @@ def evaluate(
             )
         corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
         blocks = whole if tokens is None else first_blocks(whole, _windows(tokens, length, stride or length))
-        with patient_bar("evaluating", len(blocks)) as advance:
+        with patient_bar("evaluating", len(blocks)) as advance, watching(model) as seen:
             result = evaluate_blocks(
                 model,
                 blocks,
@@ -108,6 +110,8 @@ def evaluate(
                 progress=advance,
             )
         figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
+        if seen.kept:
+            figures |= {"looked": seen.look, "kept": seen.kept}
     return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})
 
 

@@ -1,6 +1,7 @@
 """How many needles a model finds in a haystack of noise, by length and depth."""
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.errors import UserError
+from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.workspace import Workspace
 
 DEPTHS = 5
@@ -25,7 +27,9 @@ def find_needles(workspace: Workspace, lengths: Sequence[int], *, keys: Sequence
         tries: rows of each length, number of keys and depth.
 
     Returns:
-        By length and number of keys, the part that is found at each of five depths and in all; ready for JSON.
+        By length and number of keys, the part that is found at each of five depths and in all; of a retrofitted model
+        also the parts of these rows' tokens that looked and that were kept, means over its routed layers, since
+        thresholds that were set on other rows let more or fewer through. Ready for JSON.
 
     Raises:
         UserError: a row is longer than the model reads, or too short for its needles.
@@ -42,8 +46,12 @@ def find_needles(workspace: Workspace, lengths: Sequence[int], *, keys: Sequence
     with patient_bar("looking for needles", len(lengths) * len(keys)) as advance:
         for length in lengths:
             for number in keys:
-                found = needles_found(model, haystack, length, DEPTHS, tries, keys=number)
-                rows.append({"length": length, "keys": number, "found": sum(found) / len(found), "by depth": found})
+                with watching(model) as seen:
+                    found = needles_found(model, haystack, length, DEPTHS, tries, keys=number)
+                row = {"length": length, "keys": number, "found": mean(found), "by depth": found}
+                if seen.kept:
+                    row |= {"looked": mean(seen.look.values()), "kept": mean(seen.kept.values())}
+                rows.append(row)
                 advance(1)
     return {"checkpoint": workspace.name, "tries a depth": tries, "needles": rows}
 

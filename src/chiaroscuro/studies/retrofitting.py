@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
 from chiaroscuro.retrofitting.in_place import retrofit
+from chiaroscuro.retrofitting.inside import noting_decisions, watching
 from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
 from chiaroscuro.studies.controls import compare_controls
@@ -214,38 +215,6 @@ def compare_text(before: dict[str, Any], model: Any, blocks: Any, window: int) -
     with watching(model) as seen:
         after = evaluate_blocks(model, blocks, batch_size=1, window=window).figures()
     return {"before": before, "after": after, "looked": seen.look, "kept": seen.kept}
-
-
-class Seen:
-    """The shares of a model's decisions, by layer: who looked, and who was kept, the mean over heads."""
-
-    look: dict[int, float]
-    kept: dict[int, float]
-
-
-@contextmanager
-def watching(model: Any) -> Iterator[Seen]:
-    """Inside the block the decisions of a retrofitted model are noted; afterwards the shares are there."""
-    seen = Seen()
-    with noting_decisions(model) as decided:
-        yield seen
-        seen.look, seen.kept = (
-            {i: float(torch.stack([one[side].float().mean() for one in each]).mean()) for i, each in decided.items()}
-            for side in (0, 1)
-        )
-
-
-@contextmanager
-def noting_decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Inside the block, by layer, who looked and who was kept in each forward."""
-    decided: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for i, reach in model.reaches.items():
-        decided[i] = reach.watched = []
-    try:
-        yield decided
-    finally:
-        for reach in model.reaches.values():
-            reach.watched = None
 
 
 def compare_needles(

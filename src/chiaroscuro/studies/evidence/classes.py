@@ -12,8 +12,8 @@ from torch import Tensor
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.evidence_figure import draw_classes
+from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.retrofitting.routed_model import RoutedModel
-from chiaroscuro.studies.retrofitting import noting_decisions
 from chiaroscuro.studies.statistics import estimate
 from chiaroscuro.studies.workspace import Workspace
 
