@@ -68,13 +68,27 @@ def ids(seed: int, rows: int = 2, time: int = 48) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(seed))
 
 
+class Noted(list[Any]):
+    """The decisions of a module's forwards."""
+
+    def __call__(self, looks: Tensor, kept: Tensor) -> None:
+        self.append((looks, kept))
+
+
+def note_decisions(routed: Any) -> None:
+    """From now on each `Reach` has its decisions as `noted`."""
+    for reach in routed.reaches.values():
+        reach.noted = Noted()
+        reach.watchers.append(reach.noted)
+
+
 def masked(original: Any, routed: Any, real: Tensor | None = None) -> Any:
     """The original model with masks written out, by what a routed copy decided in its last forward."""
     model = copy.deepcopy(original)
     kind = torch.float32 if model.config._attn_implementation == "eager" else torch.bool
     modules = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}
     for i, reach in routed.reaches.items():
-        looks, kept = reach.watched[-1]
+        looks, kept = reach.noted[-1]
         real = torch.ones(looks.shape[:2], dtype=torch.bool) if real is None else real
         places = (real.cumsum(1) - 1).clamp(min=0)[:, None]
         looks, kept = (x[:, None] if x.ndim == 2 else x.transpose(1, 2) for x in (looks, kept))

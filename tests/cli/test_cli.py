@@ -67,6 +67,16 @@ def run_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 # What the commands do
 
 
+def test_an_interrupted_command_says_so_and_does_not_succeed(
+    run: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chiaroscuro.studies.evaluation.evaluate", interrupt)
+    assert run("evaluate", run_folder) == (2, "", "error: interrupted\n")
+
+
 def test_presets_lists_every_preset_with_its_size(run: Run) -> None:
     code, out, _ = run("presets")
     assert code == 0

@@ -199,6 +199,7 @@ def test_rows_are_reordered_repeated_and_selected(name: str) -> None:
     for change, rows in [
         (lambda cache: cache.reorder_cache(order), order),
         (lambda cache: cache.batch_select_indices(order), order),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), torch.tensor([0, 2])),
         (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
     ]:
         cache = filled(model, prompt)

@@ -553,3 +553,40 @@ def test_an_error_in_the_calibration_puts_the_routers_back(monkeypatch: pytest.M
     assert model.config.to_dict() == said
     assert state(model).keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+
+
+# Documents
+
+
+def packed(given: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Batches of two rows of two documents each, of batches of four documents."""
+    rows = [{"input_ids": batch.reshape(2, -1), "shift_labels": batch.roll(-1, 1)} for batch in given]
+    for row, batch in zip(rows, given, strict=True):
+        row["shift_labels"][:, -1] = -100  # nothing after a document's end
+        row["shift_labels"] = row["shift_labels"].reshape(2, -1)
+        row["position_ids"] = torch.arange(batch.shape[1]).repeat(2, 2)
+    return rows
+
+
+def test_documents_that_share_a_row_are_calibrated_on_as_they_are_alone() -> None:
+    given = batches(1, time=TIME // 2)
+    thresholds = []
+    for data in (given, packed(given), [row["input_ids"] for row in packed(given)]):
+        model = build(1, router="threshold", kv_router="norm", embedding_norm=True)
+        calibrate(model, data, share=0.3, kv_share=0.4)
+        both = (*model.thresholds().values(), *model.kv_thresholds().values())
+        thresholds.append(torch.cat([one.values for one in both]))
+    torch.testing.assert_close(thresholds[1], thresholds[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(thresholds[2], thresholds[0], atol=1e-4)  # as one text
+
+
+def test_scores_are_fitted_to_documents_that_share_a_row_as_to_each_alone() -> None:
+    given = batches(2, time=TIME // 2)
+    weights = []
+    for data in (given, packed(given), [row["input_ids"] for row in packed(given)]):
+        model = build(2)
+        fit(model, data, look=0.3, kept=0.4)
+        routers = [router for block in model.trunk.blocks for router in (block.router, block.kv_router)]
+        weights.append(torch.cat([router.fitted.weight.flatten() for router in routers]))
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(weights[2], weights[0], atol=1e-2)

@@ -352,3 +352,12 @@ def test_grouped_heads_repeat_no_key(length: int) -> None:
     with Largest() as largest:
         results(prefix_attention, [query, key, value, direction], packed)
     assert largest.numbers <= 8 * 4 * length  # the queries: 8 heads of 4 features
+
+
+def test_there_is_no_second_derivative_and_it_says_so() -> None:
+    query, key, value, slope = (x.requires_grad_() for x in Packed([(3, [1, 2, 3])]).numbers(0))
+    lengths = torch.tensor([3])
+    output = prefix_attention(query, key, value, lengths, lengths, torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph"):
+        torch.autograd.grad(output, query, slope, create_graph=True)
+    torch.autograd.grad(output, query, slope)

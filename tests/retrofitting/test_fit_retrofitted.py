@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from chiaroscuro import UserError, fit, retrofit
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _given, _noting_outputs, _Whole
+from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.retrofitting.routed_attention import Reach
 from chiaroscuro.retrofitting.whole import without_routing
 from decoders import FAMILIES, VOCABULARY, build, ids
@@ -112,13 +113,11 @@ def test_it_beats_chance_meets_the_shares_and_leaves_the_weights(heads: int, hid
     assert sum(correlations) / 3 > 3 / (3 * report.kept[0].tokens) ** 0.5
     for name, weight in before.items():
         assert torch.equal(model.state_dict()[name], weight)
-    for reach in model.reaches.values():
-        reach.watched = []
-    with torch.no_grad():
+    with torch.no_grad(), noting_decisions(model) as decided:
         for batch in data:
             model(batch["input_ids"])
-    for reach in model.reaches.values():
-        looks, kept = (torch.cat([one[side].float() for one in reach.watched or []]) for side in (0, 1))
+    for each in decided.values():
+        looks, kept = (torch.cat([one[side].float() for one in each]) for side in (0, 1))
         assert float(looks.mean()) == pytest.approx(0.5, abs=0.02)
         assert float(kept.mean()) == pytest.approx(0.25, abs=0.02)
         assert looks.ndim == kept.ndim == (3 if heads > 1 else 2)
@@ -267,3 +266,23 @@ def test_a_forward_that_begins_later_is_the_same(family: str) -> None:
                     torch.testing.assert_close(model(input_ids=tokens).logits, expected)
             assert not torch.equal(whole, expected)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_documents_that_share_a_row_are_fitted_to_as_they_are_alone() -> None:
+    given = batches(3, rows=4, time=32)
+    packed = [
+        {
+            "input_ids": batch.reshape(2, -1),
+            "shift_labels": F.pad(batch[:, 1:], (0, 1), value=-100).reshape(2, -1),
+            "position_ids": torch.arange(32).repeat(2, 2),
+        }
+        for batch in given
+    ]
+    weights = []
+    for data in (given, packed, [batch["input_ids"] for batch in packed]):
+        model = routed()
+        fit(model, data, spread=False)
+        routers = [router for reach in model.reaches.values() for router in reach.routers.values()]
+        weights.append(torch.cat([router.fitted.weight.flatten() for router in routers]))
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(weights[2], weights[0], atol=1e-2)

@@ -24,7 +24,7 @@ from chiaroscuro.layers import FittedRouter
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
-from decoders import FAMILIES, VOCABULARY, build, ids, masked
+from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
 ALL = {"attention_share": 1.0, "kv_share": 1.0}
 HALF = {"attention_share": 0.5, "kv_share": 0.5, "router": "random", "kv_router": "norm"}
@@ -33,8 +33,7 @@ HALF = {"attention_share": 0.5, "kv_share": 0.5, "router": "random", "kv_router"
 def routed_copy(model: Any, **options: Any) -> Any:
     routed = copy.deepcopy(model)
     retrofit(routed, **{"window": 6, "sinks": 1} | options)
-    for reach in routed.reaches.values():
-        reach.watched = []
+    note_decisions(routed)
     return routed
 
 
@@ -262,12 +261,12 @@ def test_a_token_that_is_not_kept_changes_nothing_beyond_its_window() -> None:
         return attention(x, position_embeddings=table, attention_mask=None)[0]
 
     before = run(x)
-    kept = attention.chiaroscuro.watched[-1][1][0]
+    kept = attention.chiaroscuro.noted[-1][1][0]
     dropped = int((~kept[5:20]).nonzero()[0]) + 5
     changed = x.clone()
     changed[0, dropped] *= 0.9  # a smaller norm: as little kept as before
     after = run(changed)
-    assert torch.equal(attention.chiaroscuro.watched[-1][1][0], kept)
+    assert torch.equal(attention.chiaroscuro.noted[-1][1][0], kept)
     torch.testing.assert_close(after[0, dropped + 6 :], before[0, dropped + 6 :], atol=1e-13, rtol=0)
     assert not torch.allclose(after[0, dropped : dropped + 6], before[0, dropped : dropped + 6])
 
@@ -278,7 +277,7 @@ def test_the_cache_holds_the_window_and_what_is_kept() -> None:
     cache = routed(tokens, use_cache=True)[CACHE]
     for i, layer in enumerate(cache.layers):
         assert isinstance(layer, RoutedLayer)
-        kept = routed.reaches[i].watched[-1][1]
+        kept = routed.reaches[i].noted[-1][1]
         kept[:, :1] = True
         beyond = int(kept[:, : 48 - 6].sum())
         assert layer.numbers_kept() == (2 * 6 + beyond) * 2 * 2 * 8
@@ -301,12 +300,29 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been() -> None:
     wanted = routed(tokens).logits[:, 30:]
     cache = routed(tokens[:, :30], use_cache=True)[CACHE]
     routed(ids(9, 2, 7), **{CACHE: cache})
-    with pytest.raises(UserError, match="negative"):
-        cache.crop(7)
+    for wrong in (7, -38):
+        with pytest.raises(UserError, match=rf"crop\({wrong}\) of a cache of 37 tokens: give the number"):
+            cache.crop(wrong)
     cache.crop(-7)
     assert cache.get_seq_length() == 30 and cache.layers[1].get_mask_sizes(10) == (40, 0)
     found = routed(tokens[:, 30:], **{CACHE: cache}).logits
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_reordered_repeated_and_selected() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(8, 3, 40)
+    order = torch.tensor([2, 0, 0])
+    for change, rows in [
+        (lambda cache: cache.reorder_cache(order), order),
+        (lambda cache: cache.batch_select_indices(order), order),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), torch.tensor([0, 2])),
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+    ]:
+        cache = routed(tokens[:, :30], use_cache=True)[CACHE]
+        change(cache)
+        found = routed(tokens[rows, 30:], **{CACHE: cache}).logits
+        torch.testing.assert_close(found, routed(tokens[rows]).logits[:, 30:], atol=2e-5, rtol=1e-4)
 
 
 # Saving and loading
@@ -351,7 +367,8 @@ def test_a_process_that_does_not_know_us(tmp_path: Path, trust: bool) -> None:
 
 @torch.no_grad()
 def test_a_model_that_torch_saved_whole_is_loaded_elsewhere(tmp_path: Path) -> None:
-    model, tokens = routed_copy(build(), **HALF), ids(1)
+    model, tokens = build(), ids(1)
+    retrofit(model, window=6, sinks=1, **HALF)
     expected = model(input_ids=tokens).logits
     torch.save((model, tokens, expected), tmp_path / "model.pt")
     code = """
@@ -738,6 +755,10 @@ def test_masks_that_can_not_be_honoured() -> None:
         bias[0, 0, 15, 4] = number
         with pytest.raises(UserError, match="adds a bias to some scores"):
             routed(tokens, attention_mask=bias.clone())
+    both, one = ids(1, 2, 20), torch.ones(1, 1, 20, 20).tril().bool()
+    torch.testing.assert_close(routed(both, attention_mask=one).logits, routed(both).logits)  # one for all rows
+    with pytest.raises(UserError, match="an attention_mask of 2 rows for a batch of 3"):
+        routed(ids(1, 3, 20), attention_mask=one.repeat(2, 1, 1, 1))
     with pytest.raises(UserError, match="output_attentions"):
         routed(tokens, output_attentions=True)
     routed.config._attn_implementation = "eager"

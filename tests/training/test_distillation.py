@@ -81,6 +81,13 @@ def test_a_frozen_head_gets_no_gradient_and_bf16_is_summed_in_float32() -> None:
 # The model's other self
 
 
+def test_the_divergence_has_no_second_derivative_and_says_so() -> None:
+    student, teacher, weight = torch.randn(3, 5, 4).unbind()
+    divergence = kl_divergence(student.requires_grad_(), teacher, weight)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph"):
+        torch.autograd.grad(divergence, student, create_graph=True)
+
+
 @pytest.mark.parametrize("fixed", [False, True], ids=["running", "fixed"])
 def test_full_attention_is_the_dial_at_one_and_leaves_no_trace(fixed: bool) -> None:
     torch.manual_seed(0)

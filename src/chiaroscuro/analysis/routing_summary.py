@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.batches import Batch, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_quantiles
 
@@ -54,10 +55,17 @@ def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """Run a model on batches of `input_ids` (B, T) and summarise its routing as `describe_routing` does."""
+def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Run a model on batches, as of `calibrate`, and summarise its routing as `describe_routing` does."""
     with evaluation_mode(model):
-        outputs = [model.trunk(batch.to(model.device), use_cache=False, output_routing=True) for batch in batches]
+        outputs = [
+            model.trunk(
+                **{name: values.to(model.device) for name, values in fields_of(batch).items()},
+                use_cache=False,
+                output_routing=True,
+            )
+            for batch in batches
+        ]
     return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
 
 

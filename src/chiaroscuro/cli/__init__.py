@@ -25,13 +25,21 @@ from chiaroscuro.report.visible import harmless
 
 __all__ = ["app", "costs", "main", "models", "runs"]
 
+INTERRUPTED = 130
+"""The exit code that typer makes of a KeyboardInterrupt."""
+
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     keep_freed_memory()
     formatwarning, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        app(standalone_mode=False)
+        # Without its standalone mode typer returns the code of an exit, and makes one of a KeyboardInterrupt.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            _fail("interrupted")
+        if code:
+            sys.exit(code)
     except UserError as error:
         _fail(str(error))
     except typer.Exit as stop:

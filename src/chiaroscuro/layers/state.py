@@ -24,6 +24,11 @@ REMEMBERED = 64
 drafts."""
 
 
+def row_numbers(rows: Tensor) -> Int[Tensor, " rows"]:
+    """The numbers of rows that are given by their numbers, or by a boolean for each row."""
+    return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+
+
 class OperatorState(ABC):
     """What one operator keeps of earlier tokens. Batch elements are called rows.
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import KeptTokens, LayerStates, OperatorState
-from chiaroscuro.layers.state import REMEMBERED
+from chiaroscuro.layers.state import REMEMBERED, row_numbers
 from chiaroscuro.model.config import ChiarConfig
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -222,10 +222,11 @@ class ChiarCache(Cache):
         self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in this order."""
+        """Keep some rows: their numbers in the order that they are to have, or true for each that is kept."""
+        rows = row_numbers(indices)
         for state in self._all():
-            state.select(indices)
-        self.rows = len(indices)
+            state.select(rows)
+        self.rows = len(rows)
 
     def _all(self) -> Iterator[OperatorState]:
         for layer in self.states:

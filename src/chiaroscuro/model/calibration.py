@@ -101,10 +101,11 @@ def embed_batch(model: ChiarPreTrainedModel, batch: Batch) -> State:
 
     """
     fields = fields_of(batch)
-    ids, mask = fields["input_ids"].to(model.device), fields.get("attention_mask")
+    given = {name: fields.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+    ids, mask, places = (None if one is None else one.to(model.device) for one in given.values())
     base = model.trunk
     x = base.embed(ids)
-    context = base.prepare(x, None if mask is None else mask.to(model.device), input_ids=ids)
+    context = base.prepare(x, mask, places, input_ids=ids)
     return x, context, base.gate(x, context)
 
 

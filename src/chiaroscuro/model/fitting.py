@@ -338,7 +338,7 @@ def _targets(
         window, sinks = getattr(options, "window", None) or 1, getattr(options, "sinks", 0)
         real = context.real(x.shape[1])
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-        valid = with_target(side, window, sinks, real)
+        valid = with_target(side, window, sinks, real, context.segments)
         yield (side, i), _Target(valid, gains[side][i][valid].double())
 
 
@@ -492,12 +492,27 @@ def _slopes(model: ChiarForCausalLM, x: Tensor, predicted: Tensor, outputs: list
     return torch.autograd.grad(loss, outputs)
 
 
-def with_target(side: str, window: int, sinks: int, real: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
-    """The tokens that have something beyond the window; or those that enough others have beyond theirs."""
+def with_target(
+    side: str,
+    window: int,
+    sinks: int,
+    real: Bool[Tensor, "batch time"],
+    segments: Int[Tensor, "batch time"] | None = None,
+) -> Bool[Tensor, "batch time"]:
+    """The tokens that have something beyond the window; or those that enough others have beyond theirs.
+
+    Where a row holds several documents, `segments`, that is in a token's own.
+    """
     place = real.cumsum(1) - 1
+    last = real.sum(1, keepdim=True) - 1
+    if segments is not None:
+        changes = segments[:, 1:] != segments[:, :-1]
+        first = place.where(F.pad(changes, (1, 0)), 0).cummax(1).values
+        ends = place.where(F.pad(changes, (0, 1)), last)
+        place, last = place - first, ends.flip(1).cummin(1).values.flip(1) - first
     if side == "look":
         return real & (place >= window + sinks)
-    later = real.sum(1, keepdim=True) - place - window
+    later = last + 1 - place - window
     return real & (place >= sinks) & (later >= max(FEWEST_QUERIES, window // 2))
 
 

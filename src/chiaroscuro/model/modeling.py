@@ -453,7 +453,7 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
             real = None if attention_mask is None else attention_mask[:, -time:]
-            segments = _segments(position_ids.expand(batch, -1), real)
+            segments = segments_of(position_ids.expand(batch, -1), real)
         return Context(
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch, -1),
@@ -754,7 +754,7 @@ def _note(followed: list[tuple[Thresholds, Tensor]], real: Tensor | None) -> Non
         thresholds.note(score, real)
 
 
-def _segments(
+def segments_of(
     position_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"] | None
 ) -> Int[Tensor, "batch time"] | None:
     """The document of each token; None where no position restarts."""

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from chiaroscuro.ops.first_derivatives import refuse_second_derivative
+
 IGNORED = -100
 """The target of a token that has nothing to predict, as in `torch.nn.functional.cross_entropy`."""
 
@@ -135,8 +137,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy has no second derivative: drop create_graph=True, or use logits")
+    refuse_second_derivative("linear_cross_entropy", "logits")
     wanted = (learns and grad is not None for learns in ctx.learns)
     to_inputs = (x * grad if wants else None for x, wants in zip(ctx.saved_tensors, wanted, strict=True))
     return *to_inputs, None, None, None, None

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from chiaroscuro.ops.first_derivatives import without_second_derivative
+
 CHUNK = 64
 """Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones.
 `benchmarks/choices.py` measures 32 to 192 at 1024 and 8192 tokens, of which a quarter are routed."""
@@ -158,7 +160,7 @@ class _AttentionInParts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_second_derivative("packed attention", 'attn_implementation="eager"')
     @torch._disable_dynamo
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, normaliser = ctx.saved_tensors

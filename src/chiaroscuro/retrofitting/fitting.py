@@ -25,7 +25,7 @@ from chiaroscuro.model.batches import Batch, check_predictions, checked_batches,
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, check_share, with_target
 from chiaroscuro.model.fitting import fit as fit_chiar
-from chiaroscuro.model.modeling import ChiarForCausalLM
+from chiaroscuro.model.modeling import ChiarForCausalLM, segments_of
 from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
@@ -130,6 +130,7 @@ class _Whole:
         x: the tokens that the first layer was given.
         given: by layer, its other arguments.
         real: which tokens are real.
+        segments: the document of each token, where a row holds several.
         predicted: what each token is to predict.
         shared: what the model's modules know of a forward.
 
@@ -138,10 +139,14 @@ class _Whole:
     def __init__(self, model: RoutedModel, layers: Sequence[nn.Module], batch: Batch) -> None:
         fields = fields_of(batch)
         ids = fields["input_ids"].to(model.device)
-        mask = fields.get("attention_mask")
-        self.inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask.to(model.device)})
+        given = ("attention_mask", "position_ids")
+        beside = {name: fields[name].to(model.device) for name in given if fields.get(name) is not None}
+        self.inputs = {"input_ids": ids, **beside}
+        mask, places = (beside.get(name) for name in given)
         self.shared = next(iter(model.reaches.values())).shared
-        self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
+        self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        # With a mask transformers takes a row for one document, wherever its positions restart.
+        self.segments = None if mask is not None or places is None else segments_of(places.expand_as(ids), None)
         self.predicted = _predicted(fields, self.real)
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.x = ids
@@ -277,7 +282,7 @@ class _Fitting:
     ) -> SideFit:
         """Fit one side of one layer."""
         one, reach = self.fits[side, i], self.reaches[i]
-        valid = [with_target(side, reach.window, reach.sinks, whole.real) for whole in wholes]
+        valid = [with_target(side, reach.window, reach.sinks, whole.real, whole.segments) for whole in wholes]
         values = [gain[side][i][chosen].double() for gain, chosen in zip(gains, valid, strict=True)]
         for n, (x, chosen, target) in enumerate(zip(inputs, valid, values, strict=True)):
             if n == self.fitting:

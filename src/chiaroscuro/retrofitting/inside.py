@@ -77,13 +77,14 @@ def watching(model: Any) -> Iterator[Shares]:
 
 @contextmanager
 def _watched(model: Any, note: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    for i, reach in _reaches(model).items():
-        reach.watched = partial(note, i)
+    watchers = {i: partial(note, i) for i in _reaches(model)}
+    for i, watcher in watchers.items():
+        model.reaches[i].watchers.append(watcher)
     try:
         yield
     finally:
-        for reach in _reaches(model).values():
-            reach.watched = None
+        for i, watcher in watchers.items():
+            model.reaches[i].watchers.remove(watcher)
 
 
 def _reaches(model: Any) -> dict[int, Reach]:

@@ -145,7 +145,7 @@ class Reach(nn.Module):
     Attributes:
         whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
         probe: takes up what the gains follow from, while a model is fitted.
-        watched: called with the decisions of each forward, unless None.
+        watchers: called with the decisions of each forward.
 
     """
 
@@ -165,7 +165,7 @@ class Reach(nn.Module):
         self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
-        self.watched: Callable[[Tensor, Tensor], None] | None = None
+        self.watchers: list[Callable[[Tensor, Tensor], None]] = []
 
     @property
     def routers(self) -> dict[str, ScoreRouter]:
@@ -225,7 +225,10 @@ class Reach(nn.Module):
         """Attention of the new tokens; the arguments as transformers' attention functions have them."""
         hidden, cached, position_ids, table = self._now
         time = query.shape[2]
-        attention_mask, segments = self.shared.read_mask(mask, time)
+        read = self.shared.read_mask(mask, time)
+        if isinstance(mask, Tensor) and len(mask) not in (1, len(hidden)):
+            raise UserError(f"an attention_mask of {len(mask)} rows for a batch of {len(hidden)}")
+        attention_mask, segments = (None if one is None else one.expand(len(hidden), -1) for one in read)
         context = Context(
             attention_mask=attention_mask,
             segments=segments,
@@ -290,8 +293,8 @@ class Reach(nn.Module):
             given = x.new_zeros(x.shape[:2], dtype=torch.float32) if entropy is None else entropy
             decided.append(router(x, given, context).operator_index.bool())
         looks, kept = decided
-        if self.watched is not None:
-            self.watched(looks, kept)
+        for watcher in self.watchers:
+            watcher(looks, kept)
         return looks, kept
 
     def _see_that_it_is_ready(self, side: str, router: ScoreRouter) -> None:

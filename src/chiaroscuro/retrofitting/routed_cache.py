@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.reach_state import ReachState
+from chiaroscuro.layers.state import row_numbers
 
 
 class RoutedLayer(CacheLayerMixin):
@@ -76,8 +77,10 @@ class RoutedLayer(CacheLayerMixin):
             UserError: a number above 0, or more of them than are remembered.
 
         """
-        if tokens_to_remove > 0:
-            raise UserError(f"crop({tokens_to_remove}) of a cache: give the number of tokens to remove, negative")
+        if not -self.columns <= tokens_to_remove <= 0:
+            raise UserError(
+                f"crop({tokens_to_remove}) of a cache of {self.columns} tokens: give the number to remove, negative"
+            )
         if tokens_to_remove == -self.columns:
             return self.reset()
         self.state.crop(-tokens_to_remove)
@@ -89,7 +92,7 @@ class RoutedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        self.state.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self.state.select(row_numbers(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

@@ -51,7 +51,10 @@ def calibrate_copy(
     length = workspace.length(most=LONGEST)
     _, blocks = workspace.blocks(split, length=length, source=source)
     taken = Subset(blocks, range(min(len(blocks), max(1, tokens // length))))
-    batches = [batch["input_ids"] for batch in DataLoader(taken, batch_size=8)]
+    batches = [
+        {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        for batch in DataLoader(taken, batch_size=8)
+    ]
     calibrate(model, batches, share, kv_share)
     save_whole(output, model, workspace.tokenizer, workspace.recipe)
     return {"attention_share": model.config.attention_share, **measure_routing(model, batches)}

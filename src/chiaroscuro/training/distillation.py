@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chiaroscuro.ops.first_derivatives import without_second_derivative
+
 CHUNK = 512
 """Tokens per chunk, as many as the loss takes at a time."""
 
@@ -34,7 +36,7 @@ def kl_divergence(
         weights: w, 1 unless given.
 
     Raises:
-        RuntimeError: In a second backward: the gradients have no graph.
+        RuntimeError: In a backward with `create_graph=True`: the gradients have no graph.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
     """
@@ -79,7 +81,7 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_second_derivative("kl_divergence", "the logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_student, to_weight = (None if x is None else x * grad for x in ctx.saved_tensors)
         return to_student, None, to_weight, None, None

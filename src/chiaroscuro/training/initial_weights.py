@@ -220,7 +220,7 @@ def fit_batches(
     """The first rows of `length` tokens that hold so many `tokens`, one at least, as batches to fit on."""
     count = len(cast(Sized, rows))
     taken = Subset(rows, range(min(count, max(1, tokens // length))))
-    fields = ("input_ids", "attention_mask", "labels", "shift_labels")
+    fields = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
     return [
         {name: batch[name] for name in fields if name in batch}
         for batch in DataLoader(taken, batch_size=FIT_ROWS, collate_fn=collate)

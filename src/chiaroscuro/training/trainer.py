@@ -316,7 +316,7 @@ class RunTrainer(Trainer):
 
         With LoRA that is the model as it was. A teacher that learned along would hold the student to nothing.
         """
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         with (
             evaluation_mode(self.model),
             without_routing(self.model),
