@@ -63,7 +63,7 @@ class SketchRouter(ScoreRouter):
         return score.sigmoid()
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
+    def count(cls, width: int, operators: int, options: SketchOptions, work: Work) -> int | float:
         """The product with R, of the default number of features, whose backward is one product, for R is fixed."""
         return work.transform * 2 * width * SketchOptions.features
 

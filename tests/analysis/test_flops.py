@@ -8,6 +8,7 @@ There the two counts are equal, to the last operation.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -323,3 +324,23 @@ def test_rbf_without_a_mask_weighs_every_pair() -> None:
     added = {n: count_flops(open_, n).total - count_flops(masked, n).total for n in (64, 128)}
     # 8 R operations a pair, of which a mask leaves n (n + 1) / 2.
     assert added == {n: 8 * 64 * n * (n - 1) / 2 for n in added}
+
+
+def test_a_score_of_two_layers_and_one_of_several_heads_cost_more() -> None:
+    def router_operations(kv_router: Any) -> float:
+        config = ChiarConfig(
+            operators=[["local", "attention"]],
+            vocab_size=32,
+            hidden_size=64,
+            num_attention_heads=4,
+            window=4,
+            attention_context="kept",
+            router="random",
+            kv_router=kv_router,
+        )
+        return count_flops(config, 16).by_operator["router"]
+
+    one = router_operations("fitted") - router_operations("random")
+    assert one == 16 * 2 * 64
+    assert router_operations({"fitted": {"heads": 4}}) - router_operations("random") == 4 * one
+    assert router_operations({"fitted": {"hidden": 8}}) - router_operations("random") == 16 * 2 * (64 * 8 + 8)

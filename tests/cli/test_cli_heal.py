@@ -161,6 +161,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
         ({"model__checkpoint": "/nowhere/at/all"}, "model.checkpoint: no such checkpoint"),
         ({"model__lora": 0}, "model.lora=0"),
         ({"model__rank": 8}, "rank"),
+        ({"model__loraa": 8}, "did you mean 'lora'?"),
+        ({"trainer__fsdp": True}, "trainer.fsdp=true with model.architecture: retrofit"),
+        ({"schedule": {"kv_share": [0.6, 0.9]}}, "does not hold the checkpoint's kv_share="),
         ({"fit": {"tokens": 5}}, "fit with model.architecture: retrofit"),
         ({"calibration": {"method": "running"}}, "calibration with model.architecture: retrofit"),
         ({"trainer__init_from": "x"}, "trainer.init_from with model.architecture: retrofit"),
@@ -203,8 +206,9 @@ def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> 
     assert code == 2 and "trains another model" in err
 
 
-def test_a_recipe_that_trains_all_weights_is_read_back_as_it_was(places: tuple[Path, Path], tmp_path: Path) -> None:
-    given = Recipe.load(recipe(places, tmp_path), ["model.lora=null"])
+@pytest.mark.parametrize("null", ["model.lora=null", "distill=null"])
+def test_a_recipe_with_a_null_is_read_back_as_it_was(places: tuple[Path, Path], tmp_path: Path, null: str) -> None:
+    given = Recipe.load(recipe(places, tmp_path), [null])
     (tmp_path / "again.yaml").write_text(given.to_yaml())
     again = Recipe.load(tmp_path / "again.yaml")
     assert again == given

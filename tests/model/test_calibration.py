@@ -3,6 +3,7 @@
 Oracle: a plain loop that asks the model what it routed, one layer after the other, and numpy's percentiles.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,22 @@ def test_a_dial_that_is_connected_to_nothing() -> None:
 
 
 # While training
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_calibration_that_fails_leaves_the_model_as_it_was(fixed: bool) -> None:
+    model = build(calibration="fixed", entropy_thresholds=[0.4, 0.4]) if fixed else build()
+    with torch.no_grad():
+        for name, parameter in model.trunk.blocks[0].named_parameters():
+            if name.endswith("weight") and parameter.ndim == 2:
+                parameter[0, 0] = torch.nan
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    with pytest.raises(UserError, match="not finite"):
+        calibrate(model, [torch.arange(TIME)[None] % VOCABULARY], share=0.6)
+    assert model.config.to_dict() == config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert all(one.running != fixed for one in model.thresholds().values())
 
 
 @pytest.mark.parametrize("menus", MENUS)

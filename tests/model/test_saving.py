@@ -181,6 +181,16 @@ def test_another_seed_of_the_router_is_another_permutation(tmp_path: Path) -> No
     assert not torch.equal(same.model.layers[1].router.permutation, new.model.layers[1].router.permutation)
 
 
+def test_another_seed_leaves_routers_that_draw_nothing_as_they_are(tmp_path: Path) -> None:
+    model = build(shrunk("small", attention_context="kept", kv_router="random"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router_seed=5)
+    for i, thresholds in model.thresholds().items():
+        assert torch.equal(loaded.thresholds()[i].values, thresholds.values) and loaded.thresholds()[i].calibrated
+    assert not any(one.calibrated for one in loaded.kv_thresholds().values())
+
+
 FIXED = {"calibration": "fixed", "entropy_thresholds": [0.5, 0.6]}
 
 

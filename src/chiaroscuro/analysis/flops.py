@@ -118,9 +118,9 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
         )
         asked = [config.router_class] * routes + [config.kv_router_class] * keeps
         if routes:
-            _add(counted, "router", router.count(d, len(menu), work) * length)
+            _add(counted, "router", router.count(d, len(menu), config.router_options, work) * length)
         if len(asked) > routes:
-            _add(counted, "router", config.kv_router_class.count(d, 2, work) * length)
+            _add(counted, "router", config.kv_router_class.count(d, 2, config.kv_router_options, work) * length)
         spectrum = any(each.reads_entropy for each in asked)
         if spectrum:
             # The entropy's transform, which a filter takes over. A choice by thresholds alone sends no gradient back.

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,7 @@ class FittedRouter(ScoreRouter):
         return super().forward(x, entropy, context)
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
-        """The product of a linear score with w, without a gradient."""
-        return 2 * width
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
+        """The products with U, if there is one, and w, without a gradient."""
+        last = width if options.hidden is None else options.hidden
+        return 2 * (last * options.heads + (0 if options.hidden is None else width * options.hidden))

@@ -49,6 +49,6 @@ class LearnedRouter(ScoreRouter):
         return score.sigmoid()
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """The product with w."""
-        return work.product * 2 * width
+        return work.product * 2 * width * options.heads

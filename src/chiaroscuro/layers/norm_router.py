@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,6 @@ class NormRouter(ScoreRouter):
         return given.detach().float().norm(dim=-1)
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """A product with itself, without a gradient."""
         return 2 * width

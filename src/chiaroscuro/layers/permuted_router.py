@@ -41,6 +41,6 @@ class PermutedRouter(ScoreRouter):
         return spectral_entropy(x.detach()[..., self.permutation], self.options.spectrum).float()
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """A transform of its own, without a gradient."""
         return transform_operations(width, work.length)

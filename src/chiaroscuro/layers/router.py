@@ -96,8 +96,16 @@ class Router(nn.Module):
         """Initialise parameters and buffers that are the router's own; those of `nn.Linear` need no word here."""
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
-        """Operations per token, beside the entropy's transform: those of the router's own products and transforms."""
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
+        """Operations per token, beside the entropy's transform: those of the router's own products and transforms.
+
+        Args:
+            width: d.
+            operators: K, how many it chooses from.
+            options: its own.
+            work: what a pass does.
+
+        """
         return 0.0
 
 

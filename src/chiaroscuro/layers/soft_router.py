@@ -43,7 +43,7 @@ class SoftRouter(Router):
         return self.proj(torch.cat([x, entropy[..., None].to(x.dtype)], dim=-1)).softmax(-1)
 
     @classmethod
-    def count(cls, width: int, operators: int, work: Work) -> int | float:
+    def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """The product with W."""
         return work.product * 2 * (width + 1) * operators
 

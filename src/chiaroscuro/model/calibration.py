@@ -4,7 +4,8 @@ The running calibration, which follows the data while a model trains, is the mod
 (`ChiarForCausalLM.step_calibration`); the trainer calls it once an optimizer step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import cast
 
@@ -58,7 +59,8 @@ def calibrate(
 
     Raises:
         UserError: another model or one whose weights are offloaded, no batch, no real token, no layer that routes by a
-            score, a score that was not fitted yet, or an impossible share. The model is then as it was.
+            score, a score that was not fitted yet or is not finite, or an impossible share. The model is then as it
+            was.
 
     """
     if not isinstance(model, ChiarPreTrainedModel):
@@ -77,20 +79,40 @@ def calibrate(
             for router in (block.router, block.kv_router):
                 if isinstance(router, ScoreRouter) and (reason := router.unready()):
                     raise UserError(reason)
-        # Checks the share and the model; the thresholds that it sets are replaced below.
-        given = model.config.attention_share if share is None else share
-        kept = model.config.kv_share if kv_share is None else kv_share
-        model.set_attention_share(
-            given if layers or share is not None or not keeping else None,
-            kv_share=kept if keeping or kv_share is not None else None,
-        )
-        set_thresholds(
-            model,
-            states,
-            {i: one for i, one in model.config.layer_shares("attention_share").items() if i in layers},
-            model.config.layer_shares("kv_share"),
-        )
+        with _or_as_it_was(model):
+            # Checks the share and the model; the thresholds that it sets are replaced below.
+            given = model.config.attention_share if share is None else share
+            kept = model.config.kv_share if kv_share is None else kv_share
+            model.set_attention_share(
+                given if layers or share is not None or not keeping else None,
+                kv_share=kept if keeping or kv_share is not None else None,
+            )
+            set_thresholds(
+                model,
+                states,
+                {i: one for i, one in model.config.layer_shares("attention_share").items() if i in layers},
+                model.config.layer_shares("kv_share"),
+            )
     return {i: thresholds.values.tolist() for i, thresholds in layers.items()}
+
+
+@contextmanager
+def _or_as_it_was(model: ChiarPreTrainedModel) -> Iterator[None]:
+    """If the block fails, the thresholds and the shares are what they were."""
+    fields = ("attention_share", "kv_share", "calibration", "entropy_thresholds")
+    said = {name: getattr(model.config, name) for name in fields}
+    both = [*model.thresholds().values(), *model.kv_thresholds().values()]
+    before = [(one.running, one.share, [buffer.clone() for buffer in one.buffers()]) for one in both]
+    try:
+        yield
+    except BaseException:
+        for name, value in said.items():
+            setattr(model.config, name, value)
+        for one, (running, share, buffers) in zip(both, before, strict=True):
+            one.running, one.share = running, share
+            for buffer, value in zip(one.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        raise
 
 
 def embed_batch(model: ChiarPreTrainedModel, batch: Batch) -> State:

@@ -338,6 +338,18 @@ class ChiarConfig(PreTrainedConfig):
         """The class of the key side's router."""
         return _router_class(self.kv_router, "kv_router")
 
+    @property
+    def router_options(self) -> Any:
+        """Its options, those that the entry leaves out from the fields of the config."""
+        router = self.router_class
+        return make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
+
+    @property
+    def kv_router_options(self) -> Any:
+        """Those of the key side's router, likewise."""
+        router = self.kv_router_class
+        return make_options(router, with_defaults(router, split_entry(self.kv_router)[1], key_side(self.fields())))
+
     def fields(self, layer: int | None = None) -> dict[str, Any]:
         """Our fields by name: what operators and routers are built with. Of a layer its own shares and `thresholds`."""
         fields = {name: getattr(self, name) for name in get_annotations(ChiarConfig) if name[0] != "_"}
@@ -504,7 +516,7 @@ class ChiarConfig(PreTrainedConfig):
     def _check_router(self) -> None:
         router, by_score = self.router_class, _routes_by_score(self.router)
         try:
-            options = make_options(router, with_defaults(router, split_entry(self.router)[1], self.fields()))
+            options = self.router_options
         except UserError as error:
             raise UserError(f"router={self.router!r}: {error}") from None
         if getattr(options, "heads", 1) != 1:
@@ -573,9 +585,8 @@ class ChiarConfig(PreTrainedConfig):
                 f"kv_router={self.kv_router!r}: the key side keeps a token or drops it by a score; choose threshold, "
                 "random, learned, …"
             )
-        fields, given = key_side(self.fields()), split_entry(self.kv_router)[1]
         try:
-            options = make_options(router, with_defaults(router, given, fields))
+            options = self.kv_router_options
         except UserError as error:
             raise UserError(f"kv_router={self.kv_router!r}: {error}") from None
         heads = getattr(options, "heads", 1)

@@ -156,9 +156,9 @@ class ChiarPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as any Hugging Face model; `attention_share=ρ` and `kv_share` set the thresholds too.
 
-        With another `router`, `kv_router` or `router_seed` than the model was saved with, its layers are as good as
-        uncalibrated: thresholds of one score mean nothing to another. Fixed thresholds are those of the config, given
-        or saved.
+        With another `router` or `kv_router` than the model was saved with, its layers are as good as uncalibrated:
+        thresholds of one score mean nothing to another. So are those of a router that draws something, with another
+        `router_seed`. Fixed thresholds are those of the config, given or saved.
         """
         spreads = {"attention_spread", "kv_spread"}
         routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"} | spreads
@@ -172,7 +172,10 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         for block in model.trunk.blocks if saved is not None else ():
             for field, router in (("router", block.router), ("kv_router", block.kv_router)):
-                if router is not None and changed(field, "router_seed"):
+                if router is None:
+                    continue
+                draws = hasattr(getattr(router, "options", None), "router_seed")
+                if changed(field) or (draws and changed("router_seed")):
                     for module in router.modules():
                         if isinstance(module, Router | Thresholds):
                             module.reset_parameters()

@@ -522,7 +522,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _shardable(self) -> "Recipe":
-        beside = {"trainer.ema": self.trainer.ema, "fit": self.fit, "distill": self.distill, "mixture": self.mixture}
+        beside: dict[str, Any] = {
+            "trainer.ema": self.trainer.ema,
+            "fit": self.fit,
+            "distill": self.distill,
+            "mixture": self.mixture,
+        }
+        if isinstance(self.model, RetrofitSection):
+            beside = {"model.architecture: retrofit": self.model}
         for name, given in beside.items() if self.trainer.fsdp else ():
             if given is not None:
                 raise ValueError(f"trainer.fsdp=true with {name}, which needs whole weights; remove one")
@@ -579,6 +586,11 @@ class Recipe(Section):
                 raise UserError(
                     f"schedule.{name}.to={share.to} and the checkpoint's {name}={own}: a healed model ends where it "
                     "was fitted; leave out to, or retrofit with another share"
+                )
+            if share.between is not None and not share.between[0] <= own <= share.between[1]:
+                raise UserError(
+                    f"schedule.{name}={list(share.between)} does not hold the checkpoint's {name}={own}, which a "
+                    "healed model is validated and saved with: give a range that does"
                 )
         return config
 
@@ -800,6 +812,8 @@ class Recipe(Section):
         given = dict(self.model.model_extra or {})
         given |= {name: getattr(self.model, name) for name, i in type(self.model).model_fields.items() if i.default}
         content["model"] |= {name: None for name, value in given.items() if value is None}
+        if isinstance(self.model, RetrofitSection) and self.distill is None:
+            content["distill"] = None  # where nothing stands, `_as_healing_is` puts the teacher
         return content
 
     # What may change when a run is resumed: how often it looks, what it keeps, and where; and, as the run sees to, over
@@ -970,7 +984,10 @@ def one_line(
         return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"
     if first["type"] == "extra_forbidden":
         place = ".".join(path[:-1])
-        fields = sections[place if place in sections else ".".join([*path[:-2], "*"])].model_fields
+        section = sections[place if place in sections else ".".join([*path[:-2], "*"])]
+        if section is LlamaSection and _architecture(content.get("model")) == "retrofit":
+            section = RetrofitSection
+        fields = section.model_fields
         known = [info.alias or field for field, info in fields.items()]
         return f"{name}={given!r}: unknown field; {suggest(path[-1], known)}"
     if first["type"] == "missing":
