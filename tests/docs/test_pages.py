@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import typer
@@ -169,3 +170,37 @@ def test_the_readme_s_speed_is_the_measured_one(task: str, heading: str) -> None
         (context,) = re.findall(r'"(\w+)"', name)
         wanted = [re.sub(r".*\*\*(.*)×\*\*", r"\1", cell) for cell in measured[f"{context}, ρ = 0.25"]]
         assert cells == wanted, name
+
+
+QUOTED = {
+    "passkey": {
+        "full attention": ("README.md", "docs/concepts/near-and-far.md", "docs/proven.md"),
+        "both, fitted afterwards": ("README.md", "docs/concepts/near-and-far.md", "docs/proven.md"),
+        "both, random afterwards": ("README.md", "docs/concepts/near-and-far.md", "docs/proven.md"),
+        "both, H afterwards": ("docs/concepts/near-and-far.md",),
+        "static, 1 in 3": ("docs/concepts/near-and-far.md",),
+        "static, the middle layer": ("docs/concepts/near-and-far.md",),
+        "kept, fitted": ("docs/concepts/near-and-far.md",),
+        "both, fitted": ("docs/concepts/near-and-far.md",),
+    },
+    "mqar": {
+        "full attention": ("README.md", "docs/concepts/near-and-far.md", "docs/proven.md"),
+        "kept, fitted afterwards": ("README.md", "docs/concepts/near-and-far.md", "docs/proven.md"),
+        "kept, random afterwards": ("README.md", "docs/concepts/near-and-far.md"),
+        "both, fitted afterwards": ("docs/concepts/near-and-far.md", "docs/proven.md"),
+        "both, fitted": ("docs/concepts/near-and-far.md",),
+        "both, one layer, fitted afterwards": ("docs/concepts/near-and-far.md",),
+    },
+}
+"""Accuracies of the study, by task and variant, and the pages that quote them."""
+
+
+@pytest.mark.parametrize("task", QUOTED)
+def test_the_accuracies_that_pages_quote_are_those_of_the_study(task: str) -> None:
+    found = json.loads((ROOT / f"experiments/results/near-and-far/{task}.json").read_text("utf-8"))
+    for name, quoting in QUOTED[task].items():
+        accuracy = 100 * mean(seed["accuracy"] for seed in found[name].values())
+        for page in quoting:
+            text = (ROOT / page).read_text("utf-8")
+            # "95.4 of 98.2%" and "66.2, 54.5, 39.2\n  and 45.0%" quote without a sign.
+            assert re.search(rf"\b{accuracy:.1f}(%|,| of |\s+and )", text), (page, name, accuracy)

@@ -12,6 +12,7 @@ are not. Then page and pictures are written. A verdict is what its rule, which s
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -512,9 +513,13 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         shown = " against ".join(metric.shown(variants.placed(each, metric)) for each in (ours, name))
         price = " against ".join(_price(variants, each) for each in (ours, name))
         lines.append(f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {price}.")
-    chance = variants.best([name for name in variants.of("both") if "random" in name], metric)
-    if chance and ours != chance and (found := variants.against(ours, chance, metric)) is not None:
-        lines.append(f"- Against chance on both sides: {_difference(found, metric)}.")
+    chance = re.sub("H|learned|fitted( and distilled)?", "random", ours)
+    if (
+        chance in variants.of("both")
+        and ours != chance
+        and (found := variants.against(ours, chance, metric)) is not None
+    ):
+        lines.append(f"- Against chance ({chance}): {_difference(found, metric)}.")
     return lines
 
 
