@@ -75,7 +75,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ModuleNotFoundError as error:
-        raise UserError(f"the app needs {error.name}: pip install 'chiaroscuro[app]'") from None
+        raise UserError(f"the app needs {error.name}: pip install 'chiaroscuro[lab,app]'") from None
     return gradio
 
 

@@ -514,11 +514,8 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         price = " against ".join(_price(variants, each) for each in (ours, name))
         lines.append(f"- Against {name}: {'better' if better else '**no better**'}, {shown}, with {price}.")
     chance = re.sub("H|learned|fitted( and distilled)?", "random", ours)
-    if (
-        chance in variants.of("both")
-        and ours != chance
-        and (found := variants.against(ours, chance, metric)) is not None
-    ):
+    found = variants.against(ours, chance, metric) if chance in variants.of("both") and chance != ours else None
+    if found is not None:
         lines.append(f"- Against chance ({chance}): {_difference(found, metric)}.")
     return lines
 
