@@ -370,4 +370,6 @@ def test_the_extra_is_asked_for(served: Served, run_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, "app", str(run_folder), "--port", "7999"], capture_output=True, text=True
     )
-    assert done.returncode == 2 and "pip install 'chiaroscuro[lab,app]'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "pip install 'chiaroscuro[lab,app]'" in done.stderr and "Traceback" not in done.stderr
+    )

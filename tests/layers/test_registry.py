@@ -13,6 +13,7 @@ from chiaroscuro.layers import (
     Context,
     Decision,
     Operator,
+    PackedTokens,
     RoutedBlock,
     Router,
     ScoreRouter,
@@ -198,3 +199,51 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         build_block(8, ("fft",))
     with pytest.raises(UserError, match="unknown router 'softt': did you mean 'soft'"):
         build_block(8, ("dct", "attention"), {"router": "softt"})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("menu", [["odd"], ["odd", "attention"]])
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    "output", [lambda x: x[..., :1], lambda x: x[:1], lambda x: x[0], lambda x: x.mean(), lambda x: None]
+)
+def test_an_output_of_another_shape_is_never_broadcast(menu: list[str], execution: str, output: Any) -> None:
+    class Odd(Operator):
+        cost = 0
+
+        def mix(self, x: Any, context: Context) -> Any:
+            return output(x)
+
+        def mix_packed(self, x: Any, tokens: PackedTokens, context: Context) -> Any:
+            return output(tokens.take(x))
+
+    register_operator("odd", Odd)
+    block = build_block(8, menu, {"num_attention_heads": 2, "execution": execution, "router": "norm"})
+    with pytest.raises(UserError, match=r"operator 'odd' gave an output of (shape|type).*a vector for each token"):
+        block(noise())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("decision", "complaint"),
+    [
+        (lambda x: None, "decided by NoneType"),
+        (lambda x: Decision(torch.zeros(x.shape[:2])), "decided by torch.float32 of shape"),
+        (lambda x: Decision(torch.zeros(x.shape[0], dtype=torch.long)), "decided by torch.int64 of shape"),
+        (
+            lambda x: Decision(torch.full(x.shape[:2], 7)),
+            "chose operators from 7 to 7 of a menu of 2, which are 0 to 1",
+        ),
+        (lambda x: Decision(torch.full(x.shape[:2], -1)), "chose operators from -1 to -1 of a menu of 2"),
+    ],
+)
+def test_a_router_sends_no_token_nowhere(decision: Any, complaint: str) -> None:
+    class Astray(Router):
+        def forward(self, x: Any, entropy: Any, context: Context | None = None) -> Any:
+            return decision(x)
+
+    register_router("astray", Astray)
+    for execution in ("sparse", "dense"):
+        fields = {"num_attention_heads": 2, "router": "astray", "execution": execution}
+        with pytest.raises(UserError, match=f"Astray {complaint}"):
+            build_block(8, ["dct", "attention"], fields)(noise())

@@ -73,7 +73,8 @@ def heal(
 
     The loss is the divergence from the model with everything looked at and kept (KL on the logits). By default LoRA on
     the attention learns, on rows of text, needles and copies, and is merged into the weights at the end; with
-    model.lora=null all weights learn, and the loss has the text's cross-entropy, too. The run is one of chiaroscuro train: its folder, its records, and how it is resumed.
+    model.lora=null all weights learn, and the loss has the text's cross-entropy, too. The run is one of chiaroscuro
+    train: its folder, its records, and how it is resumed.
 
     Example: chiaroscuro heal recipes/heal/smollm2.yaml model.checkpoint=runs/smollm2-routed
     """

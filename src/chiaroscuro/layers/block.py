@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -308,6 +308,7 @@ class RoutedBlock(nn.Module):
             decision = Decision(torch.zeros(source.shape[:2], dtype=torch.long, device=source.device))
         else:
             decision = self.router(source, entropy, context)
+            self._check_decision(decision, source)
         kept = None if self.kv_router is None else self.kv_router(source, entropy, context)
         index, real = decision.operator_index, context.real(source.shape[1])
         if real is not None:
@@ -323,6 +324,25 @@ class RoutedBlock(nn.Module):
             None if kept is None else kept.operator_index.bool(),
             None if kept is None else kept.score,
         )
+
+    def _check_decision(self, decision: Any, source: Tensor) -> None:
+        """Raise a UserError where a router gives what would send tokens nowhere."""
+        name, index = type(self.router).__name__, getattr(decision, "operator_index", None)
+        if not isinstance(index, Tensor) or index.shape != source.shape[:2] or index.is_floating_point():
+            given = type(decision).__name__ if index is None else f"{index.dtype} of shape {tuple(index.shape)}"
+            raise UserError(
+                f"{name} decided by {given}: need a Decision with one whole number for each of the "
+                f"{tuple(source.shape[:2])} tokens, its operator_index"
+            )
+        # Thresholds can't leave the menu. On a GPU, to look would be to wait.
+        if isinstance(self.router, ScoreRouter) or index.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        operators = len(self.operator_names)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < operators:
+            raise UserError(
+                f"{name} chose operators from {int(index.min())} to {int(index.max())} of a menu of {operators}, which "
+                f"are 0 to {operators - 1}"
+            )
 
     def _runs_sparsely(self, routing: Routing | None, context: Context) -> bool:
         if self.execution == "dense":
@@ -348,6 +368,7 @@ class RoutedBlock(nn.Module):
             if len(tokens) == 0 and own.state is None and not torch.is_grad_enabled():
                 continue
             output = unit.operator(source, own, tokens)
+            _check_output(unit, output, (len(tokens), x.shape[-1]))
             scale = self._scale_of(unit, routing)
             output = self.dropout(output if scale is None else output * tokens.take(scale)[:, None].to(output.dtype))
             if self.norm_placement == "post":
@@ -429,9 +450,19 @@ class RoutedBlock(nn.Module):
     def _mix_in(self, unit: _Unit, x: Tensor, source: Tensor, routing: Routing | None, context: Context) -> Tensor:
         """One unit on every token, with its residual."""
         output: Any = unit.operator(source, context)
+        _check_output(unit, output, x.shape)
         scale = self._scale_of(unit, routing)
         mixed = x + self.dropout(output if scale is None else output * scale[..., None].to(output.dtype))
         return self.operator_norms[unit.name](mixed) if self.norm_placement == "post" else mixed
+
+
+def _check_output(unit: _Unit, output: Any, shape: Sequence[int]) -> None:
+    """Raise a UserError where an operator's output would be broadcast over the tokens."""
+    if getattr(output, "shape", None) != shape:
+        given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+        raise UserError(
+            f"operator {unit.name!r} gave an output of {given}: need {tuple(shape)}, a vector for each token"
+        )
 
 
 def _goes_to(operator_index: Int[Tensor, "batch time"], unit: _Unit) -> Bool[Tensor, "batch time"]:
