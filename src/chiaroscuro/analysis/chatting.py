@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.analysis.sampling import how_to_sample, refuse_broken_logits
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.loading import longest_sequence
 
 
 class Conversation:
@@ -67,7 +68,7 @@ class Conversation:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         ids = given["input_ids"].to(self.model.device)
-        longest, time = self.model.config.max_position_embeddings, ids.shape[1]
+        longest, time = longest_sequence(self.model.config), ids.shape[1]
         if time >= longest:
             raise UserError(f"the conversation has {time} tokens and the model reads {longest}: begin a new one")
         set_seed(self.seed)

@@ -57,9 +57,9 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
         "width": config.hidden_size,
-        "heads": config.num_attention_heads,
+        "heads": getattr(config, "num_attention_heads", None),
         "vocabulary": config.vocab_size,
-        "longest_sequence": config.max_position_embeddings,
+        "longest_sequence": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": [],
     }

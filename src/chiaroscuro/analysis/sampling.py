@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.loading import longest_sequence
 
 COLDEST = 1e-6
 """The lowest temperature but 0. Logits divided by less may overflow a float32."""
@@ -71,7 +72,7 @@ def continue_text(
     """
     refuse_broken_text(prompt)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    longest = model.config.max_position_embeddings
+    longest = longest_sequence(model.config)
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty: give at least one character to continue")
     if ids.shape[1] >= longest:

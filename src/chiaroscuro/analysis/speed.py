@@ -25,6 +25,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, RoutedBlock, Spectra
 from chiaroscuro.model import ChiarCache, ChiarForCausalLM
 from chiaroscuro.model.cache import CACHE
+from chiaroscuro.model.config import ChiarConfig
 
 DECODED = 16
 """Tokens of a turn in decoding: routing makes one token cheaper than the next, so a turn is the sum over some."""
@@ -75,13 +76,19 @@ def take_turns(
     return timings
 
 
+def can_be_cached(model: PreTrainedModel) -> bool:
+    """Whether a model can be decoded with a cache: all but some CHIAR-Formers."""
+    return not (isinstance(model.config, ChiarConfig) and model.config.uncacheable())
+
+
 def forward_pass(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
-    """A prefill: all layers fill a cache; logits are made for the last token only."""
+    """A prefill: all layers fill a cache, if the model can have one; logits are made for the last token only."""
+    cached = can_be_cached(model)
     model.eval()
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, use_cache=cached, logits_to_keep=1)
 
     return run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.memory import prefill_memory
-from chiaroscuro.analysis.speed import decoding, forward_pass, take_turns
+from chiaroscuro.analysis.speed import can_be_cached, decoding, forward_pass, take_turns
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
 from chiaroscuro.app.writing import new_cache, numbers_in
@@ -45,9 +45,8 @@ def measure(served: Served, look: float | None, kept: float | None) -> Iterator[
         with served.whole() as model:
             whole = copy.deepcopy(model)
         config: Any = routed.config
-        for kind, work in (("forward", forward_pass), ("decoding", decoding)):
-            if kind == "decoding" and isinstance(config, ChiarConfig) and config.uncacheable():
-                continue
+        works = {"forward": forward_pass} | ({"decoding": decoding} if can_be_cached(routed) else {})
+        for kind, work in works.items():
             made = {"routed": work(routed, ids), "whole": work(whole, ids)}
             timings = take_turns(made, SECONDS, turns=3)
             row[f"{kind}, ms"] = 1e3 * timings["routed"].median

@@ -13,6 +13,7 @@ from chiaroscuro.data.smollm2 import find_smollm2
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Thresholds
 from chiaroscuro.model import ChiarPreTrainedModel
+from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.retrofitting.whole import without_routing
 from chiaroscuro.studies.retrofitting import SMOLLM2, load_decoder
@@ -41,7 +42,7 @@ class Served:
     @property
     def longest(self) -> int:
         """The most tokens that the model reads."""
-        return int(self.model.config.max_position_embeddings)
+        return longest_sequence(self.model.config)
 
     @property
     def dials(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Written:
     """What one of the two models has written so far.
 
     Attributes:
-        pieces: the text of each new token.
+        pieces: the text of each new token; of a character of several tokens it is at the last of them.
         levels: how much attention each of them got, from 0 to 1: the mean over the layers that choose.
         seconds: spent on them, the prompt not counted.
         numbers: that the cache holds; None for a model that can't be cached.
@@ -47,9 +47,10 @@ class Written:
 
 @dataclass
 class _Writer:
-    """One of the two: its ids, its cache, and what it has written."""
+    """One of the two: its ids, how many of them are the prompt's, its cache, and what it has written."""
 
     ids: list[int]
+    prompt: int
     cache: Any
     generator: torch.Generator
     written: Written = field(default_factory=Written)
@@ -89,7 +90,9 @@ def write(
         raise UserError(f"the prompt has {len(ids):,} tokens and the model reads {served.longest:,}: shorten it")
     if temperature != 0 and temperature < COLDEST:
         raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
-    writers = [_Writer(list(ids), new_cache(served.model), torch.Generator().manual_seed(seed)) for _ in range(2)]
+    writers = [
+        _Writer(list(ids), len(ids), new_cache(served.model), torch.Generator().manual_seed(seed)) for _ in range(2)
+    ]
     for _ in range(min(most, served.longest - len(ids))):
         for number, writer in enumerate(writers):
             if writer.done:
@@ -131,12 +134,19 @@ def _step(model: Any, tokenizer: Any, writer: _Writer, temperature: float, full:
     before = writer.written
     writer.written = replace(
         before,
-        pieces=(*before.pieces, tokenizer.decode([token])),
+        pieces=(*before.pieces, _piece(tokenizer, writer.ids[writer.prompt :], before.pieces)),
         levels=(*before.levels, 1.0 if full else _level(output.routing if own else None, decided.values())),
         seconds=before.seconds + (0.0 if first else seconds),
         numbers=None if writer.cache is None else numbers_in(writer.cache),
     )
     writer.done = token == tokenizer.eos_token_id
+
+
+def _piece(tokenizer: Any, ids: list[int], pieces: tuple[str, ...]) -> str:
+    """What the newest token adds to a text; nothing yet where it ends within a character, of four bytes at most."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    waits = text.endswith("\N{REPLACEMENT CHARACTER}") and (len(pieces) < 3 or any(pieces[-3:]))
+    return "" if waits else text[sum(map(len, pieces)) :]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -170,7 +170,9 @@ def generate(
     shown = f"[bold]{escape(harmless(text))}[/bold]{escape(harmless(result.text))}"
     Console(highlight=False).print(shown, soft_wrap=True)
     if result.full:
-        longest = model.config.max_position_embeddings
+        from chiaroscuro.model.loading import longest_sequence
+
+        longest = longest_sequence(model.config)
         print(f"stopped: the model reads at most {longest} tokens, prompt included", file=sys.stderr)
 
 

@@ -23,6 +23,15 @@ VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 """The files that hold a vocabulary. The other files of a tokenizer only configure it."""
 
 
+NO_LIMIT = 2**31 - 1
+"""The longest sequence of a model that says none: one without learned or rotary positions."""
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """The most tokens that a model reads."""
+    return int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+
+
 def load_checkpoint_config(name: str) -> PreTrainedConfig:
     """Load the configuration of a checkpoint, without its weights.
 

@@ -9,6 +9,7 @@ import torch
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.workspace import Workspace
 
@@ -36,7 +37,7 @@ def find_needles(workspace: Workspace, lengths: Sequence[int], *, keys: Sequence
 
     """
     model = workspace.language_model("needles")
-    longest = model.config.max_position_embeddings
+    longest = longest_sequence(model.config)
     if max(lengths) > longest:
         raise UserError(f"rows of {max(lengths)} tokens, and {workspace.name} reads {longest}: take shorter ones")
     haystack = Haystack(workspace.tokenizer)

@@ -32,10 +32,12 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarForMixedTasks, ChiarForSequenceClassification, ChiarPreTrainedModel
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.loading import (
+    NO_LIMIT,
     find_checkpoint,
     load_checkpoint,
     load_checkpoint_config,
     load_checkpoint_tokenizer,
+    longest_sequence,
 )
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.training import Recipe
@@ -161,13 +163,15 @@ class Workspace:
 
     def length(self, wanted: int | None = None, most: int | None = None) -> int:
         """T: as wanted, or the recipe's; without a recipe the longest that the model reads, at most `most`."""
-        longest = self.config.max_position_embeddings
+        longest = longest_sequence(self.config)
         if wanted is not None and wanted > longest:
             raise UserError(
                 f"--length {wanted} is more than the model's max_position_embeddings={longest}: take a shorter one"
             )
         if wanted is not None:
             return wanted
+        if self.recipe is None and longest == NO_LIMIT and most is None:
+            raise UserError(f"{self.name} says no longest sequence: give --length")
         return self.recipe.data.sequence_length if self.recipe else min(longest, most or longest)
 
     # ---- text and tasks --------------------------------------------------------------------------------------
