@@ -204,3 +204,30 @@ def test_the_accuracies_that_pages_quote_are_those_of_the_study(task: str) -> No
             text = (ROOT / page).read_text("utf-8")
             # "95.4 of 98.2%" and "66.2, 54.5, 39.2\n  and 45.0%" quote without a sign.
             assert re.search(rf"\b{accuracy:.1f}(%|,| of |\s+and )", text), (page, name, accuracy)
+
+
+def test_the_figures_of_smollm2_on_both_sides_are_the_measured_ones() -> None:
+    page = (ROOT / "docs/retrofit.md").read_text("utf-8")
+    found = json.loads((ROOT / "experiments/results/retrofit/smollm2-by-head.json").read_text("utf-8"))
+    full = json.loads((ROOT / "experiments/results/retrofit/smollm2-texts.json").read_text("utf-8"))["texts"]
+    texts = {
+        "WikiText-2 validation": ("wikitext-2 validation", "wikitext-2, validation"),
+        "WikiText-2 test": ("wikitext-2 test", "wikitext-2, test"),
+        "film reviews (IMDB, test)": ("imdb test", "imdb reviews, test"),
+    }
+    tables = {"## Both sides": ["by head, healed, then all look"]}
+    tables["### A longer window"] = [f"both sides, window 256, {name}" for name in ("fitted", "healed")]
+    for heading, copies in tables.items():
+        rows = {row[0]: row[1:] for row in table_after(page, heading)}
+        for name, (measured, original) in texts.items():
+            before = full[original]["original"]["perplexity"]
+            after = [found[copy][measured]["perplexity"] for copy in copies]
+            wanted = [f"{before:.2f}", *(f"{one:.2f} ({one / before - 1:+.1%})".replace("-", "−") for one in after)]
+            cells = [cell.strip("*") for cell in rows[f"perplexity, {name}"]]
+            assert cells[: len(wanted)] == wanted, (heading, name)
+    needles = found["by head, healed, then all look"]
+    rows_of = [*needles["needles, 10 tries a depth"], *needles["needles, 4 tries a depth"]]
+    table = {row[0]: row[1:] for row in table_after(page, "| perplexity, film reviews (IMDB, test) | 42.54 | **42.44")}
+    for one in rows_of:
+        cells = table[f"{'one of four, ' if one['keys'] == 4 else ''}{one['length']:,}"]
+        assert cells[2].strip("*") == f"{one['found']:.0%}" and cells[3] == f"{one['kept']:.0%}", one
