@@ -1,6 +1,7 @@
 """`chiaroscuro heal`: a retrofitted model that learns from its full-attention self."""
 
 import contextlib
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,12 @@ def test_it_comes_closer_to_its_full_attention_self(
     rows = Haystack(tokenizer, text).mixture(3, LENGTH, seed=9)
     teacher = after if lora is None else before  # LoRA's teacher stays as it was
     assert divergence(after, rows, teacher) < divergence(before, rows, before)
+    # What it began with need not be there any more.
+    saved = (tmp_path / "run/recipe.yaml").read_text()
+    assert str(places[0]) in saved
+    (tmp_path / "run/recipe.yaml").write_text(saved.replace(str(places[0]), "/nowhere/at/all"))
+    code, out, err = run("evaluate", tmp_path / "run", "--length", 64, "--tokens", 64, "--json")
+    assert code == 0 and json.loads(out)["perplexity"] > 1, err
 
 
 @torch.no_grad()

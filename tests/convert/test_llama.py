@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from chiaroscuro import ChiarForCausalLM, UserError
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
 from chiaroscuro.convert import from_llama, to_llama
 
 SCALED = [
@@ -170,3 +170,6 @@ def test_what_has_no_place_is_refused() -> None:
         with pytest.raises(UserError, match=f"{name}=.*a Llama needs {name}="):
             to_llama(ours)
         setattr(ours.config, name, kept)
+    config = ChiarConfig(**ours.config.to_dict() | {"attention_context": "kept", "kv_router": "random", "window": 4})
+    with pytest.raises(UserError, match="attention_context='kept': a Llama drops no token"):
+        to_llama(ChiarForCausalLM(config))

@@ -192,6 +192,7 @@ def test_a_model_that_is_fitted_again_forgets_the_first_fit() -> None:
         ({"kept": 0}, batches(), "kept=0: must be"),
         ({"kept": float("nan")}, batches(), "kept=nan"),
         ({"budget": 0.25, "kept": 0.25}, batches(), "drop look and kept"),
+        ({"budget": 1.5}, batches(), "budget=1.5: must be a share"),
         ({}, batches()[:1], "1 batches to fit on: give two or more"),
         ({}, [], "0 batches to fit on"),
         ({}, [torch.zeros(4), torch.zeros(4)], "every batch needs input_ids"),

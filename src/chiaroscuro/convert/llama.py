@@ -111,6 +111,8 @@ def to_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
         "short_conv": None,
         "hidden_dropout": 0.0,
     }
+    if config.attention_context == "kept":
+        raise UserError("attention_context='kept': a Llama drops no token; convert a model that keeps all")
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r}: a Llama needs {name}={value!r}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -280,7 +281,7 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tu
 
 def check_share(name: str, share: Any) -> None:
     """Raise a UserError if this is neither None nor a share of the tokens, more than 0 and less than 1."""
-    if share is None or (not isinstance(share, bool) and isinstance(share, int | float) and 0 < share < 1):
+    if share is None or (not isinstance(share, bool) and isinstance(share, Real) and 0 < float(share) < 1):
         return
     raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
 

@@ -72,7 +72,8 @@ def fit(
     if budget is not None:
         if look is not None or kept is not None:
             raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
-        look = kept = budget
+        check_share("budget", budget)
+        look, kept, spread = budget, budget, True
     said = getattr(model.config, FIELD)
     shares = {"look": look, "kept": kept}
     for side, (field, _) in SPREADS.items():

@@ -149,7 +149,7 @@ class Workspace:
         places = [Path(self.path) / "recipe.yaml", *([self.run / "recipe.yaml"] if self.run else [])]
         found = next((place for place in places if place.is_file()), None)
         try:
-            recipe = None if found is None else Recipe.load(found)
+            recipe = None if found is None else Recipe.of_run(found)
         except UserError as error:
             line = str(error)
             raise UserError(line if line.startswith(str(found)) else f"{found}: {line}") from None

@@ -393,13 +393,26 @@ class Recipe(Section):
         Raises:
             UserError: one line with the dotted name of the field, its value, and what it should be.
         """
-        try:
-            recipe = cls.model_validate(content)
-        except ValidationError as error:
-            raise UserError(one_line(error, content)) from None
+        recipe = cls._validated(content)
         # An impossible model should be refused before minutes go into a tokenizer. Any vocabulary does for the check.
         recipe.build_config(vocab_size=256, thresholds=(0.0, 1.0) if recipe.uses_baseline else None)
         return recipe
+
+    @classmethod
+    def of_run(cls, path: str | Path) -> "Recipe":
+        """Read the recipe of a run that has a model: what that began with need not be there any more.
+
+        Raises:
+            UserError: as `load`, but for what is wrong with the model.
+        """
+        return cls._validated(read_yaml(Path(path), "recipe", "model: and trainer:"))
+
+    @classmethod
+    def _validated(cls, content: Mapping[str, Any]) -> "Recipe":
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise UserError(one_line(error, content)) from None
 
     @property
     def uses_baseline(self) -> bool:

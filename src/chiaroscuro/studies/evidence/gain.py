@@ -131,13 +131,16 @@ def draw(found: Mapping[str, Any]) -> bytes:
         for name, model in found.items()
     }
     spread = {
-        name: {
-            title: {score: (one.low or one.mean, one.mean, one.high or one.mean) for score, one in scores.items()}
-            for title, scores in targets.items()
-        }
+        name: {title: {score: _ends(one) for score, one in scores.items()} for title, scores in targets.items()}
         for name, targets in bars.items()
     }
     return draw_gain(spread, {name: [layer["distance"] for layer in model["layers"]] for name, model in found.items()})
+
+
+def _ends(one: Estimate) -> tuple[float, float, float]:
+    """Both ends of the interval, or the mean where there is none, and the mean between them."""
+    low, high = (one.mean if end is None else end for end in (one.low, one.high))
+    return low, one.mean, high
 
 
 def answer(found: Mapping[str, Any]) -> list[str]:
