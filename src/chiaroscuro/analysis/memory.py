@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from chiaroscuro import plugins
 from chiaroscuro.analysis.speed import forward_pass, peak_memory
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.loading import load_checkpoint
@@ -37,14 +38,17 @@ def prefill_memory(model: PreTrainedModel, length: int) -> int | None:
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         model.save_pretrained(folder)
         try:
-            return pool.submit(_peak, folder, length, model.device.type).result()
+            return pool.submit(_peak, folder, length, model.device.type, plugins.named()).result()
         except BrokenProcessPool:
             raise UserError(
                 f"a prefill of {length} tokens was killed, likely for its memory: take shorter lengths"
             ) from None
 
 
-def _peak(folder: str, length: int, device: str) -> int:
+def _peak(folder: str, length: int, device: str, modules: tuple[str, ...]) -> int:
+    plugins.import_installed()
+    plugins.import_modules(modules)
+
     def make() -> Any:
         model: Any = load_checkpoint(folder)
         ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
 from chiaroscuro.app.writing import new_cache, numbers_in
 from chiaroscuro.errors import UserError
-from chiaroscuro.model.cache import CACHE
+from chiaroscuro.model.cache import CACHE, ChiarCache
 from chiaroscuro.model.config import ChiarConfig
 
 SECONDS = 2.0
@@ -45,7 +45,7 @@ def measure(served: Served, look: float | None, kept: float | None) -> Iterator[
         with served.whole() as model:
             whole = copy.deepcopy(model)
         config: Any = routed.config
-        works = {"forward": forward_pass} | ({"decoding": decoding} if can_be_cached(routed) else {})
+        works = {"forward": forward_pass} | ({"decoding": decoding} if _decodes(routed, ids[:, :2]) else {})
         for kind, work in works.items():
             made = {"routed": work(routed, ids), "whole": work(whole, ids)}
             timings = take_turns(made, SECONDS, turns=3)
@@ -62,6 +62,16 @@ def measure(served: Served, look: float | None, kept: float | None) -> Iterator[
                 row[name] = peak / 2**20
         rows.append(row)
         yield list(rows)
+
+
+@torch.no_grad()
+def _decodes(model: Any, ids: Tensor) -> bool:
+    """Whether decoding can be timed: over and over, from a cache that is cropped to what it was."""
+    if not can_be_cached(model):
+        return False
+    cache = new_cache(model)
+    model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    return not isinstance(cache, ChiarCache) or cache.is_croppable
 
 
 @torch.no_grad()
