@@ -281,6 +281,14 @@ def test_there_is_no_second_derivative_and_it_says_so(upstream_learns: bool) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(7).long(), torch.zeros(5)])
+def test_targets_of_other_tokens_are_refused(targets: Tensor) -> None:
+    hidden, weight, _ = numbers(0, 5, 3, 4)
+    with pytest.raises(ValueError, match="need one whole number for each token"):
+        linear_cross_entropy(hidden, weight, targets)
+
+
 # What it takes
 
 

@@ -361,3 +361,10 @@ def test_there_is_no_second_derivative_and_it_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph"):
         torch.autograd.grad(output, query, slope, create_graph=True)
     torch.autograd.grad(output, query, slope)
+
+
+@pytest.mark.parametrize(("queries", "keys", "complaint"), [(2, 3, "query_lengths are 2"), (3, 4, "key_lengths are 4")])
+def test_lengths_of_other_queries_or_keys_are_refused(queries: int, keys: int, complaint: str) -> None:
+    query, key, value, _ = Packed([(3, [1, 2, 3])]).numbers(0)
+    with pytest.raises(ValueError, match=f"{complaint} in all, and there are 3"):
+        prefix_attention(query, key, value, torch.tensor([queries]), torch.tensor([keys]), torch.tensor([1, 2, 3]))

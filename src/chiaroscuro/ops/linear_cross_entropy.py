@@ -53,10 +53,15 @@ def linear_cross_entropy(
             0, as in `torch.nn.functional.cross_entropy`.
 
     Raises:
-        ValueError: a target that is neither a word's number nor −100.
+        ValueError: a target that is neither a word's number nor −100, or not as many targets as tokens.
         RuntimeError: in a backward with `create_graph=True`: the gradients have no graph.
 
     """
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"targets: {targets.dtype} of shape {tuple(targets.shape)} beside hidden states of shape "
+            f"{tuple(hidden.shape)}: need one whole number for each token"
+        )
     device = hidden.device.type
     narrows = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # autocast leaves float64 alone
     product_type = torch.get_autocast_dtype(device) if narrows else hidden.dtype

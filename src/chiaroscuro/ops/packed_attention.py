@@ -52,10 +52,16 @@ def prefix_attention(
             in memory: queries × keys.
         scale: instead of 1/√c.
 
+    Raises:
+        ValueError: on a CPU, lengths that are not those of the queries or of the keys.
+
     """
     if dropout:
         return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, dropout, scale)
     if query.device.type == "cpu":
+        for name, lengths, tokens in (("query", query_lengths, query), ("key", key_lengths, key)):
+            if int(lengths.sum()) != len(tokens):
+                raise ValueError(f"{name}_lengths are {int(lengths.sum())} in all, and there are {len(tokens)}")
         return attend_in_parts(query, key, value, [PrefixPart(query_lengths, key_lengths, visible)], scale)
     if query.device.type == "cuda":
         # Not at the top: it imports this module, and loads torch.compile's code generator, which a CPU has no use for.
