@@ -224,7 +224,7 @@ def test_the_gate_of_a_model_that_pools_over_its_batch_moves_with_its_neighbours
     one = {"alone": 0.5, "with rows of its own task": {"g": 0.5, "moved": 0.0}}
     moves = {"text": one | {"with rows of other tasks": {"g": 0.8, "moved": 0.31}}}
     found = {"gates": {"pooled": {"0": {"text": 0.5}, "1": {"text": 0.7}}}, "moves": {"pooled": moves}}
-    assert "pooled: by up to 0.310" in gate.answer(found)[0]
+    assert "by up to 0.310 (pooled)" in gate.answer(found)[0]
     assert "| pooled | 0.600 ± 0.141 | 2 |" in gate.answer(found)
     assert gate.draw(found)[1:4] == b"PNG"
 

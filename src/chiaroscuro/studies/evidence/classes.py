@@ -155,10 +155,10 @@ def answer(found: Mapping[str, Any]) -> list[str]:
     """The answer and its figures, as Markdown."""
     pairs = {(name, side): [pair[side] for pair in m["agreement"]] for name, m in found.items() for side in _sides(m)}
     agreed = {place: sum(lifts) / len(lifts) for place, lifts in pairs.items() if lifts}
-    said = "; ".join(f"{name}, {SIDES[side]}: {lift:.2f} times chance" for (name, side), lift in agreed.items())
+    said = "; ".join(f"{name}, {SIDES[side]}: {lift:.2f} times" for (name, side), lift in agreed.items())
     lines = [
         "The share of each class of tokens that is chosen, the mean over layers and seeds. "
-        + (f"Two seeds choose the same tokens of a layer as often as chance would, times: {said}." if said else "")
+        + (f"How often two seeds choose the same token of a layer, relative to chance: {said}." if said else "")
         + " A share of a quarter that two seeds agree on wholly would be 4 times chance. The maps in the picture "
         "have the shares by layer.",
         "",

@@ -86,9 +86,9 @@ def answer(found: Mapping[str, Any]) -> list[str]:
         name: max(one["with rows of other tasks"]["moved"] for one in tasks.values())
         for name, tasks in found["moves"].items()
     }
-    said = "; ".join(f"{name}: by up to {far:.3f}" for name, far in furthest.items())
+    said = "; ".join(f"by up to {far:.3f} ({name})" for name, far in furthest.items())
     lines = [
-        f"When a row's neighbours in the batch are of other tasks, a token's g moves, in {said}. Below, g on held-out "
+        f"When a row's neighbours in the batch are of other tasks, a token's g moves {said}. Below, g on held-out "
         "rows of each task, the mean over seeds with its standard deviation. The paper says that g settles at 0.22. "
         "The causal gate reads its own row alone, so no neighbour can move it.",
         "",
