@@ -15,6 +15,9 @@ def main() -> None:
     except LabMissing as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the imports take a second or two
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(2)
     run()
 
 
