@@ -32,6 +32,8 @@ from chiaroscuro.analysis.flops import (
 )
 from chiaroscuro.analysis.savings import describe_flops
 from chiaroscuro.cli import main
+from chiaroscuro.layers import Count, SelfAttention, ThresholdRouter
+from chiaroscuro.layers.registry import OPERATORS, ROUTERS
 from chiaroscuro.model.config import default_operators
 from chiaroscuro.report.flops_terminal import explain
 
@@ -344,3 +346,33 @@ def test_a_score_of_two_layers_and_one_of_several_heads_cost_more() -> None:
     assert one == 16 * 2 * 64
     assert router_operations({"fitted": {"heads": 4}}) - router_operations("random") == 4 * one
     assert router_operations({"fitted": {"hidden": 8}}) - router_operations("random") == 16 * 2 * (64 * 8 + 8)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (lambda: 12, r"gave 12: give a Count"),
+        (lambda: None, r"gave None: give a Count"),
+        (lambda: Count({"mine": "many"}), r"gave 'many': count with finite numbers"),  # type: ignore[dict-item]
+        (lambda: Count({"mine": float("nan")}), r"gave nan: count with finite numbers"),
+        (lambda: Count({}, numbers_kept=None), r"gave None: count with finite numbers"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_count_of_an_operator_from_outside_is_one(
+    monkeypatch: pytest.MonkeyPatch, given: Any, complaint: str
+) -> None:
+    counted = type("Counted", (SelfAttention,), {"count": classmethod(lambda *arguments: given()), "part_of": None})
+    monkeypatch.setitem(OPERATORS, "counted", counted)
+    with pytest.raises(UserError, match=rf"Counted\.count\(\) {complaint}"):
+        count_flops(ChiarConfig.preset("small", operators=[["counted"]]), 8)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("field", ["router", "kv_router"])
+def test_a_count_of_a_router_from_outside_is_one(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    counted = type("Counted", (ThresholdRouter,), {"count": classmethod(lambda *arguments: "few")})
+    monkeypatch.setitem(ROUTERS, "counted", counted)
+    config = ChiarConfig.preset("reach-small", **{"router": "threshold", "kv_router": "threshold", field: "counted"})
+    with pytest.raises(UserError, match=r"Counted\.count\(\) gave 'few': count with finite numbers"):
+        count_flops(config, 8)

@@ -318,6 +318,8 @@ def test_a_mistake_in_the_text(served: Served, text: str, complaint: str) -> Non
         ("light " * 400, {}, "the model reads 128"),
         ("light", {"temperature": -1.0}, "temperature -1"),
         ("light", {"temperature": 0.001}, "temperature 0.001"),
+        ("light", {"seed": -1}, "seed -1"),
+        ("light", {"seed": 2**64}, "seed 18446744073709551616"),
         ("light", {"look": 1.5}, "from 0 to 1"),
     ],
 )
@@ -347,7 +349,8 @@ def test_a_file_for_a_model_that_routes_nothing(tmp_path: Path) -> None:
     [
         (None, "is no folder"),
         ({}, "holds no run"),
-        ({"metrics.jsonl": ""}, "has no record yet"),
+        ({"metrics.jsonl": ""}, "has no loss yet"),
+        ({"metrics.jsonl": '{"kind": "train", "step": 1}\n'}, "has no loss yet"),
         ({"metrics.jsonl": "{}\n{}\n"}, "line 1 is something else"),
     ],
 )

@@ -122,6 +122,13 @@ def test_writing(visitor: Any) -> None:
     visitor.get_by_role("button", name="Write", exact=True).click()
     visitor.get_by_text("Done.").wait_for()
     assert visitor.get_by_text("8 tokens,").count() == 2 and visitor.locator(".reading i").count() == 0
+    visitor.get_by_label("Seed").fill("")
+    visitor.get_by_role("button", name="Write", exact=True).click()
+    visitor.get_by_text("a number is missing").wait_for()
+    visitor.get_by_label("Seed").fill("18446744073709551616")
+    visitor.get_by_role("button", name="Write", exact=True).click()
+    visitor.get_by_text("give a whole number from 0 to").wait_for()
+    visitor.get_by_label("Seed").fill("3")
     visitor.get_by_label("Prompt").fill("")
     visitor.get_by_role("button", name="Write", exact=True).click()
     visitor.get_by_text("the prompt is empty").wait_for()

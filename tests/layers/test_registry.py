@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chiaroscuro import ChiarConfig
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
     Context,
@@ -165,13 +166,80 @@ def test_names(register: Any, find: Any, cls: Any, other: Any) -> None:
     ("register", "cls", "base"), [(register_operator, Doubling, "Operator"), (register_router, Halves, "Router")]
 )
 def test_what_is_no_name_and_what_is_no_operator_or_router(register: Any, cls: Any, base: str) -> None:
-    for name in ("", None, 3, "a.b", "keys"):
-        with pytest.raises(UserError, match="give a string without dots"):
+    for name in ("", None, 3, "a.b", "a b", "mine\n", "keys"):
+        with pytest.raises(UserError, match="give letters, digits, - and _"):
             register(name, cls)
     for wrong in (nn.Linear, dict, len, Doubling(4) if base == "Operator" else Halves(4, ("dct", "attention"))):
         with pytest.raises(UserError, match=rf"is not a subclass of chiaroscuro\.layers\.{base}"):
             register("mine", wrong)
     assert "mine" not in OPERATORS and "mine" not in ROUTERS
+
+
+class Unwritten(Operator):
+    def forward(self, x: Any, context: Any = None, tokens: Any = None) -> Any:
+        return x
+
+
+class Undecided(Router):
+    """Has no forward()."""
+
+
+class Unscored(ScoreRouter):
+    """Has no score()."""
+
+
+class NoDataclass(Doubling):
+    Options = dict  # type: ignore[assignment]
+
+
+class NeverADataclass(EveryOther):
+    Options = None  # type: ignore[assignment]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("register", "cls", "complaint"),
+    [
+        (register_operator, Operator, r"Operator has no mix\(\) of its own: write it"),
+        (register_operator, Unwritten, r"Unwritten has no mix\(\) of its own: write it"),
+        (register_operator, NoDataclass, r"NoDataclass\.Options is no dataclass: make it one"),
+        (register_router, Router, r"Router has no forward\(\) of its own: write it"),
+        (register_router, Undecided, r"Undecided has no forward\(\) of its own: write it"),
+        (register_router, ScoreRouter, r"ScoreRouter has no score\(\) of its own: write it"),
+        (register_router, Unscored, r"Unscored has no score\(\) of its own: write it"),
+        (register_router, NeverADataclass, r"NeverADataclass\.Options is no dataclass: make it one"),
+    ],
+)
+def test_what_lacks_something_is_not_registered(register: Any, cls: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"'mine': {complaint}"):
+        register("mine", cls)
+    assert "mine" not in OPERATORS and "mine" not in ROUTERS
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("cost", ["cheap", float("nan"), float("inf"), True, [1]])
+def test_a_cost_is_a_number(cost: Any) -> None:
+    priced = type("Priced", (Doubling,), {"cost": cost})
+    with pytest.raises(UserError, match=r"'mine': Priced\.cost=.*: give a finite number, or None"):
+        register_operator("mine", priced)
+
+
+def test_a_router_by_a_score_may_decide_otherwise() -> None:
+    class Fixed(ScoreRouter):
+        def forward(self, x: Tensor, entropy: Tensor, context: Context | None = None) -> Decision:
+            return Decision(torch.zeros(x.shape[:2], dtype=torch.long))
+
+    register_router("fixed", Fixed)
+    assert find_router("fixed") is Fixed
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("options", [{"by": object()}, {"by": {1.0}}, {"by": torch.ones(1)}, {("a", "b"): 1}])
+def test_options_that_config_json_can_not_hold(options: Any) -> None:
+    register_operator("shifting", Shifting)
+    for fields in ({"operators": [[{"shifting": options}]]}, {"router": {"norm": options}}):
+        with pytest.raises(UserError, match="to be saved as JSON"):
+            ChiarConfig(hidden_size=8, num_attention_heads=2, vocab_size=16, **fields)
 
 
 def test_an_operator_says_what_it_lacks() -> None:

@@ -8,13 +8,14 @@ not counted, as is the custom.
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import LlamaConfig
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import Count, NeighbourMixing, Work
+from chiaroscuro.layers import Count, NeighbourMixing, Operator, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
 from chiaroscuro.layers.operator import hosts, make_options
 from chiaroscuro.layers.spectral_mixing import transform_operations
@@ -118,9 +119,11 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
         )
         asked = [config.router_class] * routes + [config.kv_router_class] * keeps
         if routes:
-            _add(counted, "router", router.count(d, len(menu), config.router_options, work) * length)
+            own_products = router.count(d, len(menu), config.router_options, work)
+            _add(counted, "router", _number(router, own_products) * length)
         if len(asked) > routes:
-            _add(counted, "router", config.kv_router_class.count(d, 2, config.kv_router_options, work) * length)
+            own_products = config.kv_router_class.count(d, 2, config.kv_router_options, work)
+            _add(counted, "router", _number(config.kv_router_class, own_products) * length)
         spectrum = any(each.reads_entropy for each in asked)
         if spectrum:
             # The entropy's transform, which a filter takes over. A choice by thresholds alone sends no gradient back.
@@ -141,7 +144,7 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
                 spectrum_at_hand=spectrum,
                 last=last if len(parts) > 1 else None,
             )
-            counts.append(operator.count(d, options, own))
+            counts.append(_whole(operator, operator.count(d, options, own)))
             for name, number in counts[-1].operations.items():
                 _add(counted, name, number)
         _add(counted, "feed-forward", work.product * _feed_forward(config) * length)
@@ -298,6 +301,21 @@ def _feed_forward(config: ChiarConfig) -> int:
     layer = FEED_FORWARDS[config.feed_forward]
     hidden = config.intermediate_size or layer.default_hidden(config.hidden_size)
     return 2 * layer.matrices * config.hidden_size * hidden
+
+
+def _whole(operator: type[Operator], count: Any) -> Count:
+    """An operator's count, which may be of somebody else's writing."""
+    if not isinstance(count, Count):
+        raise UserError(f"{operator.__name__}.count() gave {count!r}: give a Count")
+    for number in (*count.operations.values(), count.numbers_kept, count.published):
+        _number(operator, number)
+    return count
+
+
+def _number(counted: type, number: Any) -> int | float:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise UserError(f"{counted.__name__}.count() gave {number!r}: count with finite numbers")
+    return number
 
 
 def _add(counted: dict[str, float], name: str, number: float) -> None:

@@ -1,8 +1,8 @@
 """The page: four tabs, and the server that shows them on this machine alone."""
 
+import io
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,8 @@ from chiaroscuro.app.writing import write
 from chiaroscuro.errors import UserError
 
 HOST = "127.0.0.1"
+PICTURES_KEPT = 3600
+"""Seconds after which Gradio deletes the files that it has shown; all of them when the page is closed."""
 EXAMPLE = (
     "Return a list of the words in the string, using sep as the delimiter string. If maxsplit is given, at most "
     "maxsplit splits are done, and the remainder of the string is returned as the final element of the list."
@@ -82,7 +84,11 @@ def _gradio() -> Any:
 def build(served: Served) -> Any:
     """The page of a model."""
     gr = _gradio()
-    with gr.Blocks(title=f"chiaroscuro · {served.name}", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title=f"chiaroscuro · {served.name}",
+        analytics_enabled=False,
+        delete_cache=(PICTURES_KEPT, PICTURES_KEPT),
+    ) as page:
         gr.Markdown(f"# chiaroscuro\n{escaped(served.name)}, {served.model.num_parameters():,} parameters")
         with gr.Tab("Read"):
             _read_tab(gr, served)
@@ -166,12 +172,16 @@ def _write_tab(gr: Any, served: Served) -> None:
     with gr.Row():
         ours, whole = gr.HTML(), gr.HTML()
 
-    def go(prompt: str, look: float, kept: float, most: int, temperature: float, seed: int) -> Iterator[Any]:
+    def go(
+        prompt: str, look: float, kept: float, most: int | None, temperature: float | None, seed: int | None
+    ) -> Iterator[Any]:
         yield said("Writing …"), "", ""
         drawn = ("", "")
         try:
+            if most is None or temperature is None or seed is None:
+                raise UserError("a number is missing: give how many tokens, the temperature and the seed")
             for a, b in write(
-                served, prompt, look=look, kept=kept, most=int(most), temperature=temperature, seed=int(seed or 0)
+                served, prompt, look=look, kept=kept, most=int(most), temperature=temperature, seed=int(seed)
             ):
                 drawn = (draw_written(prompt, a, "as routed"), draw_written(prompt, b, "with full attention"))
                 yield said("Writing …"), *drawn
@@ -241,7 +251,7 @@ def _runs_tab(gr: Any) -> None:
     line = gr.HTML()
     run = gr.Dropdown([], label="Run", interactive=True)
     of_run = gr.HTML()  # a line of its own: a new list changes the choice, whose answer would hide that of the folder
-    picture = gr.Image(label="Over training", type="filepath", interactive=False, buttons=["fullscreen"])
+    picture = gr.Image(label="Over training", format="png", interactive=False, buttons=["fullscreen"])
     sweep = gr.Dropdown([], label="Sweep", interactive=True)
     of_sweep = gr.HTML()
     table = gr.Markdown()
@@ -263,10 +273,10 @@ def _runs_tab(gr: Any) -> None:
     sweep.change(_guarded(lambda place: table_of(Path(place)), ""), sweep, [of_sweep, table])
 
 
-def _picture_of(run: str) -> str:
-    with tempfile.NamedTemporaryFile("wb", suffix=".png", delete=False) as file:
-        file.write(draw_panels(curves(Path(run))))
-    return file.name
+def _picture_of(run: str) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(draw_panels(curves(Path(run)))))
 
 
 def _guarded(make: Callable[[str], Any], nothing: Any) -> Callable[[str | None], tuple[str, Any]]:

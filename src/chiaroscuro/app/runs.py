@@ -1,4 +1,4 @@
-"""A folder of runs: what each recorded while it trained, and the tables of finished sweeps."""
+"""A folder of runs: what each recorded while it trained, and the tables of sweeps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ class Runs:
 
     Attributes:
         runs: the folders of runs.
-        sweeps: the folders of finished sweeps, with a table each.
+        sweeps: the folders of sweeps, with a table each of the runs that are finished.
 
     """
 
@@ -59,8 +59,8 @@ def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
     """
     records = read_records(run / RECORDS)
-    if not records:
-        raise UserError(f"{run / RECORDS} has no record yet: look again when the run has logged one")
+    if not any(record.get("loss") is not None for record in records):
+        raise UserError(f"{run / RECORDS} has no loss yet: look again when the run has logged one")
     quantiles = [f"H, {probability:.0%} quantile" for probability in PROBABILITIES]
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {
         name: {} for name in ("loss", "shares", *quantiles, "gate")
@@ -87,7 +87,7 @@ def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 
 def table_of(sweep: Path) -> str:
-    """The table of a finished sweep, as Markdown.
+    """The table of a sweep's finished runs, as Markdown.
 
     Raises:
         UserError: it can't be read.

@@ -79,7 +79,7 @@ def write(
         seed: of the sampling, the same for both.
 
     Raises:
-        UserError: the prompt is empty, not Unicode or too long, or the temperature is impossible.
+        UserError: the prompt is empty, not Unicode or too long, or the temperature or the seed is impossible.
 
     """
     refuse_broken_text(prompt)
@@ -90,6 +90,8 @@ def write(
         raise UserError(f"the prompt has {len(ids):,} tokens and the model reads {served.longest:,}: shorten it")
     if temperature != 0 and temperature < COLDEST:
         raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed}: give a whole number from 0 to 2⁶³ − 1")
     writers = [
         _Writer(list(ids), len(ids), new_cache(served.model), torch.Generator().manual_seed(seed)) for _ in range(2)
     ]

@@ -1,7 +1,11 @@
 """Names for operators and routers, and how they are built from a menu's entries and a model's fields."""
 
 import inspect
+import json
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import nn
@@ -54,10 +58,15 @@ def register_operator(name: str, cls: type[Operator]) -> None:
         cls: a subclass of `Operator`.
 
     Raises:
-        UserError: the name is taken or can't be one, or cls is no `Operator`.
+        UserError: the name is taken or can't be one, cls is no `Operator`, it does not mix, or its `Options` or its
+            `cost` are none.
 
     """
-    _register(OPERATORS, Operator, name, cls)
+    _check_class(Operator, name, cls)
+    cost = cls.cost
+    if cost is not None and (isinstance(cost, bool) or not isinstance(cost, int | float) or not math.isfinite(cost)):
+        raise UserError(f"operator {name!r}: {cls.__name__}.cost={cost!r}: give a finite number, or None")
+    _register(OPERATORS, name, cls)
 
 
 def register_router(name: str, cls: type[Router]) -> None:
@@ -68,10 +77,11 @@ def register_router(name: str, cls: type[Router]) -> None:
         cls: a subclass of `Router`, or of `ScoreRouter`, which brings thresholds and calibration.
 
     Raises:
-        UserError: the name is taken or can't be one, or cls is no `Router`.
+        UserError: the name is taken or can't be one, cls is no `Router`, it does not decide, or its `Options` are none.
 
     """
-    _register(ROUTERS, Router, name, cls)
+    _check_class(Router, name, cls)
+    _register(ROUTERS, name, cls)
 
 
 def find_operator(name: str) -> type[Operator]:
@@ -88,7 +98,7 @@ def split_entry(entry: Any) -> tuple[str, dict[str, Any]]:
     """The name and the options of an entry.
 
     Raises:
-        UserError: it is neither a name nor a mapping from one name to options.
+        UserError: it is neither a name nor a mapping from one name to options, or these can't be saved as JSON.
 
     """
     if isinstance(entry, str):
@@ -96,8 +106,17 @@ def split_entry(entry: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
-            return name, dict(options or {})
+            return name, _as_json(entry, options or {})
     raise UserError(f"{entry!r}: give a name such as 'attention', or one with options, {{attention: {{bias: false}}}}")
+
+
+def _as_json(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if `config.json` can hold them."""
+    try:
+        json.dumps(dict(options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{entry!r}: {error}; give numbers, strings, lists and mappings, to be saved as JSON") from None
+    return dict(options)
 
 
 def build_operator(width: int, entry: Entry, model: Mapping[str, Any] | None = None) -> Operator:
@@ -144,14 +163,27 @@ def key_side(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, "thresholds": None, **share}
 
 
-def _register(registry: dict[str, Any], base: type[nn.Module], name: str, cls: Any) -> None:
+def _check_class(base: type[nn.Module], name: Any, cls: Any) -> None:
+    """Refuse a name that can't be one, and a class that is no such part or lacks what the others can't do without."""
     kind = base.__name__.lower()
     # A block keeps its operators in a ModuleDict, whose own attributes and dotted paths can't be keys.
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise UserError(f"{kind} name {name!r}: give a string without dots that is no attribute of ModuleDict")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise UserError(
+            f"{kind} name {name!r}: give letters, digits, - and _, which together are no attribute of ModuleDict"
+        )
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise UserError(f"{kind} {name!r}: {cls!r} is not a subclass of chiaroscuro.layers.{base.__name__}")
+    for parent, method in ((Operator, "mix"), (Router, "forward"), (ScoreRouter, "score")):
+        inherited = issubclass(cls, parent) and getattr(cls, method) is getattr(parent, method)
+        if inherited and not (parent is ScoreRouter and cls.forward is not ScoreRouter.forward):
+            raise UserError(f"{kind} {name!r}: {cls.__name__} has no {method}() of its own: write it")
+    if not (inspect.isclass(cls.Options) and is_dataclass(cls.Options)):
+        raise UserError(f"{kind} {name!r}: {cls.__name__}.Options is no dataclass: make it one")
+
+
+def _register(registry: dict[str, Any], name: str, cls: Any) -> None:
     if registry.get(name, cls) is not cls:
+        kind = "operator" if registry is OPERATORS else "router"
         raise UserError(f"{kind} {name!r} is taken by {registry[name].__qualname__}: choose another name")
     registry[name] = cls
 
