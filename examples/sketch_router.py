@@ -64,8 +64,8 @@ class SketchRouter(ScoreRouter):
 
     @classmethod
     def count(cls, width: int, operators: int, options: SketchOptions, work: Work) -> int | float:
-        """The product with R, of the default number of features, whose backward is one product, for R is fixed."""
-        return work.transform * 2 * width * SketchOptions.features
+        """The product with R, whose backward is one product, for R is fixed."""
+        return work.transform * 2 * width * options.features
 
 
 register_router("sketch", SketchRouter)

@@ -113,3 +113,17 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "_named", [])
     with pytest.raises(UserError, match="no such module"):
         plugins.import_modules(["noted_never"])
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("", "--import '': give the name of a module"),
+        ("my_router.py", "--import 'my_router.py': give the name of a module, my_router"),
+        ("./mine/router.py", "--import './mine/router.py': give the name of a module, mine.router"),
+    ],
+)
+def test_a_file_is_no_module(name: str, complaint: str) -> None:
+    with pytest.raises(UserError) as error:
+        plugins.import_modules([name])
+    assert str(error.value) == complaint

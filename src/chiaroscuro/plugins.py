@@ -31,12 +31,16 @@ def import_modules(names: Iterable[str]) -> None:
     """Import modules by name, from the working directory too, as `python -m` does.
 
     Raises:
-        UserError: there is no such module, or it fails when it is imported; the message names it and says why.
+        UserError: the name is that of a file, there is no such module, or it fails when it is imported; the message
+            names it and says why.
 
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in names:
+        if not name or name.endswith(".py"):
+            module = name.removesuffix(".py").replace(os.sep, ".").strip(".")
+            raise UserError(f"--import {name!r}: give the name of a module{f', {module}' if module else ''}")
         if name not in _named:
             _import(name, f"--import {name}")
             _named.append(name)

@@ -72,10 +72,17 @@ def on_a_cpu(*inputs: Tensor, **options: Any) -> tuple[Tensor, str]:
 # The mask
 
 
+def mask_of(packed: Packed) -> Any:
+    """Its mask for flex attention, from where the keys of each query start and end."""
+    query_lengths, key_lengths, visible = packed.lengths()
+    start = (key_lengths.cumsum(0) - key_lengths).repeat_interleave(query_lengths)
+    return packed_attention_cuda.span_mask(start, start + visible, int(key_lengths.sum()))
+
+
 @given(packed=problems, block=st.sampled_from([1, 2, 4, 128]))
 def test_the_mask_is_the_prefixes_and_its_blocks_are_the_mask_s(packed: Packed, block: int) -> None:
     with mock.patch.object(packed_attention_cuda, "BLOCK", block):
-        mask = packed_attention_cuda.prefix_mask(*packed.lengths(), int(packed.lengths()[1].sum()))
+        mask = mask_of(packed)
     wanted = torch.zeros(mask.shape[-2:], dtype=torch.bool)
     exact = mask_by_loops(packed)
     wanted[: exact.shape[0], : exact.shape[1]] = exact
@@ -95,7 +102,7 @@ def test_the_mask_is_the_prefixes_and_its_blocks_are_the_mask_s(packed: Packed, 
 def test_the_mask_takes_no_memory_of_queries_times_keys() -> None:
     packed = Packed([(20_000, list(range(1, 20_001, 4)))])
     with Largest() as largest:
-        packed_attention_cuda.prefix_mask(*packed.lengths(), 20_000)
+        mask_of(packed)
     assert largest.numbers <= 20_000
 
 

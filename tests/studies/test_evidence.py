@@ -128,6 +128,8 @@ def test_two_seeds_that_choose_the_same_quarter_agree_four_times_as_often_as_cha
     rows = [{"look": {0: chosen}}]
     assert classes._agreement(rows, rows) == {"look": pytest.approx(4.0)}
     assert classes._agreement(rows, [{"look": {0: chosen.roll(1)}}]) == {"look": 0.0}
+    for nobody in ([{"look": {0: torch.zeros_like(chosen)}}], [{"kept": {0: chosen}}]):
+        assert classes._agreement(rows, nobody) == {}
 
 
 @pytest.mark.parametrize("make", [own, retrofitted])

@@ -251,7 +251,7 @@ def _runs_tab(gr: Any) -> None:
     line = gr.HTML()
     run = gr.Dropdown([], label="Run", interactive=True)
     of_run = gr.HTML()  # a line of its own: a new list changes the choice, whose answer would hide that of the folder
-    picture = gr.Image(label="Over training", format="png", interactive=False, buttons=["fullscreen"])
+    picture = gr.Image(label="Over training", show_label=False, format="png", interactive=False, buttons=["fullscreen"])
     sweep = gr.Dropdown([], label="Sweep", interactive=True)
     of_sweep = gr.HTML()
     table = gr.Markdown()

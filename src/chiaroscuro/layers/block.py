@@ -175,11 +175,6 @@ class RoutedBlock(nn.Module):
         """The thresholds that this layer routes by; None where nothing is routed by a score."""
         return self.router.calibration.values if isinstance(self.router, ScoreRouter) else None
 
-    @property
-    def kv_threshold(self) -> Float[Tensor, " thresholds"] | None:
-        """The threshold above which a token is kept; None where nothing decides it."""
-        return self.kv_router.calibration.values if self.kv_router is not None else None
-
     def forward(
         self,
         x: Float[Tensor, "batch time width"],
@@ -380,7 +375,8 @@ class RoutedBlock(nn.Module):
     def _warn_if_uncalibrated(self) -> None:
         """Say once that a block alone routes by the thresholds of white noise until somebody calibrates it."""
         router = self.router
-        if isinstance(router, ScoreRouter) and router.calibration.running and not router.calibration.calibrated:
+        by_score = isinstance(router, ScoreRouter) and not router.null_is_exact
+        if by_score and router.calibration.running and not router.calibration.calibrated:
             warnings.warn(
                 "this block routes by the thresholds of white noise: call block.calibrate(x) with tokens such as it "
                 "will see, and again when they have changed in training",

@@ -23,6 +23,7 @@ class RandomRouter(ScoreRouter):
     Options = SeededOptions
     scores_entropy = False
     reads_entropy = False
+    null_is_exact = True
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of the uniform distribution: the probabilities themselves."""

@@ -190,5 +190,8 @@ def _register(registry: dict[str, Any], name: str, cls: Any) -> None:
 
 def _find(registry: dict[str, Any], kind: str, name: str) -> Any:
     if name not in registry:
-        raise UserError(f"unknown {kind} {name!r}: {suggest(name, registry)}")
+        raise UserError(
+            f"unknown {kind} {name!r}: {suggest(name, registry)}; one of yours has to be registered first (on the "
+            "command line: --import MODULE)"
+        )
     return registry[name]

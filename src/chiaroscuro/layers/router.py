@@ -172,6 +172,8 @@ class ScoreRouter(Router):
     """Whether the score is a spectral entropy, so that fixed entropy thresholds apply to it."""
     scores_its_own_entropy: ClassVar[bool] = False
     """Whether it is H(x) itself, so that entropies and thresholds can be drawn on one axis."""
+    null_is_exact: ClassVar[bool] = False
+    """Whether data can't be distributed otherwise than `null_quantiles`, so that these thresholds hold uncalibrated."""
 
     def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
         super().__init__(width, operators, layer, **options)

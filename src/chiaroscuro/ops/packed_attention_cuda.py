@@ -109,16 +109,11 @@ def _with_normaliser(query: Tensor, key: Tensor, value: Tensor, start: Tensor, e
     return output[0].transpose(0, 1)[: len(query), :, : query.shape[-1]], aux.lse[0].T[: len(query)]
 
 
-def prefix_mask(
-    query_lengths: Int[Tensor, " rows"], key_lengths: Int[Tensor, " rows"], visible: Int[Tensor, " queries"], keys: int
-) -> BlockMask:
-    """Which keys each query sees, for flex attention, with queries and keys filled up to a power of two."""
-    start = _row_starts(key_lengths, query_lengths, len(visible))
-    return span_mask(start, start + visible, keys)
-
-
 def span_mask(start: Int[Tensor, " queries"], end: Int[Tensor, " queries"], keys: int) -> BlockMask:
-    """`prefix_mask` where each query sees the keys from `start` to before `end`."""
+    """For flex attention, that each query sees the keys from `start` to before `end`.
+
+    Queries and keys are filled up to a power of two.
+    """
     queries = len(start)
     # A query that was added sees the keys from 0 to before 0.
     start, end = (F.pad(x, (0, _power_of_two(queries) - queries)) for x in (start, end))

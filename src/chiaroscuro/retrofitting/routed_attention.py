@@ -23,7 +23,6 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.context import Spectra
-from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.registry import build_kv_router
 from chiaroscuro.retrofitting.routed_cache import layer_of
 
@@ -304,7 +303,7 @@ class Reach(nn.Module):
         if reason := router.unready():
             raise UserError(reason)
         calibration = router.calibration
-        if not calibration.calibrated and not isinstance(router, RandomRouter):  # whose null is exact
+        if not calibration.calibrated and not router.null_is_exact:
             warnings.warn(
                 f"layer {self.layer}, side {side}: the thresholds of a {type(router).__name__} are those of white "
                 f"noise, so its share is a guess; fit(model, batches, {side}=...) puts a fitted score in its place",

@@ -124,15 +124,19 @@ def summarise(rows: Sequence[Mapping[str, Mapping[int, Tensor]]], classes: Seque
 def _agreement(
     first: Sequence[Mapping[str, Mapping[int, Tensor]]], second: Sequence[Mapping[str, Mapping[int, Tensor]]]
 ) -> dict[str, float]:
-    """By side, how often two seeds choose the same tokens, as a part of how often chance would: mean over layers."""
+    """By side, how often two seeds choose the same tokens, as a part of how often chance would: mean over layers.
+
+    A side of which one of them chooses no token is not there.
+    """
     found = {}
-    for side in first[0]:
+    for side in [side for side in first[0] if side in second[0]]:
         lifts = []
         for i in first[0][side]:
             a, b = (torch.cat([row[side][i] for row in rows]) for rows in (first, second))
             if float(a.mean() * b.mean()) > 0:
                 lifts.append(float((a * b).mean() / (a.mean() * b.mean())))
-        found[side] = sum(lifts) / len(lifts)
+        if lifts:
+            found[side] = sum(lifts) / len(lifts)
     return found
 
 
@@ -153,7 +157,11 @@ def draw(found: Mapping[str, Any]) -> bytes:
 
 def answer(found: Mapping[str, Any]) -> list[str]:
     """The answer and its figures, as Markdown."""
-    pairs = {(name, side): [pair[side] for pair in m["agreement"]] for name, m in found.items() for side in _sides(m)}
+    pairs = {
+        (name, side): [pair[side] for pair in m["agreement"] if side in pair]
+        for name, m in found.items()
+        for side in _sides(m)
+    }
     agreed = {place: sum(lifts) / len(lifts) for place, lifts in pairs.items() if lifts}
     said = "; ".join(f"{name}, {SIDES[side]}: {lift:.2f} times" for (name, side), lift in agreed.items())
     lines = [
