@@ -23,15 +23,9 @@ from chiaroscuro.layers import Context
 from chiaroscuro.model import fitting
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.fitting import (
-    _targets,
-    gain_of_being_kept,
-    gain_of_looking,
-    rank_correlation,
-    top_captured,
-    top_recall,
-)
+from chiaroscuro.model.fitting import _targets, gain_of_being_kept, gain_of_looking
 from chiaroscuro.model.full_attention import full_attention
+from chiaroscuro.model.score_fitting import rank_correlation, top_captured, top_recall
 from chiaroscuro.model.spread import spread
 from chiaroscuro.ops.attention import rotate
 

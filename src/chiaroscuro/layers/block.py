@@ -375,8 +375,8 @@ class RoutedBlock(nn.Module):
     def _warn_if_uncalibrated(self) -> None:
         """Say once that a block alone routes by the thresholds of white noise until somebody calibrates it."""
         router = self.router
-        by_score = isinstance(router, ScoreRouter) and not router.null_is_exact
-        if by_score and router.calibration.running and not router.calibration.calibrated:
+        calibration = router.calibration if isinstance(router, ScoreRouter) and not router.null_is_exact else None
+        if calibration is not None and calibration.running and not calibration.calibrated:
             warnings.warn(
                 "this block routes by the thresholds of white noise: call block.calibrate(x) with tokens such as it "
                 "will see, and again when they have changed in training",

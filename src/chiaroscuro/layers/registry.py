@@ -177,7 +177,8 @@ def _check_class(base: type[nn.Module], name: Any, cls: Any) -> None:
         inherited = issubclass(cls, parent) and getattr(cls, method) is getattr(parent, method)
         if inherited and not (parent is ScoreRouter and cls.forward is not ScoreRouter.forward):
             raise UserError(f"{kind} {name!r}: {cls.__name__} has no {method}() of its own: write it")
-    if not (inspect.isclass(cls.Options) and is_dataclass(cls.Options)):
+    options = getattr(cls, "Options", None)
+    if not (inspect.isclass(options) and is_dataclass(options)):
         raise UserError(f"{kind} {name!r}: {cls.__name__}.Options is no dataclass: make it one")
 
 

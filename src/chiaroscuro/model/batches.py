@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
 Batch = Tensor | Mapping[str, Any]
@@ -16,6 +18,20 @@ Batch = Tensor | Mapping[str, Any]
 def fields_of(batch: Batch) -> Mapping[str, Any]:
     """A batch as a mapping."""
     return {"input_ids": batch} if isinstance(batch, Tensor) else batch
+
+
+def predicted_by(batch: Batch, real: Bool[Tensor, "batch time"] | None) -> Int[Tensor, "batch time"]:
+    """What each token of a batch is to predict, and −100 where that is nothing.
+
+    Args:
+        batch: its `labels` or `shift_labels` say it, and without them each token predicts the next.
+        real: which tokens are; None for all.
+
+    """
+    fields = fields_of(batch)
+    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
+    real = None if real is None else real.to(labels.device)
+    return ChiarForCausalLM.targets_of(labels, fields.get("shift_labels"), real)
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:

@@ -9,8 +9,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from numbers import Real
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import (
-    Context,
     FittedRouter,
     Operator,
     PackedTokens,
@@ -30,38 +28,26 @@ from chiaroscuro.layers import (
     build_router,
 )
 from chiaroscuro.layers.registry import build_kv_router, split_entry
-from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of
+from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, predicted_by
 from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention, lowered
 from chiaroscuro.model.modeling import ChiarForCausalLM
-from chiaroscuro.model.spread import SPREADS
+from chiaroscuro.model.score_fitting import (
+    HELD_OUT,
+    SAMPLE,
+    FitReport,
+    SideFit,
+    SideFitting,
+    asked_shares,
+    check_share,
+    refuse_broken,
+    with_target,
+)
+from chiaroscuro.model.spread import SPREADS, weights_of
 from chiaroscuro.ops import linear_cross_entropy
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
-
-RIDGE = 0.5
-"""λ, beside features of variance 1 and gains of mean 1."""
-
-NEWTON_STEPS = 12
-
-LARGEST_SCORE = 20.0
-"""Above it a score counts as this, while it is fitted: exp would leave float32."""
-
-LEAST_GAIN = 1e-9
-"""Nats that are expected of a token where none of those seen gained anything."""
-
-HELD_OUT = 0.2
-"""The part of the batches, the last ones, that nothing is fitted on."""
-
-FEWEST_QUERIES = 16
-"""What is gained by keeping a token is a target where at least so many later ones, and half a window, could see it."""
-
-SAMPLE = 8192
-"""Tokens a layer that a score of two layers is fitted on; a linear one takes all."""
-
-STEPS, BATCH, RATE, DECAY = 400, 1024, 3e-3, 1e-2
-"""Of AdamW, for a score of two layers."""
 
 CHUNK = 512
 """Tokens whose logits are held at a time."""
@@ -76,75 +62,6 @@ _FIELDS = (
     "calibration",
     "entropy_thresholds",
 )
-
-
-@dataclass(frozen=True)
-class SideFit:
-    """How well a layer's score foretells its target, on tokens that it was not fitted on.
-
-    Attributes:
-        rank_correlation: Spearman's, between score and gain.
-        recall: of the tokens with the largest targets, the share that is to be routed, how many are among as many with
-            the largest scores. By chance it is that share.
-        captured: of what the targets of the tokens with the largest targets add up to, how much those of as many with
-            the largest scores do. Few tokens may have nearly all, and the ranks of the others mean nothing.
-        tokens: held out.
-        fitted_tokens: that it was fitted on.
-        share: of the tokens that the layer routes.
-        harm: where the shares are spread, KL(full ‖ routed) in nats a prediction, with this side of this layer alone
-            routed, by the mean share.
-
-    """
-
-    rank_correlation: float
-    recall: float
-    captured: float
-    tokens: int
-    fitted_tokens: int
-    share: float
-    harm: float | None = None
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What `fit` did.
-
-    Attributes:
-        look: by layer, how well the score of who looks far does; empty where it was not fitted.
-        kept: likewise of who is kept.
-        look_share: the share of tokens that look, or None; the mean over the layers, and what recall is measured at.
-        kept_share: the share of tokens that are kept, or None; likewise.
-
-    """
-
-    look: dict[int, SideFit]
-    kept: dict[int, SideFit]
-    look_share: float | None
-    kept_share: float | None
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers with a score that was fitted."""
-        return sorted({*self.look, *self.kept})
-
-    def figures(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        layers = []
-        for i in self.layers:
-            sides = {"look": self.look.get(i), "kept": self.kept.get(i)}
-            layers.append({"layer": i, **{name: asdict(side) for name, side in sides.items() if side is not None}})
-        return {"look": self.look_share, "kept": self.kept_share, "layers": layers}
-
-    def __str__(self) -> str:
-        """A line per layer and side."""
-        lines = ["layer  side  rank correlation  recall  captured  held-out tokens  share"]
-        for i in self.layers:
-            for name, sides in (("look", self.look), ("kept", self.kept)):
-                if i in sides:
-                    side = sides[i]
-                    ranked = f"{side.rank_correlation:16.3f}  {side.recall:6.3f}  {side.captured:8.3f}"
-                    lines.append(f"{i:5}  {name}  {ranked}  {side.tokens:15,}  {side.share:5.3f}")
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -187,11 +104,8 @@ def fit(
     Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
 
     """
-    if budget is not None:
-        if look is not None or kept is not None:
-            raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
-        check_share("budget", budget)
-        look, kept, spread = budget, budget, True
+    look, kept = asked_shares(look, kept, budget).values()
+    spread = spread or budget is not None
     sides = _check(model, look, kept, both=budget is None)
     look, kept = (share if side in dict(sides) else None for side, share in (("look", look), ("kept", kept)))
     given = checked_batches(batches)
@@ -216,8 +130,7 @@ def fit(
                 for place, share in _spread(model.config, harms).items():
                     results[place] = replace(results[place], share=share, harm=harms[place])
                 _calibrate(model, given, {place: result.share for place, result in results.items()})
-    by_side = {name: {i: result for (side, i), result in results.items() if side == name} for name in ("look", "kept")}
-    return FitReport(by_side["look"], by_side["kept"], look, kept)
+    return FitReport.of(results, {"look": look, "kept": kept})
 
 
 @dataclass(frozen=True)
@@ -279,13 +192,6 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tu
     return found
 
 
-def check_share(name: str, share: Any) -> None:
-    """Raise a UserError if this is neither None nor a share of the tokens, more than 0 and less than 1."""
-    if share is None or (not isinstance(share, bool) and isinstance(share, Real) and 0 < float(share) < 1):
-        return
-    raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
-
-
 def _check_router(side: str, i: int, block: RoutedBlock, router: Router) -> None:
     if not isinstance(router, ScoreRouter):
         raise UserError(f"layer {i} routes by weights, and not by a score: there is nothing to fit there")
@@ -329,7 +235,7 @@ def _targets(
     x, context, _ = state = embed_batch(model, batch)
     looking = [i for side, i in sides if side == "look"]
     keeping = [i for side, i in sides if side == "kept"]
-    predicted = _predicted(batch, context)
+    predicted = predicted_by(batch, context.attention_mask)
     gains = {
         "look": gain_of_looking(model, state, predicted, looking) if looking else {},
         "kept": gain_of_being_kept(model, state, predicted, keeping) if keeping else {},
@@ -347,7 +253,7 @@ def _fit_in_turn(
     model: ChiarForCausalLM,
     batches: list[Batch],
     targets: list[dict[tuple[str, int], _Target]],
-    fits: Mapping[tuple[str, int], "SideFitting"],
+    fits: Mapping[tuple[str, int], SideFitting],
     fitting: int,
 ) -> dict[tuple[str, int], SideFit]:
     """Fit layer after layer, each on what the layers before it give when they are routed by their scores.
@@ -391,21 +297,6 @@ def _unready(model: ChiarForCausalLM, fits: Collection[tuple[str, int]]) -> list
     return waiting
 
 
-def _refuse_broken(layer: int, x: Tensor) -> None:
-    if not bool(x.isfinite().all()):
-        raise UserError(f"layer {layer} gives NaN or infinity: the model's weights or its input hold some")
-
-
-def _predicted(batch: Batch, context: Context) -> Int[Tensor, "batch time"]:
-    """What each token of a batch is to predict, and −100 where that is nothing."""
-    fields = fields_of(batch)
-    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
-    mask = context.attention_mask
-    return ChiarForCausalLM.targets_of(
-        labels, fields.get("shift_labels"), None if mask is None else mask.to(labels.device)
-    )
-
-
 @torch.enable_grad()
 def gain_of_looking(
     model: ChiarForCausalLM, state: State, predicted: Int[Tensor, "batch time"], layers: Collection[int]
@@ -434,14 +325,14 @@ def gain_of_looking(
             continue
         with torch.no_grad():
             looked, _ = model.trunk.run_layer(i, x, gate, context)
-        _refuse_broken(i, looked)
+        refuse_broken(i, looked)
         thresholds = model.thresholds()[i].values
         thresholds.fill_(torch.inf)
         try:
             x, _ = model.trunk.run_layer(i, x, gate, context)
         finally:
             thresholds.fill_(-torch.inf)
-        _refuse_broken(i, x)
+        refuse_broken(i, x)
         outputs.append(x)
         changes.append(looked - x.detach())
     slopes = _slopes(model, x, predicted, outputs)
@@ -474,7 +365,7 @@ def gain_of_being_kept(
         finally:
             handle.remove()
             thresholds.fill_(-torch.inf)
-        _refuse_broken(i, x)
+        refuse_broken(i, x)
     slopes = _slopes(model, x, predicted, [output for output, *_ in outputs])
     gains = []
     for (operator, source, own), (_, *tokens), slope in zip(inputs, outputs, slopes, strict=True):
@@ -491,181 +382,6 @@ def _slopes(model: ChiarForCausalLM, x: Tensor, predicted: Tensor, outputs: list
     hidden = model.trunk.norm(x).flatten(0, 1)
     loss = linear_cross_entropy(hidden, model.lm_head.weight, predicted.to(x.device).flatten(), divisor=1)
     return torch.autograd.grad(loss, outputs)
-
-
-def with_target(
-    side: str,
-    window: int,
-    sinks: int,
-    real: Bool[Tensor, "batch time"],
-    segments: Int[Tensor, "batch time"] | None = None,
-) -> Bool[Tensor, "batch time"]:
-    """The tokens that have something beyond the window; or those that enough others have beyond theirs.
-
-    Where a row holds several documents, `segments`, that is in a token's own.
-    """
-    place = real.cumsum(1) - 1
-    last = real.sum(1, keepdim=True) - 1
-    if segments is not None:
-        changes = segments[:, 1:] != segments[:, :-1]
-        first = place.where(F.pad(changes, (1, 0)), 0).cummax(1).values
-        ends = place.where(F.pad(changes, (0, 1)), last)
-        place, last = place - first, ends.flip(1).cummin(1).values.flip(1) - first
-    if side == "look":
-        return real & (place >= window + sinks)
-    later = last + 1 - place - window
-    return real & (place >= sinks) & (later >= max(FEWEST_QUERIES, window // 2))
-
-
-class SideFitting:
-    """The fit of one side of one layer: tokens and their gains, then a score, then what it says of tokens held out.
-
-    The score is the logarithm of the gain that is expected of a token, in nats: a Poisson regression, whose mean is
-    exp of the score. So a rare large gain counts as much as many small ones, and scores of heads can be compared.
-
-    Args:
-        side: `"look"` or `"kept"`.
-        layer: its number.
-        router: whose score is fitted.
-        share: of the tokens that are to be routed, which recall is measured at.
-        quota: tokens of a batch that it is fitted on, drawn at random; None for all.
-
-    """
-
-    def __init__(self, side: str, layer: int, router: FittedRouter, share: float, quota: int | None = None) -> None:
-        self.name = f"layer {layer}, side {side}"
-        self.router, self.share, self.quota = router, share, quota
-        self.count = 0
-        self.samples: list[tuple[Tensor, Tensor]] = []
-        self.answers: list[tuple[Tensor, Tensor]] = []
-        self.generator = torch.Generator("cpu").manual_seed(layer)
-
-    def add(self, x: Float[Tensor, "tokens width"], gain: Float[Tensor, "tokens heads"], held_out: bool) -> None:
-        """Learn of some tokens, or be asked about them."""
-        # One score for all heads is of what they gain together: one of them may need what the others do not.
-        gain = gain if gain.shape[1] == self.router.options.heads else gain.sum(1, keepdim=True)
-        gain = gain.clamp(min=0)
-        if held_out:
-            self.answers.append((self.router.fitted(x), gain))
-            return
-        self.count += len(x)
-        if self.quota is not None:
-            taken = torch.randperm(len(x), generator=self.generator)[: self.quota].to(x.device)
-            x, gain = x[taken], gain[taken]
-        self.samples.append((x.float(), gain.float()))
-
-    def solve(self) -> None:
-        """Set the score by what was learnt."""
-        width, hidden = self.router.width, self.router.options.hidden
-        if self.count < 2 * width:
-            raise UserError(
-                f"{self.name}: {self.count} tokens with a target to fit {width} features on: give at least "
-                f"{2 * width}, in longer sequences or more of them"
-            )
-        x, gain = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
-        if not bool(gain.isfinite().all()):
-            raise UserError(f"{self.name}: a gain is not finite: the model's weights or its input hold NaN or infinity")
-        self.samples = []
-        spread, mean = torch.std_mean(x, 0)
-        spread = spread.where(spread > 1e-6 * spread.max(), 1.0)
-        # What nobody gains by has the lowest score there is, and a slope: all 0 would be a score that was not fitted.
-        expected = gain.mean(0).clamp(min=LEAST_GAIN)
-        x, gain = (x - mean) / spread, gain / expected
-        if hidden is None:
-            fitted = [_poisson(x, one) for one in gain.unbind(1)]
-            slope = torch.stack([w for w, _ in fitted]) / spread
-            slope = slope.where(slope.abs().amax(1, keepdim=True) > 0, LEAST_GAIN)
-            offset = torch.stack([b for _, b in fitted]) + expected.log()
-            self.router.fitted.set_weights(slope, offset - slope @ mean)
-        else:
-            _fit_two_layers(self.router, x, gain, expected, mean, spread, self.generator)
-
-    def result(self) -> SideFit:
-        """How well the score does on the tokens held out, of all heads together, as one threshold takes them."""
-        score, gain = (torch.cat(parts).flatten().double() for parts in zip(*self.answers, strict=True))
-        tokens = sum(len(part) for part, _ in self.answers)
-        top = round(self.share * len(score))
-        if not 0 < top < len(score):
-            raise UserError(
-                f"{self.name}: {tokens} tokens with a target are held out, too few for a share of {self.share:g}: "
-                "give longer sequences, or more of them"
-            )
-        return SideFit(
-            rank_correlation(score, gain),
-            top_recall(score, gain, top),
-            top_captured(score, gain, top),
-            tokens,
-            self.count,
-            self.share,
-        )
-
-
-def _poisson(x: Float[Tensor, "tokens width"], gain: Float[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
-    """The w and b that minimise mean(exp(s) − g s) + λ |w|² / 2 with s = w·x + b, by Newton's method.
-
-    Args:
-        x: features of mean 0 and variance 1.
-        gain: g, of mean 1.
-
-    """
-    x = F.pad(x, (0, 1), value=1.0)
-    penalty = torch.full((x.shape[1],), RIDGE, device=x.device)
-    penalty[-1] = 1e-6
-
-    def objective(w: Tensor) -> tuple[Tensor, Tensor]:
-        score = (x @ w).clamp(max=LARGEST_SCORE)
-        return score, (score.exp() - gain * score).mean() + (penalty * w.square()).sum() / 2
-
-    w = x.new_zeros(x.shape[1])
-    score, value = objective(w)
-    for _ in range(NEWTON_STEPS):
-        rate = score.exp()
-        slope = x.T @ (rate - gain) / len(x) + penalty * w
-        curvature = (x * rate[:, None]).T @ x / len(x) + penalty.diag()
-        step = torch.linalg.solve(curvature.double(), slope.double()).to(w)
-        for halving in range(10):
-            moved = w - step / 2**halving
-            score, lower = objective(moved)
-            if bool(lower < value):
-                break
-        else:
-            break
-        settled = bool(value - lower < 1e-5)
-        w, value = moved, lower
-        if settled:
-            break
-    return w[:-1], w[-1]
-
-
-@torch.enable_grad()
-def _fit_two_layers(
-    router: FittedRouter,
-    x: Tensor,
-    gain: Tensor,
-    expected: Tensor,
-    mean: Tensor,
-    spread: Tensor,
-    generator: torch.Generator,
-) -> None:
-    """Fit w·gelu(U x + c) + b by AdamW to the same loss, and fold the standardisation into U and c."""
-    hidden, width = router.options.hidden, router.width
-    first = (torch.randn(hidden, width, generator=generator) / math.sqrt(width)).to(x)
-    second = (torch.randn(gain.shape[1], hidden, generator=generator) / math.sqrt(hidden)).to(x)
-    weights = [first, x.new_zeros(hidden), second, x.new_zeros(gain.shape[1])]
-    for weight in weights:
-        weight.requires_grad_()
-    optimizer = torch.optim.AdamW(weights, RATE, weight_decay=DECAY)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        taken = torch.randint(len(x), (BATCH,), generator=generator).to(x.device)
-        score = F.linear(F.gelu(F.linear(x[taken], weights[0], weights[1])), weights[2], weights[3])
-        score = score.clamp(max=LARGEST_SCORE)
-        optimizer.zero_grad()
-        (score.exp() - gain[taken] * score).mean().backward()
-        optimizer.step()
-    first, offset, second, last = (weight.detach() for weight in weights)
-    first = first / spread
-    router.fitted.set_weights(second, last + expected.log(), first, offset - first @ mean)
 
 
 @contextmanager
@@ -704,15 +420,11 @@ def _calibrate(model: ChiarForCausalLM, batches: list[Batch], shares: Mapping[tu
 
 
 def _spread(config: ChiarConfig, harms: Mapping[tuple[str, int], float]) -> dict[tuple[str, int], float]:
-    """Spread the sides' shares by the roots of the harms, in the config, and say what each layer gets.
-
-    The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
-    """
+    """Spread the sides' shares by the harms, in the config, and say what each layer gets."""
     shares: dict[tuple[str, int], float] = {}
     for side, (field, weights) in SPREADS.items():
-        own = {i: math.sqrt(max(harm, 0.0)) for (name, i), harm in harms.items() if name == side}
-        if own:
-            setattr(config, weights, [own.get(i, 0.0) for i in range(len(config.menus))])
+        if any(name == side for name, _ in harms):
+            setattr(config, weights, weights_of([harms.get((side, i), 0.0) for i in range(len(config.menus))]))
             shares |= {(side, i): share for i, share in config.layer_shares(field).items()}
     return shares
 
@@ -729,7 +441,7 @@ def _harms(model: ChiarForCausalLM, batches: list[Batch], sides: list[tuple[str,
             inputs = [x]
             for i in range(len(trunk.layers)):
                 inputs.append(trunk.run_layer(i, inputs[-1], gate, context)[0])
-            counted = _predicted(batch, context).to(x.device) != IGNORED
+            counted = predicted_by(batch, context.attention_mask).to(x.device) != IGNORED
             whole = trunk.norm(inputs[-1])[counted]
             count += len(whole)
             for (side, first), values in routed.items():
@@ -742,29 +454,3 @@ def _harms(model: ChiarForCausalLM, batches: list[Batch], sides: list[tuple[str,
                     log_q, log_p = (model.lm_head(h).float().log_softmax(-1) for h in (ours, theirs))
                     harms[side, first] += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return {place: harm / max(count, 1) for place, harm in harms.items()}
-
-
-def rank_correlation(a: Float[Tensor, " tokens"], b: Float[Tensor, " tokens"]) -> float:
-    """Spearman's rank correlation; 0 where one of the two is the same for all tokens. Ties share their mean rank."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    ranks = ranks - ranks.mean(1, keepdim=True)
-    norms = ranks.norm(dim=1).prod()
-    return float(ranks[0] @ ranks[1] / norms) if norms > 0 else 0.0
-
-
-def _ranks(values: Tensor) -> Float[Tensor, " tokens"]:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def top_recall(score: Float[Tensor, " tokens"], target: Float[Tensor, " tokens"], top: int) -> float:
-    """Of the `top` tokens with the largest targets, the share that is among the `top` with the largest scores."""
-    found = torch.isin(score.topk(top).indices, target.topk(top).indices)
-    return float(found.double().mean())
-
-
-def top_captured(score: Float[Tensor, " tokens"], target: Float[Tensor, " tokens"], top: int) -> float:
-    """What the targets of the `top` tokens with the largest scores add up to, as a part of the most that it can be."""
-    best = float(target.topk(top).values.sum())
-    return float(target[score.topk(top).indices].sum()) / best if best > 0 else 1.0

@@ -1,9 +1,18 @@
 """A mean share, spread over layers that need unlike parts of it."""
 
+import math
 from collections.abc import Sequence
 
 SPREADS = {"look": ("attention_share", "attention_spread"), "kept": ("kv_share", "kv_spread")}
 """By side, the fields of its mean share, and of the weights by which that is spread over the layers."""
+
+
+def weights_of(harms: Sequence[float]) -> list[float]:
+    """The weights of layers by the harm that routing each of them does: its root.
+
+    The root is what minimises Σ hᵢ / ρᵢ under Σ ρᵢ: a harm that falls as one over the share.
+    """
+    return [math.sqrt(max(harm, 0.0)) for harm in harms]
 
 
 def spread(weights: Sequence[float], mean: float) -> list[float]:

@@ -14,19 +14,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
-from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of
+from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of, predicted_by
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.fitting import CHUNK, HELD_OUT, SAMPLE, FitReport, SideFit, SideFitting, check_share, with_target
+from chiaroscuro.model.fitting import CHUNK
 from chiaroscuro.model.fitting import fit as fit_chiar
-from chiaroscuro.model.modeling import ChiarForCausalLM, segments_of
-from chiaroscuro.model.spread import SPREADS
+from chiaroscuro.model.modeling import segments_of
+from chiaroscuro.model.score_fitting import (
+    HELD_OUT,
+    SAMPLE,
+    FitReport,
+    SideFit,
+    SideFitting,
+    asked_shares,
+    check_share,
+    refuse_broken,
+    with_target,
+)
+from chiaroscuro.model.spread import SPREADS, weights_of
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
@@ -69,13 +79,9 @@ def fit(
     """
     if not isinstance(model, RoutedModel):
         return fit_chiar(model, batches, look=look, kept=kept, hidden=hidden, spread=bool(spread), budget=budget)
-    if budget is not None:
-        if look is not None or kept is not None:
-            raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
-        check_share("budget", budget)
-        look, kept, spread = budget, budget, True
+    shares = asked_shares(look, kept, budget)
+    spread = spread is not False or budget is not None
     said = getattr(model.config, FIELD)
-    shares = {"look": look, "kept": kept}
     for side, (field, _) in SPREADS.items():
         fitted = all(isinstance(reach.routers[side], FittedRouter) for reach in model.reaches.values())
         if shares[side] is None and fitted and 0 < said[field] < 1:
@@ -85,9 +91,7 @@ def fit(
     before = _State(model)
     try:
         with evaluation_mode(model):
-            return _Fitting(model, given, {s: v for s, v in shares.items() if v is not None}, hidden).run(
-                True if spread is None else spread
-            )
+            return _Fitting(model, given, {s: v for s, v in shares.items() if v is not None}, hidden).run(spread)
     except BaseException:
         before.put_back()
         raise
@@ -148,7 +152,7 @@ class _Whole:
         self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         # With a mask transformers takes a row for one document, wherever its positions restart.
         self.segments = None if mask is not None or places is None else segments_of(places.expand_as(ids), None)
-        self.predicted = _predicted(fields, self.real)
+        self.predicted = predicted_by(batch, self.real).to(ids.device)
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.x = ids
 
@@ -163,12 +167,6 @@ class _Whole:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _predicted(fields: Mapping[str, Any], real: Tensor) -> Int[Tensor, "batch time"]:
-    """What each token of a batch is to predict, and −100 where that is nothing."""
-    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
-    return ChiarForCausalLM.targets_of(labels, fields.get("shift_labels"), real.to(labels.device)).to(real.device)
 
 
 class _Fitting:
@@ -218,8 +216,7 @@ class _Fitting:
             if spread:
                 self.spread(results, wholes[self.fitting :][:HARMED])
                 self.in_turn(wholes, None)
-        sides = {name: {i: one for (side, i), one in results.items() if side == name} for name in ("look", "kept")}
-        return FitReport(sides["look"], sides["kept"], self.shares.get("look"), self.shares.get("kept"))
+        return FitReport.of(results, self.shares)
 
     def gains(self, whole: _Whole) -> dict[str, dict[int, Tensor]]:
         """By side and layer, the gains of a batch's tokens, in the model where nobody looks and nobody is kept."""
@@ -292,7 +289,7 @@ class _Fitting:
         return one.result()
 
     def spread(self, results: dict[tuple[str, int], SideFit], held_out: list[_Whole]) -> None:
-        """Spread the shares over the layers by the roots of their harms, in the configuration and in the results."""
+        """Spread the shares over the layers by their harms, in the configuration and in the results."""
         harms = dict.fromkeys(results, 0.0)
         count = 0
         for whole in held_out:
@@ -308,8 +305,8 @@ class _Fitting:
                     log_q = ours.float().log_softmax(-1)
                     harms[side, i] += float(F.kl_div(log_q, theirs, reduction="sum", log_target=True))
         for side in self.shares:
-            roots = [math.sqrt(max(harms[side, i] / max(count, 1), 0.0)) for i in self.reaches]
-            getattr(self.model.config, FIELD)[SPREADS[side][1]] = roots
+            weights = weights_of([harms[side, i] / max(count, 1) for i in self.reaches])
+            getattr(self.model.config, FIELD)[SPREADS[side][1]] = weights
             for i, share in self.model.layer_shares(side).items():
                 results[side, i] = replace(results[side, i], share=share, harm=harms[side, i] / max(count, 1))
 
@@ -364,8 +361,7 @@ def _run(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
     args, kwargs = whole.given[i]
     output = layer(x, *args, **kwargs)
     x = output[0] if isinstance(output, tuple) else output
-    if not bool(x.isfinite().all()):
-        raise UserError(f"layer {i} gives NaN or infinity: the model's weights or its input hold some")
+    refuse_broken(i, x)
     return x
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from chiaroscuro.analysis.far_context import FarContext
-from chiaroscuro.model.fitting import rank_correlation, top_recall
+from chiaroscuro.model.score_fitting import rank_correlation, top_recall
 from chiaroscuro.report.evidence_figure import draw_gain
 from chiaroscuro.studies.evidence.far_models import FarModel, far_context, load_far_model
 from chiaroscuro.studies.statistics import Estimate, compare, estimate
