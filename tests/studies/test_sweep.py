@@ -155,6 +155,29 @@ def test_a_variant_goes_on_from_another_one_with_its_seed(write: Callable[..., P
     assert starts == [None, "runs/plain/seed-0/model", None, "runs/plain/seed-1/model"]
 
 
+def test_a_run_waits_for_the_model_that_it_begins_with_and_others_go_before_it(
+    write: Callable[..., Path], order: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    variants = {
+        "plain": {},
+        "on": {"trainer.init_from": f"{tmp_path}/sweep/plain/seed-{{seed}}"},
+        "further": {"tokenizer": f"{tmp_path}/sweep/on/seed-{{seed}}/model"},
+        "other": {"trainer.learning_rate": 1e-3},
+        "after a failure": {"trainer.init_from": f"{tmp_path}/sweep/fails/seed-{{seed}}"},
+        "fails": {},
+    }
+    sweep = Sweep.load(write(variants=variants))
+    recorder = go_through(sweep, jobs=4)
+    happened = [line.replace(f"{tmp_path}/sweep/", "") for line in order()]
+    for seed in (0, 1):
+        for first, then in (("plain", "on"), ("on", "further")):
+            assert happened.index(f"end {first}/seed-{seed}") < happened.index(f"begin {then}/seed-{seed}")
+        assert happened.index(f"begin other/seed-{seed}") < happened.index(f"end plain/seed-{seed}")
+    # What comes later in the file is not waited for, and neither is what has failed.
+    assert {title for title, error in recorder.outcomes.items() if error} == {"fails seed 0", "fails seed 1"}
+    assert len(recorder.outcomes) == 12 and recorder.most_at_once <= 4
+
+
 def test_fields_on_the_command_are_the_common_recipe_s(write: Callable[..., Path]) -> None:
     path = write(variants={"plain": {}, "other": {"trainer.learning_rate": 1e-3}})
     sweep = Sweep.load(path, ["trainer.learning_rate=5e-4", "data.source=python-docs"])

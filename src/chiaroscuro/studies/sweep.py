@@ -15,7 +15,8 @@ These are five variants: `full-attention`, `attention_context=all,learning_rate=
 recipe as it is; `variants` are not crossed with it. The sweep itself sets `trainer.seed` and `trainer.output_dir`.
 
 `{seed}` in `trainer.init_from` and `tokenizer` stands for the run's seed, so that a variant can go on from another one,
-which comes before it in the file: `trainer.init_from: runs/sweeps/routers/full-attention/seed-{seed}`.
+which comes before it in the file: `trainer.init_from: runs/sweeps/routers/full-attention/seed-{seed}`. Such a run waits
+until that one has ended.
 
 Every run is a process of its own, `chiaroscuro train`, so a failure doesn't affect the others. Finished runs are not
 repeated and interrupted ones are resumed: to resume a sweep, start it again. The first seed of all variants comes
@@ -32,8 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -331,6 +331,8 @@ def carry_out(
 ) -> None:
     """Train the runs in order, `jobs` at once; a run that fails doesn't stop the others.
 
+    A run that begins with the model of an earlier one waits until that has ended, and later ones may go before it.
+
     Args:
         runs: The runs to train; those with a checkpoint are resumed.
         jobs: Runs at once. Each gets a GPU of its own, if there are any.
@@ -341,15 +343,16 @@ def carry_out(
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running processes have saved and stopped.
     """
-    waiting, free = deque(runs), list(range(jobs))
+    waiting, free = list(runs), list(range(jobs))
     devices = _devices()
     running: dict[SweepRun, tuple[Process, int]] = {}
     start = start or _start
     with _terminated_like_interrupted():
         try:
             while waiting or running:
-                while waiting and free:
-                    run, slot = waiting.popleft(), free.pop(0)
+                while free and (run := _next(waiting, running)) is not None:
+                    waiting.remove(run)
+                    slot = free.pop(0)
                     running[run] = start(run, devices[slot % len(devices)] if devices else None, lock), slot
                     watcher.started(run)
                 time.sleep(_POLL)
@@ -362,6 +365,22 @@ def carry_out(
         except BaseException:
             _stop([process for process, _ in running.values()])
             raise
+
+
+def _next(waiting: Sequence[SweepRun], running: Iterable[SweepRun]) -> SweepRun | None:
+    """The first run that begins with no model which one at work, or one that waits before it, is to train."""
+    unfinished = list(running)
+    for run in waiting:
+        if not any(_begins_with(run, other) for other in unfinished):
+            return run
+        unfinished.append(run)
+    return None
+
+
+def _begins_with(run: SweepRun, other: SweepRun) -> bool:
+    folder = os.path.abspath(other.folder)
+    named = (run.recipe.trainer.init_from, run.recipe.tokenizer)
+    return any(Path(os.path.abspath(name)).is_relative_to(folder) for name in named if name)
 
 
 def _devices() -> list[str]:
