@@ -289,6 +289,46 @@ def test_a_block_alone_is_calibrated_on_its_real_tokens(share: float, seed: int,
     assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=2 / int(real.sum()))
 
 
+KEEPING = {"num_attention_heads": 2, "window": 3, "attention_context": "kept"}
+
+
+@given(share=st.floats(0, 1), kv_share=st.floats(0, 1), seed=st.integers(0, 2**31), heads=st.sampled_from([1, 2]))
+def test_a_block_alone_is_calibrated_on_both_sides(share: float, kv_share: float, seed: int, heads: int) -> None:
+    torch.manual_seed(seed)
+    kv_router = {"norm": {}} if heads == 1 else {"learned": {"heads": 2}}
+    block = build_block(16, ("local", "attention"), {**KEEPING, "kv_router": kv_router}).eval()
+    x = 3 + torch.randn(4, 100, 16).cumsum(-1)
+    real = torch.rand(4, 100) < 0.7
+    block.calibrate(x, real, share=share, kv_share=kv_share)
+    routing = block.route(x, Context(attention_mask=real))
+    few = 2 / int(real.sum())
+    assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=few)
+    assert float(routing.kept[real].float().mean()) == pytest.approx(kv_share, abs=few)
+    alone = build_block(16, ("attention",), KEEPING).eval()  # all look, and the key side decides
+    alone.calibrate(x, real, kv_share=kv_share)
+    kept = alone.route(x, Context(attention_mask=real)).kept
+    assert float(kept[real].float().mean()) == pytest.approx(kv_share, abs=few)
+
+
+@pytest.mark.parametrize("kv_share", [0.5, 1.5, -0.1, float("nan")])
+def test_a_block_whose_key_side_cannot_be_calibrated_stays_as_it_is(kv_share: float) -> None:
+    keeping = build_block(16, ("local", "attention"), KEEPING)
+    block = build_block(16, ("local", "attention"), {"num_attention_heads": 2, "window": 3})
+    if kv_share == 0.5:
+        with pytest.raises(UserError, match="no thresholds to set for kv_share"):
+            block.calibrate(torch.randn(2, 5, 16), kv_share=kv_share)
+        with torch.no_grad():
+            keeping.operator_norms["input"].weight.fill_(torch.nan)
+        message = "scores are not finite"
+    else:
+        message = "kv_share=.*from 0 to 1"
+    before = copy.deepcopy(keeping.state_dict())
+    with pytest.raises(UserError, match=message):
+        keeping.calibrate(torch.randn(2, 5, 16), share=0.3, kv_share=kv_share)
+    for name, tensor in keeping.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("options", "share", "mask", "message"),
     [

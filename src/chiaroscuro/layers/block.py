@@ -225,32 +225,50 @@ class RoutedBlock(nn.Module):
         attention_mask: Bool[Tensor, "batch time"] | None = None,
         share: float | None = None,
         context: Context | None = None,
+        kv_share: float | None = None,
     ) -> None:
-        """Set the thresholds from data: of these real tokens, the share ρ goes to the menu's last operator.
+        """Set the thresholds from data: the share ρ of these real tokens goes to the menu's last operator.
 
-        A block that is used alone calibrates only here: in a `ChiarModel`, `step_calibration` follows the data.
+        Where the key side has a router, its threshold is set too, so that `kv_share` of them are kept. A block that is
+        used alone calibrates only here: in a `ChiarModel`, `step_calibration` follows the data.
 
         Args:
             x: tokens such as the block will see; what it was trained on, or is about to be.
             attention_mask: True for real tokens.
             share: ρ from 0 to 1; the one that the block has, unless given.
             context: what else is known about the tokens.
+            kv_share: the share that is kept, from 0 to 1; the one that the block has, unless given.
 
         Raises:
-            UserError: the block does not route by a score, its thresholds are fixed, there is no real token, the share
-                is impossible, or a score is not finite.
+            UserError: there are no thresholds to set, as where the block routes by no score or by fixed thresholds;
+                there is no real token, a share is impossible, or a score is not finite. Nothing is set then.
 
         """
-        if not isinstance(self.router, ScoreRouter) or not self.router.calibration.running:
-            raise UserError(f"menu {self.operator_names}: no thresholds to set, for it has no score or fixed ones")
+        sides = []
+        for name, asked, router in (("share", share, self.router), ("kv_share", kv_share, self.kv_router)):
+            if isinstance(router, ScoreRouter) and router.calibration.running:
+                asked = router.calibration.share if asked is None else asked
+                if not 0 <= asked <= 1:
+                    raise UserError(f"{name}={asked!r}: must be a share of the tokens, from 0 to 1")
+                sides.append((name, asked, router.calibration))
+            elif asked is not None or (name == "share" and self.kv_router is None):
+                raise UserError(
+                    f"menu {self.operator_names}: no thresholds to set for {name}, for there is no score or fixed ones"
+                )
         context = replace(context or Context(), attention_mask=attention_mask)
-        score = self.route(x, context).score
-        assert score is not None
-        real = score.flatten() if attention_mask is None else score[attention_mask]
-        if not len(real):
-            raise UserError("no real token to calibrate from: give tokens, or an attention_mask that leaves some")
-        thresholds = self.router.calibration
-        thresholds.set_from(real, thresholds.share if share is None else share)
+        routing = self.route(x, context)
+        scores = {"share": routing.score, "kv_share": routing.kept_score}
+        seen = []
+        for name, asked, thresholds in sides:
+            score = scores[name]
+            assert score is not None
+            real = score if attention_mask is None else score[attention_mask]
+            if not real.numel():
+                raise UserError("no real token to calibrate from: give tokens, or an attention_mask that leaves some")
+            thresholds.refuse_broken(real)
+            seen.append((thresholds, real.flatten(), asked))
+        for thresholds, real, asked in seen:
+            thresholds.set_from(real, asked)
 
     def operator_input(
         self, x: Float[Tensor, "batch time width"], context: Context | None = None

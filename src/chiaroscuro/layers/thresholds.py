@@ -224,17 +224,21 @@ class Thresholds(ExactBuffers):
             ValueError: a share that is not from 0 to 1.
 
         """
-        if not bool(scores.isfinite().all()):
-            raise UserError(
-                f"{int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite: the model's weights or its "
-                "input hold NaN or infinity, and no threshold can be set from them"
-            )
+        self.refuse_broken(scores)
         table = quantile_table(scores)
         thresholds = shares_to_thresholds(table, share, self.operators)  # or an error, and nothing is changed
         self.values.copy_(between_scores(scores, thresholds))
         self.quantiles.copy_(table)
         self.steps.add_(1)
         self.share = share
+
+    def refuse_broken(self, scores: Float[Tensor, "tokens *heads"]) -> None:
+        """Raise a UserError if a score is not finite."""
+        if not bool(scores.isfinite().all()):
+            raise UserError(
+                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite: the model's weights or "
+                "its input hold NaN or infinity, and no threshold can be set from them"
+            )
 
     @torch.no_grad()
     def note(self, scores: Float[Tensor, "batch time *heads"], real: Bool[Tensor, "batch time"] | None) -> None:
