@@ -12,7 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from chiaroscuro import UserError
 from chiaroscuro.data import load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import NAMES, NOISE, Haystack
-from chiaroscuro.data.tasks.retrieval import MixedRows
+from chiaroscuro.data.tasks.retrieval import HaystackRows
 
 TOKENIZER = byte_tokenizer()
 TEXT = torch.tensor(TOKENIZER("light and dark, and what the light has left is dark. " * 200)["input_ids"])
@@ -81,7 +81,7 @@ def test_of_a_training_row_with_a_needle_or_a_copy_only_what_is_far_is_predicted
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text("light and dark, and what the light has left is dark. " * 200)
     tokens = tokenize_corpus(load_corpus(str(tmp_path)), TOKENIZER)["train"]
-    rows = MixedRows(tokens, TOKENIZER, 600, 0)
+    rows = HaystackRows(tokens, TOKENIZER, 600, 0)
     haystack = Haystack(TOKENIZER, torch.from_numpy(tokens.tokens.astype("int64")))
     for number in range(8):
         row, drawn = rows[number], haystack.row(number, 601, 0)

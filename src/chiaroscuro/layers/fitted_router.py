@@ -15,6 +15,7 @@ from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.exact_buffers import ExactBuffers
 from chiaroscuro.layers.operator import Work
 from chiaroscuro.layers.router import Decision, HeadOptions, ScoreRouter
+from chiaroscuro.layers.thresholds import normal_quantiles
 
 UNFITTED = "a score of router 'fitted' was not fitted yet, and is the same for every token"
 
@@ -108,9 +109,7 @@ class FittedRouter(ScoreRouter):
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of N(0, 1): the score of white noise and a w of length 1."""
-        # The ends of the table are finite, as those of a table of data are.
-        inner = torch.tensor(probabilities, dtype=torch.float64, device="cpu").clamp(1e-4, 1 - 1e-4)
-        return torch.special.ndtri(inner).float()
+        return normal_quantiles(probabilities).float()
 
     def reset_parameters(self) -> None:
         """Forget the fit."""

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Work
 from chiaroscuro.layers.router import HeadOptions, ScoreRouter
+from chiaroscuro.layers.thresholds import normal_quantiles
 
 
 class LearnedRouter(ScoreRouter):
@@ -33,9 +33,7 @@ class LearnedRouter(ScoreRouter):
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of N(0, 0.02² d): w as the models draw it, against a layer-normed token."""
-        # The ends of the table are finite, as those of a table of data are.
-        inner = torch.tensor(probabilities, dtype=torch.float64, device="cpu").clamp(1e-4, 1 - 1e-4)
-        return (0.02 * math.sqrt(self.width) * torch.special.ndtri(inner)).float()
+        return (0.02 * math.sqrt(self.width) * normal_quantiles(probabilities)).float()
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Work
 from chiaroscuro.layers.router import ScoreRouter
+from chiaroscuro.layers.thresholds import normal_quantiles
 
 
 class NormRouter(ScoreRouter):
@@ -21,9 +21,7 @@ class NormRouter(ScoreRouter):
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of the χ distribution with d degrees of freedom, by Fisher's √(d − ½) + z / √2."""
-        # The ends of the table are finite, as those of a table of data are.
-        inner = torch.tensor(probabilities, dtype=torch.float64, device="cpu").clamp(1e-4, 1 - 1e-4)
-        return (math.sqrt(self.width - 0.5) + torch.special.ndtri(inner) / math.sqrt(2)).float()
+        return (math.sqrt(self.width - 0.5) + normal_quantiles(probabilities) / math.sqrt(2)).float()
 
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context

@@ -74,6 +74,12 @@ def _off_atoms(table: Tensor, position: float, threshold: Tensor) -> Tensor:
     return (table[nearest] + table[nearest + 1]) / 2
 
 
+def normal_quantiles(probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
+    """Quantiles of N(0, 1), of which the first and the last are finite, as those of a table of data are."""
+    inner = torch.tensor(probabilities, dtype=torch.float64, device="cpu").clamp(1e-4, 1 - 1e-4)
+    return torch.special.ndtri(inner)
+
+
 def between_scores(
     scores: Float[Tensor, " tokens"], thresholds: Float[Tensor, " thresholds"]
 ) -> Float[Tensor, " thresholds"]:

@@ -47,10 +47,7 @@ from chiaroscuro.model.score_fitting import (
 )
 from chiaroscuro.model.spread import SPREADS, weights_of
 from chiaroscuro.ops import linear_cross_entropy
-from chiaroscuro.ops.linear_cross_entropy import IGNORED
-
-CHUNK = 512
-"""Tokens whose logits are held at a time."""
+from chiaroscuro.ops.linear_cross_entropy import CHUNK, IGNORED
 
 _FIELDS = (
     "router",

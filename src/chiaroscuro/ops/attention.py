@@ -117,6 +117,11 @@ def attend(
     return attend_to_all(query, key, value, mask, dropout, implementation)
 
 
+def capped(scores: Float[Tensor, "*dims"], softcap: float | None) -> Float[Tensor, "*dims"]:
+    """κ tanh(s / κ) of scores s, or without a softcap κ the scores themselves."""
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
+
+
 def attend_to_all(
     query: Float[Tensor, "batch heads query head_width"],
     key: Float[Tensor, "batch heads keys head_width"],
@@ -135,7 +140,7 @@ def attend_to_all(
     if implementation == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = capped(scores, softcap)
     wide = torch.promote_types(scores.dtype, torch.float32)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from chiaroscuro.ops.attention import capped
 from chiaroscuro.ops.packed_attention import (
     Kernel,
     Part,
@@ -118,7 +119,7 @@ def reach_attention_by_rows(
         strict=True,
     ):
         scores = torch.einsum("qhgc,khc->hgqk", q.unflatten(1, (k.shape[1], -1)), k) / math.sqrt(q.shape[-1])
-        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        scores = capped(scores, softcap)
         seen = reach_mask(i, j, looking, keeping, window, sinks)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(v.dtype)
@@ -181,7 +182,7 @@ def gains_of_pairs(
         k, v = key[:, :, :end], value[:, :, :end]
         seen, beyond = near[begin:end, :end], far[begin:end, :end]
         scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).float()
-        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        scores = capped(scores, softcap)
         output = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0).to(v.dtype) @ v
         weights = scores.masked_fill(~(seen | beyond), -torch.inf).softmax(-1).masked_fill(~beyond, 0.0).nan_to_num(0.0)
         change = g @ v.transpose(-1, -2) - (g * output).sum(-1, keepdim=True)

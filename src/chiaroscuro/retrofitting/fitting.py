@@ -22,7 +22,6 @@ from chiaroscuro.layers import FittedRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
 from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of, predicted_by
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.fitting import CHUNK
 from chiaroscuro.model.fitting import fit as fit_chiar
 from chiaroscuro.model.modeling import segments_of
 from chiaroscuro.model.score_fitting import (
@@ -37,7 +36,7 @@ from chiaroscuro.model.score_fitting import (
     with_target,
 )
 from chiaroscuro.model.spread import SPREADS, weights_of
-from chiaroscuro.ops.linear_cross_entropy import IGNORED
+from chiaroscuro.ops.linear_cross_entropy import CHUNK, IGNORED
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
 from chiaroscuro.retrofitting.whole import without_routing

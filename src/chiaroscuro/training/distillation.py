@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiaroscuro.ops.first_derivatives import without_second_derivative
-
-CHUNK = 512
-"""Tokens per chunk, as many as the loss takes at a time."""
+from chiaroscuro.ops.linear_cross_entropy import CHUNK
 
 
 def kl_divergence(

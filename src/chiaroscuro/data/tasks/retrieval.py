@@ -40,10 +40,10 @@ class Retrieval(LanguageModelling):
 
     def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
         """As many rows as the text has blocks."""
-        return MixedRows(tokens, tokenizer, length, self.draw)
+        return HaystackRows(tokens, tokenizer, length, self.draw)
 
 
-class MixedRows(Dataset[dict[str, Int[Tensor, " length"]]]):
+class HaystackRows(Dataset[dict[str, Int[Tensor, " length"]]]):
     """Rows of a haystack as `TokenBlocks` has its blocks.
 
     Args:
