@@ -104,6 +104,30 @@ def test_the_paper_s_recipes_are_the_paper_s(path: str) -> None:
     assert recipe.baseline().build_config(50257).operators == [["attention"]] * config.num_hidden_layers
 
 
+@pytest.mark.parametrize("preset", [None, "reach-small"])
+def test_the_baseline_is_full_attention(content: dict[str, Any], preset: str | None) -> None:
+    near = {
+        "window": 8,
+        "sinks": 2,
+        "attention_context": "kept",
+        "attention_spread": [1.0, 0.5],
+        "kv_spread": [1.0, 0.5],
+    }
+    model = near | {"operators": [["local", "attention"]] * 2, "hidden_size": 32, "num_attention_heads": 2}
+    if preset is not None:
+        model = {"preset": preset}
+    content |= {
+        "model": model | {"router": "threshold", "kv_router": "threshold"},
+        "calibration": {"method": "paper"},
+        "schedule": {"kv_share": {"from": 1.0, "steps": 0.5}},
+    }
+    baseline = Recipe.from_dict(content).baseline()
+    config = baseline.build_config(300)
+    assert set(map(tuple, config.menus)) == {("attention",)} and baseline.schedule is None
+    assert (config.window, config.sinks, config.attention_context) == (None, 0, "all")
+    assert (config.attention_spread, config.kv_spread) == (None, None)
+
+
 # Epochs
 
 

@@ -794,15 +794,17 @@ class Recipe(Section):
 
     def baseline(self) -> "Recipe":
         """The recipe that trains the baseline of `calibration.method: paper`."""
-        layers = self.build_config(vocab_size=256, thresholds=(0.0, 1.0)).num_hidden_layers
+        config = self.build_config(vocab_size=256, thresholds=(0.0, 1.0))
         content = self._content()
-        for section in ("calibration", "distill", "fit"):
+        for section in ("calibration", "distill", "fit", "schedule"):
             content.pop(section, None)
         content["model"] |= {
-            "operators": [["attention"]] * (layers or 0),
+            "operators": [["attention"]] * len(config.menus),
             "meta_router": "none",
             "calibration": "running",
         }
+        whole = {"window": None, "sinks": 0, "attention_context": "all", "attention_spread": None, "kv_spread": None}
+        content["model"] |= {name: value for name, value in whole.items() if getattr(config, name) != value}
         content["trainer"].pop("init_from", None)
         content["trainer"]["output_dir"] = str(Path(self.trainer.output_dir) / "baseline")
         return Recipe.from_dict(content)
