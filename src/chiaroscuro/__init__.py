@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ChiarModel,
     )
     from chiaroscuro.model.calibration import calibrate
+    from chiaroscuro.model.checks import check_model
     from chiaroscuro.model.config import ChiarConfig
     from chiaroscuro.retrofitting.fitting import fit
     from chiaroscuro.retrofitting.in_place import retrofit, unretrofit
@@ -41,6 +42,7 @@ __all__ = [
     "RetrofitConfig",
     "UserError",
     "calibrate",
+    "check_model",
     "fit",
     "register_operator",
     "register_router",
@@ -54,6 +56,7 @@ _MODULES = {
     "layers": ("register_operator", "register_router"),
     "model": ("ChiarCache", "ChiarForCausalLM", "ChiarForMixedTasks", "ChiarForSequenceClassification", "ChiarModel"),
     "model.calibration": ("calibrate",),
+    "model.checks": ("check_model",),
     "model.config": ("ChiarConfig",),
     "ops": (),
     "retrofitting.fitting": ("fit",),
