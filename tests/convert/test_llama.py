@@ -148,6 +148,17 @@ def test_a_menu_can_grow_from_it() -> None:
     torch.testing.assert_close(grown(ids(3)).logits, ours(ids(3)).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_the_settings_of_generate_go_along() -> None:
+    theirs = llama(eos_token_id=[3, 7])
+    theirs.generation_config.update(temperature=0.4, do_sample=True, max_new_tokens=9)
+    ours = from_llama(theirs)
+    back = to_llama(ours)
+    for model in (ours, back):
+        assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
+    back.generation_config.temperature = 2.0
+    assert ours.generation_config.temperature == theirs.generation_config.temperature == 0.4
+
+
 def test_bfloat16_and_the_mode_are_kept() -> None:
     ours = from_llama(llama().bfloat16().train())
     assert ours.dtype == torch.bfloat16 and ours.training

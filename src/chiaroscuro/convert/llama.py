@@ -4,6 +4,7 @@ Both directions copy weights and check that each has found its place. A Llama is
 attention alone, with RMSNorm before each sub-layer, a gated feed-forward and no MetaRouter. From there a menu can grow.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +82,7 @@ def from_llama(model: LlamaForCausalLM) -> ChiarForCausalLM:
     )
     ours = ChiarForCausalLM(config)
     _copy(model.state_dict(), ours, {theirs: mine for mine, theirs in _names(config)})
+    ours.generation_config = copy.deepcopy(model.generation_config)
     return ours.to(model.device, model.dtype).train(model.training)  # type: ignore[arg-type]
 
 
@@ -125,6 +127,7 @@ def to_llama(model: ChiarForCausalLM) -> LlamaForCausalLM:
     )
     theirs = LlamaForCausalLM(llama)
     _copy(model.state_dict(), theirs, dict(_names(config)))
+    theirs.generation_config = copy.deepcopy(model.generation_config)
     return theirs.to(model.device, model.dtype).train(model.training)  # type: ignore[arg-type]
 
 
