@@ -618,7 +618,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["evaluate", "RUN", "--kv-share", "0.5"],
         "no layer decides who is kept",
     ),
-    "an impossible share to keep": (["generate", "RUN", "a", "--kv-share", "-1"], "kv_share -1.0: must be a number"),
+    "an impossible share to keep": (["generate", "RUN", "a", "--kv-share", "-1"], "kv_share=-1.0: must be a number"),
     "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
     "a seed below none": (["generate", "RUN", "light", "--seed", "-1"], "Invalid value for '--seed'"),
     "a seed too large": (["generate", "RUN", "light", "--seed", str(2**32)], "Invalid value for '--seed'"),

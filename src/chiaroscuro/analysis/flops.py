@@ -19,6 +19,7 @@ from chiaroscuro.layers import Count, NeighbourMixing, Operator, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
 from chiaroscuro.layers.operator import hosts, make_options
 from chiaroscuro.layers.spectral_mixing import transform_operations
+from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.config import ChiarConfig
 
 TARGET = 0.35
@@ -278,9 +279,7 @@ def _checked(config: ChiarConfig, length: int, share: float | None, field: str =
     _check_length(length)
     if share is None:
         share = getattr(config, field)
-    if not 0 <= share <= 1:
-        name = "share" if field == "attention_share" else field
-        raise UserError(f"{name} {share}: need a share of the tokens, from 0 to 1")
+    refuse_impossible_share(field, share)
     return share
 
 

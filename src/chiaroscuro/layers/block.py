@@ -17,6 +17,7 @@ from chiaroscuro.layers.operator import Operator
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.router import Decision, Router, ScoreRouter
 from chiaroscuro.layers.short_convolution import ShortConvolution
+from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.ops.spectral import Spectrum
 
 NormPlacement = Literal["pre", "post"]
@@ -248,8 +249,7 @@ class RoutedBlock(nn.Module):
         for name, asked, router in (("share", share, self.router), ("kv_share", kv_share, self.kv_router)):
             if isinstance(router, ScoreRouter) and router.calibration.running:
                 asked = router.calibration.share if asked is None else asked
-                if not 0 <= asked <= 1:
-                    raise UserError(f"{name}={asked!r}: must be a share of the tokens, from 0 to 1")
+                refuse_impossible_share(name, asked)
                 sides.append((name, asked, router.calibration))
             elif asked is not None or (name == "share" and self.kv_router is None):
                 raise UserError(

@@ -7,6 +7,8 @@ reads the thresholds and notes scores; they move when `step` is called, once per
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +29,12 @@ ATOM = 1e-4
 
 FORGOTTEN = 256
 """Training forwards without a `step` after which there is a warning: more than anyone accumulates in one."""
+
+
+def refuse_impossible_share(name: str, share: Any) -> None:
+    """Raise a UserError if this is no share, a number from 0 to 1."""
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= cast(Any, share) <= 1:
+        raise UserError(f"{name}={share!r}: must be a number from 0 to 1")
 
 
 def shares_to_thresholds(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from inspect import signature
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +35,7 @@ from chiaroscuro.layers import (
     exact_modules,
 )
 from chiaroscuro.layers.norms import make_norm
+from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.cache import CACHE, ChiarCache, given_cache
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.config import ChiarConfig
@@ -239,25 +239,24 @@ class ChiarPreTrainedModel(PreTrainedModel):
         if share is None and kv_share is None:
             raise UserError("no share to set: give the share that looks, kv_share, the share that is kept, or both")
         sides = (
-            (share, "attention share", "attention_share", self.thresholds()),
-            (kv_share, "kv_share", "kv_share", self.kv_thresholds()),
+            (share, "attention_share", self.thresholds()),
+            (kv_share, "kv_share", self.kv_thresholds()),
         )
         missing = {
-            "attention share": f"no layer routes by thresholds (router={self.config.router!r}, menus "
+            "attention_share": f"no layer routes by thresholds (router={self.config.router!r}, menus "
             f"{self.config.operators}): there is no share to set",
             "kv_share": f"no layer decides who is kept (attention_context={self.config.attention_context!r}): there is "
             "no kv_share to set",
         }
-        for value, name, _, layers in sides:
+        for value, field, layers in sides:
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-                raise UserError(f"{name} {value!r}: must be a number from 0 to 1")
+            refuse_impossible_share(field, value)
             if not layers:
-                raise UserError(missing[name])
+                raise UserError(missing[field])
             for thresholds in layers.values():
                 thresholds.check_present()
-        for value, _, field, layers in sides:
+        for value, field, layers in sides:
             shares = self.config.layer_shares(field, value) if value is not None else {}
             for i, thresholds in layers.items() if value is not None else ():
                 thresholds.running = True

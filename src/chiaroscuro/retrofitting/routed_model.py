@@ -17,6 +17,7 @@ from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.layers.registry import split_entry
+from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
@@ -73,11 +74,9 @@ class RoutedModel(MadeClass, PreTrainedModel):
         """
         if share is None and kv_share is None:
             raise UserError("no share to set: give the share that looks, kv_share, the share that is kept, or both")
-        for name, given in (("attention share", share), ("kv_share", kv_share)):
-            if given is not None and (
-                isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1
-            ):
-                raise UserError(f"{name} {given!r}: must be a number from 0 to 1")
+        for name, given in (("attention_share", share), ("kv_share", kv_share)):
+            if given is not None:
+                refuse_impossible_share(name, given)
         for reach in self.reaches.values():
             for router in reach.routers.values():
                 router.calibration.check_present()
@@ -230,8 +229,7 @@ def _tokens(name: str, value: Any, least: int) -> int:
 
 
 def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= cast(Any, value) <= 1:
-        raise UserError(f"{name}={value!r}: must be a number from 0 to 1")
+    refuse_impossible_share(name, value)
     return float(value)
 
 

@@ -62,12 +62,16 @@ class LlamaSection(Section):
     max_position_embeddings: Count = 2048
 
 
+LORA = 16
+"""The rank with which a retrofitted model is healed, unless its recipe says otherwise."""
+
+
 class RetrofitSection(Section):
     """A retrofitted model that is to be healed: a folder, and the rank of LoRA on its attention; null trains all."""
 
     architecture: Literal["retrofit"]
     checkpoint: Annotated[str, Field(min_length=1)]
-    lora: Count | None = 16
+    lora: Count | None = LORA
 
 
 def _architecture(section: Any) -> str:
@@ -483,7 +487,7 @@ class Recipe(Section):
         data = {"task": "retrieval", **data} if isinstance(data, Mapping) else data or {"task": "retrieval"}
         model = content["model"] if isinstance(content["model"], Mapping) else {}
         # With LoRA the teacher stays as it was. Without, it learns along, and the text alone holds it.
-        distill = {"cross_entropy": 1.0 if model.get("lora", 16) is None else 0.0, "by_row": True}
+        distill = {"cross_entropy": 1.0 if model.get("lora", LORA) is None else 0.0, "by_row": True}
         return {"distill": distill, "tokenizer": model.get("checkpoint"), **content, "data": data}
 
     @model_validator(mode="before")
