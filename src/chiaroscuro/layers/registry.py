@@ -58,8 +58,8 @@ def register_operator(name: str, cls: type[Operator]) -> None:
         cls: a subclass of `Operator`.
 
     Raises:
-        UserError: the name is taken or can't be one, cls is no `Operator`, it does not mix, or its `Options` or its
-            `cost` are none.
+        UserError: the name is taken or can't be one; cls is no `Operator` or has no `mix`; its `Options` are no
+            dataclass, or its `cost` is no finite number.
 
     """
     _check_class(Operator, name, cls)
@@ -77,7 +77,8 @@ def register_router(name: str, cls: type[Router]) -> None:
         cls: a subclass of `Router`, or of `ScoreRouter`, which brings thresholds and calibration.
 
     Raises:
-        UserError: the name is taken or can't be one, cls is no `Router`, it does not decide, or its `Options` are none.
+        UserError: the name is taken or can't be one; cls is no `Router`, or has no `forward` or `score`; its `Options`
+            are no dataclass.
 
     """
     _check_class(Router, name, cls)
