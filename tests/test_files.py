@@ -99,6 +99,31 @@ def test_an_older_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
 
 
+def test_a_new_folder_never_replaces_one_that_was_made_meanwhile(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(UserError) as refused, whole_folder(target, new=True) as unfinished:
+        (unfinished / "ours").touch()
+        target.mkdir()
+        (target / "theirs").touch()
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    spare = next(path for path in tmp_path.iterdir() if path != target)
+    assert str(refused.value).endswith(f"what was to go there is in {spare}") and (spare / "ours").exists()
+    with pytest.raises(UserError, match="exists already: name another folder"), whole_folder(target, new=True):
+        pytest.fail("nothing is to be done for it")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "stale").touch()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    with whole_folder(link) as unfinished:
+        (unfinished / "new").touch()
+    assert link.is_symlink() and [path.name for path in link.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failing_block_leaves_the_old_folder(tmp_path, error):
     target = tmp_path / "model"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from chiaroscuro.hub import cache_if_unreachable
+from chiaroscuro import UserError
+from chiaroscuro.hub import cache_if_unreachable, find_checkpoint
 
 # A process of its own, as the libraries read the environment once. What it loads, and how long each took.
 ASK = """
@@ -39,6 +40,12 @@ def closed() -> str:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "~nobody-of-that-name"])
+def test_a_home_that_nobody_has(name: str) -> None:
+    with pytest.raises(UserError, match="no such checkpoint: ~nobody-of-that-name"):
+        find_checkpoint(name)
 
 
 def test_an_unknown_name_without_a_network_is_one_line_at_once(closed: str, tmp_path: Path) -> None:

@@ -108,22 +108,32 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path, *, advice: str = ELSEWHERE) -> Iterator[Path]:
+def whole_folder(target: Path, *, advice: str = ELSEWHERE, new: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `target` to write to; it becomes `target` when the block succeeds.
 
     Args:
         target: its final name; an older folder of that name is replaced, and only then.
         advice: what the user is told to do if the file system refuses.
+        new: whether there must be none of that name, in the end too. One that somebody made meanwhile stays, and the
+            error says where the finished folder is instead.
 
     Raises:
-        UserError: the file system refuses (no space, no permission); `target` is then as it was.
+        UserError: the file system refuses (no space, no permission), or there is such a folder; `target` is then as it
+            was.
 
     """
+    target = Path(os.path.realpath(target))
+    if new and os.path.lexists(target):
+        raise UserError(f"{target} exists already: name another folder")
     unfinished = _beside(target)
     with saying_why(target, advice):
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
+            if new and os.path.lexists(target):
+                spare = target.with_name(f"{target.name}-{uuid.uuid4().hex[:6]}")
+                move_whole(unfinished, spare)
+                raise UserError(f"{target} was made by somebody else meanwhile: what was to go there is in {spare}")
             move_whole(unfinished, target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -27,7 +27,7 @@ def find_checkpoint(name: str) -> str:
         UserError: there is no such folder, or no model in it.
 
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return str(candidate)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from chiaroscuro import UserError
 from chiaroscuro.analysis.classification import evaluate_targets
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.recall import position_bins, recall_tokens
@@ -47,6 +48,20 @@ class Guesser(nn.Module):
 
     def nats(self, read: int, predicted: int) -> float:
         return -self.scores[read].log_softmax(0)[predicted].item()
+
+
+class Rows(list[dict[str, Tensor]]):
+    tokens = SimpleNamespace(count=1, bytes=1)
+
+
+def test_a_batch_in_which_nothing_is_predicted_counts_for_nothing() -> None:
+    told = {"input_ids": torch.tensor([1, 2, 3]), "shift_labels": torch.tensor([2, 3, 0])}
+    blank = {"input_ids": torch.tensor([1, 2, 3]), "shift_labels": torch.full((3,), -100)}
+    model: Any = Guesser()
+    alone, beside = (evaluate_blocks(model, Rows(rows), batch_size=1) for rows in ([told], [blank, told, blank]))  # type: ignore[arg-type]
+    assert beside.loss == alone.loss and beside.tokens == alone.tokens == 3
+    with pytest.raises(UserError, match="the text has no token to predict"):
+        evaluate_blocks(model, Rows([blank]), batch_size=1)  # type: ignore[arg-type]
 
 
 @given(

@@ -88,6 +88,22 @@ def test_a_mistake_is_one_line(
     assert code == 2 and err.count("\n") == 1 and complaint in err
 
 
+def test_a_template_that_knows_no_system_s_role(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    (checkpoint / "chat_template.jinja").write_text(refusing)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    code, _, err = run("chat", checkpoint, "--system", "Be brief.")
+    assert code == 2 and err == "error: the model's chat template refuses the conversation: no system role\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert run("chat", checkpoint, "--max-new-tokens", 2)[0] == 0
+
+
+def test_an_input_that_is_no_text(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"h\xff\xfei\n"), "utf-8"))
+    code, _, err = run("chat", checkpoint)
+    assert code == 2 and err.startswith("error: the standard input is not UTF-8") and err.count("\n") == 1
+
+
 def test_a_model_that_was_never_taught_to_talk(run: Run, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     build(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")

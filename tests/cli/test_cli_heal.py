@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,20 @@ def recipe(places: tuple[Path, Path], folder: Path, **changes: Any) -> Path:
     return file
 
 
+def test_coarse_weights_are_trained_as_fine_ones(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(places[0], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "coarse")
+    byte_tokenizer().save_pretrained(tmp_path / "coarse")
+    file = recipe((tmp_path / "coarse", places[1]), tmp_path, model__lora=None, trainer__learning_rate=1e-5)
+    code, _, err = run("heal", file, "trainer.steps=2", "trainer.save_every=2")
+    assert code == 0, err
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    before, after = (one.model.layers[0].self_attn.q_proj.weight for one in (model, healed))
+    assert after.dtype == torch.float32
+    moved = (after - before.float()).abs()
+    assert 0 < float(moved.max()) < 1e-4 and float((moved > 0).float().mean()) > 0.9
+
+
 @torch.no_grad()
 def divergence(model: Any, rows: list[torch.Tensor], teaching: Any) -> float:
     """KL(p of the teaching model's full-attention self ‖ q)."""
@@ -110,6 +125,11 @@ def test_it_comes_closer_to_its_full_attention_self(
     rows = Haystack(tokenizer, text).mixture(3, LENGTH, seed=9)
     teacher = after if lora is None else before  # LoRA's teacher stays as it was
     assert divergence(after, rows, teacher) < divergence(before, rows, before)
+    if lora is None:  # after its last step, the run is taken up as it was
+        saved_config = (tmp_path / "run/model/config.json").read_text()
+        shutil.rmtree(tmp_path / "run/model")
+        code, _, err = run("heal", recipe(places, tmp_path, model__lora=lora), "--resume")
+        assert code == 0 and (tmp_path / "run/model/config.json").read_text() == saved_config, err
     # What it began with need not be there any more.
     saved = (tmp_path / "run/recipe.yaml").read_text()
     assert str(places[0]) in saved

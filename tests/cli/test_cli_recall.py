@@ -66,6 +66,11 @@ def text_run(folder: Path, trained: Trained) -> Path:
     return trained("text", recipe_content(write_corpus(folder), folder / "text"))
 
 
+def test_needles_for_a_tokenizer_that_does_not_know_digits(run: Run, task_run: Callable[[str], Path]) -> None:
+    code, _, err = run("needles", task_run("mqar"), "--lengths", 200, "--keys", 1, "--tries", 1)
+    assert code == 2 and "does not know digits" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("task", DATA)
 def test_accuracy_by_depth(task: str, run: Run, task_run: Callable[[str], Path]) -> None:
     code, out, err = run("evaluate", task_run(task), "--split", "test", "--json")

@@ -366,6 +366,14 @@ class Builder:
             yield {"body": row, "number": 1}
 
 
+def test_a_data_set_of_the_hub_whose_column_is_the_usual_one(cache, monkeypatch) -> None:
+    rows = lambda self, split, shards: ({"text": row} for row in texts(len(split) + shards[0], 30))  # noqa: E731
+    monkeypatch.setattr(Builder, "_rows", rows)
+    monkeypatch.setattr(Builder, "hash", "with texts")
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *name: Builder())
+    assert stream_corpus("owner/name", cache).splits["validation"]["text"][:] == texts(10, 30) + texts(11, 30)
+
+
 def test_a_data_set_of_the_hub(cache, tokenizer, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *name: asked.append(name) or Builder())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chiaroscuro import ChiarConfig, UserError
-from chiaroscuro.analysis.flops import count_flops
+from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.studies.plan import count_activations, plan_run
 from chiaroscuro.training import Recipe
 
@@ -52,6 +52,18 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     assert count_activations(config, 64, half=True, checkpointing=False)[0] < whole
 
 
+def test_averages_and_a_teacher_are_counted() -> None:
+    plain = plan_run(Recipe.from_dict(SMALL), 8, "h100")
+    averaged = plan_run(Recipe.from_dict(SMALL | {"trainer": SMALL["trainer"] | {"ema": 0.9}}), 8, "h100")
+    assert averaged["memory"]["ddp"]["averaged weights"] == 4 * plain["parameters"]
+    more = averaged["memory"]["ddp"]["total"] - plain["memory"]["ddp"]["total"]
+    assert more == pytest.approx(4 * plain["parameters"])
+    taught = plan_run(Recipe.from_dict(SMALL | {"distill": {}}), 8, "h100")
+    config: Any = Recipe.from_dict(SMALL).build_config(300)
+    teacher = count_flops(full_attention(config), 64).total * 8 / (494e12 * 0.4)
+    assert taught["step"]["compute"] - plain["step"]["compute"] == pytest.approx(teacher)
+
+
 def test_more_machines_exchange_through_the_network() -> None:
     recipe = Recipe.from_dict(SMALL)
     near, far = (plan_run(recipe, n, "h200")["step"]["exchange of gradients"] for n in (8, 64))
@@ -64,6 +76,8 @@ def test_more_machines_exchange_through_the_network() -> None:
         ({}, {"gpu": "h900"}, "--gpu h900: no such GPU"),
         ({}, {"gpus": 0}, "--gpus 0"),
         ({}, {"used": 1.5}, "--used 1.5"),
+        ({"data": {"task": "listops-flat", "sequence_length": 16}, "tokenizer": "words"}, {}, "this recipe has tasks"),
+        ({"mixture": {"ratio": 0.5, "tasks": {"a": {"task": "listops-flat"}}}}, {}, "this recipe has tasks"),
         ({"tokenizer": "owner/name"}, {}, "does not say how many tokens it has: give --vocabulary"),
         (
             {

@@ -108,6 +108,17 @@ def go_through(sweep: Sweep, jobs: int = 2) -> Recorder:
     return recorder
 
 
+def test_all_data_folders_are_looked_for_before_anything_runs(write: Callable[..., Path], tmp_path: Path) -> None:
+    for field, value in (
+        ("trainer.validation_texts", {"a": "./nowhere"}),
+        ("trainer.training_texts", {"./nowhere": 0.5}),
+        ("data.source", "./nowhere"),
+    ):
+        sweep = Sweep.load(write(variants={"plain": {}, "other": {field: value}}))
+        with pytest.raises(UserError, match=r"variant 'other': no such folder: './nowhere'"):
+            sweep.refuse_missing_sources()
+
+
 # The file
 
 

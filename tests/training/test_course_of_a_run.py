@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
 from chiaroscuro import ChiarForCausalLM, UserError
+from chiaroscuro.studies.evaluation import evaluate
+from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, TrainResult, read_records, train
 from chiaroscuro.training.averaging import FILE, Averages
 
@@ -90,6 +93,25 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_asked_for(run: Go, tmp_
         run(resume=True, **constant)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"calibration": {"method": "paper"}}, {"data__streaming": True, "fit": {"after": 4}}]
+)
+def test_a_run_whose_other_parts_hang_on_its_length_is_not_made_longer(
+    content: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    content["trainer"] |= {"learning_rate_schedule": "constant", "steps": 12}
+    if "fit" in changes:
+        content["model"] |= {"router": "fitted"}
+        content["schedule"] = {"attention_share": {"from": 1.0, "after": 4, "steps": 4}}
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        content[section] = content.get(section, {}) | {field: value} if field else value
+    begun = Recipe.from_dict(content)
+    content["trainer"] = content["trainer"] | {"steps": 20}
+    with pytest.raises(UserError, match=r"steps was 12 when this run began and is 20 now"):
+        Recipe.from_dict(content).refuse_to_resume(begun)
+
+
 def test_with_a_cosine_another_length_is_another_run(run: Go) -> None:
     run()
     with pytest.raises(UserError, match="steps was 12 when this run began and is 20 now"):
@@ -162,6 +184,9 @@ class Recording(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.begun = True
 
+    def on_step_end(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+        self.told.append({"step": state.global_step, "run": args.run_name})
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         assert self.begun
         self.told.append({"step": state.global_step, "run": args.run_name, **logs})
@@ -173,6 +198,7 @@ def test_a_tracker_is_told_numbers_under_flat_names(run: Go, monkeypatch: pytest
     assert [one["step"] for one in Recording.told if "train/loss" in one] == [1, 2, 4, 6, 8, 10, 12]
     assert [one["step"] for one in Recording.told if "validation/perplexity" in one] == [6, 12]
     assert all(isinstance(value, int | float | str) for one in Recording.told for value in one.values())
+    assert [one["step"] for one in Recording.told if len(one) == 2] == list(range(1, 13))
     assert {one["run"] for one in Recording.told} == {"run"}
 
 
@@ -195,6 +221,39 @@ def test_other_texts_are_validated_on_too(run: Go, tmp_path: Path, whole: TrainR
     assert "walls: loss" in said
     with pytest.raises(UserError, match=r"trainer.validation_texts.walls: .*no such folder"):
         run(trainer__validation_texts={"walls": str(tmp_path / "nothing")}, trainer__output_dir=str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("how", [{"documents": True}, {"column": "body"}])
+def test_another_text_is_read_as_the_text_itself(run: Go, corpus: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    source = corpus
+    if "column" in how:
+        source = tmp_path / "tables"
+        source.mkdir()
+        for split in ("train", "validation"):
+            lines = (corpus / f"{split}.txt").read_text().splitlines()
+            datasets.Dataset.from_dict({"body": lines}).to_parquet(source / f"{split}.parquet")
+    options = {f"data__{name}": value for name, value in how.items()}
+    result, _ = run(data__source=str(source), trainer__validation_texts={"same": str(source)}, **options)
+    last = [record for record in read_records(result.folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
+    assert last["tasks"]["same"]["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    workspace = Workspace(str(result.folder))
+    alone, named = (evaluate(workspace, source=given) for given in (None, str(source)))
+    assert named["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert evaluate(workspace, source=str(corpus))["loss"] > 0  # text files, whose column is the usual one
+
+
+def test_averages_of_coarse_weights_move() -> None:
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    averages = Averages(model, 0.999)
+    state, arguments, control = TrainerState(), None, TrainerControl()
+    for step in range(1, 3001):
+        with torch.no_grad():
+            model.weight.fill_(1 + step / 3000)
+        state.global_step = step
+        averages.on_step_end(arguments, state, control)  # type: ignore[arg-type]
+    with averages.in_place():
+        assert 1.85 < float(model.weight.detach()) < 1.95 and model.weight.dtype == torch.bfloat16
+    assert float(model.weight.detach()) == 2
 
 
 def test_other_texts_are_learned_from_and_the_run_resumes(run: Go, tmp_path: Path) -> None:

@@ -96,6 +96,21 @@ def test_a_run_learns_all_and_says_so(run: Go, mixture: dict[str, Any], monkeypa
     assert isinstance(ChiarForCausalLM.from_pretrained(result.model), ChiarForCausalLM)
 
 
+def test_other_texts_beside_a_mixture_are_those_of_the_text_alone(
+    run: Go, mixture: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for split in ("train", "validation"):
+        (beside / f"{split}.txt").write_text("a wall of light stays dark until the sun has gone\n" * 60)
+    texts = {"trainer__validation_texts": {"walls": str(beside)}, "trainer__training_texts": {str(beside): 0.5}}
+    result, said = run(mixture=mixture, **texts)
+    assert said.count(str(beside)) == 1  # learned from by the text, and by no task
+    last = [record for record in read_records(result.folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
+    assert set(last["tasks"]) == {"walls", "sums", "other_text"}
+    assert all(not isinstance(value, dict) for task in last["tasks"].values() for value in task.values())
+
+
 def test_the_recorded_loss_is_the_text_s_alone(run: Go, mixture: dict[str, Any]) -> None:
     # At a learning rate of next to nothing the model stays as it is, and so does the loss of any batch.
     still = {"trainer__learning_rate": 1e-12, "trainer__min_learning_rate": 0.0, "model__hidden_dropout": 0.0}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from chiaroscuro.analysis.routing import refuse_broken_text
@@ -25,7 +26,7 @@ class Conversation:
         seed: of the sampling of the first reply; each next one has the next seed.
 
     Raises:
-        UserError: the tokenizer has no chat template, or an option is impossible.
+        UserError: the tokenizer has no chat template, or one that knows no system's role; or an option is impossible.
 
     """
 
@@ -50,6 +51,15 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.system = system
         self.clear()
+        if system:
+            self._as_template([*self.messages, {"role": "user", "content": "Hello."}], tokenize=False)
+
+    def _as_template(self, messages: list[dict[str, str]], **how: Any) -> Any:
+        """The messages by the tokenizer's template; or an error, for a template may refuse a role or an order."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, **how)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses the conversation: {error}") from None
 
     def clear(self) -> None:
         """Forget what was said, but not what the model was told beforehand."""
@@ -64,9 +74,7 @@ class Conversation:
         """
         refuse_broken_text(text)
         messages = [*self.messages, {"role": "user", "content": text}]
-        given: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        given: Any = self._as_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids = given["input_ids"].to(self.model.device)
         longest, time = longest_sequence(self.model.config), ids.shape[1]
         if time >= longest:

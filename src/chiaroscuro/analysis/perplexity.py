@@ -98,7 +98,7 @@ def evaluate_blocks(
         progress: called with the number of blocks after every batch.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or nothing is predicted.
 
     """
     total, count, routings = 0.0, 0, []
@@ -110,7 +110,8 @@ def evaluate_blocks(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked
             )
             predicted = int((batch["shift_labels"] != -100).sum())
-            total += outputs.loss.double().item() * predicted
+            if predicted:  # else the loss is the mean of nothing, NaN
+                total += outputs.loss.double().item() * predicted
             count += predicted
             if sums is not None:
                 sums.add(outputs.logits, batch)
@@ -118,6 +119,8 @@ def evaluate_blocks(
                 routings.append((outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["input_ids"]))
+    if not count:
+        raise UserError("the text has no token to predict: give a longer one")
     loss = total / count
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")

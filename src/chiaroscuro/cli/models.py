@@ -215,7 +215,10 @@ def chat(
     by_hand = sys.stdin.isatty()
     while True:
         print("> " if by_hand else "", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the standard input is not UTF-8: {error}; convert it with iconv") from None
         text = line.strip()
         if not line or text == "/exit":
             break
@@ -559,7 +562,7 @@ def import_reference(
         raise UserError(f"{output} exists already: name another folder")
     imported = convert(file, heads=heads, thresholds=thresholds)
     model = imported.model
-    with whole_folder(output) as partial:
+    with whole_folder(output, new=True) as partial:
         model.save_pretrained(partial)
     facts: dict[str, Any] = {
         "output": str(output),

@@ -140,13 +140,13 @@ def sweep(
 
 @command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for both runs and the pictures.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for the runs and the pictures.")] = Path("runs/quickstart"),
     as_json: AsJson = False,
 ) -> None:
-    """Train `small` and `small-baseline` on Python's documentation, and compare them.
+    """Train `small`, `reach-small` and `small-baseline` on Python's documentation, and compare them.
 
-    Run it from a clone: it reads recipes/small.yaml and recipes/small-baseline.yaml. If it is interrupted, the same
-    command resumes; when it is done, the same command shows the results again.
+    Run it from a clone: it reads their recipes in recipes/. If it is interrupted, the same command resumes; when it is
+    done, the same command shows the results again.
     """
     from chiaroscuro.studies.quickstart import run_quickstart
 

@@ -16,6 +16,7 @@ Entropy counts the DC term twice there: `spectrum="reference"`. And there the in
 filter w there is 2w here.
 """
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def import_reference(
     path: str | Path, *, heads: int | None = None, thresholds: tuple[float, float] | None = None
 ) -> Imported:
     """What `load_reference_checkpoint` does, with the remarks beside the model; see there."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         weights, settings = _read(path)
         remarks = []

@@ -323,9 +323,10 @@ def _hub_stream(
         rows()  # or an error, now
         key = hashlib.sha256(f"{identity} {split} {column}".encode()).hexdigest()[:24]
         with writing_to(cache_dir), _quiet_datasets(True):
-            splits[split] = datasets.Dataset.from_generator(
+            texts = datasets.Dataset.from_generator(
                 _each, cache_dir=str(cache_dir / "corpora"), gen_kwargs={"open_rows": rows}, fingerprint=key
-            ).rename_column("text", column)
+            )
+            splits[split] = texts if column == "text" else texts.rename_column("text", column)
     return lambda: builder.as_streaming_dataset()["train"], splits, identity
 
 

@@ -82,6 +82,8 @@ class Haystack:
         ]
         question = self._ids(f"\nWhat is the pass key{of[0]}? The pass key{of[0]} is")
         answer = self._ids(f" {numbers[0]}")
+        if self.tokenizer.unk_token_id in answer:
+            raise UserError("the tokenizer does not know digits, so no number can be asked for: use one of a text")
         introduction = [] if in_text else self._ids(INTRODUCTION)
         rest = length - len(introduction) - sum(map(len, needles)) - len(question) - len(answer)
         if rest < 1:

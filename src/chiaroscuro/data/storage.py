@@ -18,7 +18,7 @@ from chiaroscuro.files import whole_file, why_not_written
 
 def default_cache_dir() -> Path:
     """Return `$CHIAROSCURO_CACHE`, or `~/.cache/chiaroscuro` where that is not set."""
-    return Path(os.environ.get("CHIAROSCURO_CACHE") or "~/.cache/chiaroscuro").expanduser()
+    return Path(os.path.expanduser(os.environ.get("CHIAROSCURO_CACHE") or "~/.cache/chiaroscuro"))
 
 
 def fingerprint(**parts: str | int | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.analysis.flops import count_flops, full_attention
+from chiaroscuro.data.tasks import TextTask
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.config import ChiarConfig
@@ -75,13 +76,15 @@ def plan_run(
         `"run"`; and `"assumptions"`, in words.
 
     Raises:
-        UserError: an unknown GPU, an impossible number, or a recipe of another kind of model.
+        UserError: an unknown GPU, an impossible number, or a recipe of another kind of model or of another task.
 
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: no such GPU; {suggest(gpu, GPUS)}")
     if gpus < 1 or not 0 < used <= 1:
         raise UserError(f"--gpus {gpus}, --used {used:g}: give one GPU or more, and a part of the peak from 0 to 1")
+    if recipe.mixture is not None or not isinstance(recipe.data.build_task(), TextTask):
+        raise UserError("plan counts a model that learns a text alone, and this recipe has tasks")
     trainer, length, device = recipe.trainer, recipe.data.sequence_length, GPUS[gpu]
     thresholds = (0.0, 1.0) if recipe.uses_baseline else None
     config = recipe.build_config(vocabulary or _vocabulary(recipe), thresholds)
@@ -98,10 +101,15 @@ def plan_run(
     for kind, parts in (("ddp", 1), ("fsdp", gpus)):
         memory[kind] = {name: each * parameters / parts for name, each in state.items()}
         memory[kind]["weights in bf16"] = 2.0 * parameters if half else 0.0
+        if trainer.ema is not None:
+            memory[kind]["averaged weights"] = 4.0 * parameters
         memory[kind]["activations"] = activations
         memory[kind]["total"] = sum(memory[kind].values())
     flops = count_flops(config, length, training=True).total * trainer.batch_size * trainer.gradient_accumulation
     whole = count_flops(full_attention(config), length, training=True).total
+    if recipe.distill is not None:  # the teacher is the model itself, whose forward has full attention
+        teacher = count_flops(full_attention(config), length).total
+        flops += teacher * trainer.batch_size * trainer.gradient_accumulation
     peak = device.bf16 if half else device.fp32
     compute = flops / (peak * used)
     link = device.link if gpus <= A_MACHINE else min(device.link, BETWEEN)

@@ -243,9 +243,12 @@ class Sweep:
         for run in self.runs:
             if not run.is_done():
                 mixture = run.recipe.mixture
-                for data in [run.recipe.data, *(mixture.tasks.values() if mixture else [])]:
+                data = [run.recipe.data, *(mixture.tasks.values() if mixture else [])]
+                sources = [each.options.get("source") for each in data]
+                trainer = run.recipe.trainer
+                for source in (*sources, *trainer.validation_texts.values(), *trainer.training_texts):
                     try:
-                        check_source(data.options.get("source"))
+                        check_source(source)
                     except UserError as error:
                         raise UserError(f"variant {run.variant!r}: {error}") from None
 

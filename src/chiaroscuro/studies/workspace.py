@@ -7,6 +7,7 @@ Commands and studies start from it:
     evaluate_blocks(workspace.model, blocks)
 """
 
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -193,14 +194,22 @@ class Workspace:
             if not isinstance(text, LanguageModelling):  # a task of the user's, which knows its text
                 return cast(Corpus, text.load(default_cache_dir()))
             needed = (split,) if text.streaming else ()  # of a stream no more is loaded than is needed
-            return replace(text, source=found or text.source).load(default_cache_dir(), needed)
+            read = replace(text, source=found or text.source)
+            try:
+                return read.load(default_cache_dir(), needed)
+            except UserError:
+                if source is None or text.column == "text":
+                    raise
+            return replace(read, column="text").load(default_cache_dir(), needed)  # not all call it as the recipe does
 
         return self._with_split(split, self._from_source(source, load))
 
     def _text(self, source: str | None) -> TextTask:
-        """How the recipe reads its text; another source is a running text."""
-        task = self.recipe.data.build_task() if self.recipe is not None and source is None else None
-        return task if isinstance(task, TextTask) else LanguageModelling()
+        """How the recipe reads its text, and another source likewise; a running text where it reads none."""
+        task = self.recipe.data.build_task() if self.recipe is not None else None
+        if source is None:
+            return task if isinstance(task, TextTask) else LanguageModelling()
+        return replace(task, streaming=False) if type(task) is LanguageModelling else LanguageModelling()
 
     def blocks(
         self, split: str, *, length: int | None = None, stride: int | None = None, source: str | None = None
@@ -254,7 +263,7 @@ class Workspace:
         if source is not None or not isinstance(named, str):
             return load(source)
         started = self._started_in()
-        if started is not None and not Path(named).expanduser().exists() and (started / named).is_dir():
+        if started is not None and not os.path.exists(os.path.expanduser(named)) and (started / named).is_dir():
             return load(str(started / named))
         try:
             return load(named)

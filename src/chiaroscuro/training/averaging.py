@@ -33,7 +33,11 @@ class Averages(TrainerCallback):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
-        self.values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        # In float32 at least: a step of 1 − d is lost in the rounding of bfloat16.
+        self.values = {
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in model.named_parameters()
+        }
 
     def save(self, folder: Path) -> None:
         """Write them into a checkpoint's folder."""
@@ -74,7 +78,7 @@ class Averages(TrainerCallback):
         """Take up the weights of a step."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, parameter in self.model.named_parameters():
-            self.values[name].lerp_(parameter.detach(), 1 - decay)
+            self.values[name].lerp_(parameter.detach().to(self.values[name].dtype), 1 - decay)
 
 
 @torch.no_grad()

@@ -108,15 +108,15 @@ def save_whole(
     """Save a model and its tokenizer for `from_pretrained`, whole or not at all.
 
     Args:
-        folder: Where; an existing folder is replaced.
+        folder: Where. It must not exist.
         model: The model.
         tokenizer: Its tokenizer.
         recipe: What it was trained by, saved beside the weights as recipe.yaml.
 
     Raises:
-        UserError: if the file system refuses.
+        UserError: if there is such a folder, or the file system refuses.
     """
-    with whole_folder(folder) as unfinished:
+    with whole_folder(folder, new=True) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if recipe is not None:

@@ -37,7 +37,7 @@ from chiaroscuro.data import (
     TextStream,
     TokenBlocks,
     TokenFile,
-    load_corpus,
+    check_source,
     load_tokenizer,
     tokenize_corpus,
 )
@@ -163,21 +163,29 @@ class LanguageModelling(Objective):
     ) -> "LanguageModelling":
         """The recipe's text in blocks, tokenised by its tokenizer or the given one."""
         task = cast(TextTask, recipe.data.build_task())
+        # Before minutes go into the text itself.
+        for name, source in recipe.trainer.validation_texts.items():
+            with _naming("validation_texts", name):
+                check_source(source)
+        for source in recipe.trainer.training_texts:
+            with _naming("training_texts", source):
+                check_source(source)
         corpus = task.load(cache_dir)
         tokenizer = tokenizer or load_tokenizer(recipe.tokenizer, corpus, cache_dir)
         splits = tokenize_corpus(corpus, tokenizer, cache_dir)
         length = recipe.data.sequence_length
         texts = {}
         for name, source in recipe.trainer.validation_texts.items():
-            try:
-                other = load_corpus(source, cache_dir, ("validation",))
-            except UserError as error:
-                raise UserError(f"trainer.validation_texts.{name}: {error}") from None
+            # It is read as the text itself is.
+            known = replace(task, source=source, streaming=False) if isinstance(task, TextToModel) else None
+            beside = known or TextToModel(source)
+            with _naming("validation_texts", name):
+                other = beside.load(cache_dir, ("validation",))
             tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
-            texts[name] = TokenBlocks(_beginning(tokens, recipe), length)
+            texts[name] = beside.blocks(_beginning(tokens, recipe), tokenizer, length)
         sources = {"": corpus}
         for source in recipe.trainer.training_texts:
-            with _naming(source):
+            with _naming("training_texts", source):
                 sources[source] = replace(cast(Any, task), source=source).load(cache_dir, ("train",))
         learn_from = _streamed if isinstance(corpus, StreamedCorpus) else _stored
         train, identity, sizes = learn_from(sources, recipe, task, tokenizer, cache_dir)
@@ -217,12 +225,12 @@ class LanguageModelling(Objective):
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Say of an error which of the training texts it is about; the first has no name of its own."""
+def _naming(field: str, source: str) -> Iterator[None]:
+    """Say of an error which of the other texts it is about; the recipe's own has no name."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"trainer.training_texts.{source}: {error}" if source else str(error)) from None
+        raise UserError(f"trainer.{field}.{source}: {error}" if source else str(error)) from None
 
 
 def _stored(
@@ -231,7 +239,7 @@ def _stored(
     """Rows of tokens that are kept on the disk; what identifies them; and in words how much each source has."""
     rows, files = [], []
     for source, corpus in sources.items():
-        with _naming(source):
+        with _naming("training_texts", source):
             files.append(tokenize_corpus(corpus, tokenizer, cache_dir)["train"])
             rows.append(task.train_rows(files[-1], tokenizer, recipe.data.sequence_length))
     others = list(zip(rows[1:], recipe.trainer.training_texts.values(), strict=True))
@@ -338,7 +346,8 @@ class MixedTraining(LanguageModelling):
         text = LanguageModelling.load(recipe, cache_dir, tokenizer)
         tasks = {}
         for name, data in recipe.mixture.tasks.items():
-            alone = recipe.model_copy(update={"data": data, "mixture": None})
+            trainer = recipe.trainer.model_copy(update={"validation_texts": {}, "training_texts": {}})
+            alone = recipe.model_copy(update={"data": data, "mixture": None, "trainer": trainer})
             task = load_objective(alone, cache_dir, text.tokenizer)
             tasks[name] = replace(task, head=name) if isinstance(task, Classification) else task
         sizes = {name: len(cast(Sized, task.train)) for name, task in tasks.items()}

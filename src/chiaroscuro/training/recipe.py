@@ -851,7 +851,11 @@ class Recipe(Section):
         """Whether no step would have been another one in a longer run, so that a finished run can be extended."""
         parts = [self.fit.after] if self.fit is not None else []
         parts += [part for share in self._scheduled().values() for part in (share.steps, share.after)]
-        return self.trainer.learning_rate_schedule == "constant" and not any(isinstance(p, float) for p in parts)
+        if self.trainer.learning_rate_schedule != "constant" or any(isinstance(p, float) for p in parts):
+            return False
+        # A baseline is trained as long, and of a stream so many rows are fitted on as the run has.
+        own_baseline = self.uses_baseline and self.calibration is not None and self.calibration.baseline is None
+        return not own_baseline and (self.fit is None or not self.data.options.get("streaming"))
 
     def refuse_to_resume(self, begun: "Recipe") -> None:
         """Raise if this recipe would end with other weights than the one that the run began with.

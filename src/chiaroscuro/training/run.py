@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
@@ -545,6 +546,9 @@ def _build_retrofitted(section: RetrofitSection, seed: int, tokenizer: Any) -> P
     if load_checkpoint_tokenizer(section.checkpoint).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"tokenizer is another one than that of model.checkpoint={section.checkpoint}; remove it")
     _refuse_other_logits(model, section.checkpoint)
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model = model.float()  # a step of training is lost in the rounding of bfloat16; the saved model is float32 too
+    align_special_tokens(model, tokenizer)  # now, and not when the Trainer begins, which a finished run never does
     set_seed(seed)
     if section.lora is not None:
         add_adapters(model, section.lora)

@@ -15,6 +15,9 @@ from chiaroscuro.training.records import scalars
 OURS = "tensorboard"
 """What every run writes anyway."""
 
+_EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_log"]
+"""What a tracker may be told beside records."""
+
 
 def trackers(names: Sequence[str]) -> list[TrainerCallback]:
     """The callbacks of these trackers.
@@ -47,19 +50,11 @@ class _Flat(TrainerCallback):
 
     def __init__(self, tracker: Any) -> None:
         self.tracker = tracker
+        for event in _EVENTS:
+            if getattr(type(tracker), event) is not getattr(TrainerCallback, event):
+                setattr(self, event, getattr(tracker, event))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """A record."""
         if logs and "kind" in logs:
             self.tracker.on_log(args, state, control, logs=scalars(logs), **kwargs)
-
-
-def _passing_on(event: str) -> Any:
-    def pass_on(self: _Flat, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return getattr(self.tracker, event)(args, state, control, **kwargs)
-
-    return pass_on
-
-
-for _event in ("on_init_end", "on_train_begin", "on_train_end", "on_save", "on_predict", "on_prediction_step"):
-    setattr(_Flat, _event, _passing_on(_event))
