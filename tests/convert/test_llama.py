@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks, UserError, retrofit, unretrofit
 from chiaroscuro.convert import from_llama, to_llama
 
 SCALED = [
@@ -146,6 +146,21 @@ def test_a_menu_can_grow_from_it() -> None:
     grown.load_state_dict(ours.state_dict(), strict=False)
     grown.set_attention_share(1.0)
     torch.testing.assert_close(grown(ids(3)).logits, ours(ids(3)).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_added_to_a_model_is_named() -> None:
+    routed = llama()
+    retrofit(routed, window=4, sinks=1, kv_share=0.5, kv_router="norm")
+    with pytest.raises(UserError, match=r"the model has '.*self_attn\.chiaroscuro.*: undo what was added"):
+        from_llama(routed)
+    unretrofit(routed)
+    assert from_llama(routed).num_parameters()
+    like_llama: Any = {"norm": "pre", "norm_type": "rms", "feed_forward": "swiglu", "embedding_norm": False}
+    like_llama |= {"operators": [["attention"]], "meta_router": "none", "hidden_dropout": 0.0}
+    config = ChiarConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, **like_llama)
+    config.task_labels = {"a": 3}
+    with pytest.raises(UserError, match=r"the model has 'heads\.a\.weight', which the other has not"):
+        to_llama(ChiarForMixedTasks(config))
 
 
 def test_the_settings_of_generate_go_along() -> None:

@@ -345,6 +345,14 @@ def test_the_share_can_be_changed_while_training() -> None:
     assert achieved(model.eval(), batches(9, count=6))[1][-1] == pytest.approx(0.1, abs=0.05)
 
 
+def test_each_part_has_the_mode_that_it_had() -> None:
+    model = build().train()
+    model.trunk.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, batches(1))
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_fixed_thresholds_never_move() -> None:
     model = build("three", calibration="fixed", entropy_thresholds=[0.7, 0.8])
     wanted = torch.tensor([0.7, 0.8])

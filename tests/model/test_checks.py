@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, check_model, register_operator, register_router
+from chiaroscuro import (
+    ChiarConfig,
+    ChiarForCausalLM,
+    UserError,
+    calibrate,
+    check_model,
+    register_operator,
+    register_router,
+)
 from chiaroscuro.layers import Context, Decision, Operator, OperatorState, PackedTokens, Router, ScoreRouter
 from chiaroscuro.layers.registry import OPERATORS, ROUTERS
 
@@ -47,6 +55,20 @@ def test_every_operator_passes(operator: str, norm: str) -> None:
 def test_every_router_passes(router: str) -> None:
     context = "routed" if issubclass(ROUTERS[router], ScoreRouter) else "all"
     check_model(build(operators=[["dct", "conv", "attention"]] * 2, router=router, attention_context=context))
+
+
+@pytest.mark.parametrize("operator", ["rbf", "attention"])
+@pytest.mark.parametrize("router", ["random", "norm", "learned"])
+def test_what_is_routed_is_cached_for_a_row_alone(operator: str, router: str) -> None:
+    model = build(operators=[["conv", operator]] * 2, router=router, attention_context="routed", attention_share=0.5)
+    check_model(model)
+    prompt = torch.randint(60, (1, 12), generator=torch.Generator().manual_seed(1))
+    model.eval()
+    calibrate(model, [prompt.repeat(2, 1)])
+    answers = [
+        model.generate(prompt, max_new_tokens=20, pad_token_id=0, do_sample=False, use_cache=c) for c in (True, False)
+    ]
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening
 
 from chiaroscuro import ChiarCache, UserError
 from chiaroscuro.model.cache import CACHE
+from chiaroscuro.model.modeling import segments_of
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 MENUS = [["dct"], ["dct", "attention"], ["dct", "rbf", "attention"], ["attention"]]
@@ -75,6 +76,44 @@ def test_positions_that_only_rise_are_one_document() -> None:
     with torch.no_grad():
         counted = model(ids, position_ids=torch.arange(8).expand(2, -1)).logits
     torch.testing.assert_close(counted, model(ids).logits)
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+def test_padding_between_documents_hides_no_restart(gap: int) -> None:
+    model, ids = build(shrunk("small", use_cache=False)), tokens(0, 2, 8 + gap)
+    places = torch.cat([torch.arange(4), torch.zeros(gap, dtype=torch.long), torch.arange(4)])[None]
+    mask = torch.ones_like(ids)
+    mask[0, 4 : 4 + gap] = 0
+    with torch.no_grad():
+        together = model(ids[:1], attention_mask=mask[:1], position_ids=places).logits
+        alone = torch.cat([model(part).logits for part in (ids[:1, :4], ids[:1, 4 + gap :])], 1)
+    torch.testing.assert_close(together[mask[:1].bool()], alone[0], atol=1e-5, rtol=1e-5)
+    # Padding before, behind and amid one document, whose positions go on, makes no second one.
+    places = torch.tensor([[0, 0, 1, 1, 2, 3, 0]])
+    assert segments_of(places, torch.tensor([[0, 1, 1, 0, 1, 1, 0]]).bool()) is None
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_compiled_model_is_cached_with_positions_and_refuses_documents_as_ever() -> None:
+    model, ids = build(shrunk("small")), tokens(0, 2, 8)
+    compiled: Any = torch.compile(model, backend="eager")
+    places = torch.arange(8)[None]
+    with torch.no_grad():
+        for more in ({"use_cache": True}, {}):
+            found = compiled(ids, position_ids=places, **more)
+            torch.testing.assert_close(found.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+            assert getattr(found, CACHE) is not None
+        with pytest.raises(UserError, match="holds several documents"):
+            compiled(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=True)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_document_lengths_are_a_tensor() -> None:
+    with pytest.raises(UserError, match=r"cu_seq_lens_q=\[0, 4\]: give a tensor"):
+        build(shrunk("small"))(tokens(0, 1, 4), cu_seq_lens_q=[0, 4])
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -610,6 +610,7 @@ def twice() -> Any:
         (build, {"layers": "all"}, "layers='all': give the numbers of layers"),
         (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a window or chunks of its own"),
         (build, {"kv_router": "best"}, "unknown router 'best'"),
+        (build, {"router": {"fitted": {"thresholds": [0.0]}}}, "thresholds is a field of the model"),
         (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
         (build, {"router": {"fitted": {"heads": 4}}}, "the model has 2 key-value heads"),
         (build, {"router": "soft"}, "needs a router by a score"),

@@ -252,6 +252,16 @@ def test_the_recipes_ask_what_is_known() -> None:
         ("question: gain", "share is missing"),
         ("question: length\ntokens: 1\nlengths: [1]\nmodels: {}\nseed: 1", "seed: unknown field"),
         ("question: length\ntokens: 64\nlengths: [64]\nmodels: {small: no/such/model}", "no/such/model"),
+        ("question: length\ntokens: 64\nlengths: [64]\nmodels: {}", "give one or more, by name"),
+        ("question: length\ntokens: 64\nlengths: [64]\nmodels: 5", "give one or more, by name"),
+        (
+            "question: gain\nshare: 0.25\nlength: 64\nrows: 1\nmodels: {small: {checkpoint: x, windo: 3}}",
+            "models.small.windo: unknown field; did you mean 'window'",
+        ),
+        (
+            "question: gate\nresults: not/there.json\nrows: 1\nlength: 8\ntasks: [a]\nmodels: {a: b}",
+            "not/there.json can't be read",
+        ),
         (
             "question: gain\nshare: 0.25\nlength: 64\nrows: 1\nmodels: {small: {checkpoint: nowhere/at/all, window: 8, "
             "sinks: 1}}",

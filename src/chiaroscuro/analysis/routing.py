@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter
+from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_mean
 
@@ -141,6 +142,8 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             "use the tokenizer the model was trained with"
         )
 
+    if not isinstance(model, ChiarPreTrainedModel):
+        raise UserError(f"trace_routing takes a CHIAR-Former, not a {type(model).__name__}")
     with evaluation_mode(model), torch.no_grad():  # the trunk alone: the heads have no part in the routing
         output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.batches import Batch, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -56,7 +57,14 @@ def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Run a model on batches, as of `calibrate`, and summarise its routing as `describe_routing` does."""
+    """Run a model on batches, as of `calibrate`, and summarise its routing as `describe_routing` does.
+
+    Raises:
+        UserError: the model is no CHIAR-Former.
+
+    """
+    if not isinstance(model, ChiarPreTrainedModel):
+        raise UserError(f"measure_routing takes a CHIAR-Former, not a {type(model).__name__}")
     with evaluation_mode(model):
         outputs = [
             model.trunk(

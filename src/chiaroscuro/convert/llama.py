@@ -142,7 +142,12 @@ def _names(config: ChiarConfig) -> Iterator[tuple[str, str]]:
 
 @torch.no_grad()
 def _copy(weights: dict[str, Tensor], target: torch.nn.Module, names: dict[str, str]) -> None:
-    """Load renamed weights; one that is left over, or a place that stays empty, is an error of ours."""
+    """Load renamed weights; a place that stays empty is an error of ours."""
+    if added := [name for name in weights if name not in names]:
+        raise UserError(
+            f"the model has {added[0]!r}, which the other has not: undo what was added to it (unretrofit, merge the "
+            "adapter, or convert it without its other heads)"
+        )
     renamed = {names[name]: tensor for name, tensor in weights.items()}
     target.load_state_dict(renamed, strict=True)
     target.tie_weights()  # type: ignore[operator]

@@ -84,19 +84,21 @@ class RBFMixing(Operator):
         """
         time = x.shape[1]
         features = self.features_of(x)
-        mask = context.mask_over(self._weighed(x, context), time, self.options.rbf_causal)
         if context.state is None:
+            mask = context.mask_over(self._weighed(x, time, context), time, self.options.rbf_causal)
             return self.out_proj(rbf_mix(features, mask))
         if context.routed is not None and self.options.attention_context == "routed":
             raise ValueError("a cache in the 'routed' context holds the routed tokens alone: use sparse execution")
         (kept,) = context.state.update(features[:, None])
+        # Of tokens that came alone, the state may hold those alone that were routed here.
+        mask = context.mask_over(self._weighed(x, kept.shape[2], context), time, self.options.rbf_causal)
         return self.out_proj(rbf_mix(kept[:, 0], mask))
 
-    def _weighed(self, x: Tensor, context: Context) -> Tensor:
+    def _weighed(self, x: Tensor, keys: int, context: Context) -> Tensor:
         """Which tokens, cached ones included, are weighed by others."""
         real = context.attention_mask
         if real is None:
-            real = x.new_ones((len(x), context.past + x.shape[1]), dtype=torch.bool)
+            real = x.new_ones((len(x), keys), dtype=torch.bool)
         if context.routed is not None and self.options.attention_context == "routed":
             real = real & context.routed
         return real

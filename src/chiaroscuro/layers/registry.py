@@ -146,6 +146,21 @@ def build_router(
     return cls(width, operators, layer, **with_defaults(cls, options, model or {}))
 
 
+def refuse_model_s_options(field: str, entry: Any) -> None:
+    """Raise a UserError if a router's entry sets what is a field of the model: dials and calibrations change that.
+
+    Args:
+        field: of the model, `"router"` or `"kv_router"`.
+        entry: what stands there.
+
+    """
+    share = "attention_share" if field == "router" else "kv_share"
+    instead = {"attention_share": share, "thresholds": "entropy_thresholds", "spectrum": "spectrum"}
+    for name in split_entry(entry)[1]:
+        if name in instead:
+            raise UserError(f"{field}={entry!r}: {name} is a field of the model: set {instead[name]} there")
+
+
 def build_kv_router(width: int, model: Mapping[str, Any], layer: int = 0) -> ScoreRouter:
     """The router of the key side that a model's fields describe: which tokens are kept, to be seen from far.
 

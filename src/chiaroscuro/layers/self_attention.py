@@ -1,5 +1,6 @@
 """The full operator: multi-head causal self-attention with rotary positions and, optionally, grouped heads."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,6 +73,10 @@ class AttentionOptions:
                 raise UserError(f"{name}={value!r}: must be a positive whole number")
         if not isinstance(self.bias, bool):
             raise UserError(f"bias={self.bias!r}: must be true or false")
+        if not _is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:
+            raise UserError(f"attention_dropout={self.attention_dropout!r}: must be a number from 0 to less than 1")
+        if not _is_number(self.rope_theta) or not 0 < self.rope_theta < math.inf:
+            raise UserError(f"rope_theta={self.rope_theta!r}: must be a positive number")
 
     def widths(self, width: int) -> tuple[int, int, int]:
         """Heads of the queries, heads of keys and values, and the width of each."""
@@ -371,6 +376,10 @@ class SelfAttention(Operator):
             frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, least: int, most: int | None = None) -> bool:

@@ -55,7 +55,25 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
             raise UserError(
                 "every batch needs input_ids of shape (B, T), one whole number at least: give a list of such batches"
             )
+        if lists := [name for name, value in fields_of(batch).items() if isinstance(value, list | tuple)]:
+            raise UserError(f"{lists[0]} of a batch is a list: give a tensor, one number for each token")
     return given
+
+
+def check_vocabulary(batches: Sequence[Batch], vocabulary: int) -> None:
+    """Raise a UserError where a batch has a token, or a label, that is not in the vocabulary."""
+    for batch in batches:
+        fields = fields_of(batch)
+        for name in ("input_ids", "labels", "shift_labels"):
+            ids = fields.get(name)
+            if ids is None:
+                continue
+            known = ids if name == "input_ids" else ids[ids != IGNORED]
+            if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < vocabulary:
+                raise UserError(
+                    f"{name} with a token outside the vocabulary, vocab_size={vocabulary}: use the model's own "
+                    "tokenizer"
+                )
 
 
 def check_predictions(batches: Sequence[Batch], held_out: int) -> None:
@@ -88,6 +106,10 @@ def _predicts(fields: Mapping[str, Any]) -> bool:
         if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise UserError(f"{name} of shape {shape} beside input_ids of shape {tuple(ids.shape)}: must be alike")
+    places = fields.get("position_ids")
+    if places is not None and (not isinstance(places, Tensor) or places.shape not in (ids.shape, (1, ids.shape[1]))):
+        shape = tuple(places.shape) if isinstance(places, Tensor) else type(places).__name__
+        raise UserError(f"position_ids of shape {shape} beside input_ids of shape {tuple(ids.shape)}: must be alike")
     mask = fields.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if shifted is not None:

@@ -24,7 +24,7 @@ from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
 from chiaroscuro.layers.operator import hosts, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
-from chiaroscuro.layers.registry import Entry, key_side, split_entry
+from chiaroscuro.layers.registry import Entry, key_side, refuse_model_s_options, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.spectral import Spectrum
@@ -515,6 +515,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def _check_router(self) -> None:
         router, by_score = self.router_class, _routes_by_score(self.router)
+        refuse_model_s_options("router", self.router)
         try:
             options = self.router_options
         except UserError as error:
@@ -585,6 +586,7 @@ class ChiarConfig(PreTrainedConfig):
                 f"kv_router={self.kv_router!r}: the key side keeps a token or drops it by a score; choose threshold, "
                 "random, learned, …"
             )
+        refuse_model_s_options("kv_router", self.kv_router)
         try:
             options = self.kv_router_options
         except UserError as error:

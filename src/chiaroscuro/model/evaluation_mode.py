@@ -8,10 +8,11 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the length of a block, and then the mode that it had, whatever happens."""
-    was_training = model.training
+    """`model.eval()` for the length of a block, and then the mode that each of its modules had, whatever happens."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

@@ -28,7 +28,7 @@ from chiaroscuro.layers import (
     build_router,
 )
 from chiaroscuro.layers.registry import build_kv_router, split_entry
-from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, predicted_by
+from chiaroscuro.model.batches import Batch, check_predictions, check_vocabulary, checked_batches, predicted_by
 from chiaroscuro.model.calibration import State, calibrate_layer, embed_batch, set_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -108,6 +108,7 @@ def fit(
     given = checked_batches(batches)
     held_out = math.ceil(len(given) * HELD_OUT)
     check_predictions(given, held_out)
+    check_vocabulary(given, model.config.vocab_size)
     entry: Any = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
     fields = model.config.fields() | {"router": entry, "kv_router": _with_heads(entry, model), "thresholds": None}
     fits: dict[tuple[str, int], SideFitting] = {}

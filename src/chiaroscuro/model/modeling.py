@@ -104,6 +104,8 @@ def document_positions(
 
     """
     rows, time, _ = x.shape
+    if not isinstance(cu_seq_lens, Tensor):
+        raise UserError(f"cu_seq_lens_q={cu_seq_lens!r}: give a tensor")
     bounds = cu_seq_lens.to(x.device).long()
     if rows != 1 or bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != time:
         raise UserError(
@@ -455,7 +457,10 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
             real = None if attention_mask is None else attention_mask[:, -time:]
-            segments = segments_of(position_ids.expand(batch, -1), real)
+            # Whether there are several is to be known where they are refused: a break in a compiled graph.
+            known = cache is not None or self.config.meta_router in ("batch", "sequence")
+            find = _segments_of_data if known else segments_of
+            segments = find(position_ids.expand(batch, -1), real)
         return Context(
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch, -1),
@@ -760,12 +765,19 @@ def segments_of(
     position_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"] | None
 ) -> Int[Tensor, "batch time"] | None:
     """The document of each token; None where no position restarts."""
-    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
-    if attention_mask is not None:  # the positions of padding say nothing
-        restarts = restarts & attention_mask[:, 1:] & attention_mask[:, :-1]
-    restarts = F.pad(restarts, (1, 0))
+    if attention_mask is None:
+        restarts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    else:  # the positions of padding say nothing: a real token goes on from the last real one before it
+        place = torch.arange(position_ids.shape[1], device=position_ids.device)
+        newest = torch.where(attention_mask, place, -1).cummax(1).values
+        before = F.pad(newest[:, :-1], (1, 0), value=-1)
+        earlier = position_ids.gather(1, before.clamp(min=0))
+        restarts = attention_mask & (before >= 0) & (position_ids <= earlier)
     # Whether any does depends on the data, which a compiler can't test.
     return restarts.cumsum(1) if torch.compiler.is_compiling() or bool(restarts.any()) else None
+
+
+_segments_of_data: Any = torch._disable_dynamo(segments_of)
 
 
 def utilisation_entropy(

@@ -20,7 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter, build_router
 from chiaroscuro.layers.registry import build_kv_router, split_entry
-from chiaroscuro.model.batches import Batch, check_predictions, checked_batches, fields_of, predicted_by
+from chiaroscuro.model.batches import (
+    Batch,
+    check_predictions,
+    check_vocabulary,
+    checked_batches,
+    fields_of,
+    predicted_by,
+)
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import fit as fit_chiar
 from chiaroscuro.model.modeling import segments_of
@@ -104,12 +111,7 @@ def _check(model: RoutedModel, shares: Mapping[str, Any], batches: list[Batch]) 
     for side, share in shares.items():
         check_share(side, share)
     check_predictions(batches, math.ceil(len(batches) * HELD_OUT))
-    for batch in batches:
-        ids = fields_of(batch)["input_ids"]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
-            raise UserError(
-                f"a token outside the vocabulary, vocab_size={model.config.vocab_size}: use the model's own tokenizer"
-            )
+    check_vocabulary(batches, model.config.vocab_size)
 
 
 class _State:

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ExactBuffers, Router, exact_modules
-from chiaroscuro.layers.registry import split_entry
+from chiaroscuro.layers.registry import refuse_model_s_options, split_entry
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
@@ -212,6 +212,7 @@ def checked(said: Mapping[str, Any], config: Any) -> dict[str, Any]:
         raise UserError(f"layers={layers!r}: name each once, in order")
     own = key_heads(config)
     for name in ("router", "kv_router"):
+        refuse_model_s_options(name, said[name])
         if split_entry(said[name])[1].get("heads", 1) not in (1, own):
             raise UserError(f"{name}={said[name]!r}: the model has {own} key-value heads: give heads={own}, or none")
     numbers = {name: _tokens(name, said[name], least) for name, least in (("window", 1), ("sinks", 0))}

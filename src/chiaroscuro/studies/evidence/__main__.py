@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         for name in arguments:
             recipe = read(Path(name))
+            refuse_missing(recipe)
             question = QUESTIONS[recipe["question"]]
             RESULTS.mkdir(parents=True, exist_ok=True)
             found = question.measure(recipe, console)
@@ -81,7 +82,17 @@ def read(file: Path) -> dict[str, Any]:
     unknown = [name for name in recipe if name not in (*QUESTIONS[question].FIELDS, "question")]
     if missing or unknown:
         raise UserError(f"{file}: {f'{missing[0]} is missing' if missing else f'{unknown[0]}: unknown field'}")
+    models = recipe.get("models", {"": ""})
+    if not isinstance(models, dict) or not models:
+        raise UserError(f"{file}: models={models!r}: give one or more, by name")
     return recipe
+
+
+def refuse_missing(recipe: Mapping[str, Any]) -> None:
+    """Raise a UserError if a file of results that the recipe names is not there."""
+    for name in (recipe.get("results"), *dict(recipe.get("retrofitted") or {}).values()):
+        if name is not None and not Path(name).is_file():
+            raise UserError(f"{name} can't be read: No such file or directory")
 
 
 def measured() -> dict[str, Any]:
