@@ -129,10 +129,12 @@ def test_what_hangs_on_a_changed_field_follows() -> None:
 
 def test_a_registered_router_without_thresholds_drops_a_preset_s_too() -> None:
     class Coin(Router):
-        pass
+        def forward(self, x: Any, entropy: Any, context: Any = None) -> Any:
+            raise NotImplementedError
 
     class Loud(ScoreRouter):
-        pass
+        def score(self, x: Any, entropy: Any, context: Any) -> Any:
+            raise NotImplementedError
 
     register_router("coin", Coin)
     register_router("loud", Loud)
