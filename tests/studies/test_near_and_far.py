@@ -86,6 +86,10 @@ def test_the_hybrids_are_held_against_the_best_of_both_sides() -> None:
     said = written(models | {"static, 1 in 6": {"0": run(56.0)}, "static, 1 in 3": {"0": run(54.0)}})
     assert "Against static, 1 in 6: better, 55.00 against 56.00, with 0.10 of the scores and 0.20 of the cache" in said
     assert "Against static, 1 in 3: **no better**, 55.00 against 54.00" in said
+    for theirs, verdict in (((0.5, 0.6), "better"), ((0.7, 0.95), "**can't be told apart**")):
+        seeds = {"full attention": {"0": run(1.0), "1": run(1.0)}, "both, H": {"0": run(0.9), "1": run(0.99)}}
+        said = written(seeds | {"static, 1 in 3": {str(n): run(value) for n, value in enumerate(theirs)}}, "mqar")
+        assert f"Against static, 1 in 3: {verdict}, 94.5 ± " in said
 
 
 def test_differences_are_paired_and_the_better_of_two_full_models_is_the_baseline() -> None:
