@@ -269,7 +269,12 @@ def test_from_where_on_it_can_be_had(context: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "share", "says"), [(0, 0.5, "length 0"), (5, -0.1, "share -0.1"), (5, 1.1, "share 1.1")]
+    ("length", "share", "says"),
+    [
+        (0, 0.5, "length 0"),
+        (5, -0.1, "attention_share=-0.1: must be a number"),
+        (5, 1.1, "attention_share=1.1: must be a number"),
+    ],
 )
 def test_what_can_t_be_counted(length: int, share: float, says: str) -> None:
     for count in (count_flops, count_decode_flops, count_published_flops):
