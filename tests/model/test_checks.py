@@ -126,6 +126,28 @@ class Cached(Broken):
         return Nothing()
 
 
+class Sum(OperatorState):
+    total: Tensor | None = None
+
+    def select(self, rows: Tensor) -> None:
+        self.total = None if self.total is None else self.total[rows]
+
+
+class Alone(Cached):
+    """Forgets what it has seen where one token of one row comes alone."""
+
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        total, state = super().mix(x, context), context.state
+        if state is not None:
+            if state.total is not None and x.shape[:2] != (1, 1):
+                total = total + state.total[:, None]
+            state.total = total[:, -1]
+        return total
+
+    def new_cache(self) -> Any:
+        return Sum()
+
+
 class Documents(Cached):
     """Says that it keeps documents apart, and does not."""
 
@@ -149,6 +171,7 @@ class NotANumber(Broken):
         (Padding, r"padding on the left changes a row: layer 1, menu \['odd'"),
         (Packed, r"sparse execution is not the dense one: layer 1, menu \['odd', 'attention'\], gives something else"),
         (Cached, r"a cache changes what is computed token by token: layer 1, menu \['odd'"),
+        (Alone, r"a cache changes what is computed token by token of a row alone: layer 1, menu \['odd'"),
         (Documents, r"a document sees the one before it in its row: layer 1, menu \['odd'"),
         (NotANumber, r"not finite|a row depends .* by nan"),
     ],
