@@ -109,3 +109,15 @@ def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture
+def registries_as_before() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    from chiaroscuro.layers.registry import OPERATORS, ROUTERS
+
+    kept = dict(OPERATORS), dict(ROUTERS)
+    yield
+    for registry, before in zip((OPERATORS, ROUTERS), kept, strict=True):
+        registry.clear()
+        registry.update(before)

@@ -1,6 +1,5 @@
 """Operators and routers from outside the package, and what may not be registered."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,7 @@ from chiaroscuro.layers import (
 from chiaroscuro.layers.registry import OPERATORS, ROUTERS
 from chiaroscuro.ops import dct
 
-
-@pytest.fixture(autouse=True)
-def registries_as_before() -> Iterator[None]:
-    kept = dict(OPERATORS), dict(ROUTERS)
-    yield
-    for registry, before in zip((OPERATORS, ROUTERS), kept, strict=True):
-        registry.clear()
-        registry.update(before)
+pytestmark = pytest.mark.usefixtures("registries_as_before")
 
 
 class Doubling(Operator):

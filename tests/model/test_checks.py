@@ -1,6 +1,5 @@
 """`check_model` lets all that is built in pass, and finds whatever an extension can do wrong."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,13 +34,7 @@ def build(**changes: Any) -> ChiarForCausalLM:
     return ChiarForCausalLM(ChiarConfig(**FIELDS | changes))
 
 
-@pytest.fixture(autouse=True)
-def registries_as_before() -> Iterator[None]:
-    kept = dict(OPERATORS), dict(ROUTERS)
-    yield
-    for registry, before in zip((OPERATORS, ROUTERS), kept, strict=True):
-        registry.clear()
-        registry.update(before)
+pytestmark = pytest.mark.usefixtures("registries_as_before")
 
 
 @pytest.mark.parametrize("operator", sorted(OPERATORS))

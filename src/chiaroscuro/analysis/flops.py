@@ -10,14 +10,14 @@ not counted, as is the custom.
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from transformers import LlamaConfig
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Count, NeighbourMixing, Operator, Work
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
-from chiaroscuro.layers.operator import hosts, make_options
+from chiaroscuro.layers.operator import hosts, is_number, make_options
 from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.config import ChiarConfig
@@ -312,9 +312,9 @@ def _whole(operator: type[Operator], count: Any) -> Count:
 
 
 def _number(counted: type, number: Any) -> int | float:
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if not (is_number(number) and math.isfinite(number)):
         raise UserError(f"{counted.__name__}.count() gave {number!r}: count with finite numbers")
-    return number
+    return cast(int | float, number)
 
 
 def _add(counted: dict[str, float], name: str, number: float) -> None:

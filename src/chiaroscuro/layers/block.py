@@ -245,28 +245,27 @@ class RoutedBlock(nn.Module):
                 there is no real token, a share is impossible, or a score is not finite. Nothing is set then.
 
         """
-        sides = []
-        for name, asked, router in (("share", share, self.router), ("kv_share", kv_share, self.kv_router)):
-            if isinstance(router, ScoreRouter) and router.calibration.running:
-                asked = router.calibration.share if asked is None else asked
-                refuse_impossible_share(name, asked)
-                sides.append((name, asked, router.calibration))
-            elif asked is not None or (name == "share" and self.kv_router is None):
-                raise UserError(
-                    f"menu {self.operator_names}: no thresholds to set for {name}, for there is no score or fixed ones"
-                )
         context = replace(context or Context(), attention_mask=attention_mask)
         routing = self.route(x, context)
-        scores = {"share": routing.score, "kv_share": routing.kept_score}
         seen = []
-        for name, asked, thresholds in sides:
-            score = scores[name]
-            assert score is not None
+        for name, asked, router, score in (
+            ("share", share, self.router, routing.score),
+            ("kv_share", kv_share, self.kv_router, routing.kept_score),
+        ):
+            if score is None or not isinstance(router, ScoreRouter) or not router.calibration.running:
+                if asked is not None or (name == "share" and self.kv_router is None):
+                    raise UserError(
+                        f"menu {self.operator_names}: no thresholds to set for {name}, for there is no score or fixed "
+                        "ones"
+                    )
+                continue
+            asked = router.calibration.share if asked is None else asked
+            refuse_impossible_share(name, asked)
             real = score if attention_mask is None else score[attention_mask]
             if not real.numel():
                 raise UserError("no real token to calibrate from: give tokens, or an attention_mask that leaves some")
-            thresholds.refuse_broken(real)
-            seen.append((thresholds, real.flatten(), asked))
+            router.calibration.refuse_broken(real)
+            seen.append((router.calibration, real.flatten(), asked))
         for thresholds, real, asked in seen:
             thresholds.set_from(real, asked)
 

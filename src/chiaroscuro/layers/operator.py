@@ -220,6 +220,11 @@ def hosts(classes: Mapping[str, type[Operator]]) -> dict[str, str]:
     return found
 
 
+def is_number(value: Any) -> bool:
+    """Whether an option is a number, which True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def make_options(cls: Any, given: Mapping[str, Any]) -> Any:
     """The `Options` of an operator's or a router's class from values by name.
 

@@ -15,7 +15,7 @@ from chiaroscuro.layers.fitted_router import FittedRouter
 from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.local_attention import LocalAttention
 from chiaroscuro.layers.norm_router import NormRouter
-from chiaroscuro.layers.operator import Operator, with_defaults
+from chiaroscuro.layers.operator import Operator, is_number, with_defaults
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
@@ -64,7 +64,7 @@ def register_operator(name: str, cls: type[Operator]) -> None:
     """
     _check_class(Operator, name, cls)
     cost = cls.cost
-    if cost is not None and (isinstance(cost, bool) or not isinstance(cost, int | float) or not math.isfinite(cost)):
+    if cost is not None and not (is_number(cost) and math.isfinite(cost)):
         raise UserError(f"operator {name!r}: {cls.__name__}.cost={cost!r}: give a finite number, or None")
     _register(OPERATORS, name, cls)
 
@@ -107,7 +107,7 @@ def split_entry(entry: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
-            return name, _as_json(entry, options or {})
+            return name, _as_json(entry, options) if options else {}
     raise UserError(f"{entry!r}: give a name such as 'attention', or one with options, {{attention: {{bias: false}}}}")
 
 

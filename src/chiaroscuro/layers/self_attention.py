@@ -13,7 +13,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.operator import Count, Operator, Work
+from chiaroscuro.layers.operator import Count, Operator, Work, is_number
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
 from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
@@ -73,9 +73,9 @@ class AttentionOptions:
                 raise UserError(f"{name}={value!r}: must be a positive whole number")
         if not isinstance(self.bias, bool):
             raise UserError(f"bias={self.bias!r}: must be true or false")
-        if not _is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:
+        if not is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:
             raise UserError(f"attention_dropout={self.attention_dropout!r}: must be a number from 0 to less than 1")
-        if not _is_number(self.rope_theta) or not 0 < self.rope_theta < math.inf:
+        if not is_number(self.rope_theta) or not 0 < self.rope_theta < math.inf:
             raise UserError(f"rope_theta={self.rope_theta!r}: must be a positive number")
 
     def widths(self, width: int) -> tuple[int, int, int]:
@@ -376,10 +376,6 @@ class SelfAttention(Operator):
             frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, least: int, most: int | None = None) -> bool:

@@ -22,7 +22,7 @@ from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
-from chiaroscuro.layers.operator import hosts, make_options, with_defaults
+from chiaroscuro.layers.operator import hosts, is_number, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import Entry, key_side, refuse_model_s_options, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
@@ -410,7 +410,7 @@ class ChiarConfig(PreTrainedConfig):
             self._check_number(field, getattr(self, field))
         for field in _SHARES:
             value = getattr(self, field)
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise UserError(f"{field}={value!r}: must be a number from 0 to 1")
         for field in ("hidden_dropout", "attention_dropout"):
             if getattr(self, field) == 1:
@@ -659,7 +659,7 @@ def _as_menus(operators: Any) -> list[list[Any]]:
 
 def _as_thresholds(thresholds: Any) -> list[float]:
     pair = list(thresholds) if isinstance(thresholds, Sequence) and not isinstance(thresholds, str) else []
-    if len(pair) != 2 or not all(_is_number(t) for t in pair) or not pair[0] <= pair[1]:
+    if len(pair) != 2 or not all(is_number(t) for t in pair) or not pair[0] <= pair[1]:
         raise UserError(f"entropy_thresholds={thresholds!r}: give two numbers [low, high], low ≤ high")
     return [float(t) for t in pair]
 
@@ -681,12 +681,8 @@ def _router_class(router: Any, field: str = "router") -> type[Router]:
     return find_router(name)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:

@@ -177,8 +177,8 @@ class LanguageModelling(Objective):
         texts = {}
         for name, source in recipe.trainer.validation_texts.items():
             # It is read as the text itself is.
-            known = replace(task, source=source, streaming=False) if isinstance(task, TextToModel) else None
-            beside = known or TextToModel(source)
+            own = task if isinstance(task, TextToModel) else TextToModel()
+            beside = replace(own, source=source, streaming=False)
             with _naming("validation_texts", name):
                 other = beside.load(cache_dir, ("validation",))
             tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
