@@ -184,9 +184,9 @@ def test_questions_are_measured_and_written_down(place: Path, tmp_path: Path, mo
     near = {"checkpoint": str(place), "window": WINDOW, "sinks": SINKS}
     recipes: list[dict[str, Any]] = [
         {"question": "gain", "share": 0.25, "length": 64, "rows": 2, "models": {"small": near}},
-        {"question": "length", "tokens": 512, "lengths": [64, 128], "models": {"small": str(place)}},
+        {"question": "length", "tokens": 512, "lengths": [64, 128], "seeds": [0], "models": {"small": str(place)}},
         {"question": "layers", "share": 0.25, "length": 64, "models": {"small": near}, "retrofitted": {}},
-        {"question": "equal_time", "length": 64, "seconds": 0.1, "models": {"small": {"run": str(place)}}},
+        equal_time_of({64: {"small": {"run": str(place)}}}),
     ]
     for recipe in recipes:
         assert asked(monkeypatch, tmp_path, recipe) == 0, recipe
@@ -196,7 +196,7 @@ def test_questions_are_measured_and_written_down(place: Path, tmp_path: Path, mo
         assert (tmp_path / f"experiments/results/evidence/{name}.png").is_file() == (name not in ("gate", "classes"))
     assert written.count("Not measured yet.") == 2
     found = json.loads((tmp_path / "experiments/results/evidence/length.json").read_text())
-    assert set(found["small"]) == {"64", "128"}
+    assert set(found["small"]["0"]) == {"64", "128"}
     found = json.loads((tmp_path / "experiments/results/evidence/layers.json").read_text())
     assert found["small"]["full"] > 0 and len(found["small"]["kept"]) == 2
 
@@ -210,16 +210,46 @@ def test_a_model_that_chooses_nothing_has_no_classes(
 
 
 def test_what_goes_on_from_another_run_costs_both() -> None:
-    curve = [[10, 5.0], [20, 4.0]]
-    one = {"seconds a token": 2.0, "operations a token": 1.0, "curve": curve, "validation": [[20, 4.0]]}
-    found = {
-        "length": 8,
-        "models": {"first": {"begins after": None, **one}, "second": {"begins after": "first", **one}},
-    }
-    assert equal_time.totals(found, "first", "seconds a token") == 40
-    assert equal_time.totals(found, "second", "seconds a token") == 80
-    assert "| second | first | 1.00 | 1.00 | 2.00 | 2.00 | 4.000 |" in equal_time.answer(found)
+    ends = {str(seed): {"curve": [[10, 5.0], [20, 4.0]], "tokens": 20, "loss": 4.0 + seed} for seed in range(2)}
+    one = {"seconds a token": 2.0, "operations a token": 1.0, "seeds": ends}
+    more = {seed: end | {"loss": end["loss"] + 0.25 + int(seed) / 8} for seed, end in ends.items()}
+    models = {"first": {"begins after": None, **one}, "second": {"begins after": "first", **one, "seeds": more}}
+    found = {"baseline": "first", "lengths": {"8": models, "16": models}}
+    assert equal_time.totals(models, "first", "seconds a token") == 40
+    assert equal_time.totals(models, "second", "seconds a token") == 80
+    said = equal_time.answer(found)
+    assert "**T = 8**, 2 seeds:" in said and "**T = 16**, 2 seeds:" in said
+    assert "| first | – | 1.00 | 1.00 | 1.00 | 1.00 | 4.500 ± 0.707 | – |" in said
+    assert "| second | first | 1.00 | 1.00 | 2.00 | 2.00 | 4.812 ± 0.795 | +0.312 (-0.482 to +1.107) |" in said
     assert equal_time.draw(found)[1:4] == b"PNG"
+
+
+def equal_time_of(lengths: Any) -> dict[str, Any]:
+    return {"question": "equal_time", "seconds": 0.1, "seeds": [0], "baseline": "small", "lengths": lengths}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "complaint"),
+    [
+        (5, "lengths=5: give each length its models, by name"),
+        ({64: {}}, "give each length its models"),
+        ({64: {"large": {"run": "x"}}}, "lengths.64: no model is called 'small'; have large"),
+        ({64: {"small": {"run": "x", "after": "large"}}}, "lengths.64: no model is called 'large'; have small"),
+        ({64: {"small": {"after": "small"}}}, "lengths.64.small: give its run"),
+        ({64: {"small": {"run": "x", "seed": 1}}}, "lengths.64.small: give its run"),
+        ({64: {"small": {"run": "nowhere/at/all"}}}, "nowhere/at/all"),
+    ],
+)
+def test_a_mistake_in_what_is_compared_is_one_line(
+    lengths: Any,
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert asked(monkeypatch, tmp_path, equal_time_of(lengths)) == 2
+    said = capsys.readouterr().err.strip()
+    assert complaint in said and len(said.splitlines()) == 1
 
 
 def test_the_gate_of_a_model_that_pools_over_its_batch_moves_with_its_neighbours() -> None:
@@ -250,10 +280,10 @@ def test_the_recipes_ask_what_is_known() -> None:
         ("question: why", "question: why; choose one of gain"),
         ("[1, 2]", "choose one of gain"),
         ("question: gain", "share is missing"),
-        ("question: length\ntokens: 1\nlengths: [1]\nmodels: {}\nseed: 1", "seed: unknown field"),
-        ("question: length\ntokens: 64\nlengths: [64]\nmodels: {small: no/such/model}", "no/such/model"),
-        ("question: length\ntokens: 64\nlengths: [64]\nmodels: {}", "give one or more, by name"),
-        ("question: length\ntokens: 64\nlengths: [64]\nmodels: 5", "give one or more, by name"),
+        ("question: length\ntokens: 1\nlengths: [1]\nseeds: [0]\nmodels: {}\nseed: 1", "seed: unknown field"),
+        ("question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: {small: no/such/model}", "no/such/model"),
+        ("question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: {}", "give one or more, by name"),
+        ("question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: 5", "give one or more, by name"),
         (
             "question: gain\nshare: 0.25\nlength: 64\nrows: 1\nmodels: {small: {checkpoint: x, windo: 3}}",
             "models.small.windo: unknown field; did you mean 'window'",
@@ -292,6 +322,9 @@ def test_of_harms_the_largest_come_first() -> None:
 
 def test_the_change_with_length_is_of_the_same_tokens() -> None:
     one = {"positions": [{"last": 64, "perplexity": 9.0}], "look": 0.25, "kept": None}
-    found = {"small": {"64": {"perplexity": 10.0, **one}, "128": {"perplexity": 11.0, **one}}}
-    assert "+10.0% (small) to +10.0% (small)" in length.answer(found)[0]
-    assert length.draw(found)[1:4] == b"PNG"
+    ends = {"0": (10.0, 11.0), "1": (20.0, 22.0)}
+    seeds = {seed: {"64": {"perplexity": a, **one}, "128": {"perplexity": b, **one}} for seed, (a, b) in ends.items()}
+    said = length.answer({"small": seeds})
+    assert "+10.0% (small) to +10.0% (small), the mean over 2 seeds" in said[0]
+    assert "| small | 15.00 | 16.50 | +10.0% (+10.0% to +10.0%) | 25.0% → 25.0% |  |" in said
+    assert length.draw({"small": seeds})[1:4] == b"PNG"

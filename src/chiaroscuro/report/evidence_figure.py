@@ -177,27 +177,35 @@ def draw_layers(models: Mapping[str, Mapping[str, Mapping[Any, Mapping[str, floa
     return as_png(figure)
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
-    """The training loss over each of some costs.
+def draw_curves(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]]) -> bytes:
+    """The training loss over each of some costs: a row of panels for each group of models, a panel for each cost.
 
     Args:
-        panels: by cost and model, points of cost and loss.
+        rows: by the group's title, cost and model, points of cost and loss.
 
     Returns:
         A PNG.
 
     """
-    figure = new_figure(9.5, 3.6)
-    for axes, (cost, models) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        for n, (name, points) in enumerate(models.items()):
-            look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
-            label = name if axes.get_subplotspec().is_first_col() else None
-            axes.plot(*zip(*points, strict=True), linewidth=1.4, label=label, **look)
-        axes.set_xlabel(cost, color=INK, fontsize=9)
-        axes.grid(axis="y", color=GRID, linewidth=0.6)
-        quieten(axes, ["top", "right"])
-    figure.axes[0].set_ylabel("loss of the next 20 steps' text, nats", color=INK, fontsize=8)
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    figure = new_figure(9.5, 3.2 * len(rows) + 0.4)
+    columns = max(map(len, rows.values()))
+    looks: dict[str, dict[str, Any]] = {}  # of a model, the same in all panels
+    for axes_of_row, (title, panels) in zip(
+        figure.subplots(len(rows), columns, squeeze=False, sharey="row"), rows.items(), strict=True
+    ):
+        for axes, (cost, models) in zip(axes_of_row, panels.items(), strict=True):
+            for name, points in models.items():
+                n = len(looks)
+                new = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)], "label": name}
+                look = looks.setdefault(name, new)
+                axes.plot(*zip(*points, strict=True), linewidth=1.4, **look)
+            axes.set_xlabel(cost, color=INK, fontsize=9)
+            axes.set_title(title, color=INK, fontsize=9, loc="left")
+            axes.grid(axis="y", color=GRID, linewidth=0.6)
+            quieten(axes, ["top", "right"])
+        axes_of_row[0].set_ylabel("loss of the next 20 steps' text, nats", color=INK, fontsize=8)
+    drawn = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(drawn.values(), list(drawn), frameon=False, fontsize=8, loc="outside right center")
     return as_png(figure)
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Bbox
 
 from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
 
@@ -24,6 +27,10 @@ _COLOURS = (
     "#1f8fb3",
 )
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+_OFFSETS = [(x, y) for y in (9, -9, 0, 18, -18) for x in (9, -9)]
+"""Where the name of a point may stand beside it, in points of print; the first ones are preferred."""
+_RADIUS = 6.0
+"""Of a mark, in pixels."""
 _TITLES = {"scores": "attention scores, of full attention's", "cache": "cache, of full attention's"}
 
 
@@ -71,6 +78,10 @@ def draw_reach(points: Sequence[Point], metric: str, rises: bool) -> bytes:
     panels[0].set_ylabel(metric, color=INK, fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.draw_without_rendering()  # from here on the layout is known
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for axes, cost in zip(panels, costs, strict=True):
+        _label(axes, points, cost, renderer)
     return as_png(figure)
 
 
@@ -91,13 +102,39 @@ def _draw(axes: Axes, points: Sequence[Point], families: Sequence[str], cost: st
             elinewidth=0.8,
             zorder=2,
         )
-    for number, point in enumerate(sorted((p for p in points if p.best[cost]), key=lambda p: (p.costs[cost], p.value))):
-        # Neighbours on the front are labelled in turn above and below.
-        where, offset = (point.costs[cost], point.value), (4, -11 if number % 2 else 5)
-        axes.annotate(point.name, where, offset, textcoords="offset points", fontsize=7, color=INK)
     axes.grid(color=GRID, linewidth=0.4)
     axes.set_xlim(left=0)
     if rises:
         axes.set_ylim(0, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     quieten(axes)
+
+
+def _label(axes: Axes, points: Sequence[Point], cost: str, renderer: RendererAgg) -> None:
+    """Name the points on the front, each where its name covers the fewest other names and points."""
+    places = axes.transData.transform([(point.costs[cost], point.value) for point in points])
+    taken = [Bbox([(x - _RADIUS, y - _RADIUS), (x + _RADIUS, y + _RADIUS)]) for x, y in places]
+    for point in sorted((p for p in points if p.best[cost]), key=lambda p: (p.costs[cost], p.value)):
+        tried = []
+        for x, y in _OFFSETS:
+            label = axes.annotate(
+                point.name,
+                (point.costs[cost], point.value),
+                (x, y),
+                textcoords="offset points",
+                ha="left" if x > 0 else "right",
+                va="center",
+                fontsize=7,
+                color=INK,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": INK, "shrinkA": 0, "shrinkB": 0},
+            )
+            label.set_in_layout(False)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without the line to the point
+            outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+            tried.append((label, box, outside + sum(box.overlaps(other) for other in taken)))
+        best = min(tried, key=lambda one: one[2])
+        taken.append(best[1])
+        for label, *_ in tried:
+            if label is not best[0]:
+                label.remove()
