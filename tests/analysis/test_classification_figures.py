@@ -77,3 +77,8 @@ def test_what_the_model_is_asked() -> None:
 def test_weights_that_are_no_numbers() -> None:
     with pytest.raises(UserError, match="the loss is nan"):
         evaluate_rows(Teller(math.nan), rows_of([0], [0]), PadToLongest())
+
+
+def test_without_rows_there_is_nothing_to_measure() -> None:
+    with pytest.raises(UserError, match="there is nothing to predict"):
+        evaluate_rows(Teller(), rows_of([], []), PadToLongest())

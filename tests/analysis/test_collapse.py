@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from chiaroscuro.analysis.collapse import trace_collapse, utilisation
+from chiaroscuro.analysis.gates import trace_gates
 from chiaroscuro.errors import UserError
 
 MENU = ["dct", "rbf", "attention"]
@@ -77,3 +78,18 @@ def test_an_operator_that_lives_on_one_menu_has_not_collapsed() -> None:
 def test_a_run_without_a_choice_is_one_line(looks: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="no layer of this run has a choice"):
         trace_collapse(looks)
+
+
+@pytest.mark.parametrize(
+    "record", [{"kind": "train"}, {"kind": "train", "step": None}, 5, None, {"kind": "train", "step": "x"}]
+)
+def test_a_record_without_a_step_is_damaged(record: Any) -> None:
+    for trace in (trace_collapse, trace_gates):
+        with pytest.raises(UserError, match="a record is damaged, for it has no step"):
+            trace([record])
+
+
+@pytest.mark.parametrize("tasks", [None, 5, {"sums": 5}])
+def test_a_record_whose_tasks_are_none_is_damaged(tasks: Any) -> None:
+    with pytest.raises(UserError, match="the record of step 3 is damaged"):
+        trace_gates([{"step": 1}, {"kind": "train", "step": 3, "gate": 0.5, "tasks": tasks}])

@@ -34,6 +34,7 @@ from chiaroscuro.analysis.savings import describe_flops
 from chiaroscuro.cli import main
 from chiaroscuro.layers import Count, SelfAttention, ThresholdRouter
 from chiaroscuro.layers.registry import OPERATORS, ROUTERS
+from chiaroscuro.layers.spectral_mixing import transform_operations
 from chiaroscuro.model.config import default_operators
 from chiaroscuro.report.flops_terminal import explain
 
@@ -381,3 +382,35 @@ def test_a_count_of_a_router_from_outside_is_one(monkeypatch: pytest.MonkeyPatch
     config = ChiarConfig.preset("reach-small", **{"router": "threshold", "kv_router": "threshold", field: "counted"})
     with pytest.raises(UserError, match=r"Counted\.count\(\) gave 'few': count with finite numbers"):
         count_flops(config, 8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("context", ["all", "routed", "kept"])
+@pytest.mark.parametrize("menu", [["local", "attention"], ["dct", "local"], ["dct", "local", "attention"]])
+def test_near_and_far_executed_densely_is_pytorch_s_count(menu: list[str], context: str, training: bool) -> None:
+    """A mask leaves nothing out."""
+    shape = config(
+        operators=[menu],
+        execution="dense",
+        window=8,
+        sinks=2,
+        attention_context=context,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    wanted = counted_by_pytorch(ChiarForCausalLM(shape), torch.randint(100, (1, 48)), training)
+    assert count_flops(shape, 48, training=training, causal=False).total == wanted
+
+
+def test_the_published_formula_takes_those_that_look() -> None:
+    shape = {"window": 8, "attention_share": 0.25}
+    whole = count_published_flops(config(operators=[["attention"]]), 64).total
+    assert count_published_flops(config(operators=[["local", "attention"]], **shape), 64).total == whole / 4
+    assert count_published_flops(config(operators=[["local"]], **shape), 64).total == 0
+    assert count_published_flops(config(operators=[["attention"]], window=8), 64).total == whole
+
+
+@pytest.mark.parametrize(("tokens", "by_matrix"), [(1, True), (64, True), (65, False)])
+def test_a_few_wide_tokens_are_transformed_by_a_matrix(tokens: int, by_matrix: bool) -> None:
+    counted = transform_operations(128, tokens)
+    assert (counted == 2 * 128**2) == by_matrix

@@ -13,8 +13,8 @@ import torch
 from served_models import retrofitted
 
 from byte_tokenizer import byte_tokenizer
-from chiaroscuro import UserError
-from chiaroscuro.app import measuring, page
+from chiaroscuro import UserError, retrofit
+from chiaroscuro.app import measuring, page, reading
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.runs import curves, find_runs, table_of
 from chiaroscuro.app.served import Served, serve
@@ -86,6 +86,20 @@ def test_what_looks_by_head_is_shown_as_a_part_of_the_heads(tmp_path: Path) -> N
     (tmp_path / "text.txt").write_text(TEXT)
     for i, row in enumerate(measuring.shares_of_file(model, tmp_path / "text.txt", None, None)):
         assert row["far"] == pytest.approx(sum(looks[i]) / len(looks[i])) and row["near"] == 1 - row["far"]
+
+
+def test_what_is_far_is_under_the_cap_of_the_scores() -> None:
+    """A Gemma 2 caps them: the mass beyond the window is that of its own attention."""
+    model = build("gemma2")
+    ids = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True, use_cache=False).attentions
+    retrofit(model, window=8, sinks=2, attention_share=1.0, kv_share=1.0)
+    place = torch.arange(40)
+    beyond = (place <= place[:, None] - 8) & (place >= 2)
+    for i, mass in reading._far(model, ids).items():
+        wanted = (weights[i][0] * beyond).sum(-1).mean(0)
+        torch.testing.assert_close(torch.tensor(mass), wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_a_dial_reroutes_and_leaves_no_trace(model: Served) -> None:

@@ -199,3 +199,20 @@ def test_what_has_no_place_is_refused() -> None:
     config = ChiarConfig(**ours.config.to_dict() | {"attention_context": "kept", "kv_router": "random", "window": 4})
     with pytest.raises(UserError, match="attention_context='kept': a Llama drops no token"):
         to_llama(ChiarForCausalLM(config))
+
+
+def test_padding_and_other_documents_lengthen_no_row_of_a_longrope() -> None:
+    """The frequencies are those of the longest position: what is not a token of the row has none."""
+    model = from_llama(llama(rope_parameters=SCALED[-1]))
+    row = ids(0, 1, 10)
+    padded = torch.cat([torch.zeros(1, 30, dtype=torch.long), row], 1)
+    mask = torch.arange(40)[None] >= 30
+    three = torch.cat([row, ids(1, 1, 10), ids(2, 1, 10)], 1)
+    with torch.no_grad():
+        alone = model(row, use_cache=False).logits
+        found = model(padded, attention_mask=mask, use_cache=False).logits[:, 30:]
+        first = model(three, position_ids=torch.arange(10).repeat(3)[None], use_cache=False).logits[:, :10]
+        longer = model(torch.cat([row, ids(3, 1, 30)], 1), use_cache=False).logits[:, :10]
+    torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(first, alone, atol=1e-4, rtol=0)
+    assert (longer - alone).abs().max() > 0.1  # the long frequencies, as transformers has it

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chiaroscuro import UserError
 from chiaroscuro.layers import Context, LayerStates, RoutedBlock, SelfAttention, SpectralMixing, build_block
+from chiaroscuro.layers import context as contexts
 from chiaroscuro.ops import spectral_entropy
 
 WIDTH = 16
@@ -280,7 +281,7 @@ def test_what_a_block_refuses(unchecked: None) -> None:
         make(("dct", "dct"))
     with pytest.raises(ValueError, match="need 1, in rising order"):
         make(("dct", "attention"), thresholds=(0.8, 0.9))
-    with pytest.raises(ValueError, match="must be from 0 to 1"):
+    with pytest.raises(UserError, match=r"attention_share=1\.5: must be a number from 0 to 1"):
         make(("dct", "attention"), attention_share=1.5)
 
 
@@ -303,3 +304,54 @@ def test_an_entry_of_a_menu_has_options_of_its_own() -> None:
         make(({"attention": {"heads": 4}},))
     with pytest.raises(UserError, match="give a name such as 'attention', or one with options"):
         make(({"attention": {}, "dct": {}},))
+
+
+@pytest.mark.parametrize("router", ["soft", "hard"])
+def test_one_module_of_several_names_is_not_weighed(router: str) -> None:
+    with pytest.raises(UserError, match="one module with one output"):
+        make(("local", "attention"), router=router, window=4)
+
+
+@pytest.mark.parametrize(
+    ("menu", "fields", "complaint"),
+    [
+        (({"local": {"window": 8}}, "attention"), {"window": 4}, "'local' is one module with 'attention' here"),
+        (("dct",), {"hidden_dropout": "x"}, "hidden_dropout='x'"),
+        (("dct",), {"hidden_dropout": 1.0}, "hidden_dropout=1.0"),
+        (("dct",), {"intermediate_size": -4}, "intermediate_size=-4"),
+        (("dct",), {"intermediate_size": 2.5}, "intermediate_size=2.5"),
+        (("attention",), {"spectrum": "other"}, "spectrum='other': choose one of orthonormal, reference"),
+        (("local", "attention"), {"window": 4, "attention_context": "kept", "kv_share": "half"}, "kv_share='half'"),
+    ],
+)
+def test_impossible_fields(
+    menu: tuple[object, ...], fields: dict[str, object], complaint: str, unchecked: None
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        build_block(WIDTH, menu, {"num_attention_heads": 2, **fields})
+
+
+def test_a_mask_of_whole_numbers_is_one(unchecked: None) -> None:
+    block, x = make(("dct", "attention")), draw(0, 2, 6, WIDTH)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    whole, wanted = (block(x, Context(attention_mask=each))[0] for each in (mask, mask.bool()))
+    torch.testing.assert_close(whole, wanted)
+    block.calibrate(x, context=Context(attention_mask=mask))
+    with pytest.raises(UserError, match=r"an attention_mask of torch\.float32"):
+        block(x, Context(attention_mask=mask.float()))
+
+
+@pytest.mark.parametrize("router", ["learned", "random", "norm"])
+def test_a_filter_transforms_its_own_tokens_alone_where_no_router_reads_h(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = contexts.spectral_mix
+    monkeypatch.setattr(contexts, "spectral_mix", lambda x, weight: seen.append(len(x)) or real(x, weight))
+    block, x = make(("dct", "attention"), router=router), draw(0, 1, 40, WIDTH)
+    ids = torch.arange(40)[None]
+    routing = block.route(x, Context(input_ids=ids))
+    with torch.no_grad():
+        block(x, Context(input_ids=ids))
+    filtered = int((routing.operator_index == 0).sum())
+    assert 0 < filtered < 40 and seen == [filtered]

@@ -188,3 +188,34 @@ def test_uncalibrated_it_stands_where_a_new_model_sends_the_share() -> None:
     torch.nn.init.zeros_(router.proj.bias)
     x = torch.nn.functional.layer_norm(draw(3, 1, 20_000, 256), (256,))
     assert router(x, torch.zeros(1, 20_000)).operator_index.float().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_who_is_kept_by_chance_is_not_who_looks_by_chance() -> None:
+    """At the same share, seed and layer both sides draw for themselves: they agree as often as chance has it."""
+    fields = {"window": 4, "attention_context": "kept", "router": "random", "kv_router": "random"}
+    fields |= {"attention_share": 0.25, "kv_share": 0.25}
+    block = build_block(WIDTH, ("local", "attention"), {"num_attention_heads": 2, **fields})
+    ids = torch.randint(1000, (4, 2000), generator=torch.Generator().manual_seed(0))
+    routing = block.route(torch.zeros(*ids.shape, WIDTH), Context(input_ids=ids))
+    looks, kept = routing.operator_index == 1, routing.kept
+    assert abs(float((looks & kept).float().mean()) - 1 / 16) < 0.01
+    assert abs(float(kept.float().mean()) - 1 / 4) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"attention_share": "half"}, "attention_share='half'"),
+        ({"attention_share": None}, "attention_share=None"),
+        ({"attention_share": True}, "attention_share=True"),
+        ({"attention_share": 1.5}, "attention_share=1.5"),
+        ({"thresholds": 0.5}, "thresholds=0.5: give a list of numbers"),
+        ({"thresholds": (None,)}, r"thresholds=\(None,\): give a list of numbers"),
+    ],
+)
+@pytest.mark.parametrize("router", [ThresholdRouter, RandomRouter, LearnedRouter])
+def test_impossible_options_of_a_score(
+    router: type, options: dict[str, object], complaint: str, unchecked: None
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        router(WIDTH, MENU, **options)

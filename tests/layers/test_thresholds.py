@@ -407,3 +407,21 @@ def test_scores_that_are_not_finite_set_nothing() -> None:
     thresholds.note(scores[None], None)
     thresholds.step()
     assert thresholds.quantiles.isfinite().all() and thresholds.values.isfinite().all()
+
+
+def test_a_block_alone_takes_the_mask_of_its_context() -> None:
+    x = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 25:] *= 100
+    mask = torch.arange(50) < 25
+    blocks = [build_block(16, ("dct", "attention"), {"num_attention_heads": 2, "router": "norm"}) for _ in range(2)]
+    blocks[0].calibrate(x, mask.expand(2, -1))
+    blocks[1].calibrate(x, context=Context(attention_mask=mask.expand(2, -1)))
+    torch.testing.assert_close(blocks[0].thresholds, blocks[1].thresholds, atol=0, rtol=0)
+
+
+def test_a_share_that_cannot_be_leaves_the_one_before(unchecked: None) -> None:
+    thresholds = Thresholds(2, torch.linspace(0, 1, QUANTILES), 0.25)
+    before = thresholds.values.clone()
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        thresholds.set_share(2)
+    assert thresholds.share == 0.25 and torch.equal(thresholds.values, before)

@@ -494,6 +494,19 @@ def test_buffers_have_the_type_of_what_is_kept(rows: int) -> None:
     assert {state.buffers[0].dtype for state in states(cache)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("menu", [["attention"], ["dct", "attention"], ["local", "attention"]])
+@pytest.mark.parametrize("new", [1, 3])
+def test_what_was_cached_under_autocast_is_used_outside(new: int, menu: list[str]) -> None:
+    model = routed(0.5, operators=[menu] * 2, num_hidden_layers=2, window=4 if "local" in menu else None)
+    ids, cache = tokens(0, 1, TIME), ChiarCache(model.config)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits[:, -new:]
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids[:, :-new], cache=cache)
+        found = model(ids[:, -new:], cache=cache).logits
+    torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("menu", [["attention"], ["dct", "attention"]])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 2, 5])

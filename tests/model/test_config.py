@@ -284,6 +284,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"feed_forward": ["swiglu"]}, "feed_forward=.*gelu, swiglu"),
     ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
     ({"rope_theta": 0}, "rope_theta=0"),
+    ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 5.0}}, "rope_parameters=.*give a mapping"),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        "rope_parameters=.*all features of a head are rotated",
+    ),
     ({"rope_theta": math.nan}, "rope_theta=nan"),
     ({"rope_theta": math.inf}, "rope_theta=inf"),
     ({"num_attention_heads": 3}, "hidden_size=16.*num_attention_heads=3"),

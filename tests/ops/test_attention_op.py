@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from chiaroscuro.ops import attend, causal_mask, rotary_frequencies, rotary_table, rotate
+from chiaroscuro.ops.attention import attend_to_all
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -205,3 +206,22 @@ def test_the_angles_stay_float32_in_a_bfloat16_model() -> None:
 def test_an_odd_head() -> None:
     with pytest.raises(ValueError, match="head width 5 is odd"):
         rotary_frequencies(5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_grouped_queries_under_a_mask_of_their_own(queries: int, implementation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, queries, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, 5, 8, generator=generator)
+    mask = torch.rand(2, 4, queries, 5, generator=generator) < 0.6
+    mask[..., 0] = True
+    repeated = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    wanted = F.scaled_dot_product_attention(query, *repeated, mask)
+    torch.testing.assert_close(attend(query, key, value, mask, implementation=implementation), wanted)
+
+
+def test_an_unknown_implementation_where_all_is_seen(unchecked: None) -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="'flash': choose one of"):
+        attend_to_all(x, x, x, implementation="flash")

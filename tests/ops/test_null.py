@@ -114,3 +114,11 @@ def test_draws_in_parts_are_the_same(width: int, monkeypatch: pytest.MonkeyPatch
     null._null_draws.cache_clear()
     assert torch.equal(*tables)
     assert drawn[0] == 8192 * width and max(drawn[1:]) == 48 * width
+
+
+@pytest.mark.parametrize("width", [4, 16, 64])
+def test_the_mean_of_the_reference_spectrum_is_that_of_draws(width: int) -> None:
+    noise = torch.randn(20_000, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    draws = spectral_entropy(noise, "reference")
+    assert null_entropy_mean(width, "reference") == pytest.approx(float(draws.mean()), abs=0.005)
+    assert abs(null_entropy_mean(width, "reference") - null_entropy_mean(width)) > 1e-4

@@ -29,8 +29,8 @@ class Packed:
 
     def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments `query_lengths`, `key_lengths` and `visible`."""
-        queries = torch.tensor([len(seen) for _, seen in self.rows])
-        keys = torch.tensor([keys for keys, _ in self.rows])
+        queries = torch.tensor([len(seen) for _, seen in self.rows], dtype=torch.long)
+        keys = torch.tensor([keys for keys, _ in self.rows], dtype=torch.long)
         return queries, keys, torch.tensor([n for _, seen in self.rows for n in seen], dtype=torch.long)
 
     def numbers(self, seed: int, heads: int = 2, width: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -231,6 +231,9 @@ def test_rows_know_nothing_of_each_other(seed: int, order: list[int]) -> None:
 def test_nothing_at_all() -> None:
     nothing = Packed([(0, []), (0, [])])
     assert [x.shape for x in results(prefix_attention, nothing.numbers(0), nothing)] == [(0, 2, 4)] * 4
+    no_rows = Packed([])
+    for way in (prefix_attention, prefix_attention_by_rows):
+        assert way(*no_rows.numbers(0)[:3], *no_rows.lengths(), dropout=0.1).shape == (0, 2, 4)
 
 
 # Dropout

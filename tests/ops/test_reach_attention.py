@@ -160,3 +160,20 @@ def test_on_a_gpu_near_and_far_are_the_whole(dtype: torch.dtype) -> None:
     found = reach_attention(*(x.to("cuda", dtype) for x in (query, key, value)), *arguments, 64, 4)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(found.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capped_scores_are_whole_under_autocast(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(40, 2, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    rows, places = torch.tensor([40]), torch.arange(40)
+    looks, kept = (torch.rand(40, generator=generator) < 0.5 for _ in range(2))
+
+    def results() -> list[torch.Tensor]:
+        mixed = reach_attention(query, key, value, rows, rows, places, places, looks, kept, 4, 1, softcap=2.0)
+        return [mixed, *torch.autograd.grad(mixed.float().square().sum(), (query, key, value))]
+
+    wanted = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)

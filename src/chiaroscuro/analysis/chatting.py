@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from chiaroscuro.analysis.routing import refuse_broken_text
-from chiaroscuro.analysis.sampling import how_to_sample, refuse_broken_logits
+from chiaroscuro.analysis.sampling import how_to_sample, refuse_broken_logits, refuse_impossible
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.loading import longest_sequence
 
@@ -48,6 +48,7 @@ class Conversation:
             )
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.sampled = how_to_sample(temperature, top_k)
+        refuse_impossible(max_new_tokens, seed)
         self.max_new_tokens = max_new_tokens
         self.system = system
         self.clear()
@@ -73,6 +74,8 @@ class Conversation:
 
         """
         refuse_broken_text(text)
+        if not text:
+            raise UserError("the text is empty: say something")
         messages = [*self.messages, {"role": "user", "content": text}]
         given: Any = self._as_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids = given["input_ids"].to(self.model.device)

@@ -144,7 +144,7 @@ def evaluate_rows(
         inputs: further arguments of the forward, such as the name of the task if the model has several.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: there is no row, or the loss is not finite.
 
     """
     loss, hits, _, routings = _measured(
@@ -175,7 +175,7 @@ def evaluate_targets(
         progress: see there.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: no row has a target, or the loss is not finite.
 
     """
     loss, hits, starts, routings = _measured(
@@ -269,7 +269,9 @@ def _measured(
                 routings.append((outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["input_ids"]))
-    right = np.concatenate(hits)
+    right = np.concatenate(hits) if hits else np.empty(0, dtype=bool)
+    if len(right) == 0:
+        raise UserError("there is nothing to predict: give rows with a label or a target")
     loss = total / len(right)
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: the model's weights hold numbers that are not finite")

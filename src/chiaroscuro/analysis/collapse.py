@@ -79,7 +79,7 @@ def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) ->
 
     Source: arXiv 2606.08327, "operator collapse"; its regulariser rewards a large U.
     """
-    looks = [record for record in records if record["kind"] == "train" and record.get("layers")]
+    looks = [record for record in of_training(records) if record.get("layers")]
     for look in looks:
         _refuse_damaged(look, looks[0])
     chosen = [i for i, layer in enumerate(looks[0]["layers"]) if len(layer["operators"]) > 1] if looks else []
@@ -107,6 +107,20 @@ def trace_collapse(records: Sequence[Mapping[str, Any]], floor: float = 0.01) ->
         collapsed=tuple(name for name in operators if name not in alive),
         floor=floor,
     )
+
+
+def of_training(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of training steps.
+
+    Raises:
+        UserError: one of them has no step, or is no record.
+
+    """
+    found = [record for record in records if not isinstance(record, Mapping) or record.get("kind") == "train"]
+    for record in found:
+        if not isinstance(record, Mapping) or not isinstance(record.get("step"), int):
+            raise UserError(f"a record is damaged, for it has no step: {str(record)[:60]}")
+    return found
 
 
 def _refuse_damaged(look: Mapping[str, Any], first: Mapping[str, Any]) -> None:

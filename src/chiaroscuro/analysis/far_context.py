@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from chiaroscuro.ops.attention import capped
 from chiaroscuro.ops.reach_attention import reach_mask
 
 
@@ -72,6 +73,7 @@ def far_part(
     value: Float[Tensor, "key_heads time head_width"],
     window: int,
     sinks: int,
+    softcap: float | None = None,
 ) -> FarPart:
     """Measure what lies beyond the window of each token of a row; queries × keys are held in memory.
 
@@ -81,6 +83,7 @@ def far_part(
         value: likewise.
         window: w.
         sinks: s.
+        softcap: as of `reach_attention`.
 
     """
     time = query.shape[1]
@@ -89,7 +92,8 @@ def far_part(
     nobody = torch.zeros(time, dtype=torch.bool, device=query.device)
     near = reach_mask(place, place, nobody, nobody, window, sinks)
     causal = place <= place[:, None]
-    scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = capped((query @ key.transpose(-1, -2)).to(wide) / math.sqrt(query.shape[-1]), softcap)
     weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     whole = weights.to(value.dtype) @ value
     close = scores.masked_fill(~near, -torch.inf).softmax(-1).to(value.dtype) @ value

@@ -71,7 +71,7 @@ def count_flops(
         kv_share: of tokens that are kept, where that is decided, likewise; the config's unless given.
         training: forward and backward, not the forward alone.
         causal: whether a token attends to those before it alone, T (T + 1) / 2 pairs, as the kernels have it. False
-            counts T² pairs, as kernels that compute and mask do.
+            counts T² pairs, as kernels that compute and mask do. What a window leaves out is not computed by any.
         head: with the product that makes the logits. The config of a classifier, which makes them for no token, has
             none to count.
 
@@ -142,6 +142,7 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
                 tokens=tokens,
                 kept=kv_shares.get(i, kv_share),
                 routed=routes and not dense,
+                dense=routes and dense,
                 spectrum_at_hand=spectrum,
                 last=last if len(parts) > 1 else None,
             )

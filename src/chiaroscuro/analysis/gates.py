@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chiaroscuro.analysis.collapse import LAST_PART
+from chiaroscuro.analysis.collapse import LAST_PART, of_training
 from chiaroscuro.errors import UserError
 
 TEXT = "text"
@@ -42,10 +42,9 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
     Source: arXiv 2606.08327, v2, MetaRouter and mixed training.
     """
     looks: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        if record["kind"] == "train":
-            for task, gate in _gates(record).items():
-                looks.setdefault(task, []).append((record["step"], gate))
+    for record in of_training(records):
+        for task, gate in _gates(record).items():
+            looks.setdefault(task, []).append((record["step"], gate))
     if not looks:
         raise UserError("this run's model has no MetaRouter, so there is no gate to follow")
     return {task: _task_gate(each) for task, each in looks.items()}
@@ -53,7 +52,10 @@ def trace_gates(records: Sequence[Mapping[str, Any]]) -> dict[str, TaskGate]:
 
 def _gates(record: Mapping[str, Any]) -> dict[str, float]:
     """The gates that a record has, by task."""
-    each = {TEXT: record, **record.get("tasks", {})}
+    tasks = record.get("tasks", {})
+    if not isinstance(tasks, Mapping) or not all(isinstance(figures, Mapping) for figures in tasks.values()):
+        raise UserError(f"the record of step {record['step']} is damaged: its tasks are not those of a run")
+    each = {TEXT: record, **tasks}
     gates = {task: figures["gate"] for task, figures in each.items() if figures.get("gate") is not None}
     if not all(isinstance(gate, (int, float)) for gate in gates.values()):
         raise UserError(f"the record of step {record['step']} is damaged: a gate in it is not a number")

@@ -124,6 +124,8 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             gives NaN.
 
     """
+    if not isinstance(model, ChiarPreTrainedModel):
+        raise UserError(f"trace_routing takes a CHIAR-Former, not a {type(model).__name__}")
     if not text:
         raise UserError("the text is empty: there is no token to route; give at least one character")
     refuse_broken_text(text)
@@ -142,8 +144,6 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             "use the tokenizer the model was trained with"
         )
 
-    if not isinstance(model, ChiarPreTrainedModel):
-        raise UserError(f"trace_routing takes a CHIAR-Former, not a {type(model).__name__}")
     with evaluation_mode(model), torch.no_grad():  # the trunk alone: the heads have no part in the routing
         output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
 
@@ -167,7 +167,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         tokens=pieces,
         layers=layers,
         meta_gate=None if output.meta_gate is None else tuple(output.meta_gate[0].tolist()),
-        null_mean=null_entropy_mean(width),
+        null_mean=null_entropy_mean(width, model.config.spectrum),
         width=width,
     )
 

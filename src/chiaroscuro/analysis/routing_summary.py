@@ -16,16 +16,20 @@ from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.batches import Batch, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_quantiles
+from chiaroscuro.ops.spectral import Spectrum
 
 PROBABILITIES = (0.05, 0.5, 0.95)
 
 
-def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width: int) -> dict[str, Any]:
+def describe_routing(
+    looks: Sequence[tuple[Sequence[Any], Tensor | None]], width: int, spectrum: Spectrum = "orthonormal"
+) -> dict[str, Any]:
     """Summarise the routing of some batches, ready for JSON.
 
     Args:
         looks: `output.routing` and `output.meta_gate` of each batch; the gate is None without a MetaRouter.
         width: d, the width of the white noise that the entropies are compared with.
+        spectrum: of these entropies.
 
     Returns:
         `layers` (of each its number, its `operators`, their `share`, the quantiles of the `entropy` and, where it is
@@ -41,7 +45,7 @@ def describe_routing(looks: Sequence[tuple[Sequence[Any], Tensor | None]], width
         }
         for number, batches in enumerate(zip(*(routing for routing, _ in looks), strict=True), start=1)
     ]
-    null = null_entropy_quantiles(width, PROBABILITIES).tolist()
+    null = null_entropy_quantiles(width, PROBABILITIES, spectrum).tolist()
     return {"layers": layers, "null_entropy": null, **mean_gate(looks)}
 
 
@@ -74,7 +78,9 @@ def measure_routing(model: ChiarPreTrainedModel, batches: Iterable[Batch]) -> di
             )
             for batch in batches
         ]
-    return describe_routing([(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size)
+    return describe_routing(
+        [(output.routing, output.meta_gate) for output in outputs], model.config.hidden_size, model.config.spectrum
+    )
 
 
 def _share(batches: Sequence[Any]) -> list[float]:

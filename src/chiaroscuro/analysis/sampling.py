@@ -66,11 +66,13 @@ def continue_text(
         seed: seed of the sampling.
 
     Raises:
-        UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence; the
-            temperature is impossible; or the model's logits are not finite.
+        UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence; an option
+            is impossible; or the model's logits are not finite.
 
     """
     refuse_broken_text(prompt)
+    refuse_impossible(max_new_tokens, seed)
+    sampled = how_to_sample(temperature, top_k)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     longest = longest_sequence(model.config)
     if ids.shape[1] == 0:
@@ -78,7 +80,6 @@ def continue_text(
     if ids.shape[1] >= longest:
         raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
     set_seed(seed)
-    sampled = how_to_sample(temperature, top_k)
     generating: Any = model  # for mypy: PreTrainedModel itself has no generate
     start = time.perf_counter()
     with torch.inference_mode():
@@ -100,12 +101,26 @@ def how_to_sample(temperature: float, top_k: int) -> dict[str, Any]:
     """Arguments of `generate`: sampling, or at temperature 0 the likeliest token.
 
     Raises:
-        UserError: the temperature is impossible.
+        UserError: the temperature or top_k is impossible.
 
     """
+    if not _is_whole(top_k) or top_k < 0:
+        raise UserError(f"top_k {top_k!r}: take a whole number, 0 for all tokens")
     if not (temperature == 0 or COLDEST <= temperature < math.inf):
         raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
     return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+
+
+def refuse_impossible(max_new_tokens: int, seed: int) -> None:
+    """Raise a UserError if so many tokens can't be written, or nothing be drawn from this seed."""
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens!r}: take a whole number, 1 or more")
+    if not _is_whole(seed) or not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed!r}: take a whole number from 0 to 2³² − 1")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse_broken_logits(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -204,9 +204,9 @@ def _far(model: Any, ids: Tensor) -> dict[int, tuple[float, ...]]:
     """By layer with a window, the attention that goes beyond it, in full attention."""
     found = {}
     if isinstance(model, RoutedModel):
-        for i, (query, key, value) in projections(model, ids).items():
+        for i, (query, key, value, softcap) in projections(model, ids).items():
             reach = model.reaches[i]
-            found[i] = tuple(far_part(query, key, value, reach.window, reach.sinks).mass.tolist())
+            found[i] = tuple(far_part(query, key, value, reach.window, reach.sinks, softcap).mass.tolist())
     elif isinstance(model, ChiarPreTrainedModel):
         with full_attention(model):
             x, context, gate = embed_batch(model, ids)

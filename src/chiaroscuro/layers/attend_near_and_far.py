@@ -170,7 +170,7 @@ def _attend_to_slots(
     softcap: float | None,
 ) -> Float[Tensor, "rows heads group head_width"]:
     """Attention to the first slots: `most` of them, or as many as `slots` says of each row."""
-    key, value = vectors[:, :, :, :most]
+    key, value = vectors[:, :, :, :most].to(query.dtype)  # a cache may be filled under autocast, and used outside
     mask = None if slots is None else (torch.arange(most, device=query.device) < slots[:, None])[:, None, None]
     return attend_to_all(query, key, value, mask, implementation=implementation, softcap=softcap)
 

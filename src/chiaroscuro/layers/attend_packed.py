@@ -53,7 +53,9 @@ def attend_packed(
         kept, real = state.rectangle(tokens.index)
         mask = None if real is None else real[:, None, None]
         folded = query.view(len(query), vectors[0].shape[1], -1, query.shape[-1])
-        mixed = attend_to_all(folded, kept[0], kept[-1], mask, dropout, context.implementation, scale)
+        # A cache may be filled under autocast, and used outside.
+        key, value = (part.to(query.dtype) for part in (kept[0], kept[-1]))
+        mixed = attend_to_all(folded, key, value, mask, dropout, context.implementation, scale)
         return mixed.view_as(query)
     else:
         earlier = torch.tensor(state.lengths, device=query.device)

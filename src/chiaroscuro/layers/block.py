@@ -137,6 +137,14 @@ class RoutedBlock(nn.Module):
                 f"menu {tuple(operators)} with kv_router={kv_router}: give one where an operator has "
                 "attention_context='kept', and only there"
             )
+        weighs = router is not None and (router.trains_densely or not router.one_operator_per_token)
+        if weighs and len(set(map(id, operators.values()))) < len(operators):
+            raise UserError(
+                f"menu {tuple(operators)} with {type(router).__name__}: some of these are one module with one output, "
+                "which can't be weighed against itself: take a router by a score, or leave one of them out"
+            )
+        if spectrum not in get_args(Spectrum):
+            raise UserError(f"spectrum={spectrum!r}: choose one of {', '.join(get_args(Spectrum))}")
         self.operator_names = tuple(operators)
         self.norm_placement = norm
         self.spectrum = spectrum
@@ -235,7 +243,7 @@ class RoutedBlock(nn.Module):
 
         Args:
             x: tokens such as the block will see; what it was trained on, or is about to be.
-            attention_mask: True for real tokens.
+            attention_mask: True for real tokens; that of the context, unless given.
             share: ρ from 0 to 1; the one that the block has, unless given.
             context: what else is known about the tokens.
             kv_share: the share that is kept, from 0 to 1; the one that the block has, unless given.
@@ -245,7 +253,9 @@ class RoutedBlock(nn.Module):
                 there is no real token, a share is impossible, or a score is not finite. Nothing is set then.
 
         """
-        context = replace(context or Context(), attention_mask=attention_mask)
+        context = context or Context()
+        if attention_mask is not None:
+            context = replace(context, attention_mask=attention_mask)
         routing = self.route(x, context)
         seen = []
         for name, asked, router, score in (
@@ -261,7 +271,8 @@ class RoutedBlock(nn.Module):
                 continue
             asked = router.calibration.share if asked is None else asked
             refuse_impossible_share(name, asked)
-            real = score if attention_mask is None else score[attention_mask]
+            chosen = context.real(x.shape[1])
+            real = score if chosen is None else score[chosen]
             if not real.numel():
                 raise UserError("no real token to calibrate from: give tokens, or an attention_mask that leaves some")
             router.calibration.refuse_broken(real)

@@ -6,13 +6,13 @@ from typing import Any
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.block import RoutedBlock
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
-from chiaroscuro.layers.operator import Operator, hosts
+from chiaroscuro.layers.operator import Operator, is_number
 from chiaroscuro.layers.registry import (
     Entry,
     build_kv_router,
     build_operator,
     build_router,
-    find_operator,
+    hosts_of,
     split_entry,
 )
 from chiaroscuro.layers.short_convolution import NeighbourMixing
@@ -47,7 +47,7 @@ def build_block(
         if name in entries:
             raise UserError(f"menu {list(menu)}: names {name!r} twice")
         entries[name] = entry
-    host = hosts({name: find_operator(name) for name in entries})
+    host = hosts_of(menu)
     built = {name: build_operator(width, entry, fields) for name, entry in entries.items() if host[name] == name}
     operators: dict[str, Operator] = {name: built[host[name]] for name in entries}
     kv_router = None
@@ -60,8 +60,12 @@ def build_block(
     if kind not in FEED_FORWARDS:
         raise UserError(f"feed_forward={kind!r}: choose one of {', '.join(FEED_FORWARDS)}")
     dropout = fields.get("hidden_dropout", 0.0)
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"hidden_dropout={dropout!r}: must be a number from 0 to below 1")
     kernel = fields.get("short_conv")
     hidden = fields.get("intermediate_size")
+    if hidden is not None and (not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1):
+        raise UserError(f"intermediate_size={hidden!r}: must be a positive whole number")
     # Llama's has no biases, whatever its attention has.
     biased = {"bias": fields.get("bias", True)} if kind == "gelu" else {}
     return block(

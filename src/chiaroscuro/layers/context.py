@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.layers.state import LayerStates
 from chiaroscuro.ops import (
     entropy_of_spectrum,
     has_kernel,
     spectral_coefficients,
     spectral_filter,
+    spectral_mix,
     spectral_mix_with_entropy,
 )
 from chiaroscuro.ops.attention import AttentionImplementation, causal_mask
@@ -74,6 +76,8 @@ class Spectra:
         if weight is self._filter:  # filtering the other tokens too costs a kernel less than reading x again
             mixed = self._by_kernel(weight)[0].flatten(0, 1)
             return mixed if index is None else mixed.index_select(0, index)
+        if self._coefficients is None and index is not None:  # nobody needs those of the other tokens
+            return spectral_mix(self.x.flatten(0, 1).index_select(0, index), weight)
         return spectral_filter(self.coefficients.flatten(0, 1), weight, index).to(self.x.dtype)
 
     def _by_kernel(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +127,13 @@ class Context:
     kept_scale: Float[Tensor, "batch time *key_heads"] | None = None
     layer_input: Float[Tensor, "batch time width"] | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        mask = self.attention_mask
+        if mask is not None and mask.dtype != torch.bool:
+            if mask.is_floating_point():
+                raise UserError(f"an attention_mask of {mask.dtype}: give True, or 1, for real tokens")
+            object.__setattr__(self, "attention_mask", mask.bool())
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Context":
         """On another device; accelerate calls it for a layer whose weights lie there."""

@@ -33,6 +33,7 @@ class Work:
         past: cached tokens before them.
         training: whether to count forward and backward, and not the forward alone.
         causal: whether a token is paired with those before it alone, as kernels have it that skip the rest.
+        dense: whether the operator runs on all tokens because execution is dense, though a router chooses some.
         spectrum_at_hand: whether the router has computed DCT(x) already.
         last: of `tokens`, how many go to it by the last of its names, where a menu has it under several; else None.
         kept: the share of all tokens that the key side's router keeps.
@@ -45,6 +46,7 @@ class Work:
     past: int | float = 0
     training: bool = False
     causal: bool = True
+    dense: bool = False
     spectrum_at_hand: bool = False
     last: int | float | None = None
     kept: int | float = 1.0

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.router import ScoreRouter, SeededOptions
+from chiaroscuro.layers.router import KEY_SIDE, ScoreRouter, SeededOptions
 
 _32_BITS = 0xFFFFFFFF
+_OF_THE_KEY_SIDE = 0x9E3779B9
+"""What a hash of the key side begins with, so that who is kept is not who looks. Any number but 0 would do."""
 
 
 class RandomRouter(ScoreRouter):
-    """A number in [0, 1) that a hash makes of seed, layer, position and token; layers draw independently.
+    """A number in [0, 1) that a hash makes of seed, side, layer, position and token: sides and layers are independent.
 
     It is drawn without a generator, so a token goes the same way alone, in a batch, and continued from a cache. The
     position counts real tokens, as everywhere, so padding changes nothing either.
@@ -40,7 +42,8 @@ class RandomRouter(ScoreRouter):
         """
         if context.input_ids is None:
             raise UserError("router='random' draws by token id: give input_ids, not embeddings")
-        mixed = torch.zeros_like(context.input_ids, dtype=torch.int64)
+        begin = _OF_THE_KEY_SIDE if self.operator_names == KEY_SIDE else 0
+        mixed = torch.full_like(context.input_ids, begin, dtype=torch.int64)
         for part in (self.options.router_seed, self.layer, context.positions(x), context.input_ids):
             mixed = _scramble(mixed ^ part)
         # 24 bits are what a float32 holds without rounding up to 1.

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -15,15 +15,16 @@ from chiaroscuro.layers.fitted_router import FittedRouter
 from chiaroscuro.layers.learned_router import LearnedRouter
 from chiaroscuro.layers.local_attention import LocalAttention
 from chiaroscuro.layers.norm_router import NormRouter
-from chiaroscuro.layers.operator import Operator, is_number, with_defaults
+from chiaroscuro.layers.operator import Operator, hosts, is_number, with_defaults
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.layers.random_router import RandomRouter
 from chiaroscuro.layers.rbf_mixing import RBFMixing
-from chiaroscuro.layers.router import Router, ScoreRouter, ThresholdRouter
+from chiaroscuro.layers.router import KEY_SIDE, Router, ScoreRouter, ThresholdRouter
 from chiaroscuro.layers.self_attention import SelfAttention
 from chiaroscuro.layers.short_convolution import ShortConvolution
 from chiaroscuro.layers.soft_router import HardRouter, SoftRouter
 from chiaroscuro.layers.spectral_mixing import SpectralMixing
+from chiaroscuro.layers.thresholds import refuse_impossible_share
 
 OPERATORS: dict[str, type[Operator]] = {
     "dct": SpectralMixing,
@@ -42,9 +43,6 @@ ROUTERS: dict[str, type[Router]] = {
     "soft": SoftRouter,
     "hard": HardRouter,
 }
-
-KEY_SIDE = ("dropped", "kept")
-"""What a router of the key side chooses between."""
 
 Entry = str | Mapping[str, Mapping[str, Any] | None]
 """An entry of a menu, or a router: a name, or a mapping from the name to options, `{"attention": {"bias": False}}`."""
@@ -120,6 +118,21 @@ def _as_json(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
+def hosts_of(menu: Sequence[Entry]) -> dict[str, str]:
+    """`hosts` of a menu's operators.
+
+    Raises:
+        UserError: an unknown name, or options for an operator that has no module of its own on this menu.
+
+    """
+    given = dict(map(split_entry, menu))
+    found = hosts({name: find_operator(name) for name in given})
+    for name, options in given.items():
+        if found[name] != name and options:
+            raise UserError(f"{name!r} is one module with {found[name]!r} here: give the options to {found[name]!r}")
+    return found
+
+
 def build_operator(width: int, entry: Entry, model: Mapping[str, Any] | None = None) -> Operator:
     """The operator that an entry of a menu names.
 
@@ -175,7 +188,10 @@ def build_kv_router(width: int, model: Mapping[str, Any], layer: int = 0) -> Sco
 
 def key_side(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model as a router of the key side reads them."""
-    share = {"attention_share": model["kv_share"]} if "kv_share" in model else {}
+    share = {}
+    if "kv_share" in model:
+        refuse_impossible_share("kv_share", model["kv_share"])
+        share = {"attention_share": model["kv_share"]}
     return {**model, "thresholds": None, **share}
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.layers.operator import is_number
 from chiaroscuro.ops.attention import rotary_frequencies
 
 BY_LENGTH = ("dynamic", "longrope")
@@ -33,8 +34,14 @@ def frequencies_of(
         UserError: transformers doesn't know the type, or the type needs a parameter that is missing or unusable.
 
     """
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", "default") if isinstance(parameters, Mapping) else None
+    if not isinstance(kind, str):
+        raise UserError(f"rope_parameters={parameters!r}: give a mapping, {{rope_type: default, rope_theta: 10000.0}}")
+    if parameters.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"rope_parameters={dict(parameters)}: all features of a head are rotated; leave out the factor")
     if kind == "default":
+        if not is_number(parameters.get("rope_theta")):
+            raise UserError(f"rope_parameters={dict(parameters)}: give rope_theta, a number")
         return rotary_frequencies(head_width, parameters["rope_theta"]), 1.0
     by_length = kind in BY_LENGTH
     return _frequencies(json.dumps(dict(parameters), sort_keys=True), head_width, longest, length if by_length else 0)

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.operator import NoOptions, Work, make_options
-from chiaroscuro.layers.thresholds import QUANTILES, Thresholds
+from chiaroscuro.layers.operator import NoOptions, Work, is_number, make_options
+from chiaroscuro.layers.thresholds import QUANTILES, Thresholds, refuse_impossible_share
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.ops.spectral import Spectrum
+
+KEY_SIDE = ("dropped", "kept")
+"""What a router of the key side chooses between."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,12 @@ class ScoreOptions:
     thresholds: tuple[float, ...] | None = None
     spectrum: Spectrum = "orthonormal"
 
+    def __post_init__(self) -> None:
+        refuse_impossible_share("attention_share", self.attention_share)
+        given = self.thresholds
+        if given is not None and not (isinstance(given, list | tuple) and all(map(is_number, given))):
+            raise UserError(f"thresholds={given!r}: give a list of numbers, or nothing to calibrate them")
+
 
 def check_seed(seed: Any) -> None:
     """Raise a UserError if this is no `router_seed`."""
@@ -143,6 +152,7 @@ class SeededOptions(ScoreOptions):
     router_seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.router_seed)
 
 
@@ -156,6 +166,7 @@ class HeadOptions(ScoreOptions):
     heads: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
             raise UserError(f"heads={self.heads!r}: must be a positive whole number")
 

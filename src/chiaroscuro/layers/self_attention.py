@@ -158,7 +158,8 @@ class SelfAttention(Operator):
             mask = context.mask_over(context.routed if real is None else context.routed & real, x.shape[1])
         query, key, value = self.projected(x, context)
         if context.state is not None:
-            key, value = context.state.update(key, value)
+            # A cache may be filled under autocast, and used outside.
+            key, value = (x.to(query.dtype) for x in context.state.update(key, value))
         mixed = attend(query, key, value, mask, self._dropout, context.implementation)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -373,7 +374,7 @@ class SelfAttention(Operator):
         key = ("rotary", self.head_width, self.options.max_position_embeddings, *rope)
         if key not in context.shared:
             positions = context.positions(x)
-            frequencies, factor = self._frequencies or self._frequencies_at(context.past + x.shape[1])
+            frequencies, factor = self._frequencies or self._frequencies_at(int(positions.max()) + 1 if len(x) else 0)
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
 
@@ -394,6 +395,8 @@ def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Co
     keys = work.length if options.window is not None or work.past else n + share * (work.length - n)
     before, sunk = work.mean_beyond(window), work.mean_beyond(window) - work.mean_beyond(window + sinks)
     pairs = n * (work.mean_beyond(0) - before + sunk) + looking * share * (before - sunk)
+    if work.dense:  # all scores are computed, and a mask hides most
+        pairs = work.pairs(work.length, work.past)
     end = work.past + work.length
     held = min(end, window + sinks) + share * max(0, end - window - sinks)
     return Count(
@@ -402,7 +405,7 @@ def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Co
             "attention scores": work.product * 4 * queried * pairs,
         },
         numbers_kept=2 * kept * held,
-        published=n * (4 * width * width + 2 * work.length * width),
+        published=looking * (4 * width * width + 2 * work.length * width),
     )
 
 

@@ -226,8 +226,8 @@ class Thresholds(ExactBuffers):
 
     def set_share(self, share: float) -> None:
         """Turn the dial: thresholds for another share, from the table."""
-        self.share = share
         self.values.copy_(shares_to_thresholds(self.quantiles, share, self.operators))
+        self.share = share
 
     @torch.no_grad()
     def set_from(self, scores: Float[Tensor, " tokens"], share: float) -> None:

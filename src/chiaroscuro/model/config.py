@@ -24,7 +24,7 @@ from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
 from chiaroscuro.layers.operator import hosts, is_number, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
-from chiaroscuro.layers.registry import Entry, key_side, refuse_model_s_options, split_entry
+from chiaroscuro.layers.registry import Entry, hosts_of, key_side, refuse_model_s_options, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.spectral import Spectrum
@@ -482,13 +482,11 @@ class ChiarConfig(PreTrainedConfig):
         fields = self.fields()
         for i, menu in enumerate(self.operators):
             given = dict(map(split_entry, menu))
-            host = hosts({name: find_operator(name) for name in given})
+            try:
+                hosts_of(menu)
+            except UserError as error:
+                raise UserError(f"operators[{i}]={menu}: {error}") from None
             for name, options in given.items():
-                if host[name] != name and options:
-                    raise UserError(
-                        f"operators[{i}]={menu}: {name!r} is one module with {host[name]!r} here: give the options to "
-                        f"{host[name]!r}"
-                    )
                 cls = find_operator(name)
                 try:
                     cls.check(self.hidden_size, make_options(cls, with_defaults(cls, options, fields)))

@@ -92,15 +92,14 @@ def attend(
         ValueError: an unknown implementation.
 
     """
-    if implementation not in get_args(AttentionImplementation):
-        raise ValueError(
-            f"attention implementation {implementation!r}: choose one of {', '.join(get_args(AttentionImplementation))}"
-        )
+    _check_implementation(implementation)
     queries, keys = query.shape[-2], key.shape[-2]
     grouped = query.shape[1] != key.shape[1]
     if grouped and queries == 1 and queries != keys:
         # The heads of a group as so many queries of one head, so that no key is repeated.
         folded = query.view(len(query), key.shape[1], -1, query.shape[-1])
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(len(mask), key.shape[1], -1, keys)
         return attend_to_all(folded, key, value, mask, dropout, implementation).view_as(query)
     if implementation == "sdpa":
         if mask is None and queries != keys:
@@ -115,6 +114,12 @@ def attend(
     if grouped:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return attend_to_all(query, key, value, mask, dropout, implementation)
+
+
+def _check_implementation(name: str) -> None:
+    if name not in get_args(AttentionImplementation):
+        known = ", ".join(get_args(AttentionImplementation))
+        raise ValueError(f"attention implementation {name!r}: choose one of {known}")
 
 
 def capped(scores: Float[Tensor, "*dims"], softcap: float | None) -> Float[Tensor, "*dims"]:
@@ -137,6 +142,7 @@ def attend_to_all(
     Args and errors are as for `attend`; `scale` replaces 1/√c, and with a softcap κ scores s are κ tanh(s / κ), which
     is always written out.
     """
+    _check_implementation(implementation)
     if implementation == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)

@@ -20,12 +20,15 @@ _AT_ONCE = 2**24
 _SEED = 2606
 
 
-def null_entropy_mean(width: int) -> float:
+def null_entropy_mean(width: int, spectrum: Spectrum = "orthonormal") -> float:
     """E[H] = (ψ(d/2 + 1) − ψ(3/2)) / ln d for d independent Gaussians, ψ the digamma function (0 for d = 1).
 
     The shares p of d independent χ²₁ are Dirichlet(½, …, ½), whose expected entropy this is. For large d it is
     1 − (2 − γ − ln 2) / ln d = 1 − 0.7296 / ln d, with an error of 1 / (d ln d): 0.0007 at d = 256, 0.004 at d = 64.
+    Of the `"reference"` spectrum it is the mean of the draws that `null_entropy_quantiles` takes.
     """
+    if spectrum != "orthonormal":
+        return float(_null_draws(width, spectrum).mean())
     if width == 1:
         return 0.0
     half = torch.tensor([width / 2 + 1, 1.5], dtype=torch.float64, device="cpu").digamma()

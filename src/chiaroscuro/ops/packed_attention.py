@@ -84,6 +84,8 @@ def prefix_attention_by_rows(
     scale: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """`prefix_attention` written out, row by row: the plain form that the fast ones are held to."""
+    if len(query_lengths) == 0:
+        return query
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     queries, keys = query_lengths.tolist(), key_lengths.tolist()
     rows = []
@@ -409,10 +411,11 @@ class Softcapped(Kernel):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """In float32."""
-        scores, _ = self._scores(query, key, mask, causal)
-        normaliser = scores.logsumexp(-1)
-        return (scores - normaliser[..., None]).exp().to(value.dtype) @ value, normaliser
+        """In float32, under autocast too."""
+        with torch.autocast(query.device.type, enabled=False):
+            scores, _ = self._scores(query, key, mask, causal)
+            normaliser = scores.logsumexp(-1)
+            return (scores - normaliser[..., None]).exp().to(value.dtype) @ value, normaliser
 
     def backward(
         self,

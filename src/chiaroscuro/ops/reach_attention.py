@@ -181,7 +181,7 @@ def gains_of_pairs(
         q, g = query[:, :, begin:end], slope[:, :, begin:end]
         k, v = key[:, :, :end], value[:, :, :end]
         seen, beyond = near[begin:end, :end], far[begin:end, :end]
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).float()
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).to(kept.dtype)
         scores = capped(scores, softcap)
         output = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0).to(v.dtype) @ v
         weights = scores.masked_fill(~(seen | beyond), -torch.inf).softmax(-1).masked_fill(~beyond, 0.0).nan_to_num(0.0)

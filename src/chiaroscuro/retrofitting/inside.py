@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -91,11 +91,26 @@ def _reaches(model: Any) -> dict[int, Reach]:
     return model.reaches if isinstance(model, RoutedModel) else {}
 
 
+class Projections(NamedTuple):
+    """What one row's attention in a layer follows from: softmax(cap(q kᵀ / √c)) v.
+
+    Attributes:
+        query: rotated.
+        key: likewise.
+        value: of the tokens.
+        softcap: the cap, as of `reach_attention`.
+
+    """
+
+    query: Float[Tensor, "heads time head_width"]
+    key: Float[Tensor, "key_heads time head_width"]
+    value: Float[Tensor, "key_heads time head_width"]
+    softcap: float | None
+
+
 @torch.no_grad()
-def projections(
-    model: RoutedModel, ids: Int[Tensor, "1 time"]
-) -> dict[int, list[Float[Tensor, "heads time head_width"]]]:
-    """Queries and keys, rotated, and values of one row, by layer, in one forward."""
+def projections(model: RoutedModel, ids: Int[Tensor, "1 time"]) -> dict[int, Projections]:
+    """Those of one row, by layer, in one forward."""
     probes = {i: Probe(reach.window, reach.sinks) for i, reach in model.reaches.items()}
     try:
         for i, reach in model.reaches.items():
@@ -104,4 +119,8 @@ def projections(
     finally:
         for reach in model.reaches.values():
             reach.probe = None
-    return {i: [part.transpose(1, 2)[0] for part in probe.parts] for i, probe in probes.items()}
+    found = {}
+    for i, probe in probes.items():
+        query, key, value = (part.transpose(1, 2)[0] for part in probe.parts)
+        found[i] = Projections(query, key, value, probe.softcap)
+    return found

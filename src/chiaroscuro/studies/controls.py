@@ -19,6 +19,7 @@ from chiaroscuro.data.needles import Haystack
 from chiaroscuro.layers import Context, Decision, PackedTokens, ScoreRouter, Spectra
 from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
 from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.ops.attention import capped
 from chiaroscuro.ops.reach_attention import reach_mask
 from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.inside import noting_inputs, projections
@@ -102,11 +103,11 @@ def published_marks(model: Any, ids: Int[Tensor, "1 time"]) -> Mapping[str, Mark
     with without_routing(model), noting_inputs(model) as given:
         parts = projections(model, ids)
     found: dict[str, dict[int, Tensor]] = {"H": {}, "key norm": {}, "received attention": {}}
-    for i, (query, key, _) in parts.items():
+    for i, (query, key, _, softcap) in parts.items():
         reach = model.reaches[i]
         found["H"][i] = Spectra(given[i]).entropy().float()[..., None].expand(-1, -1, len(key))
         found["key norm"][i] = -key.float().norm(dim=-1).T[None]
-        found["received attention"][i] = _received(query, key, reach.window, reach.sinks).T[None]
+        found["received attention"][i] = _received(query, key, reach.window, reach.sinks, softcap).T[None]
     return found
 
 
@@ -115,6 +116,7 @@ def _received(
     key: Float[Tensor, "key_heads time head_width"],
     window: int,
     sinks: int,
+    softcap: float | None,
 ) -> Float[Tensor, "key_heads time"]:
     """The attention that each key of each head receives from beyond the window."""
     time = query.shape[1]
@@ -123,7 +125,7 @@ def _received(
     near = reach_mask(place, place, nobody, nobody, window, sinks)
     received = []
     for q, k in zip(query.unflatten(0, (len(key), -1)), key, strict=True):
-        scores = (q @ k.T).float() / math.sqrt(q.shape[-1])
+        scores = capped((q @ k.T).float() / math.sqrt(q.shape[-1]), softcap)
         weights = scores.masked_fill(place > place[:, None], -torch.inf).softmax(-1)
         received.append(weights.masked_fill(near, 0.0).sum((0, 1)))
     return torch.stack(received)

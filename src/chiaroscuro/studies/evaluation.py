@@ -112,7 +112,9 @@ def evaluate(
         figures |= {"data": corpus.name, "stride": stride or length, **result.figures()}
         if seen.kept:
             figures |= {"looked": seen.look, "kept": seen.kept}
-    return figures | (describe_routing(result.routings, model.config.hidden_size) if routes else {})
+    if not routes:
+        return figures
+    return figures | describe_routing(result.routings, model.config.hidden_size, model.config.spectrum)
 
 
 def _windows(tokens: int, length: int, stride: int) -> int:

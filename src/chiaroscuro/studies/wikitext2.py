@@ -86,7 +86,7 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
         evaluation = evaluate_blocks(model, blocks, output_routing=workspace.routes)
         figures[split] = evaluation.figures()
         if workspace.routes:
-            figures[split] |= describe_routing(evaluation.routings, model.config.hidden_size)
+            figures[split] |= describe_routing(evaluation.routings, model.config.hidden_size, model.config.spectrum)
         console.print(f"{folder} {split}: perplexity {evaluation.perplexity:.2f}")
     measured.write_text(json.dumps(figures), encoding="utf-8")
     return figures

@@ -387,7 +387,8 @@ class RunTrainer(Trainer):
 
     def _publish(self, record: dict[str, Any], seen: list[Any]) -> None:
         if seen:
-            record |= describe_routing(seen, self.model.config.hidden_size)
+            config = self.model.config
+            record |= describe_routing(seen, config.hidden_size, config.spectrum)
         self.run.last[record["kind"]] = record
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 

@@ -162,11 +162,12 @@ def _retrofitted(far: FarModel, ids: Tensor) -> Iterator[tuple[int, FarLayer]]:
     model: RoutedModel = far.model
     with noting_inputs(model) as given, _everybody(model, looks=True):
         parts = projections(model, ids[None])
-    for i, (query, key, value) in parts.items():
+    for i, (query, key, value, softcap) in parts.items():
         source = given[i]
         score = model.reaches[i].look(source, source.new_zeros(source.shape[:2])).score
         assert score is not None
-        yield i, FarLayer(far_part(query, key, value, far.window, far.sinks), _scores(source[0], score[0]))
+        part = far_part(query, key, value, far.window, far.sinks, softcap)
+        yield i, FarLayer(part, _scores(source[0], score[0]))
 
 
 def _scores(source: Float[Tensor, "time width"], fitted: Float[Tensor, "time *heads"]) -> Mapping[str, Tensor]:

@@ -37,7 +37,7 @@ def _by_length(checkpoint: str, lengths: Sequence[int], count: int) -> dict[str,
     for length in lengths:
         blocks = first_blocks(TokenBlocks(tokens, length), count // length)
         seen = evaluate_blocks(model.eval(), blocks, batch_size=1, window=1, output_routing=True)
-        layers = describe_routing(seen.routings, model.config.hidden_size)["layers"]
+        layers = describe_routing(seen.routings, model.config.hidden_size, model.config.spectrum)["layers"]
         look = [layer["share"][-1] for layer in layers if len(layer["operators"]) > 1]
         kept = [layer["kept"] for layer in layers if layer.get("kept") is not None]
         figures = seen.figures()
