@@ -451,6 +451,9 @@ differences from the best full attention without convolutions are paired by seed
 unlike seeds can't be compared with each other: the differences can, and fronts, pictures and verdicts go by them. Two
 variants *can't be told apart* where the interval of their differences holds 0. Bold names are on a front: no other
 variant is better at the same or a lower cost, in scores (s) or in cache (c).
+
+Chance draws for each side by itself. It did not yet when the rows `both, random` of all tasks, and `both, random
+afterwards` of text and passkeys, were measured: there who was kept by chance was who looked by chance.
 """
 
 
