@@ -221,6 +221,22 @@ def test_the_recipe_for_smollm2_is_valid(places: tuple[Path, Path]) -> None:
     assert both.courses(12).keys() == {"attention_share", "kv_share"} and both.data.task == "retrieval"
 
 
+@pytest.mark.parametrize(
+    ("changes", "distill"),
+    [
+        ([], {"cross_entropy": 0.0, "by_row": True, "weight": 1.0}),
+        (["distill.by_row=false"], {"cross_entropy": 0.0, "by_row": False, "weight": 1.0}),
+        (["distill.weight=0.5"], {"cross_entropy": 0.0, "by_row": True, "weight": 0.5}),
+        (["distill.weight=0.5", "model.lora=null"], {"cross_entropy": 1.0, "by_row": True, "weight": 0.5}),
+    ],
+)
+def test_a_field_of_the_distillation_leaves_the_others_as_healing_has_them(
+    places: tuple[Path, Path], tmp_path: Path, changes: list[str], distill: dict[str, Any]
+) -> None:
+    read = Recipe.load(recipe(places, tmp_path), changes).distill
+    assert read is not None and {name: getattr(read, name) for name in distill} == distill
+
+
 def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path / "plain")

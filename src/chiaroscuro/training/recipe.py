@@ -488,7 +488,9 @@ class Recipe(Section):
         model = content["model"] if isinstance(content["model"], Mapping) else {}
         # With LoRA the teacher stays as it was. Without, it learns along, and the text alone holds it.
         distill = {"cross_entropy": 1.0 if model.get("lora", LORA) is None else 0.0, "by_row": True}
-        return {"distill": distill, "tokenizer": model.get("checkpoint"), **content, "data": data}
+        given = content.get("distill", {})
+        distill = {**distill, **given} if isinstance(given, Mapping) else given
+        return {"tokenizer": model.get("checkpoint"), **content, "data": data, "distill": distill}
 
     @model_validator(mode="before")
     @classmethod
