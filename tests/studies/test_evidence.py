@@ -186,7 +186,7 @@ def test_questions_are_measured_and_written_down(place: Path, tmp_path: Path, mo
         {"question": "gain", "share": 0.25, "length": 64, "rows": 2, "models": {"small": near}},
         {"question": "length", "tokens": 512, "lengths": [64, 128], "seeds": [0], "models": {"small": str(place)}},
         {"question": "layers", "share": 0.25, "length": 64, "models": {"small": near}, "retrofitted": {}},
-        equal_time_of({64: {"small": {"run": str(place)}}}),
+        equal_time_of({64: {"small": {"run": str(place), "seeds": [0]}}}),
     ]
     for recipe in recipes:
         assert asked(monkeypatch, tmp_path, recipe) == 0, recipe
@@ -225,7 +225,7 @@ def test_what_goes_on_from_another_run_costs_both() -> None:
 
 
 def equal_time_of(lengths: Any) -> dict[str, Any]:
-    return {"question": "equal_time", "seconds": 0.1, "seeds": [0], "baseline": "small", "lengths": lengths}
+    return {"question": "equal_time", "seconds": 0.1, "baseline": "small", "lengths": lengths}
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,14 @@ def equal_time_of(lengths: Any) -> dict[str, Any]:
         (5, "lengths=5: give each length its models, by name"),
         ({64: {}}, "give each length its models"),
         ({64: {"large": {"run": "x"}}}, "lengths.64: no model is called 'small'; have large"),
-        ({64: {"small": {"run": "x", "after": "large"}}}, "lengths.64: no model is called 'large'; have small"),
-        ({64: {"small": {"after": "small"}}}, "lengths.64.small: give its run"),
-        ({64: {"small": {"run": "x", "seed": 1}}}, "lengths.64.small: give its run"),
-        ({64: {"small": {"run": "nowhere/at/all"}}}, "nowhere/at/all"),
+        (
+            {64: {"small": {"run": "x", "seeds": [0], "after": "large"}}},
+            "lengths.64: no model is called 'large'; have small",
+        ),
+        ({64: {"small": {"seeds": [0], "after": "small"}}}, "lengths.64.small: give its run"),
+        ({64: {"small": {"run": "x", "seeds": []}}}, "lengths.64.small: give its run and its seeds"),
+        ({64: {"small": {"run": "x", "seeds": [0], "seed": 1}}}, "lengths.64.small: give its run"),
+        ({64: {"small": {"run": "nowhere/at/all", "seeds": [0]}}}, "nowhere/at/all"),
     ],
 )
 def test_a_mistake_in_what_is_compared_is_one_line(

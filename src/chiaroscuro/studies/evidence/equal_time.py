@@ -18,7 +18,7 @@ from chiaroscuro.report.evidence_figure import draw_curves
 from chiaroscuro.studies.statistics import compare, estimate
 from chiaroscuro.studies.workspace import Workspace
 
-FIELDS = ("seconds", "seeds", "baseline", "lengths")
+FIELDS = ("seconds", "baseline", "lengths")
 QUESTION = "What does equal time buy?"
 COSTS = ("seconds a token", "operations a token")
 
@@ -29,10 +29,10 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(), "baseline": recipe["baseline"], "lengths": {}}
     for length, models in recipe["lengths"].items():
         runs = {
-            name: [Workspace(given["run"].format(seed=seed), device="cpu") for seed in recipe["seeds"]]
+            name: {seed: Workspace(given["run"].format(seed=seed), device="cpu") for seed in given["seeds"]}
             for name, given in models.items()
         }
-        first = {name: seeds[0] for name, seeds in runs.items()}
+        first = {name: next(iter(seeds.values())) for name, seeds in runs.items()}
         vocabulary = min(workspace.config.vocab_size for workspace in first.values())
         ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
         timings = take_turns(
@@ -47,7 +47,7 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
                 "begins after": models[name].get("after"),
                 "seconds a token": timings[name].median / length,
                 "operations a token": count_flops(config, length, training=True).total / length,
-                "seeds": {str(seed): _curve(run) for seed, run in zip(recipe["seeds"], seeds, strict=True)},
+                "seeds": {str(seed): _curve(run) for seed, run in seeds.items()},
             }
             console.print(f"{name}, T = {length}: {timings[name].median:.3f} s a row", highlight=False)
     return found
@@ -62,8 +62,11 @@ def refuse_wrong(recipe: Mapping[str, Any]) -> None:
         for name in (baseline, *(one["after"] for one in models.values() if "after" in one)):
             if name not in models:
                 raise UserError(f"lengths.{length}: no model is called {name!r}; have {', '.join(models)}")
-        if wrong := [name for name, given in models.items() if "run" not in given or given.keys() - {"run", "after"}]:
-            raise UserError(f"lengths.{length}.{wrong[0]}: give its run, and after which model it began, if any")
+        for name, given in models.items():
+            if not {"run", "seeds"} <= given.keys() <= {"run", "seeds", "after"} or not given["seeds"]:
+                raise UserError(
+                    f"lengths.{length}.{name}: give its run and its seeds, and after which model it began, if any"
+                )
 
 
 def _curve(workspace: Workspace) -> dict[str, Any]:
