@@ -670,7 +670,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "nothing to resume": (["train", "GOOD", "--resume"], "holds no run to resume"),
     "neither preset nor checkpoint": (["flops", "smal"], "is not a preset"),
     "a length of nothing": (["flops", "small", "--length", "0"], "--length"),
-    "a share above one": (["flops", "small", "--share", "2"], "attention_share=2.0: must be a number"),
+    "a share above one": (
+        ["flops", "small", "--share", "2"],
+        "Invalid value for '--share': 2.0 is not in the range 0<=x<=1. (see chiaroscuro flops --help)",
+    ),
     "an unknown context": (["flops", "small", "--context", "some"], "choose all, routed or kept"),
     "a kept share where nobody is kept": (["flops", "small", "--kv-share", "0.5"], "give --context kept too"),
     "a kept share above one": (["flops", "small", "--context", "kept", "--kv-share", "2"], "--kv-share 2.0: must be"),

@@ -113,9 +113,15 @@ def test_a_model_of_a_task_is_fitted_on_its_task(run: Run, recall: Path, tmp_pat
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--budget", "0.2"], "drop look and kept"),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--hidden", "0"], "Invalid value for '--hidden'"),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--split", "dev"], "--split dev"),
-        (["fit", "near", "--output", "NEW", "--look", "0.2", "--length", "4"], "side look: 0 tokens with a target"),
+        (
+            ["fit", "near", "--output", "NEW", "--look", "0.2", "--length", "4"],
+            "--length 4: all of a row",
+        ),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--length", "4000"], "max_position_embeddings"),
-        (["fit", "near", "--output", "NEW", "--look", "0.2", "--tokens", "32"], "1 batches to fit on"),
+        (
+            ["fit", "near", "--output", "NEW", "--look", "0.2", "--tokens", "32"],
+            "--tokens 32: they make less",
+        ),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--data", "./nowhere"], "nowhere"),
         (["fit", "near", "--output", f"{__file__}/x", "--look", "0.2"], "Not a directory"),
         (["fit", "plain", "--output", "NEW", "--look", "0.2"], "no layer chooses who looks far"),
@@ -132,3 +138,13 @@ def test_a_mistake_is_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("error: ") and message in err
     assert not (tmp_path / "new").exists()
+
+
+def test_info_tells_near_and_far(run: Run, near: Path) -> None:
+    facts = json.loads(run("info", near, "--json")[1])
+    config = Workspace(str(near)).config
+    for name in ("window", "sinks", "attention_context", "kv_router", "kv_share"):
+        assert facts[name] == getattr(config, name)
+    assert all(len(layer["kept_thresholds"]) == 1 for layer in facts["layers"])
+    code, out, _ = run("info", near)
+    assert code == 0 and "who is kept" in " ".join(out.split())

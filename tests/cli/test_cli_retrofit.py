@@ -12,7 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from byte_tokenizer import byte_tokenizer
+from chiaroscuro import retrofit
+from chiaroscuro.analysis.facts import describe_checkpoint
 from chiaroscuro.data.needles import Haystack
+from chiaroscuro.model.loading import window_of
 from chiaroscuro.report.retrofit_page import CONTROLS
 from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.studies.needles import needles_found
@@ -110,22 +113,24 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--kv-share", 1.5], "kept=1.5: must be a share of the tokens"),
-        (["--look", -0.1], "look=-0.1: must be a share"),
-        (["--look", 0], "look=0: must be a share"),
+        (["--kv-share", 1.5], "--kv-share 1.5: must be a share of the tokens"),
+        (["--look", -0.1], "--look -0.1: must be a share"),
+        (["--look", 0], "--look 0: must be a share"),
         (["--window", 0], "window=0: must be a whole number of tokens"),
         (["--sinks", -1], "sinks=-1"),
         (["--layers", "7"], "layers=[7]: the model has the layers 0 to 2"),
         (["--layers", "2-0"], "--layers 2-0: give numbers and ranges"),
         (["--layers", "all"], "--layers all: give numbers and ranges"),
         (["--target", "much"], "--target much: give a percentage, such as 1%"),
-        (["--target", "0"], "target 0: must be more than 0"),
+        (["--target", "0"], "--target 0%: must be more than 0%"),
         (["--rows", 3], "3 rows to fit on: give 10 or more"),
-        (["--length", 4096], "rows of 4096 tokens, and"),
-        (["--costs", "99999"], "rows of 99999 tokens, and"),
+        (["--length", 4096], "--length 4096: "),
+        (["--costs", "99999", "--text-length", 5000], "--text-length 5000, --costs 99999: "),
+        (["--window", 600, "--length", 600], "--length 600: all of a row is within the window and the sinks, 6"),
+        (["--target", "5%", "--kv-share", 0.5], "--target finds the share that is kept: leave out --kv-share"),
         (["--needles", "32"], "32 tokens are too few for"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--kv-share", 0.0], "kept=0: must be a share"),
+        (["--kv-share", 0.0], "--kv-share 0: must be a share"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -175,10 +180,11 @@ def test_needles_are_counted_as_the_report_counts_them(run: Run, places: tuple[P
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--lengths", "4096"], "reads 1024: take shorter ones"),
+        (["--lengths", "4096"], "reads 1024 tokens at most; give less"),
         (["--lengths", "20"], "20 tokens are too few for"),
         (["--lengths", "many"], "--lengths many: give numbers"),
         (["--keys", "0"], "0 needles: must be from 1 to"),
+        (["--keys", "4,0"], "0 needles: must be from 1 to"),
         (["--keys", "40"], "40 needles: must be from 1 to"),
         (["--tries", "0"], "greater than or equal to 1"),
         (["--share", "0.5"], "--share needs a CHIAR-Former or a retrofitted model"),
@@ -198,3 +204,15 @@ def test_a_part_of_a_text_is_measured(run: Run, places: tuple[Path, Path]) -> No
         assert code == 0, err
         found.append(json.loads(out)["tokens"])
     assert found[1] == 512 < found[0]
+
+
+def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path]) -> None:
+    facts = json.loads(run("info", places[0], "--json")[1])
+    assert "window" not in facts and facts["layers"] == []
+    model = build(vocab_size=300)
+    retrofit(model, window=16, sinks=1, kv_share=0.5)
+    assert window_of(model.config) == 16
+    told = describe_checkpoint(model)
+    assert (told["window"], told["sinks"], told["kv_share"], told["attention_share"]) == (16, 1, 0.5, 1.0)
+    code, out, _ = run("info", places[0])
+    assert code == 0 and "menu" not in out

@@ -144,3 +144,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_the_help_teaches(run: Run) -> None:
     code, out, _ = run("task", "--help")
     assert code == 0 and "Example" in out and len(out) > 400
+
+
+def test_the_length_of_rows_goes_by_either_name(run: Run) -> None:
+    code, out, err = run("task", "mqar", "--length", 32, "pairs=4", "--examples", 20, "--heldout", 10, "--json")
+    assert code == 0, err
+    assert {split["tokens"]["longest"] for split in json.loads(out)["splits"].values()} == {32.0}

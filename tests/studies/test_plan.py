@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from byte_tokenizer import byte_tokenizer
 from chiaroscuro import ChiarConfig, UserError
 from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.studies.plan import count_activations, plan_run
@@ -26,7 +28,7 @@ def test_figures_are_the_counts_of_the_project() -> None:
     found = plan_run(recipe, 8, "h100", used=0.5)
     config: Any = recipe.build_config(300)
     flops = count_flops(config, 64, training=True).total * 8
-    assert found["step"]["compute"] == pytest.approx(flops / (494e12 * 0.5))
+    assert found["step"]["compute"] == pytest.approx(flops / (67e12 * 0.5))
     assert found["step"]["exchange of gradients"] == pytest.approx(2 * 7 / 8 * 4 * found["parameters"] / 450e9)
     assert found["step"]["tokens"] == 4 * 2 * 8 * 64
     assert found["run"] == {"steps": 100, "tokens": 100 * 4096, "seconds": 100 * found["step"]["seconds"]}
@@ -60,8 +62,20 @@ def test_averages_and_a_teacher_are_counted() -> None:
     assert more == pytest.approx(4 * plain["parameters"])
     taught = plan_run(Recipe.from_dict(SMALL | {"distill": {}}), 8, "h100")
     config: Any = Recipe.from_dict(SMALL).build_config(300)
-    teacher = count_flops(full_attention(config), 64).total * 8 / (494e12 * 0.4)
+    teacher = count_flops(full_attention(config), 64).total * 8 / (67e12 * 0.4)
     assert taught["step"]["compute"] - plain["step"]["compute"] == pytest.approx(teacher)
+
+
+def test_the_rate_and_the_vocabulary_are_those_of_the_run(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "words")
+    own = plan_run(Recipe.from_dict(SMALL | {"tokenizer": str(tmp_path / "words")}), 8, "h100")
+    given = plan_run(Recipe.from_dict(SMALL), 8, "h100", vocabulary=len(tokenizer))
+    assert own["parameters"] == given["parameters"]
+    assert f"the tokenizer has {len(tokenizer):,} tokens" in own["assumptions"]
+    assert "a step reaches 40% of the peak of 67 TFLOP/s in float32" in own["assumptions"]
+    half = plan_run(Recipe.from_dict(SMALL | {"trainer": SMALL["trainer"] | {"precision": "bf16"}}), 8, "h100")
+    assert "a step reaches 40% of the peak of 989 TFLOP/s in bfloat16" in half["assumptions"]
 
 
 def test_more_machines_exchange_through_the_network() -> None:

@@ -245,6 +245,18 @@ def test_a_mistake_is_one_line_and_nothing_runs(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("field", ["trainer.output_dir", "trainer.seed"])
+def test_a_field_that_the_sweep_sets_is_not_changed_on_the_command_line(write: Callable[..., Path], field: str) -> None:
+    with pytest.raises(UserError, match=f"{field}=7: {field} is set by the sweep; change seeds or output_dir in"):
+        Sweep.load(write(), ["trainer.clip=1", f"{field}=7"])
+
+
+def test_a_source_that_can_be_nothing_is_found_before_anything_runs(write: Callable[..., Path]) -> None:
+    sweep = Sweep.load(write(variants={"plain": {}, "x": {"data.source": "nope"}}))
+    with pytest.raises(UserError, match="variant 'x': no such corpus: 'nope'"):
+        sweep.refuse_missing_sources()
+
+
 def test_a_variant_said_twice_is_a_mistake(write: Callable[..., Path]) -> None:
     path = write()
     path.write_text(path.read_text().replace("  other:", "  plain: {}\n  other:"))

@@ -42,6 +42,15 @@ def refuse_beyond_memory(needed: float, what: str) -> None:
         )
 
 
+_RETROFITTED = ("window", "sinks", "attention_share", "kv_share", "layers", "router", "kv_router")
+"""What is told of a retrofitted model, of what its configuration says was done."""
+
+
+def _ready(threshold: float) -> float | str | None:
+    """A threshold as JSON has it."""
+    return "NaN" if math.isnan(threshold) else threshold if math.isfinite(threshold) else None
+
+
 def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
     """Size, shape, menus and thresholds, ready for JSON.
 
@@ -64,7 +73,8 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "layers": [],
     }
     if not isinstance(model, ChiarPreTrainedModel) or not isinstance(config, ChiarConfig):
-        return facts
+        routed = dict(getattr(config, "chiaroscuro", None) or {})
+        return facts | {name: routed[name] for name in _RETROFITTED if name in routed}
     facts |= {
         "norm": config.norm,
         "embedding_norm": config.embedding_norm,
@@ -75,16 +85,22 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
         "meta_router": config.meta_router,
         "cacheable": not config.uncacheable(),
     }
-    calibrations = model.thresholds()
+    if config.window is not None or config.keeping_layers:
+        facts |= {name: getattr(config, name) for name in ("window", "sinks", "attention_context")}
+    if config.keeping_layers:
+        facts |= {"kv_router": config.kv_router, "kv_share": config.kv_share}
+    calibrations, keeping = model.thresholds(), model.kv_thresholds()
     for i, layer in enumerate(model.trunk.blocks):
         calibration = calibrations.get(i)
         thresholds = [] if calibration is None else calibration.values.tolist()
+        kept = [] if i not in keeping else keeping[i].values.tolist()
         facts["layers"].append(
             {
                 "layer": i + 1,
                 "operators": list(layer.operator_names),
                 "parameters": sum(p.numel() for p in layer.parameters()),
-                "thresholds": ["NaN" if math.isnan(t) else t if math.isfinite(t) else None for t in thresholds],
+                "thresholds": list(map(_ready, thresholds)),
+                **({"kept_thresholds": list(map(_ready, kept))} if kept else {}),
                 "calibration_steps": None if calibration is None else int(calibration.steps),
             }
         )

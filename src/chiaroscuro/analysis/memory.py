@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from chiaroscuro import plugins
 from chiaroscuro.analysis.speed import forward_pass, peak_memory
@@ -48,6 +49,7 @@ def prefill_memory(model: PreTrainedModel, length: int) -> int | None:
 def _peak(folder: str, length: int, device: str, modules: tuple[str, ...]) -> int:
     plugins.import_installed()
     plugins.import_modules(modules)
+    logging.disable_progress_bar()  # of the model that is loaded once more
 
     def make() -> Any:
         model: Any = load_checkpoint(folder)

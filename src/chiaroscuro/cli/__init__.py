@@ -55,7 +55,9 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             if type(error).__name__ == "NoArgsIsHelpError":  # no command: the help is printed already
                 sys.exit(2)
-            _fail(f"{error.format_message()} (see chiaroscuro --help)")
+            context = getattr(error, "ctx", None)
+            command = "chiaroscuro" if context is None else context.command_path
+            _fail(f"{error.format_message()} (see {command} --help)")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             _fail("this machine has not enough memory for that: ask for something smaller")
         raise

@@ -155,11 +155,13 @@ Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.", 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Share = Annotated[
     float | None,
-    typer.Option(help="First set the share of tokens (0 to 1) that goes to attention."),
+    typer.Option(help="First set the share of tokens (0 to 1) that goes to attention.", min=0, max=1),
 ]
 KVShare = Annotated[
     float | None,
-    typer.Option(help="First set the share of tokens (0 to 1) that is kept, to be seen from beyond the window."),
+    typer.Option(
+        help="First set the share of tokens (0 to 1) that is kept, to be seen from beyond the window.", min=0, max=1
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs: cpu or cuda. By default cuda if PyTorch sees a GPU.")

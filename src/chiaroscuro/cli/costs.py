@@ -20,7 +20,9 @@ def flops(
         ),
     ],
     length: Annotated[int, typer.Option(help="T, tokens of a sequence.", min=1, max=LARGEST)] = 256,
-    share: Annotated[float | None, typer.Option(help="ρ; by default the model's own attention_share.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="ρ; by default the model's own attention_share.", min=0, max=1)
+    ] = None,
     kv_share: Annotated[
         float | None, typer.Option(help="The share that is kept; by default the model's own kv_share.")
     ] = None,
@@ -220,14 +222,14 @@ def task(
     Example: chiaroscuro task listops-nested max_length=40
     """
     from chiaroscuro.data import Corpus
-    from chiaroscuro.data.tasks import load_task
+    from chiaroscuro.data.tasks import load_task, task_options
     from chiaroscuro.report.task_terminal import print_task
     from chiaroscuro.studies.tasks import describe_task
     from chiaroscuro.training.recipe import override_field
 
     given: dict[str, Any] = {
         "source": source,
-        "max_length": length,
+        "length" if "length" in task_options(name) else "max_length": length,
         "train_examples": examples,
         "heldout_examples": heldout,
         "seed": seed,

@@ -241,9 +241,11 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder for the calibrated copy of the model. Not needed for --method paper."),
     ] = None,
-    share: Annotated[float | None, typer.Option(help="ρ; by default the model's own attention_share.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="ρ; by default the model's own attention_share.", min=0, max=1)
+    ] = None,
     kv_share: Annotated[
-        float | None, typer.Option(help="The share that is kept; by default the model's own kv_share.")
+        float | None, typer.Option(help="The share that is kept; by default the model's own kv_share.", min=0, max=1)
     ] = None,
     data: Source = None,
     split: Annotated[str | None, typer.Option(help="The split to calibrate on; by default train.")] = None,
@@ -396,8 +398,9 @@ def retrofit(
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the routed copy, with a report; must not exist.")],
     kv_share: Annotated[
-        float, typer.Option("--kv-share", help="The share of the tokens kept to be seen from far.")
-    ] = 0.25,
+        float | None,
+        typer.Option("--kv-share", help="The share of tokens kept to be seen from far; by default 0.25."),
+    ] = None,
     look: Annotated[float, typer.Option(help="The share of the tokens that look far.")] = 1.0,
     window: Annotated[int, typer.Option(help="w, how many tokens each token sees in any case.")] = 128,
     sinks: Annotated[int, typer.Option(help="s, how many tokens at the beginning all see.")] = 4,
@@ -432,13 +435,15 @@ def retrofit(
     """
     from chiaroscuro.studies.retrofitting import PAGE, Measured, retrofit_copy
 
+    if target is not None and kv_share is not None:
+        raise UserError("--target finds the share that is kept: leave out --kv-share")
     found = retrofit_copy(
         model,
         output,
         window=window,
         sinks=sinks,
         look=look,
-        kept=kv_share,
+        kept=0.25 if kv_share is None else kv_share,
         heads=not one_head,
         layers=None if layers is None else numbers("--layers", layers),
         data=data,

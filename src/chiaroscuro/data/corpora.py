@@ -70,6 +70,7 @@ WANTED_SOURCES = (
     "a corpus is 'python-docs', a folder with train, validation and test files, "
     "or a Hub name like 'Salesforce/wikitext:wikitext-103-v1'"
 )
+PYTHON_DOCS = "python-docs"
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 Separator = Literal["newline", "eos"]
@@ -236,7 +237,7 @@ def load_corpus(
 
     """
     name = str(source)
-    if name == "python-docs":
+    if name == PYTHON_DOCS:
         splits, separator = _python_docs_splits(), separator or "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
     else:
@@ -360,9 +361,10 @@ def _texts_of(
 
 
 def check_source(name: str | None) -> None:
-    """Raise a UserError if a source can only be a folder and there is no folder of that name; nothing is loaded."""
-    if name is not None:
-        find_folder(name, WANTED_SOURCES)
+    """Raise a UserError if there is no folder of that name and it can be nothing else; nothing is loaded."""
+    if name is None or name == PYTHON_DOCS or find_folder(name, WANTED_SOURCES) or HUB_NAME.fullmatch(name):
+        return
+    raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
 
 
 def read_splits(

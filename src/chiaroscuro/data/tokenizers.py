@@ -76,7 +76,7 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     elif name == "words":
         tokenizer = _words(corpus, cache_dir or default_cache_dir())
     elif folder := find_folder(name, WANTED_TOKENIZERS):
-        tokenizer = _from_folder(name, folder)
+        tokenizer = load_from_folder(name, folder)
     elif HUB_NAME.fullmatch(name):
         tokenizer = _from_pretrained(name, f"could not load the tokenizer {name!r} from the Hugging Face Hub")
     else:
@@ -178,7 +178,8 @@ def _counted(pieces: Iterator[str], advance: Callable[[int], None]) -> Iterator[
         advance(len(piece))
 
 
-def _from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
+def load_from_folder(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder that the user called by that name; a UserError if there is none, or a damaged one."""
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
         return _from_pretrained(str(folder), f"the tokenizer in {name!r} can't be read")
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"

@@ -64,7 +64,10 @@ def calibrate(
 
     """
     if not isinstance(model, ChiarPreTrainedModel):
-        raise UserError(f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x)")
+        raise UserError(
+            f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x), and fit "
+            "sets the thresholds of a retrofitted model"
+        )
     if model.device.type == "meta":
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
     layers, keeping = model.thresholds(), model.kv_thresholds()

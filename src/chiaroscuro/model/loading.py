@@ -27,6 +27,11 @@ NO_LIMIT = 2**31 - 1
 """The longest sequence of a model that says none: one without learned or rotary positions."""
 
 
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The window of a model's near attention, in our models and in retrofitted ones; None where all see everything."""
+    return getattr(config, "window", None) or (getattr(config, "chiaroscuro", None) or {}).get("window")
+
+
 def longest_sequence(config: PreTrainedConfig) -> int:
     """The most tokens that a model reads."""
     return int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)

@@ -118,17 +118,23 @@ def fit_table(found: Mapping[str, Any]) -> Table:
 def checkpoint_tables(facts: Mapping[str, Any]) -> list[Table]:
     """What `info` found: the model and its training, and a row per layer."""
     recipe = facts.get("recipe")
-    table = Table("layer", "menu", "parameters", "thresholds", "calibrated on steps", box=None)
+    keeps = any("kept_thresholds" in layer for layer in facts["layers"])
+    names = ["layer", "menu", "parameters", "thresholds", "calibrated on steps"]
+    table = Table(*names, *(["threshold of who is kept"] if keeps else []), box=None)
     for layer in facts["layers"]:
-        table.add_row(
+        cells = [
             str(layer["layer"]),
             " · ".join(layer["operators"]),
             f"{layer['parameters']:,}",
             ", ".join(map(_threshold, layer["thresholds"])) or "–",
             "–" if layer["calibration_steps"] is None else str(layer["calibration_steps"]),
-        )
+        ]
+        if keeps:
+            cells.append(", ".join(map(_threshold, layer.get("kept_thresholds", []))) or "–")
+        table.add_row(*cells)
     shown = {name: value for name, value in facts.items() if name not in ("layers", "recipe")}
-    return [figures_table(shown | (_training(recipe) if recipe else {})), table]
+    told = figures_table(shown | (_training(recipe) if recipe else {}))
+    return [told, table] if facts["layers"] else [told]
 
 
 def _threshold(value: float | str | None) -> str:

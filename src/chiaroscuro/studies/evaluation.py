@@ -12,6 +12,7 @@ from chiaroscuro.data import TokenBlocks
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.loading import window_of
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.workspace import Workspace
 
@@ -105,7 +106,7 @@ def evaluate(
                 model,
                 blocks,
                 batch_size=batch_size,
-                window=window or getattr(model.config, "window", None) or WINDOW,
+                window=window or window_of(model.config) or WINDOW,
                 output_routing=routes,
                 progress=advance,
             )

@@ -75,9 +75,23 @@ def fit_copy(
         raise UserError(f"--output {output} exists already: name another folder")
     model = workspace.language_model("fit")
     if not isinstance(model, ChiarForCausalLM):
-        raise UserError(f"fit needs a CHIAR-Former, and {workspace.name} is a {type(model).__name__}")
+        raise UserError(
+            f"fit needs a CHIAR-Former, and {workspace.name} is a {type(model).__name__}: chiaroscuro retrofit fits "
+            "other decoders, and chiaroscuro.fit(model, batches) in Python a retrofitted one anew"
+        )
     length = workspace.length(length, most=LONGEST)
+    near = (model.config.window or 1) + model.config.sinks
+    if length <= near:
+        raise UserError(
+            f"--length {length}: all of a row is within the window and the sinks, {near} tokens; take several times as "
+            "many"
+        )
     named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
+    if len(batches) < 2:
+        raise UserError(
+            f"--tokens {tokens}: they make less than two batches of rows of {length} tokens, of which the last is held "
+            "out; take more"
+        )
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
     save_whole(output, model, workspace.tokenizer, workspace.recipe)

@@ -448,9 +448,10 @@ attention. All of a task have the same depth and width and see the same number o
 *Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full attention's,
 counted at the shares measured, which are means over all layers. A mean of several seeds has its standard deviation; the
 differences from the best full attention without convolutions are paired by seed, with their 95% interval. Means over
-unlike seeds can't be compared with each other: the differences can, and fronts, pictures and verdicts go by them. Two
-variants *can't be told apart* where the interval of their differences holds 0. Bold names are on a front: no other
-variant is better at the same or a lower cost, in scores (s) or in cache (c).
+unlike seeds can't be compared with each other: the differences can, and fronts, pictures and verdicts go by them, and
+name means that are placed by them. Two variants *can't be told apart* where the interval of their differences holds 0,
+or where there is but one seed. Bold names are on a front: no other variant is better at the same or a lower cost, in
+scores (s) or in cache (c).
 
 Chance draws for each side by itself. It did not yet when the rows `both, random` of all tasks, and `both, random
 afterwards` of text and passkeys, were measured: there who was kept by chance was who looked by chance.
@@ -498,7 +499,7 @@ def section(variants: Variants) -> list[str]:
 def verdicts(variants: Variants, baseline: str) -> list[str]:
     """Whether the goal is reached, and how a quarter on both sides stands against static hybrids.
 
-    It is better than one where its mean is, and where 0 is outside the interval of their differences, if there is one.
+    It is better than one where its mean is, and where 0 is outside the interval of their differences.
     """
     metric = variants.task.metrics[0]
     ours = variants.best(variants.of("both"), metric)
@@ -519,8 +520,12 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         better = value > theirs if metric.rises else value < theirs
         found = variants.against(ours, name, metric)
         nothing = 0.0 if metric.rises else 1.0
-        told = found is None or found.low is None or found.high is None or not found.low <= nothing <= found.high
-        verdict = "**no better**" if not better else "better" if told else "**can't be told apart**"
+        if not better:
+            verdict = "**no better**"
+        elif found is None or found.low is None or found.high is None:
+            verdict = "**can't be told apart** by one seed"
+        else:
+            verdict = "better" if not found.low <= nothing <= found.high else "**can't be told apart**"
         difference = "" if found is None or found.low is None else f", by {_difference(found, metric)}"
         shown = " against ".join(metric.shown(variants.placed(each, metric)) for each in (ours, name))
         price = " against ".join(_price(variants, each) for each in (ours, name))

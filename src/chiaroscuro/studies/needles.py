@@ -39,10 +39,11 @@ def find_needles(workspace: Workspace, lengths: Sequence[int], *, keys: Sequence
     model = workspace.language_model("needles")
     longest = longest_sequence(model.config)
     if max(lengths) > longest:
-        raise UserError(f"rows of {max(lengths)} tokens, and {workspace.name} reads {longest}: take shorter ones")
+        raise UserError(f"--lengths {max(lengths)}: {workspace.name} reads {longest} tokens at most; give less")
     haystack = Haystack(workspace.tokenizer)
     for length in lengths:  # or an error, before all that takes time
-        haystack.needle(length, 0.5, 0, keys=max(keys))
+        for number in keys:
+            haystack.needle(length, 0.5, 0, keys=number)
     rows = []
     with patient_bar("looking for needles", len(lengths) * len(keys)) as advance:
         for length in lengths:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.analysis.flops import count_flops, full_attention
+from chiaroscuro.data.corpora import find_folder
 from chiaroscuro.data.tasks import TextTask
+from chiaroscuro.data.tokenizers import WANTED_TOKENIZERS, load_from_folder
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.config import ChiarConfig
@@ -30,7 +32,7 @@ class Gpu:
     Attributes:
         memory: bytes.
         bf16: operations a second of matrix products, without sparsity.
-        fp32: likewise, by TF32 where it has that.
+        fp32: likewise. Training does not round float32 to TF32, so this is the rate without it.
         link: bytes a second to the other GPUs of its machine, in one direction.
 
     """
@@ -42,12 +44,12 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(80e9, 312e12, 156e12, 300e9),
-    "h100": Gpu(80e9, 989e12, 494e12, 450e9),
-    "h200": Gpu(141e9, 989e12, 494e12, 450e9),
-    "b200": Gpu(180e9, 2250e12, 1120e12, 900e9),
-    "l40s": Gpu(48e9, 362e12, 183e12, 32e9),
-    "rtx4090": Gpu(24e9, 165e12, 82e12, 32e9),
+    "a100": Gpu(80e9, 312e12, 19.5e12, 300e9),
+    "h100": Gpu(80e9, 989e12, 67e12, 450e9),
+    "h200": Gpu(141e9, 989e12, 67e12, 450e9),
+    "b200": Gpu(180e9, 2250e12, 75e12, 900e9),
+    "l40s": Gpu(48e9, 362e12, 91.6e12, 32e9),
+    "rtx4090": Gpu(24e9, 165e12, 82.6e12, 32e9),
 }
 """By name: SXM modules, where there are several kinds."""
 
@@ -68,7 +70,7 @@ def plan_run(
             those of the run.
         gpus: how many.
         gpu: which, by the name in `GPUS`.
-        vocabulary: of the tokenizer; by default that of `bpe:N`, or of the preset.
+        vocabulary: of the tokenizer; by default that of `bpe:N`, of a tokenizer in a folder, or of the preset.
         used: the part of the peak that is assumed.
 
     Returns:
@@ -81,8 +83,10 @@ def plan_run(
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: no such GPU; {suggest(gpu, GPUS)}")
-    if gpus < 1 or not 0 < used <= 1:
-        raise UserError(f"--gpus {gpus}, --used {used:g}: give one GPU or more, and a part of the peak from 0 to 1")
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: give one GPU or more")
+    if not 0 < used <= 1:
+        raise UserError(f"--used {used:g}: give a part of the peak, above 0 and at most 1")
     if recipe.mixture is not None or not isinstance(recipe.data.build_task(), TextTask):
         raise UserError("plan counts a model that learns a text alone, and this recipe has tasks")
     trainer, length, device = recipe.trainer, recipe.data.sequence_length, GPUS[gpu]
@@ -131,7 +135,9 @@ def plan_run(
             "of full attention's operations": flops / trainer.batch_size / trainer.gradient_accumulation / whole,
         },
         "assumptions": [
-            f"a step reaches {used:.0%} of the peak of {peak / 1e12:,.0f} TFLOP/s",
+            f"a step reaches {used:.0%} of the peak of {peak / 1e12:,.0f} TFLOP/s in "
+            + ("bfloat16" if half else "float32"),
+            f"the tokenizer has {config.vocab_size:,} tokens",
             f"activations are those that this machine's operators keep, counted at T = {min(length, PROBED)}, and grow "
             "with the tokens",
             f"gradients of 4 bytes go around a ring at {link / 1e9:,.0f} GB/s, while the backward goes on",
@@ -148,6 +154,8 @@ def _vocabulary(recipe: Recipe) -> int:
     kind, _, number = recipe.tokenizer.partition(":")
     if kind == "bpe" and number.isdigit():
         return int(number)
+    if folder := find_folder(recipe.tokenizer, WANTED_TOKENIZERS):
+        return len(load_from_folder(recipe.tokenizer, folder))
     preset = getattr(recipe.model, "preset", None)
     if preset is None:
         raise UserError(f"tokenizer={recipe.tokenizer!r} does not say how many tokens it has: give --vocabulary")

@@ -123,20 +123,25 @@ def retrofit_copy(
         raise UserError(f"{output} exists already: name another folder")
     refuse_place(output)
     if target is not None and not 0 < target < 1:
-        raise UserError(f"target {target:g}: must be more than 0 and less than 1, such as 0.01 for 1%")
-    for share, given in (("kept", kept), ("look", look)):
-        if not 0 < given < 1 and (share, given) != ("look", 1):
-            raise UserError(f"{share}={given:g}: must be a share of the tokens, more than 0 and less than 1")
+        raise UserError(f"--target {target:.0%}: must be more than 0% and less than 100%, such as 1%")
+    for share, given in (("--kv-share", kept), ("--look", look)):
+        if not 0 < given < 1 and (share, given) != ("--look", 1):
+            raise UserError(f"{share} {given:g}: must be a share of the tokens, more than 0 and less than 1")
+    if length <= window + sinks:
+        raise UserError(
+            f"--length {length}: all of a row is within the window and the sinks, {window + sinks} tokens; take "
+            "several times as many"
+        )
     if rows < 10:
         raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
     console = console or Console(stderr=True)
     measured = measured or Measured()
     model, tokenizer = load_decoder(name)
-    longest = max(length, measured.length, *measured.needles, *measured.costs)
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"rows of {longest} tokens, and {name} reads {model.config.max_position_embeddings}: take shorter ones"
-        )
+    lengths = {"--length": length, "--text-length": measured.length}
+    lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
+    most = model.config.max_position_embeddings
+    if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
+        raise UserError(f"{', '.join(longer)}: {name} reads {most} tokens at most; give less")
     for row in measured.needles:
         Haystack(tokenizer).needle(row, 0.5, 0, keys=4)  # or an error, before all that takes time
     original = copy.deepcopy(model)

@@ -227,6 +227,8 @@ class Sweep:
             raise UserError(f"{path}: {one_line(error, content, sections={'': SweepFile}, what='sweep')}") from None
         recipe = read_yaml(path.parent / file.recipe, "recipe", "model: and trainer:")
         for override in overrides:
+            if (name := override.partition("=")[0].strip()) in _OURS:
+                raise UserError(f"{override}: {name} is set by the sweep; change seeds or output_dir in {path}")
             override_field(recipe, override)
         changes = file.changes()
         runs = [_run(file, recipe, name, fields, seed) for seed in file.seeds for name, fields in changes.items()]

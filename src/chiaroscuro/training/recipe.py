@@ -875,7 +875,7 @@ class Recipe(Section):
             if was != is_now and not free:
                 raise UserError(
                     f"{name} was {was!r} when this run began and is {is_now!r} now; "
-                    "put it back to resume, or start anew in another trainer.output_dir"
+                    "put it back to resume, or start anew in another output_dir"
                 )
 
 

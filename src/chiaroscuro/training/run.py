@@ -384,7 +384,7 @@ def _refuse_other_data(checkpoint: Checkpoint, facts: Facts) -> None:
     if checkpoint.facts.tokens != facts.tokens:
         raise UserError(
             f"the text or its tokenizer changed since this run began ({checkpoint.facts.tokens} then, {facts.tokens} "
-            "now); put it back to resume, or start anew in another trainer.output_dir"
+            "now); put it back to resume, or start anew in another output_dir"
         )
 
 
