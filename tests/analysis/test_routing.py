@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM
+from byte_tokenizer import byte_tokenizer
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, fit
 from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace, trace_routing
 from chiaroscuro.errors import UserError
 from chiaroscuro.ops import null_entropy_mean
@@ -193,3 +195,20 @@ def test_a_model_that_gives_nan_is_an_error():
         model.get_input_embeddings().weight.fill_(math.nan)
     with pytest.raises(UserError, match="layer 1 is not a number"):
         trace_routing(model, TOKENIZERS["bytes"], TEXT)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_who_is_kept_is_traced_by_the_part_of_the_heads(heads: int) -> None:
+    kv_router: Any = {"fitted": {"heads": heads}}
+    fields = {"operators": [["local", "attention"]] * 2, "window": 4, "attention_context": "kept", "router": "norm"}
+    fields |= {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "kv_router": kv_router}
+    model = ChiarForCausalLM(ChiarConfig(vocab_size=300, **fields))
+    fit(model, [torch.randint(3, 200, (2, 32)) for _ in range(4)], kept=0.5)
+    text = "the light falls on a wall"
+    trace = trace_routing(model, byte_tokenizer(), text)
+    ids = torch.tensor([byte_tokenizer()(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        routing = model.eval()(ids, use_cache=False, output_routing=True).routing
+    for layer, one in zip(trace.layers, routing, strict=True):
+        assert layer.kept == tuple(one.kept[0].float().reshape(len(ids[0]), -1).mean(-1).tolist())
+        assert 0 < sum(layer.kept) < len(layer.kept)

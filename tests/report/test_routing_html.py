@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -118,3 +119,15 @@ def test_an_infinite_threshold_is_no_number_on_the_page():
 def test_only_one_token_is_a_tab_stop():
     stops = [a["tabindex"] for _, a in Page(render_html(make_trace("abc"))).elements if a.get("class") == "token"]
     assert stops == ["0", "-1", "-1"]
+
+
+def test_who_is_kept_is_told():
+    layer = LayerTrace(("local", "attention"), (0, 1, 0), (0.86,) * 3, (), (2 / 3, 1 / 3), (1.0, 0.5, 0.0))
+    trace = RoutingTrace(("a", "b", "c"), (layer,), None, 0.8684, 256)
+    page = render_html(trace)
+    assert json.loads(Page(page).scripts[0])["layers"][0]["kept"] == [1.0, 0.5, 0.0]
+    assert "kept to be seen from far" in page
+    without = render_html(replace(trace, layers=(replace(layer, kept=None),)))
+    assert "kept to be seen from far" not in without
+    assert trace.to_dict()["layers"][0]["kept"] == [1.0, 0.5, 0.0]
+    assert "kept" not in replace(trace, layers=(replace(layer, kept=None),)).to_dict()["layers"][0]

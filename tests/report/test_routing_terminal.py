@@ -2,12 +2,14 @@
 
 import io
 import re
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from traces import HOSTILE, make_trace, traces
 
+from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
 from chiaroscuro.report.routing_terminal import print_routing
 from chiaroscuro.report.visible import harmless
 
@@ -84,3 +86,15 @@ def test_every_token_has_its_entropy_in_every_layer():
     assert max(map(len, output.splitlines())) <= 80
     cells = re.findall(r"(?<=\s)\.\d{4}[da](?=\s)", output)
     assert len(cells) == 26 * len(trace.tokens)
+
+
+def test_who_is_kept_is_marked():
+    layer = LayerTrace(("local", "attention"), (0, 1, 0), (0.86,) * 3, (), (2 / 3, 1 / 3), (1.0, 0.5, 0.0))
+    trace = RoutingTrace(("aa", "bb", "cc"), (layer,), None, 0.8684, 256)
+    output = printed(trace, per_token=True)
+    assert "{aa}*" in output and "[bb]*" in output and "{cc}*" not in output
+    assert "50.0%" in output and "kept*" in output
+    for colour in ("truecolor", None):
+        plain = printed(replace(trace, layers=(replace(layer, kept=None),)), color_system=colour)
+        assert "kept" not in plain
+    assert "\x1b[4" in printed(trace, color_system="truecolor", force_terminal=True)

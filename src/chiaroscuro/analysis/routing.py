@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
@@ -34,6 +36,8 @@ class LayerTrace:
     """The τ on H between neighbouring operators; empty where something else than H routes."""
     share: tuple[float, ...]
     """The fraction of tokens that each operator got, as the model counted it."""
+    kept: tuple[float, ...] | None = None
+    """(T,) the part of the key-value heads that keep each token to be seen from far; None where that is not decided."""
 
     @property
     def routed(self) -> bool:
@@ -103,6 +107,7 @@ class RoutingTrace:
                     "thresholds": _rounded(layer.thresholds),
                     "operator_index": list(layer.operator_index),
                     "entropy": _rounded(layer.entropy),
+                    **({} if layer.kept is None else {"kept": _rounded(layer.kept)}),
                 }
                 for number, layer in enumerate(self.layers, start=1)
             ],
@@ -156,6 +161,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             if isinstance(layer.router, ScoreRouter) and layer.router.scores_its_own_entropy
             else (),
             share=tuple(routing.share.tolist()),
+            kept=None if routing.kept is None else tuple(_part_of_heads(routing.kept[0])),
         )
         for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)
     )
@@ -170,6 +176,10 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         null_mean=null_entropy_mean(width, model.config.spectrum),
         width=width,
     )
+
+
+def _part_of_heads(kept: Bool[Tensor, "time *heads"]) -> list[float]:
+    return kept.float().reshape(len(kept), -1).mean(1).tolist()
 
 
 def refuse_broken_text(text: str) -> None:

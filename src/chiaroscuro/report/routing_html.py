@@ -54,6 +54,7 @@ def render_html(trace: RoutingTrace) -> str:
         many=many,
         scale=range(many + 1) if many < 6 else (0, many // 3, 2 * many // 3, many),
         costliest=costliest(trace),
+        keeps=any(layer.kept is not None for layer in trace.layers),
         has_thresholds=any(layer.thresholds for layer in trace.layers),
         width=trace.width,
         null=trace.null_mean,
@@ -84,6 +85,7 @@ def _page_data(trace: RoutingTrace, names: list[str]) -> dict[str, Any]:
                 "of": layer.operator_index,
                 "entropy": [round(value, 5) for value in layer.entropy],
                 "thresholds": layer.finite_thresholds,
+                "kept": layer.kept,
             }
             for layer in trace.layers
         ],

@@ -21,8 +21,10 @@ function show(choice) {
   tokens.forEach((span, token) => {
     if (layer) span.dataset.op = layer.operators[layer.of[token]]; else delete span.dataset.op;
     if (layer && costliest(layer, token)) span.dataset.lit = ""; else delete span.dataset.lit;
+    if (layer && layer.kept && layer.kept[token]) span.dataset.kept = ""; else delete span.dataset.kept;
   });
   document.querySelector(".operators").hidden = !layer;
+  document.querySelectorAll(".kept").forEach((note) => { note.hidden = !(layer && layer.kept); });
   document.querySelectorAll(".scale").forEach((scale) => { scale.hidden = !!layer; });
   document.getElementById("choice").textContent = layer && layer.operators.length === 1
     ? "This layer has one operator, so every token goes there." : "";
@@ -38,7 +40,8 @@ function point(token) {
   tokens.forEach((span, number) => span.classList.toggle("here", number === token));
   const table = document.createElement("table");
   const head = table.insertRow();
-  ["layer", "operator", "H", "H − τ", "H − null"].forEach((name) => head.append(make("th", name)));
+  const keeps = trace.layers.some((layer) => layer.kept);
+  ["layer", "operator", "H", "H − τ", "H − null", ...(keeps ? ["kept"] : [])].forEach((name) => head.append(make("th", name)));
   trace.layers.forEach((layer, number) => {
     const row = table.insertRow(), entropy = layer.entropy[token], op = layer.operators[layer.of[token]];
     row.className = number === shown ? "chosen" : "";
@@ -47,6 +50,7 @@ function point(token) {
     name.className = "sample"; name.dataset.op = op;
     row.insertCell().append(name);
     const numbers = [entropy.toFixed(4), distance(layer, entropy), signed(entropy - trace.null)];
+    if (keeps) numbers.push(layer.kept ? `${Math.round(100 * layer.kept[token])}%` : "");
     numbers.forEach((value) => row.append(make("td", value)));
   });
   const gate = trace.gate && (trace.gate.length > 1 ? trace.gate[token] : trace.gate[0]);

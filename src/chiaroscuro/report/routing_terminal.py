@@ -22,6 +22,8 @@ from chiaroscuro.report.visible import harmless, label
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABEL_WIDTH = 14
+_KEPT = "*"
+"""Marks a token that is kept, where there is no colour to underline it in."""
 
 
 def print_routing(trace: RoutingTrace, console: Console, *, per_token: bool = False) -> None:
@@ -83,7 +85,11 @@ def _paragraph(trace: RoutingTrace, layer: LayerTrace, styles: dict[str, Operato
     for token, piece in enumerate(trace.tokens):
         style = styles[layer.operator(token)]
         before, after = ("", "") if colour else style.brackets
-        text.append_text(_marked(piece, before, after, _ground(style) if colour else ""))
+        kept = layer.kept is not None and layer.kept[token] > 0
+        if kept and not colour:
+            after += _KEPT
+        ground = (_ground(style) + (" underline" if kept else "")) if colour else ""
+        text.append_text(_marked(piece, before, after, ground))
     return text
 
 
@@ -110,6 +116,9 @@ def _legend(trace: RoutingTrace, styles: dict[str, OperatorStyle], colour: bool)
         before, after = ("", "") if colour else style.brackets
         text.append_text(_marked(name, before, after, _ground(style) if colour else ""))
         text.append(f" ({style.letter})   ")
+    if any(layer.kept is not None for layer in trace.layers):
+        text.append_text(Text("kept", style="underline") if colour else Text(f"kept{_KEPT}"))
+        text.append(" to be seen from far   ")
     if not trace.routed_layers:
         return text.append("no layer has a choice: each has one operator")
     many = len(trace.routed_layers)
@@ -126,7 +135,8 @@ def _layer_table(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("operator")
-    for heading in ("tokens", "share", "τ", "H mean", "H 5–95 %"):
+    keeps = any(layer.kept is not None for layer in trace.layers)
+    for heading in ("tokens", "share", "τ", "H mean", "H 5–95 %", *(["kept"] if keeps else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, layer in enumerate(trace.layers):
         low, high = np.percentile(layer.entropy, [5, 95])
@@ -139,6 +149,7 @@ def _layer_table(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> Table
             "".join(f"\n{threshold:.4f}" for threshold in layer.thresholds),
             f"{np.mean(layer.entropy):.4f}",
             f"{low:.4f}–{high:.4f}",
+            *([] if not keeps else ["–" if layer.kept is None else f"{np.mean(layer.kept):.1%}"]),
         )
     table.add_section()
     table.add_row("null", f"white noise, d = {trace.width}", "", "", "", f"{trace.null_mean:.4f}", "")
@@ -156,6 +167,8 @@ def _name_style(style: OperatorStyle) -> str:
 def _token_table(trace: RoutingTrace, styles: dict[str, OperatorStyle], indices: range) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
     table.caption = "H of each token and the letter of its operator"
+    if any(layer.kept is not None for layer in trace.layers):
+        table.caption += f"; {_KEPT} is kept to be seen from far"
     table.add_column("#", justify="right")
     table.add_column("token", max_width=_LABEL_WIDTH, no_wrap=True)
     for index in indices:
@@ -170,6 +183,7 @@ def _token_table(trace: RoutingTrace, styles: dict[str, OperatorStyle], indices:
             # Four decimals, without the zero before the point: H is in [0, 1], and thresholds differ in the third
             # decimal.
             number = f"{layer.entropy[token]:.4f}".removeprefix("0")
-            cells.append(Text.assemble(number, (style.letter, _ground(style))))
+            kept = _KEPT if layer.kept is not None and layer.kept[token] > 0 else ""
+            cells.append(Text.assemble(number, (style.letter, _ground(style)), kept))
         table.add_row(str(token), Text(label(piece)), *cells)
     return table
