@@ -374,7 +374,8 @@ class SelfAttention(Operator):
         key = ("rotary", self.head_width, self.options.max_position_embeddings, *rope)
         if key not in context.shared:
             positions = context.positions(x)
-            frequencies, factor = self._frequencies or self._frequencies_at(int(positions.max()) + 1 if len(x) else 0)
+            length = 0 if self._frequencies or not positions.numel() else int(positions.max()) + 1
+            frequencies, factor = self._frequencies or self._frequencies_at(length)
             context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
         return context.shared[key]
 
