@@ -206,6 +206,19 @@ def test_a_part_of_a_text_is_measured(run: Run, places: tuple[Path, Path]) -> No
     assert found[1] == 512 < found[0]
 
 
+def test_recall_is_beyond_the_window_of_the_copy(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(places[0])
+    retrofit(model, window=16, sinks=1, attention_share=1.0, kv_share=1.0)
+    model.save_pretrained(tmp_path / "copy")
+    byte_tokenizer().save_pretrained(tmp_path / "copy")
+    found = {}
+    for more in ((), ("--window", 16), ("--window", 64)):
+        code, out, err = run("evaluate", tmp_path / "copy", "--data", places[1], "--length", 128, "--json", *more)
+        assert code == 0, err
+        found[more] = json.loads(out)["recall"]["tokens"]
+    assert found[()] == found["--window", 16] != found["--window", 64]
+
+
 def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path]) -> None:
     facts = json.loads(run("info", places[0], "--json")[1])
     assert "window" not in facts and facts["layers"] == []
