@@ -123,14 +123,14 @@ def test_gains_of_pairs_are_what_looking_changes(
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     whole, nearby = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ repeated[1] for seen in (near | far, near))
     by_head = -(slope * (whole - nearby)).sum(-1).unflatten(0, (2, groups)).sum(1)
-    torch.testing.assert_close(look, by_head, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(look, by_head, atol=1e-12, rtol=1e-10)
     weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1)
     wanted = torch.zeros(2, time, dtype=torch.float64)
     for head in range(heads):
         for a, b in far.nonzero().tolist():
             change = weights[head, a, b] * (repeated[1][head, b] - nearby[head, a])
             wanted[head // groups, b] -= slope[head, a] @ change
-    torch.testing.assert_close(kept, wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(kept, wanted, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
