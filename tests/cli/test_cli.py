@@ -613,12 +613,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a section with nothing in it": (["train", "GOOD", "data=null"], "data=None: give fields, as in data: {"),
     "a run of another trainer": (["gates", "FOREIGN"], "metrics.jsonl is not the record of a training run: line 1"),
     "another's recipe beside a model": (["info", "STRANGE"], "recipe.yaml: "),
-    "an impossible share": (["evaluate", "RUN", "--share", "1.5"], "must be a number from 0 to 1"),
+    "an impossible share": (
+        ["evaluate", "RUN", "--share", "1.5"],
+        "(see chiaroscuro evaluate --help)",
+    ),
     "a share to keep where nobody decides it": (
         ["evaluate", "RUN", "--kv-share", "0.5"],
         "no layer decides who is kept",
     ),
-    "an impossible share to keep": (["generate", "RUN", "a", "--kv-share", "-1"], "kv_share=-1.0: must be a number"),
+    "an impossible share to keep": (["generate", "RUN", "a", "--kv-share", "-1"], "Invalid value for '--kv-share'"),
     "an empty prompt": (["generate", "RUN", ""], "the prompt is empty"),
     "a seed below none": (["generate", "RUN", "light", "--seed", "-1"], "Invalid value for '--seed'"),
     "a seed too large": (["generate", "RUN", "light", "--seed", str(2**32)], "Invalid value for '--seed'"),
@@ -672,7 +675,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a length of nothing": (["flops", "small", "--length", "0"], "--length"),
     "a share above one": (
         ["flops", "small", "--share", "2"],
-        "Invalid value for '--share': 2.0 is not in the range 0<=x<=1. (see chiaroscuro flops --help)",
+        "(see chiaroscuro flops --help)",
     ),
     "an unknown context": (["flops", "small", "--context", "some"], "choose all, routed or kept"),
     "a kept share where nobody is kept": (["flops", "small", "--kv-share", "0.5"], "give --context kept too"),

@@ -183,8 +183,8 @@ def test_a_run_waits_for_the_model_that_it_begins_with_and_others_go_before_it(
     for seed in (0, 1):
         for first, then in (("plain", "on"), ("on", "further")):
             assert happened.index(f"end {first}/seed-{seed}") < happened.index(f"begin {then}/seed-{seed}")
-        assert happened.index(f"begin other/seed-{seed}") < happened.index(f"end plain/seed-{seed}")
-    # What comes later in the file is not waited for, and neither is what has failed.
+    # What comes later in the file is not waited for, if there is a process free, and neither is what has failed.
+    assert happened.index("begin other/seed-0") < happened.index("end plain/seed-0")
     assert {title for title, error in recorder.outcomes.items() if error} == {"fails seed 0", "fails seed 1"}
     assert len(recorder.outcomes) == 12 and recorder.most_at_once <= 4
 

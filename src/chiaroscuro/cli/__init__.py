@@ -56,8 +56,8 @@ def main() -> None:
             if type(error).__name__ == "NoArgsIsHelpError":  # no command: the help is printed already
                 sys.exit(2)
             context = getattr(error, "ctx", None)
-            command = "chiaroscuro" if context is None else context.command_path
-            _fail(f"{error.format_message()} (see {command} --help)")
+            named = f" {context.info_name}" if context is not None and context.parent is not None else ""
+            _fail(f"{error.format_message()} (see chiaroscuro{named} --help)")
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             _fail("this machine has not enough memory for that: ask for something smaller")
         raise

@@ -76,11 +76,8 @@ def _off_atoms(table: Tensor, position: float, threshold: Tensor) -> Tensor:
     tolerance = ATOM * (table[(len(table) * 19) // 20] - table[len(table) // 20])
     gaps = (steps > tolerance).nonzero()[:, 0]
     cell = min(int(position), len(steps) - 1)
-    if len(gaps) == 0:
+    if len(gaps) == 0 or steps[cell] > tolerance:
         return threshold
-    if steps[cell] > tolerance:
-        on_an_atom = position == cell > 0 and steps[cell - 1] <= tolerance  # on its largest score
-        return (table[cell] + table[cell + 1]) / 2 if on_an_atom else threshold
     nearest = gaps[(gaps + 0.5 - position).abs().argmin()]
     return (table[nearest] + table[nearest + 1]) / 2
 
