@@ -116,7 +116,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         package = metadata.distribution(requirement.name)
         waiting += map(Requirement, package.requires or [])
         for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
-            (folder / top).symlink_to(str(package.locate_file(top)))
+            if not (folder / top).is_symlink():  # the packages of CUDA share one folder
+                (folder / top).symlink_to(str(package.locate_file(top)))
     return folder
 
 
