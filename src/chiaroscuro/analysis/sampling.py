@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.operator import is_whole
 from chiaroscuro.model.loading import longest_sequence
 
 COLDEST = 1e-6
@@ -104,7 +105,7 @@ def how_to_sample(temperature: float, top_k: int) -> dict[str, Any]:
         UserError: the temperature or top_k is impossible.
 
     """
-    if not _is_whole(top_k) or top_k < 0:
+    if not is_whole(top_k) or top_k < 0:
         raise UserError(f"top_k {top_k!r}: take a whole number, 0 for all tokens")
     if not (temperature == 0 or COLDEST <= temperature < math.inf):
         raise UserError(f"temperature {temperature:g}: take 0 for the likeliest token, or {COLDEST:g} and above")
@@ -113,14 +114,10 @@ def how_to_sample(temperature: float, top_k: int) -> dict[str, Any]:
 
 def refuse_impossible(max_new_tokens: int, seed: int) -> None:
     """Raise a UserError if so many tokens can't be written, or nothing be drawn from this seed."""
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens!r}: take a whole number, 1 or more")
-    if not _is_whole(seed) or not 0 <= seed < 2**32:
+    if not is_whole(seed) or not 0 <= seed < 2**32:
         raise UserError(f"seed {seed!r}: take a whole number from 0 to 2³² − 1")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse_broken_logits(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.block import RoutedBlock
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS
-from chiaroscuro.layers.operator import Operator, is_number
+from chiaroscuro.layers.operator import Operator, is_number, is_whole
 from chiaroscuro.layers.registry import (
     Entry,
     build_kv_router,
@@ -64,7 +64,7 @@ def build_block(
         raise UserError(f"hidden_dropout={dropout!r}: must be a number from 0 to below 1")
     kernel = fields.get("short_conv")
     hidden = fields.get("intermediate_size")
-    if hidden is not None and (not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1):
+    if hidden is not None and not (is_whole(hidden) and hidden >= 1):
         raise UserError(f"intermediate_size={hidden!r}: must be a positive whole number")
     # Llama's has no biases, whatever its attention has.
     biased = {"bias": fields.get("bias", True)} if kind == "gelu" else {}

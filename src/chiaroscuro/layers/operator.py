@@ -227,6 +227,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether an option is a whole number, which True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def make_options(cls: Any, given: Mapping[str, Any]) -> Any:
     """The `Options` of an operator's or a router's class from values by name.
 

@@ -13,7 +13,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.attend_packed import attend_packed
 from chiaroscuro.layers.context import Context
-from chiaroscuro.layers.operator import Count, Operator, Work, is_number
+from chiaroscuro.layers.operator import Count, Operator, Work, is_number, is_whole
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
 from chiaroscuro.layers.reach_state import ReachState
 from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
@@ -381,8 +381,7 @@ class SelfAttention(Operator):
 
 
 def _is_whole(value: Any, least: int, most: int | None = None) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and least <= value and (most is None or value <= most)
+    return is_whole(value) and least <= value and (most is None or value <= most)
 
 
 def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Count:

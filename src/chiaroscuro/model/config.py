@@ -22,7 +22,7 @@ from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
 from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
-from chiaroscuro.layers.operator import hosts, is_number, make_options, with_defaults
+from chiaroscuro.layers.operator import hosts, is_number, is_whole, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
 from chiaroscuro.layers.registry import Entry, hosts_of, key_side, refuse_model_s_options, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
@@ -418,7 +418,7 @@ class ChiarConfig(PreTrainedConfig):
         if self.norm_epsilon is not None and not (_is_finite(self.norm_epsilon) and self.norm_epsilon > 0):
             raise UserError(f"norm_epsilon={self.norm_epsilon!r}: must be a positive number")
         longest = min(LARGEST_KERNEL, self.max_position_embeddings)
-        if self.short_conv is not None and not (_is_whole(self.short_conv) and 1 <= self.short_conv <= longest):
+        if self.short_conv is not None and not (is_whole(self.short_conv) and 1 <= self.short_conv <= longest):
             raise UserError(
                 f"short_conv={self.short_conv!r}: must be a whole number of tokens from 1 to {longest} (the smaller of "
                 f"max_position_embeddings and {LARGEST_KERNEL}), or null for none"
@@ -434,7 +434,7 @@ class ChiarConfig(PreTrainedConfig):
         for field in _TOKEN_IDS:
             value = getattr(self, field)
             for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
-                if token is not None and (not _is_whole(token) or not 0 <= token < self.vocab_size):
+                if token is not None and (not is_whole(token) or not 0 <= token < self.vocab_size):
                     raise UserError(
                         f"{field}={value!r}: must be a token of the vocabulary, vocab_size={self.vocab_size}"
                     )
@@ -443,7 +443,7 @@ class ChiarConfig(PreTrainedConfig):
         for task, labels in (self.task_labels or {}).items():
             # The heads stand in a ModuleDict, whose own attributes and dotted paths are no keys.
             named = isinstance(task, str) and task and "." not in task and not hasattr(nn.ModuleDict, task)
-            if not named or task == "training" or not _is_whole(labels) or labels < 2:
+            if not named or task == "training" or not is_whole(labels) or labels < 2:
                 raise UserError(
                     f"task_labels={self.task_labels!r}: give each task a name without dots that is no attribute of "
                     "ModuleDict, and 2 labels or more"
@@ -611,7 +611,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def _check_number(self, field: str, value: Any) -> None:
         whole = field in _INTEGERS
-        if not (_is_whole(value) if whole else _is_finite(value)) or value <= 0:
+        if not (is_whole(value) if whole else _is_finite(value)) or value <= 0:
             raise UserError(f"{field}={value!r}: must be a positive {'whole number' if whole else 'number'}")
         if whole and value > (largest := _LARGEST.get(field, 2**31)):
             raise UserError(f"{field}={value!r}: must be at most {largest:,}")
@@ -681,10 +681,6 @@ def _router_class(router: Any, field: str = "router") -> type[Router]:
 
 def _is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _PAPER: dict[str, Any] = {

@@ -37,6 +37,15 @@ def batches_of(
     return named, fit_batches(rows, tokens, length, collate)
 
 
+def refuse_no_far(length: int, near: int) -> None:
+    """Raise a UserError if rows of so many tokens have nothing beyond the window and the sinks, to fit on."""
+    if length <= near:
+        raise UserError(
+            f"--length {length}: all of a row is within the window and the sinks, {near} tokens; take several times as "
+            "many"
+        )
+
+
 def fit_copy(
     workspace: Workspace,
     output: Path,
@@ -80,12 +89,7 @@ def fit_copy(
             "other decoders, and chiaroscuro.fit(model, batches) in Python a retrofitted one anew"
         )
     length = workspace.length(length, most=LONGEST)
-    near = (model.config.window or 1) + model.config.sinks
-    if length <= near:
-        raise UserError(
-            f"--length {length}: all of a row is within the window and the sinks, {near} tokens; take several times as "
-            "many"
-        )
+    refuse_no_far(length, (model.config.window or 1) + model.config.sinks)
     named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
     if len(batches) < 2:
         raise UserError(

@@ -36,6 +36,7 @@ from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
 from chiaroscuro.studies.controls import compare_controls
 from chiaroscuro.studies.evaluation import first_blocks
+from chiaroscuro.studies.fitting import refuse_no_far
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
 
@@ -127,11 +128,7 @@ def retrofit_copy(
     for share, given in (("--kv-share", kept), ("--look", look)):
         if not 0 < given < 1 and (share, given) != ("--look", 1):
             raise UserError(f"{share} {given:g}: must be a share of the tokens, more than 0 and less than 1")
-    if length <= window + sinks:
-        raise UserError(
-            f"--length {length}: all of a row is within the window and the sinks, {window + sinks} tokens; take "
-            "several times as many"
-        )
+    refuse_no_far(length, window + sinks)
     if rows < 10:
         raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
     console = console or Console(stderr=True)

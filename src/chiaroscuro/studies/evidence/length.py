@@ -1,6 +1,7 @@
 """Models that were trained at T, read at 2T and 4T: perplexity by position, and whether thresholds hold."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from chiaroscuro.data import TokenBlocks, tokenize_corpus
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.report.evidence_figure import draw_length
 from chiaroscuro.studies.evaluation import first_blocks
-from chiaroscuro.studies.statistics import compare_ratios, estimate
+from chiaroscuro.studies.statistics import compare_ratios
 from chiaroscuro.studies.workspace import Workspace
 
 FIELDS = ("tokens", "lengths", "seeds", "models")
@@ -96,4 +97,4 @@ def answer(found: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(of: Sequence[Mapping[str, Any]], key: str) -> float:
-    return estimate([one[key] for one in of]).mean
+    return fmean(one[key] for one in of)
