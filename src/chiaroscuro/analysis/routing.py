@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -161,7 +161,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             if isinstance(layer.router, ScoreRouter) and layer.router.scores_its_own_entropy
             else (),
             share=tuple(routing.share.tolist()),
-            kept=None if routing.kept is None else tuple(_part_of_heads(routing.kept[0])),
+            kept=None if routing.kept is None else tuple(part_of_heads(routing.kept).tolist()),
         )
         for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)
     )
@@ -178,8 +178,10 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     )
 
 
-def _part_of_heads(kept: Bool[Tensor, "time *heads"]) -> list[float]:
-    return kept.float().reshape(len(kept), -1).mean(1).tolist()
+def part_of_heads(chosen: Bool[Tensor, "batch time *heads"]) -> Float[Tensor, " time"]:
+    """Of each token of the first row, the part of the key-value heads that chose it; 1 or 0 where all choose alike."""
+    first = chosen[0].float()
+    return first if first.ndim == 1 else first.mean(-1)
 
 
 def refuse_broken_text(text: str) -> None:

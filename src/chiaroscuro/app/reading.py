@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from chiaroscuro.analysis.far_context import far_part
-from chiaroscuro.analysis.routing import refuse_broken_text, split_text
+from chiaroscuro.analysis.routing import part_of_heads, refuse_broken_text, split_text
 from chiaroscuro.app.served import Served
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter, SelfAttention
@@ -196,8 +196,7 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
 
 
 def _part(chosen: Tensor) -> tuple[float, ...]:
-    first = chosen[0].float()
-    return tuple((first if first.ndim == 1 else first.mean(-1)).tolist())
+    return tuple(part_of_heads(chosen).tolist())
 
 
 def _far(model: Any, ids: Tensor) -> dict[int, tuple[float, ...]]:

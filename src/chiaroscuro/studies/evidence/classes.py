@@ -5,10 +5,11 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
+from chiaroscuro.analysis.routing import part_of_heads
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.evidence_figure import draw_classes
@@ -77,20 +78,15 @@ def decisions(model: Any, ids: Int[Tensor, " time"]) -> dict[str, dict[int, Floa
         with noting_decisions(model) as decided:
             model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
         for i, [(looks, kept)] in decided.items():
-            found["look"][i], found["kept"][i] = _part(looks), _part(kept)
+            found["look"][i], found["kept"][i] = part_of_heads(looks), part_of_heads(kept)
         return {side: layers for side, layers in found.items() if not _trivial(layers)}
     routing = model(input_ids=ids[None], use_cache=False, output_routing=True).routing
     for i, layer in enumerate(routing):
         if len(layer.operators) > 1:
-            found["look"][i] = _part(layer.operator_index == len(layer.operators) - 1)
+            found["look"][i] = part_of_heads(layer.operator_index == len(layer.operators) - 1)
         if layer.kept is not None:
-            found["kept"][i] = _part(layer.kept)
+            found["kept"][i] = part_of_heads(layer.kept)
     return {side: layers for side, layers in found.items() if layers}
-
-
-def _part(chosen: Bool[Tensor, "batch time *heads"]) -> Float[Tensor, " time"]:
-    first = chosen[0].float()
-    return first if first.ndim == 1 else first.mean(-1)
 
 
 def _trivial(layers: Mapping[int, Tensor]) -> bool:
