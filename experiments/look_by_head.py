@@ -21,10 +21,10 @@ from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.retrofitting.routed_model import key_heads
 from chiaroscuro.studies.evaluation import first_blocks
-from chiaroscuro.studies.retrofitting import load_decoder
 
 RESULTS = Path("experiments/results/retrofit/look-by-head.json")
 NOISE = 2**22
@@ -42,7 +42,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     keep_freed_memory()
-    original, tokenizer = load_decoder(given.model)
+    original: Any = load_checkpoint(given.model)
+    tokenizer = load_checkpoint_tokenizer(given.model)
     tokens = tokenize_corpus(load_corpus(given.corpus), tokenizer)
     blocks = first_blocks(TokenBlocks(tokens["validation"], LENGTH), given.measured)
     rows = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[:NOISE].astype("int64"))).mixture(

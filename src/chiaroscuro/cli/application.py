@@ -139,7 +139,8 @@ def _refuse_other_than_png(file: Path | None) -> Path | None:
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="A model's folder, a run's folder (its model/ is taken), or a Hub name owner/name.",
+        help="A model's folder, a run's folder (its model/ is taken), a GGUF file, a Hub name owner/name, or smollm2, "
+        "which the extra of that name brings.",
         callback=_refuse_missing_checkpoint,
     ),
 ]

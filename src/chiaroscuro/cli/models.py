@@ -393,7 +393,8 @@ def retrofit(
     model: Annotated[
         str,
         typer.Argument(
-            help="A decoder's folder, a Hub name owner/name, or smollm2, which the extra of that name brings."
+            help="A decoder's folder, a GGUF file, a Hub name owner/name, or smollm2, which the extra of that name "
+            "brings."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the routed copy, with a report; must not exist.")],

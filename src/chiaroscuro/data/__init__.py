@@ -3,6 +3,7 @@
 import chiaroscuro.lab  # noqa: F401
 from chiaroscuro.data.blocks import MixedRows, TokenBlocks
 from chiaroscuro.data.corpora import Corpus, StreamedCorpus, check_source, load_corpus, stream_corpus
+from chiaroscuro.data.pretrained import smollm2
 from chiaroscuro.data.storage import default_cache_dir
 from chiaroscuro.data.streams import StreamedBlocks, TextStream
 from chiaroscuro.data.tokenizers import load_tokenizer
@@ -20,6 +21,7 @@ __all__ = [
     "default_cache_dir",
     "load_corpus",
     "load_tokenizer",
+    "smollm2",
     "stream_corpus",
     "tokenize_corpus",
 ]

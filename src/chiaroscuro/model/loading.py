@@ -4,11 +4,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -16,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.hub import cache_if_unreachable, find_checkpoint
+from chiaroscuro.hub import cache_if_unreachable, find_checkpoint, is_gguf
 from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
@@ -25,6 +27,11 @@ VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 
 NO_LIMIT = 2**31 - 1
 """The longest sequence of a model that says none: one without learned or rotary positions."""
+
+
+def _place(path: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a folder, a Hub name, or a GGUF file: a place, and which file in it."""
+    return (str(Path(path).parent), {"gguf_file": Path(path).name}) if is_gguf(path) else (path, {})
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
@@ -48,24 +55,27 @@ def load_checkpoint_config(name: str) -> PreTrainedConfig:
 
     """
     path = find_checkpoint(name)
+    place, file = _place(path)
+    described = path if file else f"{path}/config.json"
     with cache_if_unreachable(path) as unreachable:
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(place, **file)
             named = config.architectures or []
             if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
                 raise UserError(f"architectures={named!r}: must be a list of names of classes")
             return config
         except UserError as error:
-            raise UserError(f"{path}/config.json: {error}") from None
+            raise UserError(f"{described}: {error}") from None
         except Exception as error:  # there are as many errors as ways to damage a file
             why = f": {unreachable}" if unreachable else f", it is missing or damaged: {_one_line(error)}"
-            raise UserError(f"{path}/config.json can't be read{why}") from None
+            raise UserError(f"{described} can't be read{why}") from None
 
 
 def load_checkpoint(name: str) -> PreTrainedModel:
     """Load a model in evaluation mode: a CHIAR-Former, or another model to compare it with.
 
-    It is loaded as a text classifier if config.json says so, and as a causal language model otherwise.
+    It is loaded as a text classifier if config.json says so, and as a causal language model otherwise. The weights of a
+    GGUF file are dequantised to float32.
 
     Args:
         name: as in `find_checkpoint`.
@@ -75,6 +85,9 @@ def load_checkpoint(name: str) -> PreTrainedModel:
 
     """
     path = find_checkpoint(name)
+    place, file = _place(path)
+    if file:  # transformers leaves the weights quantised unless told otherwise, and such a model can't be saved
+        file |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     kind, *_ = load_checkpoint_config(name).architectures or [""]
     verbosity = logging.get_verbosity()
     # Tensors that don't fit are reported below in one line; transformers would print a table.
@@ -87,7 +100,7 @@ def load_checkpoint(name: str) -> PreTrainedModel:
             elif kind.endswith("ForSequenceClassification"):
                 cls = AutoModelForSequenceClassification
             loaded: Any = cls.from_pretrained(
-                path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+                place, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **file
             )
         except UserError:
             raise
@@ -114,6 +127,7 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     """
     path = find_checkpoint(name)
+    place, file = _place(path)
     folder = Path(path)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         raise UserError(
@@ -122,7 +136,7 @@ def load_checkpoint_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     with cache_if_unreachable(path) as unreachable:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(place, **file)
         except Exception as error:  # the files raise errors of many kinds, of which tokenizers' are bare Exceptions
             why = unreachable or _one_line(error)
             raise UserError(f"{path} has no tokenizer that can be read: {why}") from None

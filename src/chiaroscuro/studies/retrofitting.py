@@ -22,7 +22,6 @@ from chiaroscuro.analysis.perplexity import Blocks, evaluate_blocks
 from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_turns
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
-from chiaroscuro.data.smollm2 import smollm2
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_place, write_bytes, write_text
 from chiaroscuro.model.cache import CACHE
@@ -39,9 +38,6 @@ from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.fitting import refuse_no_far
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
-
-SMOLLM2 = "smollm2"
-"""The name of the model that the extra of that name brings."""
 
 FIGURES, PICTURE, PAGE = "retrofit.json", "retrofit.png", "retrofit.md"
 TRIED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -70,13 +66,6 @@ class Measured:
     seconds: float = 20.0
 
 
-def load_decoder(name: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, by a checkpoint's name, or `"smollm2"`."""
-    if name == SMOLLM2 and not Path(name).exists():
-        return smollm2()
-    return load_checkpoint(name), load_checkpoint_tokenizer(name)
-
-
 def retrofit_copy(
     name: str,
     output: Path,
@@ -97,7 +86,7 @@ def retrofit_copy(
     """Save a retrofitted copy of a model, and beside it how it compares with the model that it was.
 
     Args:
-        name: of the checkpoint, or `"smollm2"`.
+        name: of the checkpoint: see `load_checkpoint`.
         output: the folder of the copy; it must not exist. `retrofit.json`, `.md` and `.png` in it hold what is found.
         window: see `chiaroscuro.retrofit`; as `sinks` and `layers`.
         sinks: see there.
@@ -133,7 +122,8 @@ def retrofit_copy(
         raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
     console = console or Console(stderr=True)
     measured = measured or Measured()
-    model, tokenizer = load_decoder(name)
+    model: Any = load_checkpoint(name)
+    tokenizer = load_checkpoint_tokenizer(name)
     lengths = {"--length": length, "--text-length": measured.length}
     lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
     most = model.config.max_position_embeddings

@@ -19,6 +19,7 @@ from chiaroscuro.layers import SelfAttention
 from chiaroscuro.layers.permuted_router import PermutedRouter
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.calibration import embed_batch
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops import spectral_entropy
@@ -26,7 +27,6 @@ from chiaroscuro.retrofitting.fitting import fit
 from chiaroscuro.retrofitting.inside import noting_inputs, projections
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.studies.fitting import batches_of
-from chiaroscuro.studies.retrofitting import load_decoder
 from chiaroscuro.studies.workspace import Workspace
 
 TEXT = 2**22
@@ -69,13 +69,13 @@ def load_far_model(
     """A model of full attention, whose tokens from now on look far by a score that is fitted here.
 
     Args:
-        checkpoint: a language model of this library, or any other decoder, or `"smollm2"`.
+        checkpoint: a language model of this library with full attention, or any other decoder: see `load_checkpoint`.
         window: w.
         sinks: s.
         share: of the tokens that look.
         rows: held out, to measure on, of the validation split.
         length: T.
-        data: a corpus; by default that of the checkpoint's recipe.
+        data: a corpus; by default that of the checkpoint's recipe, which only models of this library have.
         fit_rows: rows of the training split to fit on.
 
     Raises:
@@ -83,10 +83,14 @@ def load_far_model(
 
     """
     model: Any
-    if checkpoint == "smollm2":
+    workspace = Workspace(checkpoint, device="cpu")
+    before: Any = workspace.config
+    tokenizer = workspace.tokenizer
+    own = isinstance(before, ChiarConfig)
+    if not own:
         if data is None:
-            raise UserError("models: smollm2 was trained by no recipe that names a text: give it data")
-        model, tokenizer = load_decoder(checkpoint)
+            raise UserError(f"models: {checkpoint} was trained by no recipe that names a text: give it data")
+        model = workspace.model
         retrofit(model, window=window, sinks=sinks, attention_share=share, kv_share=1.0, router="fitted")
         tokens = tokenize_corpus(load_corpus(data, needed=("train", "validation")), tokenizer)
         counted = torch.from_numpy(tokens["train"].tokens[:TEXT].astype("int64"))
@@ -94,8 +98,6 @@ def load_far_model(
         fit(model, [text.passage(length, i).input_ids[None] for i in range(fit_rows)], look=share, spread=False)
         blocks = TokenBlocks(tokens["validation"], length)
     else:
-        workspace = Workspace(checkpoint, device="cpu")
-        before: Any = workspace.config
         menus = [["local", "attention"]] * before.num_hidden_layers
         model = ChiarForCausalLM.from_pretrained(
             workspace.path, operators=menus, window=window, sinks=sinks, router="random", attention_share=share
@@ -103,7 +105,6 @@ def load_far_model(
         _, batches = batches_of(workspace, length=length, source=data, tokens=fit_rows * length)
         fit(model, batches, look=share)
         corpus, blocks = workspace.blocks("validation", length=length, source=data)
-        tokenizer = workspace.tokenizer
         train = tokenize_corpus(corpus, tokenizer)["train"]
         counted = torch.from_numpy(train.tokens[:TEXT].astype("int64"))
     held_out = [blocks[i]["input_ids"] for i in range(min(rows, len(blocks)))]
