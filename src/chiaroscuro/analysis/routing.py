@@ -19,6 +19,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.evaluation_mode import evaluation_mode
+from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.ops import null_entropy_mean
 
 
@@ -81,6 +82,11 @@ class RoutingTrace:
         return tuple(index for index, layer in enumerate(self.layers) if layer.routed)
 
     @property
+    def keeps(self) -> bool:
+        """Whether any layer decides who is kept to be seen from far."""
+        return any(layer.kept is not None for layer in self.layers)
+
+    @property
     def depth(self) -> tuple[int, ...]:
         """(T,) in how many routed layers each token got the costliest operator of the menu, usually attention."""
         routed = [self.layers[index] for index in self.routed_layers]
@@ -131,23 +137,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     """
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(f"trace_routing takes a CHIAR-Former, not a {type(model).__name__}")
-    if not text:
-        raise UserError("the text is empty: there is no token to route; give at least one character")
-    refuse_broken_text(text)
-    ids, pieces = split_text(tokenizer, text)
-    if not ids:
-        raise UserError(f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it")
-    limit = model.config.max_position_embeddings
-    if len(ids) > limit:
-        raise UserError(
-            f"the text has {len(ids)} tokens, the model takes at most {limit} (max_position_embeddings); "
-            "shorten the text"
-        )
-    if max(ids) >= model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {max(ids)}, but the model's vocab_size is {model.config.vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
+    ids, pieces = text_to_route(model, tokenizer, text)
 
     with evaluation_mode(model), torch.no_grad():  # the trunk alone: the heads have no part in the routing
         output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False, output_routing=True)
@@ -176,6 +166,35 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         null_mean=null_entropy_mean(width, model.config.spectrum),
         width=width,
     )
+
+
+def text_to_route(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], tuple[str, ...]]:
+    """The ids of a text that a model can read, and the piece of text that each token stands for.
+
+    Raises:
+        UserError: the text is empty, too long or not Unicode; the tokenizer is another model's.
+
+    """
+    if not text:
+        raise UserError("the text is empty: there is no token to route; give at least one character")
+    refuse_broken_text(text)
+    ids, pieces = split_text(tokenizer, text)
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of the text {text[:20]!r}; give a text with something in it")
+    limit = longest_sequence(model.config)
+    if len(ids) > limit:
+        raise UserError(
+            f"the text has {len(ids)} tokens, the model takes at most {limit} (max_position_embeddings); "
+            "shorten the text"
+        )
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {max(ids)}, but the model's vocab_size is {model.config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+    return ids, pieces
 
 
 def part_of_heads(chosen: Bool[Tensor, "batch time *heads"]) -> Float[Tensor, " time"]:

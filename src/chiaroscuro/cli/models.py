@@ -479,19 +479,21 @@ def route(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which tokens of a text went to which operator, and their spectral entropy.
+    """Show which tokens of a text went to which operator, which are kept, and their spectral entropy.
+
+    Of a retrofitted model: who looks far, by any of the key-value heads, and by how many of them each token is kept.
 
     Example: chiaroscuro route runs/small "Return a list of the words in the string." --html page.html
     """
-    from chiaroscuro.analysis.routing import trace_routing
     from chiaroscuro.files import write_text
     from chiaroscuro.report.routing_figure import save_png
     from chiaroscuro.report.routing_html import render_html
     from chiaroscuro.report.routing_terminal import print_routing
+    from chiaroscuro.studies.routing_trace import trace_text
     from chiaroscuro.studies.workspace import Workspace
 
     workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
-    trace = trace_routing(workspace.chiar("route"), workspace.tokenizer, _text(text))
+    trace = trace_text(workspace, _text(text))
     if html is not None:
         write_text(html, render_html(trace))
     if png is not None:

@@ -1,8 +1,8 @@
 """The routing of a text as a figure for a paper or a slide: layers × tokens, and a summary of each layer.
 
-A row per layer, in three columns: the entropy of every token with its operator in a stripe below, the share per
-operator, and the distribution of H with its thresholds and the null. A text can have any length; its tokens are written
-below as long as they are legible.
+A row per layer, in three columns: the entropy of every token with its operator in a stripe below, and in another, where
+that is decided, by how many key-value heads it is kept; the share per operator; and the distribution of H with its
+thresholds and the null. A text can have any length; its tokens are written below as long as they are legible.
 """
 
 from pathlib import Path
@@ -26,8 +26,9 @@ _LABELLED_TOKENS = 60
 _NULL, _THRESHOLD = "#3f5f8a", "#a32a20"
 # From shadow to light, without hue, so that it can't be confused with the operators' colours.
 _ENTROPY_MAP = LinearSegmentedColormap.from_list("chiaroscuro", ["#14110d", "#59544d", "#a8a298", "#f4f1ea"])
-# Below each row of entropies are the stripe of operators and a gap.
-_ROWS_PER_LAYER, _STRIPE_ROWS, _GAP_ROWS = 12, 3, 1
+_KEPT_MAP = LinearSegmentedColormap.from_list("kept", ["#ffffff", "#7a2f80"])
+# Below each row of entropies are the stripe of operators, that of the kept ones if any are, and a gap.
+_ENTROPY_ROWS, _STRIPE_ROWS, _GAP_ROWS = 8, 3, 1
 
 
 def draw_routing(trace: RoutingTrace) -> Figure:
@@ -73,6 +74,8 @@ def draw_routing(trace: RoutingTrace) -> Figure:
     bar.outline.set_visible(False)
 
     operators = [Patch(color=style.area, label=name) for name, style in styles.items()]
+    if trace.keeps:
+        operators.append(Patch(color=_KEPT_MAP(1.0), label="kept to be seen from far"))
     figure.legend(handles=operators, loc="outside lower left", ncols=len(operators), fontsize=8, frameon=False)
     title = f"{tokens} tokens, {len(trace.routed_layers)} of {layers} layers routed, width {trace.width}"
     if trace.meta_gate is not None:
@@ -103,13 +106,17 @@ def _draw_map(axes: Axes, trace: RoutingTrace, styles: dict[str, OperatorStyle],
     margin = max(high - low, 1e-3) * 0.02
     norm = Normalize(min(low, trace.null_mean) - margin, max(high, trace.null_mean) + margin)
     # One image for all rows instead of a mark per token, so thousands of tokens are no problem.
-    picture = np.ones((layers, _ROWS_PER_LAYER, tokens, 3))
-    picture[:, : -_STRIPE_ROWS - _GAP_ROWS] = _ENTROPY_MAP(norm(entropies))[:, None, :, :3]
+    kept_from = _ENTROPY_ROWS + _STRIPE_ROWS
+    rows = kept_from + (_STRIPE_ROWS if trace.keeps else 0) + _GAP_ROWS
+    picture = np.ones((layers, rows, tokens, 3))
+    picture[:, :_ENTROPY_ROWS] = _ENTROPY_MAP(norm(entropies))[:, None, :, :3]
     for row, layer in zip(picture, trace.layers, strict=True):
         colours = np.array([to_rgb(styles[name].area) for name in layer.operators])
-        row[-_STRIPE_ROWS - _GAP_ROWS : -_GAP_ROWS] = colours[list(layer.operator_index)]
+        row[_ENTROPY_ROWS:kept_from] = colours[list(layer.operator_index)]
+        if layer.kept is not None:
+            row[kept_from:-_GAP_ROWS] = _KEPT_MAP(np.array(layer.kept))[:, :3]
     axes.imshow(
-        picture.reshape(layers * _ROWS_PER_LAYER, tokens, 3),
+        picture.reshape(layers * rows, tokens, 3),
         aspect="auto",
         extent=(0, tokens, layers - 0.5, -0.5),
     )
@@ -160,10 +167,9 @@ def _draw_spread(axes: Axes, trace: RoutingTrace) -> None:
     axes.set_xlim(edges[0], edges[-1])
     axes.locator_params(axis="x", nbins=4)
     axes.set_title("distribution of H", fontsize=8, color=INK)
-    handles = [
-        Line2D([], [], color=_NULL, linewidth=1.4, label=f"null {trace.null_mean:.4f}"),
-        Line2D([], [], color=_THRESHOLD, linewidth=1.4, linestyle=(0, (2, 1)), label="threshold τ"),
-    ]
+    handles = [Line2D([], [], color=_NULL, linewidth=1.4, label=f"null {trace.null_mean:.4f}")]
+    if any(layer.thresholds for layer in trace.layers):
+        handles.append(Line2D([], [], color=_THRESHOLD, linewidth=1.4, linestyle=(0, (2, 1)), label="threshold τ"))
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
 
 

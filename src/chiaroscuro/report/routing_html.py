@@ -54,7 +54,7 @@ def render_html(trace: RoutingTrace) -> str:
         many=many,
         scale=range(many + 1) if many < 6 else (0, many // 3, 2 * many // 3, many),
         costliest=costliest(trace),
-        keeps=any(layer.kept is not None for layer in trace.layers),
+        keeps=trace.keeps,
         has_thresholds=any(layer.thresholds for layer in trace.layers),
         width=trace.width,
         null=trace.null_mean,

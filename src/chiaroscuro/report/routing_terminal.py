@@ -116,7 +116,7 @@ def _legend(trace: RoutingTrace, styles: dict[str, OperatorStyle], colour: bool)
         before, after = ("", "") if colour else style.brackets
         text.append_text(_marked(name, before, after, _ground(style) if colour else ""))
         text.append(f" ({style.letter})   ")
-    if any(layer.kept is not None for layer in trace.layers):
+    if trace.keeps:
         text.append_text(Text("kept", style="underline") if colour else Text(f"kept{_KEPT}"))
         text.append(" to be seen from far   ")
     if not trace.routed_layers:
@@ -135,7 +135,7 @@ def _layer_table(trace: RoutingTrace, styles: dict[str, OperatorStyle]) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("operator")
-    keeps = any(layer.kept is not None for layer in trace.layers)
+    keeps = trace.keeps
     for heading in ("tokens", "share", "τ", "H mean", "H 5–95 %", *(["kept"] if keeps else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, layer in enumerate(trace.layers):
@@ -167,7 +167,7 @@ def _name_style(style: OperatorStyle) -> str:
 def _token_table(trace: RoutingTrace, styles: dict[str, OperatorStyle], indices: range) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), caption_justify="left")
     table.caption = "H of each token and the letter of its operator"
-    if any(layer.kept is not None for layer in trace.layers):
+    if trace.keeps:
         table.caption += f"; {_KEPT} is kept to be seen from far"
     table.add_column("#", justify="right")
     table.add_column("token", max_width=_LABEL_WIDTH, no_wrap=True)

@@ -16,7 +16,7 @@ from chiaroscuro.retrofitting.routed_model import RoutedModel, attention_modules
 
 @contextmanager
 def noting_inputs(model: RoutedModel) -> Iterator[dict[int, Float[Tensor, "batch time width"]]]:
-    """Inside the block, what each routed module was last given, by layer: what its routers score."""
+    """Inside the block, what each attention module was last given, by layer: what its routers score, if it has any."""
     given: dict[int, Tensor] = {}
 
     def noting(layer: int) -> Any:
@@ -26,7 +26,7 @@ def noting_inputs(model: RoutedModel) -> Iterator[dict[int, Float[Tensor, "batch
         return note
 
     modules = attention_modules(model)
-    handles = [modules[i].register_forward_pre_hook(noting(i), with_kwargs=True) for i in model.reaches]
+    handles = [module.register_forward_pre_hook(noting(i), with_kwargs=True) for i, module in modules.items()]
     try:
         yield given
     finally:
