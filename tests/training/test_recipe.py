@@ -211,7 +211,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     (trainer(tokens=1000), ["trainer", "steps=100", "tokens=1000", "exactly one"]),
     (with_changes(trainer={"output_dir": "x"}), ["steps=None", "tokens=None"]),
     (with_changes(trainer={"steps": 3}), ["trainer.output_dir is missing"]),
-    (trainer(output_dir=""), ["trainer.output_dir=''", "at least 1 character"]),
+    (trainer(output_dir=""), ["trainer.output_dir=''", "is empty; give at least 1"]),
     ({"trainer": SMALL["trainer"]}, ["model is missing"]),
     (with_changes(model="small"), ["model"]),
     (with_changes(model={"preset": "smal"}), ["model", "smal", "'small'"]),

@@ -1021,6 +1021,8 @@ def one_line(
         return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     if first["type"] in ("model_type", "model_attributes_type", "dict_type") and not isinstance(given, Mapping):
         return f"{name}={given!r}: give fields, as in {path[-1]}: {{name: value}}"
+    if first["type"] in ("too_short", "string_too_short") and not given:
+        return f"{name}={given!r}: is empty; give at least {first['ctx'].get('min_length', 1)}"
     if isinstance(given, Mapping):
         return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return f"{name}={given!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
