@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, fit
-from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace, trace_routing
+from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace, level_of, trace_routing
 from chiaroscuro.errors import UserError
 from chiaroscuro.ops import null_entropy_mean
 
@@ -212,3 +212,8 @@ def test_who_is_kept_is_traced_by_the_part_of_the_heads(heads: int) -> None:
     for layer, one in zip(trace.layers, routing, strict=True):
         assert layer.kept == tuple(one.kept[0].float().reshape(len(ids[0]), -1).mean(-1).tolist())
         assert 0 < sum(layer.kept) < len(layer.kept)
+
+
+def test_how_costly_an_operator_is() -> None:
+    assert [level_of(("dct", "conv", "attention"), i) for i in range(3)] == [0, 0.5, 1]
+    assert [level_of((name,), 0) for name in ("dct", "conv", "attention", "nobody's")] == [0, 0.25, 1, 1]

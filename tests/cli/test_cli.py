@@ -26,6 +26,7 @@ from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.data import load_corpus, load_tokenizer
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.report.performance_terminal import print_performance
+from chiaroscuro.report.tables import figures_table
 
 SENTENCES = [
     "the light falls on the table",
@@ -742,3 +743,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == [], "something was left behind"
+
+
+def test_names_with_brackets_are_written_as_they_are(
+    run: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("calibrate", run_folder, "--share", 0.4, "--output", "cal[/b]")
+    assert code == 0, err
+    assert "saved as cal[/b]" in out
+    code, out, err = run("flops", "cal[/b]", "--length", 16)
+    assert code == 0, err
+    assert out.startswith("cal[/b], T = 16")
+
+
+def test_a_long_path_is_written_whole() -> None:
+    path = "runs/" + "a-long-name-of-a-folder-" * 8
+    console = Console(file=io.StringIO(), width=60)
+    console.print(figures_table({"folder": path, "steps": 3}))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "".join(line.strip() for line in lines[:-1]).removeprefix("folder").strip() == path

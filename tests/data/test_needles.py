@@ -1,18 +1,22 @@
 """Rows with needles and copies, for any tokenizer."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import UserError
 from chiaroscuro.data import load_corpus, tokenize_corpus
-from chiaroscuro.data.needles import NAMES, NOISE, Haystack
-from chiaroscuro.data.tasks.retrieval import HaystackRows
+from chiaroscuro.data.needles import NAMES, NOISE, Haystack, Row
+from chiaroscuro.data.tasks import make_task
+from chiaroscuro.data.tasks.retrieval import HaystackRows, Retrieval
 
 TOKENIZER = byte_tokenizer()
 TEXT = torch.tensor(TOKENIZER("light and dark, and what the light has left is dark. " * 200)["input_ids"])
@@ -79,13 +83,51 @@ def test_mistakes(call: object, complaint: str) -> None:
 
 def test_of_a_training_row_with_a_needle_or_a_copy_only_what_is_far_is_predicted(tmp_path: Path) -> None:
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.txt").write_text("light and dark, and what the light has left is dark. " * 200)
+        (tmp_path / f"{split}.txt").write_text("light and dark, and what the light has left is dark. " * 2000)
     tokens = tokenize_corpus(load_corpus(str(tmp_path)), TOKENIZER)["train"]
     rows = HaystackRows(tokens, TOKENIZER, 600, 0)
     haystack = Haystack(TOKENIZER, torch.from_numpy(tokens.tokens.astype("int64")))
-    for number in range(8):
-        row, drawn = rows[number], haystack.row(number, 601, 0)
+    kinds = set()
+    for number in range(len(rows)):
+        row = rows[number]
+        drawn = next(d for kind in range(8) if _begins(d := haystack.row(number, 601, 0, kind), row["input_ids"]))
+        kinds.add(drawn.answer)
         assert torch.equal(row["input_ids"], drawn.input_ids[:-1])
         predicted = row["shift_labels"] != -100
         assert int(predicted.sum()) == (drawn.answer or 600)
         assert torch.equal(row["shift_labels"][predicted], drawn.input_ids[-(drawn.answer or 600) :])
+    assert len(kinds) > 2
+
+
+def _begins(drawn: Row, ids: Tensor) -> bool:
+    return torch.equal(drawn.input_ids[:-1], ids)
+
+
+def test_the_name_that_is_asked_for_does_not_tell_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, int]] = []
+    monkeypatch.setattr(Haystack, "needle", lambda self, length, depth, seed, **_: drawn.append((depth, seed)))
+    for number in range(5, 2400, 8):
+        HAYSTACK.row(number, 900)
+    places: dict[str, list[float]] = {}
+    for depth, seed in drawn:
+        places.setdefault(Random(seed).choice(NAMES), []).append(depth)
+    assert len(places) == len(NAMES)
+    spans = [max(depths) - min(depths) for depths in places.values()]
+    assert min(spans) > 0.5
+
+
+def test_whoever_takes_every_eighth_row_gets_all_kinds(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("light and dark, and what the light has left is dark. " * 8000)
+    tokens = tokenize_corpus(load_corpus(str(tmp_path)), TOKENIZER)["train"]
+    rows = HaystackRows(tokens, TOKENIZER, 600, 0)
+    predicted = [int((rows[i]["shift_labels"] != -100).sum()) for i in range(0, 344, 8)]
+    whole, needles = predicted.count(600) / 43, sum(count < 10 for count in predicted) / 43
+    assert 0.15 < whole < 0.6
+    assert 0.3 < needles < 0.75
+
+
+def test_another_text_beside_it_has_rows_of_its_own() -> None:
+    task = make_task("retrieval", {"source": "a", "draw": 3})
+    assert isinstance(task, Retrieval)
+    assert task.of("b", 1) == replace(task, source="b", draw=4)

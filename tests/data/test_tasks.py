@@ -505,3 +505,9 @@ def test_rows_and_fingerprints_are_those_of_earlier_versions(tmp_path: Path) -> 
     assert (flat.fingerprint, nested.fingerprint) == ("2c27a22c731bf084944b960d", "0dece02184511f8a85481a67")
     rows = [list(task.splits[split]) for task in (flat, nested) for split in ("train", "validation", "test")]
     assert hashlib.sha256(repr(rows).encode()).hexdigest()[:24] == "39e871497f1f76ba9b2df744"
+
+
+@pytest.mark.parametrize("option", ["name", "cache_dir"])
+def test_an_option_called_as_an_argument_is_an_unknown_option(option: str) -> None:
+    with pytest.raises(UserError, match=f"{option}='foo': the task listops-flat has no such option"):
+        load_task("listops-flat", **{option: "foo"})

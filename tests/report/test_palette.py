@@ -7,6 +7,7 @@ from traces import make_trace, traces
 
 from chiaroscuro.layers import Operator
 from chiaroscuro.layers.registry import OPERATORS
+from chiaroscuro.report.figures import line_look
 from chiaroscuro.report.palette import LIGHT, NIGHT, PAPER, SHADOW, blend, operator_styles, styles_of
 
 
@@ -66,3 +67,8 @@ def test_every_operator_of_a_trace_has_a_style(trace):
 def test_blend_ends_at_both_ends():
     assert blend(SHADOW, LIGHT, 0) == SHADOW
     assert blend(SHADOW, LIGHT, 1) == LIGHT
+
+
+def test_no_two_lines_of_a_picture_look_alike() -> None:
+    looks = {str(line_look(number)) for number in range(36)}
+    assert len(looks) == 36

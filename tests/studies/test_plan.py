@@ -119,3 +119,13 @@ def test_the_command(run: Run) -> None:
     assert code == 0 and "assumed:" in out and "FSDP" in out, err
     code, out, err = run("plan", "recipes/small.yaml", "--gpu", "abacus")
     assert code == 2 and err.count("\n") == 1
+
+
+def test_layers_that_are_computed_again_are_counted() -> None:
+    plain = plan_run(Recipe.from_dict(SMALL), 8, "h100")
+    again = plan_run(
+        Recipe.from_dict(SMALL | {"trainer": SMALL["trainer"] | {"gradient_checkpointing": True}}), 8, "h100"
+    )
+    config: Any = Recipe.from_dict(SMALL).build_config(300)
+    layers = count_flops(config, 64, head=False).total * 8 / (67e12 * 0.4)
+    assert again["step"]["compute"] - plain["step"]["compute"] == pytest.approx(layers)

@@ -4,6 +4,7 @@ import io
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from test_recipe import LLAMA
+from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
 from chiaroscuro import ChiarForCausalLM, UserError
+from chiaroscuro.data import Corpus
+from chiaroscuro.data.tasks import TASKS, TextTask, register_task
 from chiaroscuro.studies.evaluation import evaluate
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, TrainResult, read_records, train
@@ -271,3 +275,34 @@ def test_other_texts_are_learned_from_and_the_run_resumes(run: Go, tmp_path: Pat
     assert all(torch.equal(tensor, learned[name]) for name, tensor in weights(resumed).items())
     with pytest.raises(UserError, match=r"trainer.training_texts.*: .*no such folder"):
         run(trainer__training_texts={str(tmp_path / "x"): 0.5}, trainer__output_dir=str(tmp_path / "y"))
+
+
+@dataclass(frozen=True)
+class Lines(TextTask):
+    """A text without a source."""
+
+    def load(self, cache_dir: Path) -> Corpus:
+        rows = datasets.Dataset.from_dict({"text": ["a wall of light stays dark until the sun has gone"] * 60})
+        return self.data("lines", {"train": rows, "validation": rows}, "lines")
+
+
+def test_a_text_beside_a_task_of_the_user_s_is_read_as_a_text(
+    run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiaroscuro.data.tasks.registry.TASKS", dict(TASKS))
+    register_task("lines", Lines)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.txt").write_text("another text, of another kind\n" * 90)
+    _, said = run(data={"task": "lines", "sequence_length": 32}, trainer__training_texts={str(other): 0.3})
+    assert "on lines (" in said
+    assert f" and {other} (" in said
+
+
+def test_a_llama_learns_the_token_that_ends_documents(run: Go) -> None:
+    """It pads too, and a Llama made with a token that pads would hold its embedding at 0."""
+    result, _ = run(model={**LLAMA, "hidden_size": 32, "num_attention_heads": 2}, trainer__steps=3)
+    model = LlamaForCausalLM.from_pretrained(result.model)
+    ends = int(model.config.eos_token_id)
+    assert model.config.pad_token_id == ends
+    assert float(model.get_input_embeddings().weight[ends].detach().norm()) > 0.01

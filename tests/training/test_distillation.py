@@ -20,6 +20,7 @@ from test_train import FIXED, Go, assert_same_bits, blocks_of, break_off, interr
 from torch import Tensor
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
+from chiaroscuro.model import ChiarForMixedTasks
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.training import Recipe, TrainingInterrupted, distillation, read_records
@@ -200,6 +201,36 @@ def test_the_texts_own_loss_counts_as_much_as_is_said(run: Go, tmp_path: Path) -
         norms[part] = trained(result.folder)[0]["grad_norm"]
     assert norms[0.5] == pytest.approx(norms[1.0] / 2, rel=1e-3)
     assert norms[0.0] < 1e-3 * norms[1.0]
+
+
+def test_a_task_beside_the_text_is_learned_whatever_the_text_counts(run: Go, tmp_path: Path) -> None:
+    """With everybody at attention the divergence is nothing, so of the head's gradient only the task is left."""
+    tasks = {"sums": {"task": "listops-flat", "train_examples": 60, "heldout_examples": 10, "sequence_length": 32}}
+    asked: dict[str, Any] = {
+        "model": {**DRY, "attention_share": 1.0},
+        "mixture": {"ratio": 1.0, "tasks": tasks},
+        "trainer__steps": 4,
+    }
+    heads = []
+    for part in (1.0, 0.0):
+        folder = str(tmp_path / f"part-{part}")
+        result, _ = run(**asked, distill={"cross_entropy": part}, trainer__output_dir=folder)
+        heads.append(ChiarForMixedTasks.from_pretrained(result.model).heads["sums"].bias)
+    assert heads[0].abs().max() > 1e-3
+    assert heads[1].abs().max() > heads[0].abs().max() / 2
+
+
+def test_the_text_is_what_is_left_of_a_loss_without_task_and_penalty() -> None:
+    text, task, penalty = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0, 0.25))
+    outputs = {"beside": SimpleNamespace(loss=task), "collapse_term": penalty}
+    for world, part in ((1, 1), (2, 2)):
+        trainer = SimpleNamespace(args=SimpleNamespace(world_size=world), _part_of_step=lambda part=part: part)
+        loss = world * (text + task - penalty)
+        found = RunTrainer._of_text(cast(Any, trainer), loss, outputs)
+        found.backward()
+        assert found.item() == world * 2
+        assert [text.grad, task.grad, penalty.grad] == [world, 0, 0]
+        text.grad = task.grad = penalty.grad = None
 
 
 def test_it_is_learned(run: Go, tmp_path: Path) -> None:

@@ -373,3 +373,14 @@ def test_a_null_over_a_preset_s_value_is_kept() -> None:
     other = Recipe.from_dict(with_changes(model={name: model[name] for name in ("preset", "calibration")}))
     with pytest.raises(UserError, match=r"model\.meta_router was None .* and is 'not said' now"):
         other.refuse_to_resume(recipe)
+
+
+def test_the_home_of_the_user_is_found_in_the_run_s_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    recipe = Recipe.from_dict(with_changes(trainer={**SMALL["trainer"], "output_dir": "~/runs/one"}))
+    assert recipe.trainer.output_dir == "/home/ada/runs/one"
+
+
+def test_more_layers_than_can_be_are_refused_at_once() -> None:
+    many = {"preset": "reach-small", "num_hidden_layers": 10**20}
+    assert_refused(with_changes(model=many), "num_hidden_layers", "must be at most 10,000")

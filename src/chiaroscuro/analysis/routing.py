@@ -6,7 +6,7 @@ can write one by hand.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter
+from chiaroscuro.layers.registry import OPERATORS
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.loading import longest_sequence
@@ -195,6 +196,17 @@ def text_to_route(
             "use the tokenizer the model was trained with"
         )
     return ids, pieces
+
+
+def level_of(menu: Sequence[str], index: int) -> float:
+    """How costly an operator is, for a picture: from 0, the cheapest of its menu, to 1, the costliest.
+
+    An operator without a choice is as costly as its class says, of attention's 2; one that says nothing counts as 1.
+    """
+    if len(menu) > 1:
+        return index / (len(menu) - 1)
+    cost = OPERATORS[menu[0]].cost if menu[0] in OPERATORS else None
+    return 1.0 if cost is None else min(1.0, cost / 2)
 
 
 def part_of_heads(chosen: Bool[Tensor, "batch time *heads"]) -> Float[Tensor, " time"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from chiaroscuro.analysis.far_context import far_part
-from chiaroscuro.analysis.routing import part_of_heads, refuse_broken_text, split_text
+from chiaroscuro.analysis.routing import level_of, part_of_heads, refuse_broken_text, split_text
 from chiaroscuro.app.served import Served
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ScoreRouter, SelfAttention
@@ -53,12 +53,12 @@ class LayerReading:
 
     @property
     def level(self) -> tuple[float, ...]:
-        """(T,) from 0, the cheapest operator, to 1, the costliest, the mean over heads; else who is kept."""
+        """(T,) from 0, the cheapest operator, to 1, the costliest, the mean over heads; else who is kept, if any is."""
         if self.looking is not None:
             return self.looking
-        if len(self.operators) > 1:
-            return tuple(i / (len(self.operators) - 1) for i in self.index)
-        return self.kept or (1.0,) * len(self.index)
+        if len(self.operators) == 1 and self.kept is not None:
+            return self.kept
+        return tuple(level_of(self.operators, i) for i in self.index)
 
 
 @dataclass(frozen=True)

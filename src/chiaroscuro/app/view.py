@@ -6,8 +6,7 @@ from markupsafe import Markup, escape
 
 from chiaroscuro.app.reading import Reading
 from chiaroscuro.app.writing import Written
-from chiaroscuro.report.evidence_figure import COLOURS, DASHES
-from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
+from chiaroscuro.report.figures import GRID, INK, as_png, line_look, new_figure, quieten
 from chiaroscuro.report.layer_map import draw_layer_map
 from chiaroscuro.report.visible import harmless
 
@@ -130,10 +129,8 @@ def draw_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]])
     figure = new_figure(9.0, 2.3 * len(panels))
     for axes, (title, lines) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
         for n, (name, points) in enumerate(lines.items()):
-            look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
-            axes.plot(
-                *zip(*points, strict=True), label=name, linewidth=1.3, marker="o" if len(points) < 3 else "", **look
-            )
+            marker = "o" if len(points) < 3 else ""
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3, marker=marker, **line_look(n))
         axes.set_title(title, color=INK, fontsize=9, loc="left")
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

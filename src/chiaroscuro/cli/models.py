@@ -309,7 +309,7 @@ def calibrate(
         print_json({"output": str(output), **found})
         return
     console = Console()
-    console.print(f"calibrated to a share of {found['attention_share']:g}, saved as {output}")
+    console.print(f"calibrated to a share of {found['attention_share']:g}, saved as {escape(str(output))}")
     console.print(routing_table(found["layers"], found["null_entropy"]))
 
 
@@ -463,7 +463,7 @@ def retrofit(
     if as_json:
         print_json({"output": str(output), **found})
         return
-    Console().print((output / PAGE).read_text("utf-8"), markup=False, highlight=False)
+    print((output / PAGE).read_text("utf-8"))
 
 
 @command()

@@ -110,7 +110,7 @@ class Haystack:
         """A passage of the text."""
         return Row(torch.tensor(self._passage(length, Random(seed))), 0)
 
-    def row(self, number: int, length: int, seed: int = 0) -> Row:
+    def row(self, number: int, length: int, seed: int = 0, kind: int | None = None) -> Row:
         """Row `number` of an endless mixture.
 
         Of eight rows three are passages, one is a copy, and four are needles: two in noise, one in a passage, and one
@@ -120,10 +120,11 @@ class Haystack:
             number: which row, from 0.
             length: its tokens.
             seed: another one draws other rows.
+            kind: which of the eight; by default they take turns.
 
         """
-        own = seed * 1_000_003 + number
-        depth, kind = Random(own).random(), number % 8
+        own, kind = seed * 1_000_003 + number, number % 8 if kind is None else kind
+        depth = Random(f"depth {own}").random()  # a draw apart: the names are drawn with `own`, and are not to tell it
         if kind in (0, 3, 6):
             return self.passage(length, own)
         if kind == 7:

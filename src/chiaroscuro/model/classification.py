@@ -172,7 +172,7 @@ def classify(
         hidden_states=outputs.hidden_states,
         routing=outputs.routing if output_routing else None,
         meta_gate=outputs.meta_gate,
-        collapse_term=None if term is None else term.detach(),
+        collapse_term=term,
     )
 
 

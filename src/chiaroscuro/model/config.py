@@ -266,7 +266,7 @@ class ChiarConfig(PreTrainedConfig):
             raise UserError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
         fields = copy.deepcopy(_PRESETS[name][1])
         layers, menus = changes.get("num_hidden_layers"), fields["operators"]
-        if isinstance(layers, int) and layers > 0 and "operators" not in changes:
+        if isinstance(layers, int) and 0 < layers <= _LARGEST["num_hidden_layers"] and "operators" not in changes:
             if menus == [menus[0]] * len(menus):
                 fields["operators"] = [menus[0]] * layers
             elif menus == default_operators(len(menus)):

@@ -6,14 +6,12 @@ from typing import Any
 
 from matplotlib.ticker import PercentFormatter
 
-from chiaroscuro.report.figures import GRID, INK, as_png, new_figure, quieten
+from chiaroscuro.report.figures import COLOURS, GRID, INK, as_png, line_look, new_figure, quieten
 from chiaroscuro.report.gate_figure import PUBLISHED
 
 Spread = tuple[float, float, float]
 """A low end, a mean and a high end."""
 
-COLOURS = ("#2b4c9b", "#b97714", "#0b665c", "#a32a20", "#6b3fa0", "#3a2a14")
-DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 
 
@@ -127,8 +125,8 @@ def draw_length(lines: Mapping[str, Sequence[tuple[int, float]]], trained: int) 
     figure = new_figure(7.5, 3.6)
     axes = figure.subplots()
     for n, (name, points) in enumerate(lines.items()):
-        look = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
-        axes.plot(*zip(*points, strict=True), marker=MARKERS[n % len(MARKERS)], markersize=4, label=name, **look)
+        marker = MARKERS[n % len(MARKERS)]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name, **line_look(n))
     axes.axvline(trained, color=INK, linewidth=0.8, alpha=0.6)
     axes.annotate("trained so far", (trained, 1), xycoords=("data", "axes fraction"), fontsize=8, color=INK, va="top")
     axes.set_xscale("log", base=2)
@@ -195,9 +193,7 @@ def draw_curves(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[floa
     ):
         for axes, (cost, models) in zip(axes_of_row, panels.items(), strict=True):
             for name, points in models.items():
-                n = len(looks)
-                new = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)], "label": name}
-                look = looks.setdefault(name, new)
+                look = looks.setdefault(name, {**line_look(len(looks)), "label": name})
                 axes.plot(*zip(*points, strict=True), linewidth=1.4, **look)
             axes.set_xlabel(cost, color=INK, fontsize=9)
             axes.set_title(title, color=INK, fontsize=9, loc="left")

@@ -11,6 +11,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 INK, GRID = "#241d14", "#d9d2c5"
 
 
+COLOURS = ("#2b4c9b", "#b97714", "#0b665c", "#a32a20", "#6b3fa0", "#3a2a14")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+
+
+def line_look(number: int) -> dict[str, Any]:
+    """Colour and dashes of a line, no two of the first 36 the same."""
+    many = len(COLOURS)
+    return {"color": COLOURS[number % many], "linestyle": DASHES[(number + number // many) % many]}
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, on an Agg canvas; pyplot's global state is not touched."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")

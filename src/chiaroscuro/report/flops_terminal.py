@@ -3,7 +3,10 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from chiaroscuro.report.visible import harmless
 
 # Units of operations, and their names.
 _UNITS = {1e9: "GFLOP", 1e12: "TFLOP", 1e15: "PFLOP", 1e18: "EFLOP", 1e21: "ZFLOP"}
@@ -13,8 +16,9 @@ def print_flops(figures: dict[str, Any], console: Console) -> None:
     """Print what `describe_flops` gives, of the model that `figures["model"]` names."""
     length, share = figures["length"], figures["share"]
     kept = "" if figures["kv_share"] is None else f" ({figures['kv_share']:g} kept)"
-    what = f"{figures['model']}, T = {length:,}, ρ = {share:g}, context {figures['attention_context']}{kept}, "
-    console.print(f"{what}{figures['execution']} execution; one sequence\n", highlight=False)
+    name = escape(harmless(figures["model"]))
+    what = f"T = {length:,}, ρ = {share:g}, context {figures['attention_context']}{kept}"
+    console.print(f"{name}, {what}, {figures['execution']} execution; one sequence\n", highlight=False)
     counted = figures["by_operator"]
     columns = [counted[step][whose] for step in ("forward", "training") for whose in ("ours", "full attention")]
     unit = _unit(max(sum(column.values()) for column in columns))

@@ -32,7 +32,8 @@ def draw_gates(gates: Mapping[str, TaskGate]) -> bytes:
         fontsize=8,
     )
     for number, (task, gate) in enumerate(gates.items()):
-        colour, dash = _LINES[number % len(_LINES)]
+        colour, _ = _LINES[number % len(_LINES)]
+        _, dash = _LINES[(number + number // len(_LINES)) % len(_LINES)]
         label = f"{task}: {gate.final:.3f}"
         axes.plot(gate.steps, gate.gate, color=colour, linestyle=dash, linewidth=1.6, label=label)
     axes.set_ylim(0, 1)

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace
+from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace, level_of
 from chiaroscuro.report.layer_map import draw_layer_map
 from chiaroscuro.report.palette import NIGHT, PAPER, costliest, operator_styles
 from chiaroscuro.report.visible import harmless
@@ -68,9 +68,7 @@ def render_html(trace: RoutingTrace) -> str:
 
 
 def _levels(layer: LayerTrace) -> list[float]:
-    """Of each token, from 0, the cheapest operator, to 1, the costliest; 1 of a layer without a choice."""
-    last = len(layer.operators) - 1
-    return [index / last if last else 1.0 for index in layer.operator_index]
+    return [level_of(layer.operators, index) for index in layer.operator_index]
 
 
 def _page_data(trace: RoutingTrace, names: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from chiaroscuro.report.visible import harmless
 
 def figures_table(figures: Mapping[str, Any]) -> Table:
     """A row per figure: its name and its value."""
-    table = Table(box=None, show_header=False)
+    table = Table("", Column(overflow="fold"), box=None, show_header=False)  # a path that is cut can't be copied
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), escape(harmless(_shown(value))))
     return table

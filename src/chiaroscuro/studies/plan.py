@@ -111,6 +111,9 @@ def plan_run(
         memory[kind]["total"] = sum(memory[kind].values())
     flops = count_flops(config, length, training=True).total * trainer.batch_size * trainer.gradient_accumulation
     whole = count_flops(full_attention(config), length, training=True).total
+    if trainer.gradient_checkpointing:  # the layers, and not the head, are computed again
+        again = count_flops(config, length, head=False).total
+        flops += again * trainer.batch_size * trainer.gradient_accumulation
     if recipe.distill is not None:  # the teacher is the model itself, whose forward has full attention
         teacher = count_flops(full_attention(config), length).total
         flops += teacher * trainer.batch_size * trainer.gradient_accumulation
@@ -182,7 +185,8 @@ def count_activations(config: ChiarConfig, length: int, half: bool, checkpointin
     whole = run()
     if not checkpointing:
         return whole, 0.0
-    model.gradient_checkpointing_enable()
+    # Newer versions of transformers have another name for it, and warn of the old one.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     inputs = run()
     return inputs, (whole - inputs) / (config.num_hidden_layers or 1)
 

@@ -129,8 +129,11 @@ def retrofit_copy(
     most = model.config.max_position_embeddings
     if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
         raise UserError(f"{', '.join(longer)}: {name} reads {most} tokens at most; give less")
-    for row in measured.needles:
-        Haystack(tokenizer).needle(row, 0.5, 0, keys=4)  # or an error, before all that takes time
+    for option, row in (("--length", length), *(("--needles", row) for row in measured.needles)):
+        try:
+            Haystack(tokenizer).needle(row, 0.5, 0, keys=4)
+        except UserError as error:  # before all that takes time
+            raise UserError(f"{option} {row}: {error}") from None
     original = copy.deepcopy(model)
     grouped = key_heads(model.config)
     entry: Any = {"fitted": {"heads": grouped}} if heads and grouped > 1 else "fitted"

@@ -50,6 +50,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_text
 from chiaroscuro.training.checkpoints import checkpoints
 from chiaroscuro.training.recipe import (
+    Folder,
     Recipe,
     Section,
     one_line,
@@ -75,8 +76,8 @@ class SweepFile(Section):
     """The content of a sweep's file; see the module's docstring."""
 
     recipe: str
-    output_dir: str
-    results: str | None = None
+    output_dir: Folder
+    results: Folder | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baseline: str
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -102,7 +102,7 @@ class Objective(ABC):
 
     def build_model(self, config: Any) -> PreTrainedModel:
         """An untrained model: a causal language model, a CHIAR-Former or the Llama that it is compared with."""
-        return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
+        return _llama(config) if isinstance(config, LlamaConfig) else ChiarForCausalLM(config)
 
     def figures_of(self, loss: float) -> dict[str, float]:
         """The figures of a training step's record, from its loss: the accuracy of so few rows says little."""
@@ -183,12 +183,13 @@ class LanguageModelling(Objective):
                 other = beside.load(cache_dir, ("validation",))
             tokens = tokenize_corpus(other, tokenizer, cache_dir)["validation"]
             texts[name] = beside.blocks(_beginning(tokens, recipe), tokenizer, length)
-        sources = {"": corpus}
-        for source in recipe.trainer.training_texts:
+        sources: dict[str, tuple[TextTask, Corpus]] = {"": (task, corpus)}
+        for number, source in enumerate(recipe.trainer.training_texts, 1):
+            reader = (task if isinstance(task, TextToModel) else TextToModel()).of(source, number)
             with _naming("training_texts", source):
-                sources[source] = replace(cast(Any, task), source=source).load(cache_dir, ("train",))
+                sources[source] = reader, reader.load(cache_dir, ("train",))
         learn_from = _streamed if isinstance(corpus, StreamedCorpus) else _stored
-        train, identity, sizes = learn_from(sources, recipe, task, tokenizer, cache_dir)
+        train, identity, sizes = learn_from(sources, recipe, tokenizer, cache_dir)
         names = [corpus.name, *recipe.trainer.training_texts]
         return cls(
             tokenizer=tokenizer,
@@ -224,6 +225,16 @@ class LanguageModelling(Objective):
         return super().validation_rows + sum(len(blocks) for blocks in self.texts.values())
 
 
+def _llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """A Llama that learns the token that pads as any other: in a text it is the one that ends documents."""
+    pad, config.pad_token_id = config.pad_token_id, None  # or its embedding is 0, and has no gradient
+    model = LlamaForCausalLM(config)
+    model.config.pad_token_id = pad
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad
+    return model
+
+
 @contextmanager
 def _naming(field: str, source: str) -> Iterator[None]:
     """Say of an error which of the other texts it is about; the recipe's own has no name."""
@@ -234,11 +245,11 @@ def _naming(field: str, source: str) -> Iterator[None]:
 
 
 def _stored(
-    sources: Mapping[str, Corpus], recipe: Recipe, task: TextTask, tokenizer: Any, cache_dir: Path
+    sources: Mapping[str, tuple[TextTask, Corpus]], recipe: Recipe, tokenizer: Any, cache_dir: Path
 ) -> tuple[Dataset[Any], str, list[str]]:
     """Rows of tokens that are kept on the disk; what identifies them; and in words how much each source has."""
     rows, files = [], []
-    for source, corpus in sources.items():
+    for source, (task, corpus) in sources.items():
         with _naming("training_texts", source):
             files.append(tokenize_corpus(corpus, tokenizer, cache_dir)["train"])
             rows.append(task.train_rows(files[-1], tokenizer, recipe.data.sequence_length))
@@ -249,16 +260,17 @@ def _stored(
 
 
 def _streamed(
-    sources: Mapping[str, Corpus], recipe: Recipe, task: TextTask, tokenizer: Any, cache_dir: Path
+    sources: Mapping[str, tuple[TextTask, Corpus]], recipe: Recipe, tokenizer: Any, cache_dir: Path
 ) -> tuple[TextStream, str, list[str]]:
     """The same of text that is read on the way."""
+    task = sources[""][0]
     own = type(task)
     if not isinstance(task, TextToModel) or (own.train_rows, own.blocks) != (
         TextToModel.train_rows,
         TextToModel.blocks,
     ):
         raise UserError(f"data.task={own.name}: it makes rows of its own, which can't be streamed")
-    corpora = cast(list[StreamedCorpus], list(sources.values()))
+    corpora = [cast(StreamedCorpus, corpus) for _, corpus in sources.values()]
     parts = list(recipe.trainer.training_texts.values())
     stream = TextStream(corpora, parts, tokenizer, recipe.data.sequence_length, task.shuffle, recipe.trainer.seed)
     words = f"{bare_backend(tokenizer).to_str()} {tokenizer.eos_token_id}"

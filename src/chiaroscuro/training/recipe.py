@@ -10,6 +10,7 @@ Two of YAML's traps are closed here. A key that is given twice is refused, where
 number written `2e-3` is a number, where YAML 1.1, and so PyYAML, reads a string.
 """
 
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +18,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from torch import nn
 from transformers import LlamaConfig
 
@@ -61,6 +72,9 @@ class LlamaSection(Section):
     intermediate_size: Count
     max_position_embeddings: Count = 2048
 
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A folder to write to; `~` is the user's home."""
 
 LORA = 16
 """The rank with which a retrofitted model is healed, unless its recipe says otherwise."""
@@ -172,7 +186,7 @@ class TrainerSection(Section):
     (FSDP2), instead of all of them (DDP).
     """
 
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Folder
     init_from: Annotated[str | None, Field(min_length=1)] = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy takes
     steps: Count | None = None

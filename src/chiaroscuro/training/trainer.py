@@ -293,7 +293,7 @@ class RunTrainer(Trainer):
             divergence = self._divergence(
                 outputs.hidden_states[-1], teacher, inputs["shift_labels"], num_items_in_batch
             )
-            uncounted = (1 - self.run.distill.cross_entropy) * loss
+            uncounted = (1 - self.run.distill.cross_entropy) * self._of_text(loss, outputs)
             loss = loss - uncounted + self.run.distill.factor * divergence
             interval.divergence += divergence.item()
             interval.uncounted += uncounted.item()
@@ -339,6 +339,13 @@ class RunTrainer(Trainer):
         with self.accelerator.autocast():
             head = self.model.get_output_embeddings().weight
             return kl_divergence(student[predicted], teacher[predicted], head, self.run.distill.temperature, weights)
+
+    def _of_text(self, loss: Tensor, outputs: Any) -> Tensor:
+        """Of a forward's loss the cross-entropy of the text: without the task beside it, and without the penalty."""
+        beside = outputs.get("beside")
+        second = 0.0 if beside is None else self.args.world_size * beside.loss
+        term = outputs.get("collapse_term")
+        return loss - second + (0.0 if term is None else self._part_of_step() * term)
 
     def _part_of_step(self) -> float:
         """What a forward's term counts in its step: by its items, which all processes share, or as one of several."""

@@ -1,7 +1,7 @@
 """Language modelling: predict every next token of a text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class LanguageModelling(TextTask):
     def __post_init__(self) -> None:
         if self.shuffle < 1:
             raise UserError(f"data.shuffle={self.shuffle}: must be at least 1; 1 shuffles nothing")
+
+    def of(self, source: str, number: int) -> "LanguageModelling":
+        """The same for another text to learn from, number 1, 2, … of those beside this one."""
+        return replace(self, source=source)
 
     def load(self, cache_dir: Path, needed: Sequence[str] = ("train", "validation")) -> Corpus:
         """The corpus of that name."""

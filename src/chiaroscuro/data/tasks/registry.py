@@ -94,7 +94,7 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     return cls(**given)
 
 
-def load_task(name: str, cache_dir: Path | None = None, **options: Any) -> Any:
+def load_task(name: str, cache_dir: Path | None = None, /, **options: Any) -> Any:
     """Load a task's data, or generate it: `make_task(name, options).load(cache_dir)`.
 
     Args:

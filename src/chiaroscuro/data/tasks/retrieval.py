@@ -1,6 +1,7 @@
 """Passages of a text, and between them needles and copies, for a model that is to find what is far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ MOST_TEXT = 2**24
 
 @dataclass(frozen=True)
 class Retrieval(LanguageModelling):
-    """A corpus, of whose training rows five in eight hold needles or copies: see `Haystack.row`.
+    """A corpus, of whose training rows about five in eight hold needles or copies: see `Haystack.row`.
 
     Of these the answers alone are predicted, and of a copy what is said again. It is validated on the text alone.
 
@@ -37,6 +38,10 @@ class Retrieval(LanguageModelling):
         for option in ("documents", "streaming"):
             if getattr(self, option):
                 raise UserError(f"data.{option} with data.task: retrieval, which draws rows of its own; remove one")
+
+    def of(self, source: str, number: int) -> "Retrieval":
+        """With rows of its own: two texts would have the same needles in noise."""
+        return replace(self, source=source, draw=self.draw + number)
 
     def train_rows(self, tokens: TokenFile, tokenizer: Any, length: int) -> Dataset[Any]:
         """As many rows as the text has blocks."""
@@ -72,7 +77,9 @@ class HaystackRows(Dataset[dict[str, Int[Tensor, " length"]]]):
         """`input_ids`, `labels` and `shift_labels` of a row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        drawn = self.haystack.row(index, self.length + 1, self.seed)
+        # By chance, not in turns: whoever takes every eighth row would get one kind alone.
+        kind = Random(f"kind {self.seed} {index}").randrange(8)
+        drawn = self.haystack.row(index, self.length + 1, self.seed, kind)
         row = drawn.input_ids
         labels = row.clone()
         if drawn.answer:

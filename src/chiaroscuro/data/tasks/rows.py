@@ -278,7 +278,10 @@ def _encode_targets(
                     raise UserError(f"{where} has {len(words)} words and {len(targets)} targets; need as many of both")
                 for word in (*words, *targets):
                     if word not in ids:
-                        raise UserError(f"{where} has the word {word!r}, which the tokenizer does not know")
+                        raise UserError(
+                            f"{where} has the word {word!r}, which the tokenizer does not know: it knows those of the "
+                            "rows that it was made of, so give more of them (train_examples)"
+                        )
             encoded = {
                 "input_ids": [[ids[word] for word in words] for words in batch["words"]],
                 "targets": [[ids[target] for target in targets] for targets in batch["targets"]],
