@@ -71,7 +71,7 @@ def ids(seed: int, rows: int = 2, time: int = 48) -> Tensor:
 class Noted(list[Any]):
     """The decisions of a module's forwards."""
 
-    def __call__(self, looks: Tensor, kept: Tensor) -> None:
+    def __call__(self, looks: Tensor, kept: Tensor, real: Tensor | None) -> None:
         self.append((looks, kept))
 
 

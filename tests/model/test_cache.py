@@ -764,3 +764,63 @@ def test_an_operator_that_keeps_keys_sees_every_token(rows: int) -> None:
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=ATOL, rtol=0)
     finally:
         del OPERATORS["plain-attention"]
+
+
+NEAR_AND_FAR: dict[str, Any] = {
+    "operators": [["local", "attention"]] * 2,
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_attention_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "window": 4,
+    "attention_context": "kept",
+    "router": "threshold",
+    "kv_router": "threshold",
+    "meta_router": "none",
+}
+
+
+@torch.no_grad()
+def test_after_a_forward_that_failed_halfway_a_cache_is_refused() -> None:
+    operators = [["attention"], ["dct", "attention"]]
+    model = build(
+        ChiarConfig(
+            **NEAR_AND_FAR
+            | {"operators": operators, "window": None, "router": "random"}
+            | {"attention_context": "all", "kv_router": "threshold"}
+        )
+    )
+    ids, cache = tokens(0), ChiarCache(model.config)
+    model(ids[:, :6], cache=cache)
+    with pytest.raises(UserError, match="draws by token id"):  # in the second layer
+        model(inputs_embeds=model.get_input_embeddings()(ids[:, 6:9]), cache=cache)
+    with pytest.raises(UserError, match="failed halfway"):
+        model(ids[:, 6:9], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (3, 4)])
+@torch.no_grad()
+def test_a_cache_of_other_rows_than_the_input(shape: tuple[int, int]) -> None:
+    model = build(ChiarConfig(**NEAR_AND_FAR))
+    cache = ChiarCache(model.config)
+    model(tokens(0), cache=cache)
+    with pytest.raises(UserError, match=f"the cache holds 2 rows, the input has {shape[0]}: the two must match"):
+        model(tokens(1, *shape), cache=cache)
+    assert torch.isfinite(model(tokens(1, 2, 2), cache=cache).logits).all()  # it is as it was
+
+
+@torch.no_grad()
+def test_labels_that_are_refused_change_nothing() -> None:
+    model = build(ChiarConfig(**NEAR_AND_FAR))
+    cache = ChiarCache(model.config)
+    model(tokens(0), cache=cache)
+    wrong = torch.full((2, 1), VOCABULARY)
+    with pytest.raises(UserError, match="neither a token id"):
+        model(tokens(1, 2, 1), cache=cache, labels=wrong)
+    assert cache.tokens_seen == 12
+    model.train()
+    with pytest.raises(UserError, match="neither a token id"):
+        model(tokens(0), labels=wrong.expand(-1, 12))
+    assert not any(thresholds.noted for thresholds in model.thresholds().values())

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -584,3 +585,53 @@ def test_scores_are_fitted_to_documents_that_share_a_row_as_to_each_alone() -> N
         weights.append(torch.cat([router.fitted.weight.flatten() for router in routers]))
     torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-3)
     assert not torch.allclose(weights[2], weights[0], atol=1e-2)
+
+
+def test_a_side_that_nobody_has_fitted_waits_while_shares_are_spread() -> None:
+    """Its scores are the same for every token, and a warning would say so of each forward."""
+    model = build(kv_router="fitted")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, batches(0), look=0.25, spread=True)
+
+
+def test_shares_of_numpy_are_numbers_like_any_other(unchecked: None, tmp_path: Path) -> None:
+    model = build()
+    report = fit(model, batches(0), look=np.float32(0.25), spread=False)
+    json.dumps(report.figures())
+    model.save_pretrained(tmp_path)
+    assert ChiarForCausalLM.from_pretrained(tmp_path).config.attention_share == 0.25
+
+
+def test_documents_by_their_bounds_are_those_by_their_positions() -> None:
+    ids = batches(0, count=1, rows=1, time=60)[0]
+    bounds = torch.tensor([0, 25, 60])
+    places = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    thresholds = []
+    for told in ({"cu_seq_lens_q": bounds}, {"position_ids": places}, {}):
+        model = build(router="threshold")
+        calibrate(model, [{"input_ids": ids, **told}], 0.3)
+        thresholds.append(model.thresholds()[1].values)
+    assert torch.equal(thresholds[0], thresholds[1])
+    assert not torch.equal(thresholds[0], thresholds[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "shaped"),
+    [
+        ({"router": {"fitted": {"hidden": 8}}}, "router"),
+        ({"kv_router": {"fitted": {"heads": 2}}}, "kv_router"),
+        ({"operators": [["local", "attention"], ["conv", "local", "attention"]]}, "router"),
+    ],
+)
+def test_a_router_of_another_shape_begins_anew(tmp_path: Path, changes: dict[str, Any], shaped: str) -> None:
+    model = build(router="fitted", kv_router="fitted")
+    fit(model, batches(0), look=0.25, kept=0.25, spread=False)
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, **changes)
+    last = loaded.trunk.blocks[1]
+    assert not getattr(last, shaped).calibration.calibrated
+    other = {"router": "kv_router", "kv_router": "router"}[shaped]
+    assert getattr(last, other).calibration.calibrated
+    with pytest.raises(UserError, match=r"embed_tokens\.weight was saved with shape"):
+        ChiarForCausalLM.from_pretrained(tmp_path, **changes, vocab_size=VOCABULARY + 1)

@@ -144,3 +144,12 @@ def test_an_end_of_text_ends_a_row() -> None:
     stop = (free[0, 8:] == end).nonzero()[0].item() + 8
     assert torch.equal(found[0, : stop + 1], free[0, : stop + 1])
     assert (found[0, stop + 1 :] == VOCABULARY - 1).all()
+
+
+def test_a_prompt_of_embeddings_takes_up_positions_too() -> None:
+    model = build(cacheable("small", "threshold"))
+    ids = tokens(0, 1, LENGTH - 4)
+    embedded = model.get_input_embeddings()(ids)
+    written = model.generate(inputs_embeds=embedded, max_new_tokens=20, do_sample=False)
+    assert torch.equal(written, model.generate(ids, max_new_tokens=20, do_sample=False)[:, LENGTH - 4 :])
+    assert written.shape == (1, 5)

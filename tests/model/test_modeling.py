@@ -489,3 +489,24 @@ def test_no_layer_s_output_is_kept_alive_for_nothing() -> None:
     with torch.no_grad():
         model(tokens(0), use_cache=False)
     assert max(alive) <= 1  # the input of the layer that is running
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": [[1, 2, 3]]}, "input_ids is a list: give a tensor"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask is a list: give a tensor"),
+        ({"position_ids": [[0, 1, 2]]}, "position_ids is a list: give a tensor"),
+        ({"labels": [[1, 2, 3]]}, "labels is a list: give a tensor"),
+        ({"attention_mask": torch.tensor([[0.0, 0.0, -1e9]])}, "attention_mask with numbers below 0"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 7)}, r"inputs_embeds of shape \(1, 3, 7\)"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(3, 16)}, r"need shape \(B, T, 16\)"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 16).long()}, "a floating-point dtype"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 1, 3])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0.0, 1.5, 3.0])}, "cu_seq_lens_q"),
+    ],
+)
+def test_inputs_of_another_kind_are_one_line(unchecked: None, given: dict[str, Any], message: str) -> None:
+    model = ChiarForCausalLM(ChiarConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, num_hidden_layers=2))
+    with pytest.raises(UserError, match=message):
+        model.eval()(**{"input_ids": torch.tensor([[1, 2, 3]]), **given})

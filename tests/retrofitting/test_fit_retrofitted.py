@@ -290,3 +290,12 @@ def test_documents_that_share_a_row_are_fitted_to_as_they_are_alone() -> None:
         weights.append(torch.cat([router.fitted.weight.flatten() for router in routers]))
     torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-3)
     assert not torch.allclose(weights[2], weights[0], atol=1e-2)
+
+
+def test_ids_of_32_bits() -> None:
+    first, second = (routed(router="fitted", kv_router="fitted") for _ in range(2))
+    given = batches()
+    fit(first, given, kept=0.25, spread=False)
+    fit(second, [each.int() for each in given], kept=0.25, spread=False)
+    for one, other in zip(first.reaches.values(), second.reaches.values(), strict=True):
+        assert torch.equal(one.kept.fitted.weight, other.kept.fitted.weight)

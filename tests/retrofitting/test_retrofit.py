@@ -23,6 +23,7 @@ from chiaroscuro import UserError, retrofit, unretrofit
 from chiaroscuro.layers import FittedRouter
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
+from chiaroscuro.retrofitting.inside import noting_decisions, watching
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
@@ -810,3 +811,51 @@ def test_the_name_is_the_function_whatever_was_imported_before(first: str) -> No
     code = f"{first}\nfrom chiaroscuro import retrofit\nfrom chiaroscuro.retrofitting import retrofit as same\n"
     code += "assert retrofit is same and callable(retrofit)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@torch.no_grad()
+def test_chance_does_not_depend_on_padding() -> None:
+    """Without `position_ids` transformers counts columns; who is chosen by chance counts real tokens."""
+    routed = routed_copy(build("llama"), attention_share=0.5, kv_share=0.5, router="random", kv_router="random")
+    tokens = ids(1)
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = 0
+    together = routed(tokens, attention_mask=mask).logits[0, 6:]
+    torch.testing.assert_close(together, routed(tokens[:1, 6:]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_shares_are_those_of_real_tokens() -> None:
+    routed = routed_copy(build("llama"), **HALF)
+    tokens = ids(1)
+    mask = torch.ones_like(tokens)
+    mask[0, :30] = 0
+    with watching(routed) as shares, noting_decisions(routed) as decided:
+        routed(tokens, attention_mask=mask)
+    for i, ((looks, kept),) in decided.items():
+        assert shares.look[i] == pytest.approx(float(looks[mask.bool()].float().mean()))
+        assert shares.kept[i] == pytest.approx(float(kept[mask.bool()].float().mean()))
+
+
+@torch.no_grad()
+def test_documents_by_a_mask_are_not_cached() -> None:
+    routed = routed_copy(build("llama"), **ALL)
+    tokens = ids(1)[:1, :8]
+    blocks = torch.block_diag(torch.ones(3, 3), torch.ones(5, 5)).tril().bool()[None, None]
+    places = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    alone = routed(tokens, attention_mask=blocks, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(alone[:, 3:], routed(tokens[:, 3:]).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="a cache can't continue: pass use_cache=False"):
+        routed(tokens, attention_mask=blocks, position_ids=places)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_not_of_this_model_or_this_batch() -> None:
+    routed = routed_copy(build("llama"), **HALF)
+    cache = DynamicCache(config=routed.config)
+    routed(ids(1), **{CACHE: cache})
+    with pytest.raises(UserError, match=f"the cache holds {len(ids(1))} rows, the input has 1"):
+        routed(ids(1)[:1, :3], **{CACHE: cache})
+    short = DynamicCache(config=build("llama", num_hidden_layers=1).config)
+    with pytest.raises(UserError, match="a cache of 1 layers, and layer 1 is routed"):
+        routed(ids(1), **{CACHE: short})

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.packed_tokens import PackedTokens
 from chiaroscuro.layers.reach_state import Entries, ReachState
@@ -44,6 +45,8 @@ def attend_near_and_far(
     """
     state: ReachState | None = context.state
     heads = key.shape[1] if looks.ndim == 3 or kept.ndim == 3 else 1
+    if state is not None and state.begun and state.rows != heads * len(looks):
+        raise UserError(f"the cache holds {state.rows // heads} rows, the input has {len(looks)}: the two must match")
     looking, keeping = _by_head(tokens.take(looks), heads), _by_head(keyed.take(kept), heads)
     everything = PackedTokens.real_of(tokens.chosen, context.real(tokens.chosen.shape[1]), tokens.segments)
     lengths, key_lengths = tokens.lengths, keyed.lengths

@@ -42,7 +42,7 @@ def frequencies_of(
     if kind == "default":
         if not is_number(parameters.get("rope_theta")):
             raise UserError(f"rope_parameters={dict(parameters)}: give rope_theta, a number")
-        return rotary_frequencies(head_width, parameters["rope_theta"]), 1.0
+        return rotary_frequencies(head_width, float(parameters["rope_theta"])), 1.0
     by_length = kind in BY_LENGTH
     return _frequencies(json.dumps(dict(parameters), sort_keys=True), head_width, longest, length if by_length else 0)
 

@@ -21,6 +21,9 @@ from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW, reach_mask
 
+WIDEST = 2**24
+"""The most heads, and the widest one: far beyond any model, and a tensor's size still fits 64 bits."""
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -69,8 +72,8 @@ class AttentionOptions:
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
             optional = name != "num_attention_heads"
-            if not (optional and value is None) and not _is_whole(value, 1):
-                raise UserError(f"{name}={value!r}: must be a positive whole number")
+            if not (optional and value is None) and not _is_whole(value, 1, WIDEST):
+                raise UserError(f"{name}={value!r}: must be a whole number from 1 to {WIDEST:,}")
         if not isinstance(self.bias, bool):
             raise UserError(f"bias={self.bias!r}: must be true or false")
         if not is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:

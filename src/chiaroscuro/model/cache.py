@@ -144,6 +144,7 @@ class ChiarCache(Cache):
         tokens_seen: tokens so far, padding included.
         rows: of the batch that it holds.
         padded: whether some of these tokens were padding, so that what follows needs an attention_mask too.
+        unfinished: whether a forward is taking up tokens: after one that failed halfway some layers have them.
 
     Raises:
         UserError: the model can't be cached; the message says why.
@@ -157,6 +158,7 @@ class ChiarCache(Cache):
         self.tokens_seen = 0
         self.rows = 0
         self.padded: bool | Tensor = False
+        self.unfinished = False
         self.meta_state = RunningSums()
 
     @property
@@ -190,7 +192,7 @@ class ChiarCache(Cache):
         """Forget everything."""
         super().reset()
         self.tokens_seen = self.rows = 0
-        self.padded = False
+        self.padded = self.unfinished = False
         self.meta_state = RunningSums()
 
     def crop(self, tokens_to_remove: int) -> None:

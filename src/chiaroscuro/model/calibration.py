@@ -17,7 +17,7 @@ from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, ScoreRouter
 from chiaroscuro.model.batches import Batch, checked_batches, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
-from chiaroscuro.model.modeling import ChiarPreTrainedModel
+from chiaroscuro.model.modeling import ChiarPreTrainedModel, document_positions
 from chiaroscuro.ops import spectral_entropy
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -127,9 +127,14 @@ def embed_batch(model: ChiarPreTrainedModel, batch: Batch) -> State:
     """
     fields = fields_of(batch)
     given = {name: fields.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise UserError(f"{name} of a batch is a {type(value).__name__}: give a tensor, one number for each token")
     ids, mask, places = (None if one is None else one.to(model.device) for one in given.values())
     base = model.trunk
     x = base.embed(ids)
+    if places is None and fields.get("cu_seq_lens_q") is not None:
+        places = document_positions(fields["cu_seq_lens_q"], x)
     context = base.prepare(x, mask, places, input_ids=ids)
     return x, context, base.gate(x, context)
 

@@ -74,7 +74,7 @@ def _of_a_retrofit(said: dict[str, Any]) -> dict[str, Any]:
 def _of_a_chiar_former(config: Any) -> dict[str, Any]:
     menus = dict.fromkeys(" · ".join(split_entry(entry)[0] for entry in menu) for menu in config.operators)
     facts = {"menus": ", ".join(f"`{menu}`" for menu in menus), "router": f"`{split_entry(config.router)[0]}`"}
-    if config.routed_layers:
+    if config.routed_layers and config.follows_share:
         facts["share of the costliest operator"] = f"{config.attention_share:.0%}"
     if config.keeping_layers:
         facts["kept to be seen from beyond the window"] = f"{config.kv_share:.0%}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.operator import is_whole
 from chiaroscuro.model.cache import CACHE, ChiarCache
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.model.modeling import ChiarPreTrainedModel
@@ -49,8 +50,8 @@ def check_model(model: ChiarPreTrainedModel, *, length: int = 24, seed: int = 0)
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(f"check_model takes a model of chiaroscuro, not a {type(model).__name__}")
     longest = model.config.max_position_embeddings
-    if not 12 <= length <= longest:
-        raise UserError(f"length={length}: need 12 tokens or more, and at most max_position_embeddings={longest}")
+    if not is_whole(length) or not 12 <= length <= longest:
+        raise UserError(f"length={length!r}: need 12 tokens or more, and at most max_position_embeddings={longest}")
     checked = _Checked(model, length, seed)
     checked.rows()
     checked.causality()

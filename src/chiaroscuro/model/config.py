@@ -228,8 +228,6 @@ class ChiarConfig(PreTrainedConfig):
             self.operators = default_operators(layers)
         else:
             self.operators = _as_menus(self.operators)
-            if self.num_hidden_layers is None:
-                self.num_hidden_layers = len(self.operators)
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.operators)
         if self.intermediate_size is None:
@@ -396,6 +394,11 @@ class ChiarConfig(PreTrainedConfig):
         """The layers that have a choice."""
         return [i for i, menu in enumerate(self.menus) if len(menu) > 1]
 
+    @property
+    def follows_share(self) -> bool:
+        """Whether `attention_share` says how many tokens go to the last operators: not with soft or hard routers."""
+        return _routes_by_score(self.router) and self.calibration == "running"
+
     def thresholds_of(self, layer: int) -> tuple[float, ...] | None:
         """The fixed thresholds of a layer's menu; None where they are calibrated or there is no choice."""
         menu = self.menus[layer]
@@ -458,6 +461,8 @@ class ChiarConfig(PreTrainedConfig):
     def _check_rope(self) -> None:
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
             raise UserError(f"rope_parameters={self.rope_parameters!r}: give a mapping, as transformers has it")
+        if self.rope_parameters is not None and not all(isinstance(name, str) for name in self.rope_parameters):
+            raise UserError(f"rope_parameters={self.rope_parameters!r}: names are strings, as transformers has them")
 
     def _check_menus(self) -> None:
         self.operators = _as_menus(self.operators)
@@ -617,7 +622,8 @@ class ChiarConfig(PreTrainedConfig):
             raise UserError(f"{field}={value!r}: must be at most {largest:,}")
 
     def _check_choice(self, field: str) -> None:
-        if getattr(self, field) not in _CHOICES[field]:
+        value = getattr(self, field)
+        if not isinstance(value, str) or value not in _CHOICES[field]:
             raise UserError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(_CHOICES[field])}")
 
     @staticmethod

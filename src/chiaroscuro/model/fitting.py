@@ -127,7 +127,8 @@ def fit(
                 harms = _harms(model, given[len(given) - held_out :], sides)
                 for place, share in _spread(model.config, harms).items():
                     results[place] = replace(results[place], share=share, harm=harms[place])
-                _calibrate(model, given, {place: result.share for place, result in results.items()})
+                with lowered(_unready(model, fits)):
+                    _calibrate(model, given, {place: result.share for place, result in results.items()})
     return FitReport.of(results, {"look": look, "kept": kept})
 
 
@@ -268,7 +269,7 @@ def _fit_in_turn(
     """
     states = [embed_batch(model, batch) for batch in batches]
     results: dict[tuple[str, int], SideFit] = {}
-    with lowered(_unready(model, fits)):  # they let all look, and keep all
+    with lowered(_unready(model, fits)):
         for i, block in enumerate(model.trunk.blocks):
             own = {place: one for place, one in fits.items() if place[1] == i}
             for n, (x, context, _) in enumerate(states if own else []):
@@ -286,7 +287,7 @@ def _fit_in_turn(
 
 
 def _unready(model: ChiarForCausalLM, fits: Collection[tuple[str, int]]) -> list[Tensor]:
-    """The thresholds of routers with scores that nobody fits now, and nobody has."""
+    """The thresholds of routers with scores that nobody fits now, and nobody has: lowered, they choose all tokens."""
     waiting = []
     for i, block in enumerate(model.trunk.blocks):
         for side, router in (("look", block.router), ("kept", block.kv_router)):

@@ -35,6 +35,9 @@ class BoundedGenerationMixin(GenerationMixin):
         """
         inherited, config = cast(Any, super()), cast(Any, self).config
         longest = config.max_position_embeddings + 1  # the last token is not read, and needs no position
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is not None and not args and kwargs.get("inputs") is None and kwargs.get("input_ids") is None:
+            longest -= prompt.shape[1]  # transformers counts the new tokens alone
         criteria = StoppingCriteriaList([*(stopping_criteria or []), _LongestSequence(longest)])
         cache = given_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
         if cache is not None:

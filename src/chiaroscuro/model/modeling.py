@@ -100,20 +100,36 @@ def document_positions(
         x: the tokens.
 
     Raises:
-        UserError: there are several rows, or the documents are not as long as the row.
+        UserError: there are several rows, or these are not such numbers.
 
     """
     rows, time, _ = x.shape
     if not isinstance(cu_seq_lens, Tensor):
         raise UserError(f"cu_seq_lens_q={cu_seq_lens!r}: give a tensor")
     bounds = cu_seq_lens.to(x.device).long()
-    if rows != 1 or bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != time:
+    fits = rows == 1 and bounds.ndim == 1 and len(bounds) > 1 and not cu_seq_lens.is_floating_point()
+    if not fits or int(bounds[0]) != 0 or int(bounds[-1]) != time or bool((bounds.diff() < 0).any()):
         raise UserError(
             f"cu_seq_lens_q={cu_seq_lens.tolist()} for {rows} rows of {time} tokens: give one row, and where its "
             "documents begin and the last ends; or give position_ids"
         )
     place = torch.arange(time, device=x.device)
     return (place - bounds[torch.searchsorted(bounds, place, right=True) - 1])[None]
+
+
+def _refuse_no_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
+def _refuse_other_shapes(mismatched: Any) -> None:
+    """Raise a UserError where tensors that are no router's have another shape than those saved."""
+    for name, saved, wanted in sorted(mismatched):
+        if ".router." not in name and ".kv_router." not in name:
+            raise UserError(
+                f"{name} was saved with shape {tuple(saved)}, and the config asks for {tuple(wanted)}: leave the "
+                "fields that say so as they were saved"
+            )
 
 
 class ChiarPreTrainedModel(PreTrainedModel):
@@ -160,24 +176,38 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         With another `router` or `kv_router` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another. So are those of a router that draws something, with another
-        `router_seed`. Fixed thresholds are those of the config, given or saved.
+        `router_seed`, and those of a longer or shorter menu. Fixed thresholds are those of the config, given or saved.
+
+        Raises:
+            UserError: a saved tensor that is no router's has another shape than the config says.
+
         """
         spreads = {"attention_spread", "kv_spread"}
         routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"} | spreads
         asked = (routing | {"config", "entropy_thresholds"}) & {*kwargs}
         saved = cls._saved_config(*args, **kwargs) if asked else None
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Another router, or menu, may have tensors of other shapes, which are as good as missing.
+        may_differ = not {"router", "kv_router", "operators"}.isdisjoint(kwargs)
+        tolerant = may_differ and not kwargs.get("ignore_mismatched_sizes")
+        wanted = kwargs.pop("output_loading_info", False)
+        kwargs |= {"ignore_mismatched_sizes": True} if tolerant else {}
+        parent: Any = super()
+        loaded: tuple[Any, Any] = parent.from_pretrained(*args, **kwargs, output_loading_info=True)
+        model, info = loaded
+        if tolerant:
+            _refuse_other_shapes(info["mismatched_keys"])
+        unlike = {name for name, *_ in info["mismatched_keys"]}
 
         def changed(*fields: str) -> bool:
             return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
 
-        for block in model.trunk.blocks if saved is not None else ():
+        for i, block in enumerate(model.trunk.blocks):
             for field, router in (("router", block.router), ("kv_router", block.kv_router)):
                 if router is None:
                     continue
                 draws = hasattr(getattr(router, "options", None), "router_seed")
-                if changed(field) or (draws and changed("router_seed")):
+                reshaped = any(f"layers.{i}.{field}." in name for name in unlike)
+                if reshaped or changed(field) or (draws and changed("router_seed")):
                     for module in router.modules():
                         if isinstance(module, Router | Thresholds):
                             module.reset_parameters()
@@ -190,7 +220,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             model.set_attention_share(model.config.attention_share)
         if model.kv_thresholds() and changed("kv_share", "kv_spread"):
             model.set_attention_share(kv_share=model.config.kv_share)
-        return loaded
+        return loaded if wanted else model
 
     @classmethod
     def _saved_config(cls, name: Any = None, /, *args: Any, **kwargs: Any) -> Any:
@@ -371,6 +401,10 @@ class ChiarModel(ChiarPreTrainedModel):
                     "pass use_cache=False"
                 )
             states = None
+        if states is not None:
+            if states.tokens_seen and states.rows != len(x):
+                raise UserError(f"the cache holds {states.rows} rows, the input has {len(x)}: the two must match")
+            states.unfinished = True
         gate = self.gate(x, context, states)
         hidden_states: list[Tensor] = []
         routings: list[Routing | None] = []
@@ -385,6 +419,7 @@ class ChiarModel(ChiarPreTrainedModel):
             _note(followed, context.real(x.shape[1]))
         if states is not None:
             states.tokens_seen, states.rows = states.tokens_seen + x.shape[1], x.shape[0]
+            states.unfinished = False
         x = self.norm(x)
         return ChiarModelOutput(
             last_hidden_state=x,
@@ -398,6 +433,7 @@ class ChiarModel(ChiarPreTrainedModel):
         """The input of layer 0: embeddings, normalised if the config says so, with dropout."""
         if inputs_embeds is None:
             assert input_ids is not None
+            _refuse_no_tensor("input_ids", input_ids)
             if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
                 raise UserError(
                     f"input_ids of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: need shape (B, T) and "
@@ -411,7 +447,13 @@ class ChiarModel(ChiarPreTrainedModel):
                     f"a token outside the vocabulary, vocab_size={size}: use the model's own tokenizer"
                 ) from None
         else:
-            x = inputs_embeds
+            _refuse_no_tensor("inputs_embeds", inputs_embeds)
+            x, width = inputs_embeds, self.config.hidden_size
+            if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+                raise UserError(
+                    f"inputs_embeds of shape {tuple(x.shape)} and dtype {x.dtype}: need shape (B, T, {width}) and a "
+                    "floating-point dtype"
+                )
         if self.config.embedding_norm:
             x = F.layer_norm(x, x.shape[-1:])
         return self.dropout(x)
@@ -442,6 +484,9 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError(
                 "this cache was begun with an attention_mask: pass one again, over the cached and the new tokens"
             )
+        for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if value is not None:
+                _refuse_no_tensor(name, value)
         if attention_mask is not None:
             attention_mask = self._checked_mask(attention_mask, batch, seen + time, cache)
         segments = None
@@ -477,6 +522,12 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {keys}), "
                 "a row for each sequence, over cached and new tokens"
             )
+        if (
+            attention_mask.is_floating_point()
+            and not torch.compiler.is_compiling()
+            and bool((attention_mask < 0).any())
+        ):
+            raise UserError("attention_mask with numbers below 0: give True, or 1, for real tokens and 0 for padding")
         attention_mask = attention_mask.bool()
         if torch.compiler.is_compiling() or (cache is None and self.config.execution == "dense"):
             return attention_mask  # whether anything is padded depends on the data, which a compiler can't test
@@ -490,8 +541,6 @@ class ChiarModel(ChiarPreTrainedModel):
         if self.meta_router is None:
             return None
         past = None if cache is None else cache.meta_state.last
-        if past is not None and len(past[1]) != len(x):
-            raise UserError(f"the cache holds {len(past[1])} rows, the input has {len(x)}: the two must match")
         gate, sums = self.meta_router(x, context.real(x.shape[1]), past, context.segments)
         if cache is not None:
             cache.meta_state.extend(*sums)
@@ -560,6 +609,10 @@ class ChiarModel(ChiarPreTrainedModel):
             raise UserError(
                 f"cache has {len(cache.layers)} layers, the model {len(self.layers)}: "
                 "need a chiaroscuro.ChiarCache(model.config)"
+            )
+        if cache.unfinished:
+            raise UserError(
+                "a forward with this cache failed halfway, and some layers have its tokens: start a new one"
             )
         return cache
 
@@ -632,6 +685,9 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         refuse_keywords(kwargs, ChiarForCausalLM.forward, self.config, "shift_labels")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(given, Tensor):  # before a cache or a calibration takes anything up
+            self._check_labels(given, self.config.vocab_size, labels=labels, shift_labels=shift_labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -652,8 +708,6 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         logits = self.lm_head(hidden) if wanted or not predicts or self._loss_needs_logits() else None
         loss = term = None
         if predicts:
-            vocabulary = self.config.vocab_size
-            self._check_labels(outputs.last_hidden_state, vocabulary, labels=labels, shift_labels=shift_labels)
             targets = self.targets_of(labels, shift_labels, attention_mask)
             if num_items_in_batch is not None and attention_mask is not None:
                 counted, labelled = targets.ne(-100).sum(), self.targets_of(labels, shift_labels).ne(-100).sum()
@@ -687,14 +741,15 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         )
 
     @staticmethod
-    def _check_labels(hidden: Tensor, vocabulary: int, **given: Tensor | None) -> None:
+    def _check_labels(tokens: Tensor, vocabulary: int, **given: Tensor | None) -> None:
         for name, labels in given.items():
             if labels is None:
                 continue
-            if labels.shape != hidden.shape[:2] or labels.is_floating_point() or labels.is_complex():
+            _refuse_no_tensor(name, labels)
+            if labels.shape != tokens.shape[:2] or labels.is_floating_point() or labels.is_complex():
                 raise UserError(
                     f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}: need a token id or -100 for each "
-                    f"token of the input, shape {tuple(hidden.shape[:2])} and dtype torch.int64"
+                    f"token of the input, shape {tuple(tokens.shape[:2])} and dtype torch.int64"
                 )
             # On a GPU this would wait for all that was computed before.
             if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.modeling import ChiarPreTrainedModel
 
 
 class MoveThresholds(TrainerCallback):
@@ -22,7 +23,7 @@ class MoveThresholds(TrainerCallback):
     ) -> None:
         """After the optimizer, before anything is saved."""
         for module in kwargs["model"].modules():
-            if hasattr(module, "step_calibration"):
+            if isinstance(module, ChiarPreTrainedModel) and (module.thresholds() or module.kv_thresholds()):
                 module.step_calibration()
                 return
         raise UserError(f"MoveThresholds: a {type(kwargs['model']).__name__} has no thresholds to move; leave it out")

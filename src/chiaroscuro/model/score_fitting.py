@@ -120,15 +120,17 @@ def asked_shares(look: Any, kept: Any, budget: Any) -> dict[str, Any]:
     """By side the share that is asked for, None where none is: a budget is the share of both.
 
     Raises:
-        UserError: a budget beside a share, or one that is no share.
+        UserError: a budget beside a share, or something that is no share.
 
     """
     if budget is None:
-        return {"look": look, "kept": kept}
+        for name, share in (("look", look), ("kept", kept)):
+            check_share(name, share)
+        return {name: None if share is None else float(share) for name, share in (("look", look), ("kept", kept))}
     if look is not None or kept is not None:
         raise UserError(f"budget={budget!r} is the mean share of both sides: drop look and kept")
     check_share("budget", budget)
-    return {"look": budget, "kept": budget}
+    return {"look": float(budget), "kept": float(budget)}
 
 
 def check_share(name: str, share: Any) -> None:

@@ -229,7 +229,9 @@ class _Fitting:
                 reach.probe = probes[i]
             try:
                 logits = self.model(**whole.inputs, use_cache=False).logits.flatten(0, 1)
-                loss = F.cross_entropy(logits.float(), whole.predicted.flatten(), ignore_index=IGNORED, reduction="sum")
+                loss = F.cross_entropy(
+                    logits.float(), whole.predicted.flatten().long(), ignore_index=IGNORED, reduction="sum"
+                )
                 slopes = torch.autograd.grad(loss, [probe.zeros for probe in probes.values()])
             finally:
                 for reach in self.reaches.values():

@@ -38,13 +38,13 @@ def noting_inputs(model: RoutedModel) -> Iterator[dict[int, Float[Tensor, "batch
 def noting_decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
     """Inside the block, by layer, who looked and who was kept in each forward; no layers of other models."""
     decided: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in _reaches(model)}
-    with _watched(model, lambda layer, looks, kept: decided[layer].append((looks, kept))):
+    with _watched(model, lambda layer, looks, kept, real: decided[layer].append((looks, kept))):
         yield decided
 
 
 @dataclass
 class Shares:
-    """The shares of the tokens that looked and that were kept, by layer, means over tokens and heads.
+    """The shares of the tokens that looked and that were kept, by layer, means over real tokens and heads.
 
     Both are empty where nothing was decided.
     """
@@ -63,10 +63,11 @@ def watching(model: Any) -> Iterator[Shares]:
     tokens = dict.fromkeys(_reaches(model), 0)
     sums = {side: dict.fromkeys(tokens, 0.0) for side in ("look", "kept")}
 
-    def count(layer: int, looks: Tensor, kept: Tensor) -> None:
-        tokens[layer] += (new := looks.shape[:2].numel())
+    def count(layer: int, looks: Tensor, kept: Tensor, real: Tensor | None) -> None:
+        tokens[layer] += looks.shape[:2].numel() if real is None else int(real.sum())
         for side, decided in (("look", looks), ("kept", kept)):
-            sums[side][layer] += new * float(decided.float().mean())
+            of_real = decided if real is None else decided[real]
+            sums[side][layer] += float(of_real.float().sum()) / (decided.shape[2] if decided.ndim == 3 else 1)
 
     with _watched(model, count):
         yield shares
@@ -76,7 +77,7 @@ def watching(model: Any) -> Iterator[Shares]:
 
 
 @contextmanager
-def _watched(model: Any, note: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+def _watched(model: Any, note: Callable[[int, Tensor, Tensor, Tensor | None], None]) -> Iterator[None]:
     watchers = {i: partial(note, i) for i in _reaches(model)}
     for i, watcher in watchers.items():
         model.reaches[i].watchers.append(watcher)

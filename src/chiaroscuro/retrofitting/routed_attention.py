@@ -69,21 +69,24 @@ class Forward:
 
     def read_mask(
         self, mask: Any, time: int
-    ) -> tuple[Bool[Tensor, "batch keys"] | None, Int[Tensor, "batch time"] | None]:
-        """Which tokens are real, and which document each belongs to, from the mask that a module was given.
+    ) -> tuple[Bool[Tensor, "batch keys"] | None, Int[Tensor, "batch time"] | None, Int[Tensor, "batch time"] | None]:
+        """Which tokens are real, which document each belongs to, and which place each has, from a module's mask.
 
-        It is read once for all modules.
+        It is read once for all modules. Places count real tokens; None where nothing is padded or there are documents,
+        and the positions that the model was given say it.
 
         Raises:
             UserError: it is neither causal nor causal within documents.
 
         """
         if mask is None:
-            return None, None
+            return None, None, None
         if self._last is None or self._last() is not mask:
             if not isinstance(mask, Tensor):
                 raise UserError(f"a {type(mask).__name__} as mask: load the model with attn_implementation='sdpa'")
-            self._last, self._read = ref(mask), _read_mask(mask, time)
+            real, segments = _read_mask(mask, time)
+            places = (real.cumsum(1) - 1).clamp(min=0)[:, -time:] if real is not None and segments is None else None
+            self._last, self._read = ref(mask), (real, segments, places)
         return self._read
 
     def begin(self, input_ids: Tensor | None) -> None:
@@ -144,7 +147,7 @@ class Reach(nn.Module):
     Attributes:
         whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
         probe: takes up what the gains follow from, while a model is fitted.
-        watchers: called with the decisions of each forward.
+        watchers: called with the decisions of each forward, and which tokens are real; None where all are.
 
     """
 
@@ -164,7 +167,7 @@ class Reach(nn.Module):
         self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
-        self.watchers: list[Callable[[Tensor, Tensor], None]] = []
+        self.watchers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []
 
     @property
     def routers(self) -> dict[str, ScoreRouter]:
@@ -227,12 +230,18 @@ class Reach(nn.Module):
         read = self.shared.read_mask(mask, time)
         if isinstance(mask, Tensor) and len(mask) not in (1, len(hidden)):
             raise UserError(f"an attention_mask of {len(mask)} rows for a batch of {len(hidden)}")
-        attention_mask, segments = (None if one is None else one.expand(len(hidden), -1) for one in read)
+        attention_mask, segments, places = (None if one is None else one.expand(len(hidden), -1) for one in read)
+        if segments is not None and cached is not None:
+            raise UserError(
+                "the attention_mask tells documents apart, which a cache can't continue: pass use_cache=False"
+            )
+        if places is None and position_ids is not None:
+            places = position_ids.expand(len(hidden), -1)
         context = Context(
             attention_mask=attention_mask,
             segments=segments,
             past=0 if cached is None else cached.columns - time,
-            position_ids=None if position_ids is None else position_ids.expand(len(hidden), -1),
+            position_ids=places,
             input_ids=self.shared.input_ids(table),
             state=None if cached is None else cached.state,
         )
@@ -293,7 +302,7 @@ class Reach(nn.Module):
             decided.append(router(x, given, context).operator_index.bool())
         looks, kept = decided
         for watcher in self.watchers:
-            watcher(looks, kept)
+            watcher(looks, kept, context.real(x.shape[1]))
         return looks, kept
 
     def _see_that_it_is_ready(self, side: str, router: ScoreRouter) -> None:

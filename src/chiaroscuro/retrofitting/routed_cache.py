@@ -117,6 +117,8 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> Ro
     """
     while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) <= layer:
+        raise UserError(f"a cache of {len(cache.layers)} layers, and layer {layer} is routed: make it for this model")
     found = cache.layers[layer]
     if isinstance(found, RoutedLayer):
         if (found.window, found.sinks) != (window, sinks):
