@@ -22,6 +22,7 @@ from torch import Tensor
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, calibrate, fit
 from chiaroscuro.layers import Context
 from chiaroscuro.model import fitting
+from chiaroscuro.model.batches import predicted_by
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import _targets, gain_of_being_kept, gain_of_looking
@@ -635,3 +636,20 @@ def test_a_router_of_another_shape_begins_anew(tmp_path: Path, changes: dict[str
     assert getattr(last, other).calibration.calibrated
     with pytest.raises(UserError, match=r"embed_tokens\.weight was saved with shape"):
         ChiarForCausalLM.from_pretrained(tmp_path, **changes, vocab_size=VOCABULARY + 1)
+
+
+def test_the_first_token_of_a_document_is_not_predicted_by_the_one_before() -> None:
+    ids = torch.arange(1, 13).view(2, 6)
+    places = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    targets = predicted_by({"input_ids": ids, "position_ids": places}, None)
+    assert targets.tolist() == [[2, 3, -100, 5, 6, -100], [8, 9, -100, 11, 12, -100]]
+    by_bounds = predicted_by({"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 3, 6])}, None)
+    assert torch.equal(by_bounds, targets[:1])
+    assert predicted_by({"input_ids": ids, "position_ids": torch.arange(6)[None]}, None)[0].tolist()[:5] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    assert predicted_by({"input_ids": ids, "labels": ids, "position_ids": places}, None)[0, 2] == 4

@@ -24,14 +24,27 @@ def predicted_by(batch: Batch, real: Bool[Tensor, "batch time"] | None) -> Int[T
     """What each token of a batch is to predict, and −100 where that is nothing.
 
     Args:
-        batch: its `labels` or `shift_labels` say it, and without them each token predicts the next.
+        batch: its `labels` or `shift_labels` say it, and without them each token predicts the next of its document.
         real: which tokens are; None for all.
 
     """
     fields = fields_of(batch)
-    labels = fields["input_ids"] if fields.get("labels") is None else fields["labels"]
+    labels = _without_beginnings(fields) if fields.get("labels") is None else fields["labels"]
     real = None if real is None else real.to(labels.device)
     return ChiarForCausalLM.targets_of(labels, fields.get("shift_labels"), real)
+
+
+def _without_beginnings(fields: Mapping[str, Any]) -> Int[Tensor, "batch time"]:
+    """The ids as labels, with −100 where a document begins within a row, which nothing before it predicts."""
+    ids: Tensor = fields["input_ids"]
+    places, bounds = fields.get("position_ids"), fields.get("cu_seq_lens_q")
+    labels = ids.clone()
+    if places is not None:
+        begins = (places[:, 1:] <= places[:, :-1]).to(ids.device).expand(len(ids), -1)
+        labels[:, 1:].masked_fill_(begins, IGNORED)
+    elif bounds is not None:
+        labels[:, bounds[1:-1].to(ids.device)] = IGNORED
+    return labels
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
