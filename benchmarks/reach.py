@@ -9,6 +9,7 @@ stands beside the one that the counts of operations predict. Figures go to bench
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, action="append")
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"machine": machine(), "cells": []}
+    if found["machine"] != machine():
+        print(f"error: {RESULTS} holds results of another machine: move it away to measure this one", file=sys.stderr)
+        raise SystemExit(2)
     console = Console()
     for length in parser.parse_args().length or LENGTHS:
         for task, batch in (

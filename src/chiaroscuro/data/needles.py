@@ -56,7 +56,7 @@ class Haystack:
         self.tokenizer, self.text = tokenizer, text
         self.noise = self._ids(NOISE)
 
-    def needle(self, length: int, depth: float, seed: int, *, keys: int = 1, in_text: bool = False) -> Row:
+    def needle(self, length: int, depth: float, seed: int | str, *, keys: int = 1, in_text: bool = False) -> Row:
         """A row with one number, or several under names of which one is asked for.
 
         Args:
@@ -98,7 +98,7 @@ class Haystack:
         row += hay[before:] + question + answer
         return Row(torch.tensor(row), len(answer))
 
-    def copy(self, length: int, seed: int) -> Row:
+    def copy(self, length: int, seed: int | str) -> Row:
         """A passage of the text, and after it a quarter of its length once more, from a place that is drawn."""
         random = Random(seed)
         again = length // 4
@@ -106,7 +106,7 @@ class Haystack:
         start = random.randrange(max(1, (len(passage) - again) * 3 // 4))
         return Row(torch.tensor(passage + passage[start : start + again]), again)
 
-    def passage(self, length: int, seed: int) -> Row:
+    def passage(self, length: int, seed: int | str) -> Row:
         """A passage of the text."""
         return Row(torch.tensor(self._passage(length, Random(seed))), 0)
 
@@ -123,7 +123,8 @@ class Haystack:
             kind: which of the eight; by default they take turns.
 
         """
-        own, kind = seed * 1_000_003 + number, number % 8 if kind is None else kind
+        # Words, and not numbers: those are for whoever asks for a needle, such as the rows that models are judged by.
+        own, kind = f"row {number} of {seed}", number % 8 if kind is None else kind
         depth = Random(f"depth {own}").random()  # a draw apart: the names are drawn with `own`, and are not to tell it
         if kind in (0, 3, 6):
             return self.passage(length, own)

@@ -239,7 +239,7 @@ def run_benchmark(
     cells: list[dict[str, Any]] = found["cells"]
     # Length by length, the long ones last: they take as long as all before them.
     wanted = [("router", width) for width in ROUTER_WIDTHS if "router" in plan.tasks]
-    wanted += [(task, length) for length in plan.lengths for task in plan.tasks if task != "router"]
+    wanted += [(task, length) for length in dict.fromkeys(plan.lengths) for task in plan.tasks if task != "router"]
     done = {(cell["task"], cell["length"]) for cell in cells}
     columns = (
         TextColumn("{task.description}"),
@@ -354,7 +354,8 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
     x = torch.randn(plan.batch(time), time, width, device=plan.device, dtype=getattr(torch, plan.dtype))
     cells = []
     for context in plan.contexts:
-        heads = width // (plan.width // plan.heads)
+        near = max(1, width // (plan.width // plan.heads))  # heads as wide as the plan's, or nearly
+        heads = next(heads for heads in range(near, 0, -1) if width % (2 * heads) == 0)
         fields = {"num_attention_heads": heads, "attention_share": share, "attention_context": context}
         block = build_block(width, ["dct", "attention"], fields).to(x)
         assert isinstance(block.router, ScoreRouter)

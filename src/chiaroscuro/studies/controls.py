@@ -48,17 +48,18 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
         `"key norm"`, by head, those whose keys are shortest (arXiv 2406.11430); `"received attention"`, by head, those
         that later tokens attend to most from beyond their windows (arXiv 2306.14048, which sees the future here);
         `"whole heads"`, some key-value heads keep all and the others nobody (DuoAttention, arXiv 2410.10819);
-        `"whole layers"`, every so many layers are whole that the cache is no smaller.
+        `"whole layers"`, so many layers are whole, evenly spread, that the cache is no smaller.
 
     """
     said = model.config.chiaroscuro
     layers: list[int] = said["layers"]
     share = said["kv_share"]
-    every = max(1, int(1 / share)) if share else len(layers) + 1
+    count = math.ceil(share * len(layers))
+    left = {layers[int((n + 1) * len(layers) / count) - 1] for n in range(count)}
     options: dict[str, Any] = {
         "window alone": {"kv_share": 0.0},
         "random": {"kv_share": share, "kv_router": "random"},
-        "whole layers": {"kv_share": 0.0, "layers": [i for n, i in enumerate(layers) if n % every != every - 1]},
+        "whole layers": {"kv_share": 0.0, "layers": [i for i in layers if i not in left]},
     }
     found = {}
     for name, own in options.items():

@@ -499,7 +499,7 @@ def section(variants: Variants) -> list[str]:
 def verdicts(variants: Variants, baseline: str) -> list[str]:
     """Whether the goal is reached, and how a quarter on both sides stands against static hybrids.
 
-    It is better than one where its mean is, and where 0 is outside the interval of their differences.
+    It is better than one where its mean is, and where the whole interval of their differences is.
     """
     metric = variants.task.metrics[0]
     ours = variants.best(variants.of("both"), metric)
@@ -525,7 +525,8 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
         elif found is None or found.low is None or found.high is None:
             verdict = "**can't be told apart** by one seed"
         else:
-            verdict = "better" if not found.low <= nothing <= found.high else "**can't be told apart**"
+            apart = found.low > nothing if metric.rises else found.high < nothing
+            verdict = "better" if apart else "**can't be told apart**"
         difference = "" if found is None or found.low is None else f", by {_difference(found, metric)}"
         shown = " against ".join(metric.shown(variants.placed(each, metric)) for each in (ours, name))
         price = " against ".join(_price(variants, each) for each in (ours, name))

@@ -10,6 +10,7 @@ there onto docs/reproduction.md.
 """
 
 import json
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from chiaroscuro.files import write_text
 from chiaroscuro.model.loading import load_checkpoint
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.training import Recipe, read_records, train
 
 RESULTS = Path("experiments/results/paper/steps.json")
@@ -80,4 +82,4 @@ def losses(output: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -102,21 +102,21 @@ def plan_run(
     activations = kept * tokens + (layer * tokens if trainer.gradient_checkpointing else 0)
     state = {"weights": 4.0, "gradients": 4.0, "AdamW": 8.0}
     memory = {}
-    for kind, parts in (("ddp", 1), ("fsdp", gpus)):
+    sharded = trainer.ema is None  # whose averages need whole weights
+    for kind, parts in (("ddp", 1), *((("fsdp", gpus),) if sharded else ())):
         memory[kind] = {name: each * parameters / parts for name, each in state.items()}
         memory[kind]["weights in bf16"] = 2.0 * parameters if half else 0.0
         if trainer.ema is not None:
             memory[kind]["averaged weights"] = 4.0 * parameters
         memory[kind]["activations"] = activations
         memory[kind]["total"] = sum(memory[kind].values())
-    flops = count_flops(config, length, training=True).total * trainer.batch_size * trainer.gradient_accumulation
-    whole = count_flops(full_attention(config), length, training=True).total
+    row = count_flops(config, length, training=True).total
+    part = row / count_flops(full_attention(config), length, training=True).total
     if trainer.gradient_checkpointing:  # the layers, and not the head, are computed again
-        again = count_flops(config, length, head=False).total
-        flops += again * trainer.batch_size * trainer.gradient_accumulation
+        row += count_flops(config, length, head=False).total
     if recipe.distill is not None:  # the teacher is the model itself, whose forward has full attention
-        teacher = count_flops(full_attention(config), length).total
-        flops += teacher * trainer.batch_size * trainer.gradient_accumulation
+        row += count_flops(full_attention(config), length).total
+    flops = row * trainer.batch_size * trainer.gradient_accumulation
     peak = device.bf16 if half else device.fp32
     compute = flops / (peak * used)
     link = device.link if gpus <= A_MACHINE else min(device.link, BETWEEN)
@@ -135,7 +135,7 @@ def plan_run(
             "seconds": step,
             "tokens": recipe.tokens_per_step(gpus),
             "tokens_per_second": recipe.tokens_per_step(gpus) / step,
-            "of full attention's operations": flops / trainer.batch_size / trainer.gradient_accumulation / whole,
+            "of full attention's operations": part,
         },
         "assumptions": [
             f"a step reaches {used:.0%} of the peak of {peak / 1e12:,.0f} TFLOP/s in "
@@ -144,6 +144,12 @@ def plan_run(
             f"activations are those that this machine's operators keep, counted at T = {min(length, PROBED)}, and grow "
             "with the tokens",
             f"gradients of 4 bytes go around a ring at {link / 1e9:,.0f} GB/s, while the backward goes on",
+            "with fsdp the exchange is taken to be as long as DDP's, which it is at least",
+            *(
+                ["shares are those at the end of the schedule: before it a step takes longer"]
+                if recipe.schedule
+                else []
+            ),
             "the data are there in time, and saving and validation are not counted",
         ],
     }

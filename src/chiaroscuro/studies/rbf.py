@@ -10,6 +10,7 @@ the three-operator models of recipes/sweeps/wikitext2.yaml, if they were trained
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from chiaroscuro import ChiarForCausalLM
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.rbf import self_weights
 from chiaroscuro.data import TokenBlocks
+from chiaroscuro.errors import UserError
 from chiaroscuro.layers import RBFMixing
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe
 
@@ -36,7 +39,7 @@ def main() -> None:
     console = Console()
     folders = sorted(path.parent for path in RUNS.glob("*/seed-*/model"))
     if not folders:
-        raise SystemExit(f"{RUNS} holds no trained model: run chiaroscuro sweep recipes/sweeps/rbf.yaml first")
+        raise UserError(f"{RUNS} holds no trained model: run chiaroscuro sweep recipes/sweeps/rbf.yaml first")
     figures = [measure(folder) for folder in folders]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -98,4 +101,4 @@ def set_mask(model: ChiarForCausalLM, causal: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

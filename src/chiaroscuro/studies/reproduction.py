@@ -8,6 +8,7 @@ but the rules and the paper's own numbers. What has not been run yet is said to 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from chiaroscuro import ChiarConfig
 from chiaroscuro.analysis.flops import attention_part, compare_protocols
 from chiaroscuro.ops import null_entropy_quantiles
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
 
 RESULTS = Path("experiments/results")
@@ -619,4 +621,4 @@ def _seeds(count: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -159,11 +159,15 @@ def retrofit_copy(
     with _saying(console, f"fitting on {rows} rows of {length} tokens"):
         report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
     found["fit"] = report.figures()
-    if target is not None:
-        with _saying(console, f"the least share that costs at most {target:.1%}"):
-            found["tried"] = _least(model, blocks, before.loss, target)
     # Saved before all that is measured, which takes as long as the fit: an interruption does not lose it.
-    save_whole(output, model, tokenizer, None)
+    if target is None:
+        save_whole(output, model, tokenizer, None)
+    else:
+        with _saying(console, f"the least share that costs at most {target:.1%}"):
+            try:
+                found["tried"] = _least(model, blocks, before.loss, target)
+            finally:
+                save_whole(output, model, tokenizer, None)
     with _saying(console, "perplexity of the copy"):
         found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):
@@ -198,7 +202,7 @@ def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[
     if low == len(TRIED):
         raise UserError(
             f"with {TRIED[-1]:.0%} kept the perplexity still rises by {tried[-1]['rise']:.1%}, more than {target:.1%}: "
-            "leave more layers whole (--layers), or take a longer window"
+            "leave more layers whole (--layers), or take a longer window; the copy is saved as it was fitted"
         )
     model.set_attention_share(kv_share=TRIED[low])
     return tried

@@ -12,6 +12,7 @@ from chiaroscuro.analysis.facts import count_parameters
 from chiaroscuro.analysis.flops import count_flops, count_llama_flops
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.retrofitting.routed_model import FIELD
 from chiaroscuro.studies.statistics import compare, compare_ratios, estimate
 from chiaroscuro.studies.sweep import Sweep, SweepRun
 from chiaroscuro.training.records import read_records, routed
@@ -73,7 +74,7 @@ def _flops(config: PreTrainedConfig, length: int, share: float | None) -> dict[s
                 counted[step] = count_flops(config, length, share=share, training=training).total / length
             except UserError:  # an operator without a count
                 return None
-        elif isinstance(config, LlamaConfig):
+        elif isinstance(config, LlamaConfig) and not hasattr(config, FIELD):  # of a retrofitted one that would be all
             counted[step] = count_llama_flops(config, length, training=training).total / length
     return counted or None
 

@@ -13,6 +13,7 @@ core; figures go to experiments/results/wikitext2.json, tables to docs/results.m
 
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +23,7 @@ from rich.console import Console
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import describe_routing
 from chiaroscuro.report.tables import shares, three
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, train
 
@@ -218,4 +220,4 @@ def _each(ratios: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from chiaroscuro.errors import UserError
+from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.layers.operator import is_number
 from chiaroscuro.studies.evidence import classes, equal_time, gain, gate, layers, length
 
 RESULTS = Path("experiments/results/evidence")
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
             question = QUESTIONS[recipe["question"]]
             RESULTS.mkdir(parents=True, exist_ok=True)
             found = question.measure(recipe, console)
+            question.draw(found), question.answer(found)  # or an error, before what was there is replaced
             write_text(RESULTS / f"{recipe['question']}.json", json.dumps(found, indent=1) + "\n")
         figures = measured()
         for name, found in figures.items():
@@ -82,10 +84,42 @@ def read(file: Path) -> dict[str, Any]:
     unknown = [name for name in recipe if name not in (*QUESTIONS[question].FIELDS, "question")]
     if missing or unknown:
         raise UserError(f"{file}: {f'{missing[0]} is missing' if missing else f'{unknown[0]}: unknown field'}")
+    try:
+        _refuse_wrong(recipe, getattr(QUESTIONS[question], "MODEL", None))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return recipe
+
+
+def _refuse_wrong(recipe: Mapping[str, Any], fields: Mapping[str, bool] | None) -> None:
+    """Raise a UserError for values of another kind, and for models without what they need.
+
+    Args:
+        recipe: of a question.
+        fields: of its models, and whether they are needed; None where a model is the name of its checkpoint.
+
+    """
+    for name in ("tokens", "rows", "length", "share", "seconds"):
+        least = 0 if name == "seconds" else 1e-9
+        if name in recipe and not (is_number(recipe[name]) and recipe[name] >= least):
+            raise UserError(f"{name}={recipe[name]!r}: give a number above 0")
+    for name in ("seeds", "tasks"):
+        if name in recipe and not (isinstance(recipe[name], list) and recipe[name]):
+            raise UserError(f"{name}={recipe[name]!r}: give a list of one or more")
     models = recipe.get("models", {"": ""})
     if not isinstance(models, dict) or not models:
-        raise UserError(f"{file}: models={models!r}: give one or more, by name")
-    return recipe
+        raise UserError(f"models={models!r}: give one or more, by name")
+    for name, model in models.items():
+        if fields is None and not isinstance(model, str):
+            raise UserError(f"models.{name}={model!r}: give the name of its checkpoint")
+        if fields is None:
+            continue
+        if not isinstance(model, dict):
+            raise UserError(f"models.{name}={model!r}: give fields, of {', '.join(fields)}")
+        if unknown := [field for field in model if field not in fields]:
+            raise UserError(f"models.{name}.{unknown[0]}: unknown field; {suggest(unknown[0], fields)}")
+        if missing := [field for field, needed in fields.items() if needed and field not in model]:
+            raise UserError(f"models.{name}.{missing[0]} is missing")
 
 
 def refuse_missing(recipe: Mapping[str, Any]) -> None:

@@ -19,6 +19,9 @@ from chiaroscuro.studies.statistics import estimate
 from chiaroscuro.studies.workspace import Workspace
 
 FIELDS = ("rows", "length", "models")
+MODEL = {"checkpoint": True} | dict.fromkeys(("seeds", "data", "rows"), False)
+"""Fields of a model, and whether they are needed."""
+
 QUESTION = "What is routed where, and do seeds agree?"
 CLASSES = ("word start", "continuation", "digit", "punctuation", "newline", "unknown word")
 SIDES = {"look": "who looks", "kept": "who is kept"}

@@ -15,7 +15,7 @@ from chiaroscuro.analysis.flops import count_flops
 from chiaroscuro.analysis.speed import machine, take_turns, training_step
 from chiaroscuro.errors import UserError
 from chiaroscuro.report.evidence_figure import draw_curves
-from chiaroscuro.studies.statistics import compare, estimate
+from chiaroscuro.studies.statistics import Comparison, compare, estimate
 from chiaroscuro.studies.workspace import Workspace
 
 FIELDS = ("seconds", "baseline", "lengths")
@@ -59,6 +59,8 @@ def refuse_wrong(recipe: Mapping[str, Any]) -> None:
     if not isinstance(lengths, dict) or not all(isinstance(models, dict) and models for models in lengths.values()):
         raise UserError(f"lengths={lengths!r}: give each length its models, by name")
     for length, models in lengths.items():
+        if wrong := [name for name, given in models.items() if not isinstance(given, dict)]:
+            raise UserError(f"lengths.{length}.{wrong[0]}: give its run and its seeds, as in {{run: …, seeds: [0]}}")
         for name in (baseline, *(one["after"] for one in models.values() if "after" in one)):
             if name not in models:
                 raise UserError(f"lengths.{length}: no model is called {name!r}; have {', '.join(models)}")
@@ -67,6 +69,11 @@ def refuse_wrong(recipe: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"lengths.{length}.{name}: give its run and its seeds, and after which model it began, if any"
                 )
+            before = [name]
+            while (earlier := models[before[-1]].get("after")) is not None:
+                if earlier in before:
+                    raise UserError(f"lengths.{length}.{name}: it begins after itself, by way of {earlier!r}")
+                before.append(earlier)
 
 
 def _curve(workspace: Workspace) -> dict[str, Any]:
@@ -100,6 +107,14 @@ def _start(models: Mapping[str, Any], name: str, cost: str) -> float:
 def losses(model: Mapping[str, Any]) -> list[float]:
     """The loss at the end of each seed's run, in order."""
     return [seed["loss"] for seed in model["seeds"].values()]
+
+
+def against(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> Comparison | None:
+    """How much more loss a model ends with, seed by seed, over the seeds that both have; None if there is none."""
+    seeds = [seed for seed in model["seeds"] if seed in baseline["seeds"]]
+    if not seeds:
+        return None
+    return compare(*([one["seeds"][seed]["loss"] for seed in seeds] for one in (model, baseline)))
 
 
 def draw(found: Mapping[str, Any]) -> bytes:
@@ -146,9 +161,9 @@ def answer(found: Mapping[str, Any]) -> list[str]:
             cells += [f"{totals(models, name, cost) / totals(models, baseline, cost):.2f}" for cost in COSTS]
             end = estimate(losses(model))
             cells.append(f"{end.mean:.3f}" + ("" if end.sd is None else f" ± {end.sd:.3f}"))
-            more = compare(losses(model), losses(models[baseline]))
-            interval = "" if more.low is None else f" ({more.low:+.3f} to {more.high:+.3f})"
-            cells.append("–" if name == baseline else f"{more.mean:+.3f}{interval}")
+            more = against(model, models[baseline])
+            interval = "" if more is None or more.low is None else f" ({more.low:+.3f} to {more.high:+.3f})"
+            cells.append("–" if name == baseline or more is None else f"{more.mean:+.3f}{interval}")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return lines

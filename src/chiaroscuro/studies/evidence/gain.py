@@ -5,7 +5,6 @@ how far it moves the output of each layer's attention. What a router could go by
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -14,13 +13,17 @@ from rich.console import Console
 from torch import Tensor
 
 from chiaroscuro.analysis.far_context import FarContext
-from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model.score_fitting import rank_correlation, top_recall
 from chiaroscuro.report.evidence_figure import draw_gain
 from chiaroscuro.studies.evidence.far_models import FarModel, far_context, load_far_model
 from chiaroscuro.studies.statistics import Estimate, compare, estimate
 
 FIELDS = ("share", "length", "rows", "models")
+MODEL = dict.fromkeys(("checkpoint", "window", "sinks"), True) | dict.fromkeys(
+    ("share", "length", "rows", "data", "fit_rows"), False
+)
+"""Fields of a model, and whether they are needed."""
+
 QUESTION = "Does H know where far context matters?"
 SCORES = ("H", "permuted H", "norm", "surprise", "frequency", "fitted")
 TARGETS = {"gain": "gain in the loss", "moved": "move of the layer's attention"}
@@ -34,9 +37,6 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
     found = {}
     for name, given in recipe["models"].items():
         console.print(f"{name}: fitting", highlight=False)
-        fields = [*signature(load_far_model).parameters]
-        if unknown := [field for field in given if field not in fields]:
-            raise UserError(f"models.{name}.{unknown[0]}: unknown field; {suggest(unknown[0], fields)}")
         far = load_far_model(**{**common, **given})
         contexts = []
         for ids in far.rows:

@@ -24,6 +24,9 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
     report = json.loads(Path(recipe["results"]).read_text(encoding="utf-8"))
     found: dict[str, Any] = {"gates": {}, "moves": {}}
     for variant in report["variants"]:
+        if not variant["runs"]:
+            console.print(f"{variant['name']}: no run of it is finished, so it is left out", highlight=False)
+            continue
         found["gates"][variant["name"]] = {
             str(run["seed"]): {TEXT: run["gate"]} | {task: one["gate"] for task, one in run["tasks"].items()}
             for run in variant["runs"]
@@ -99,7 +102,7 @@ def answer(found: Mapping[str, Any]) -> list[str]:
         cells = []
         for task in next(iter(seeds.values())):
             one = estimate([seed[task] for seed in seeds.values()])
-            cells.append(f"{one.mean:.3f} ± {one.sd or 0:.3f}")
+            cells.append(f"{one.mean:.3f}" + ("" if one.sd is None else f" ± {one.sd:.3f}"))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(seeds)} |")
     lines += ["", "| one row of | alone | with rows of its own task | with rows of other tasks | g moves by up to |"]
     lines += ["| --- | --- | --- | --- | --- |"]

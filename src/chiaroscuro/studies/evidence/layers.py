@@ -15,6 +15,9 @@ from chiaroscuro.studies.fitting import batches_of
 from chiaroscuro.studies.workspace import Workspace
 
 FIELDS = ("share", "length", "models", "retrofitted")
+MODEL = dict.fromkeys(("checkpoint", "window", "sinks"), True)
+"""Fields of a model, and whether they are needed."""
+
 QUESTION = "Where is routing harmless?"
 SIDES = ("look", "kept")
 
@@ -47,10 +50,12 @@ def measure(recipe: Mapping[str, Any], console: Console) -> dict[str, Any]:
     for name, file in recipe["retrofitted"].items():
         report = json.loads(Path(file).read_text(encoding="utf-8"))
         found[name] = {"full": report["before"]["perplexity"]}
+        routed = [side for side in SIDES if any(side in layer for layer in report["fit"]["layers"])]
         for side in SIDES:
             own = {layer["layer"]: layer[side] for layer in report["fit"]["layers"] if side in layer}
-            if own:
+            if own and len(routed) == 1:  # of a copy with both sides it is the perplexity of neither
                 found[name] |= {f"{side}, spread": report["after"]["perplexity"]}
+            if own:
                 found[name][side] = {i: {"harm": one["harm"], "share": one["share"]} for i, one in own.items()}
     return found
 
