@@ -1,17 +1,20 @@
 """The controls of a retrofit: what they keep, and that they cost what they should."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from byte_tokenizer import byte_tokenizer
 from chiaroscuro import retrofit
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.ops.reach_attention import reach_mask
-from chiaroscuro.studies.controls import compare_controls, learn_gates, published_marks
+from chiaroscuro.studies.controls import compare_controls, learn_gates, published_marks, whole_layers
 from chiaroscuro.studies.retrofitting import predicted_prefill, reached_pairs
 from decoders import build
 
@@ -107,3 +110,13 @@ def test_prefill_is_predicted_by_products_and_pairs(model: Any) -> None:
     whole, near = 200 * 201 / 2, sum(min(i + 1, WINDOW) + min(max(i + 1 - WINDOW, 0), SINKS) for i in range(200))
     expected = (products + 3 * 4 * width * whole) / (products + 3 * 4 * width * near)
     assert predicted_prefill(retrofitted, ids) == pytest.approx(expected)
+
+
+@given(st.integers(1, 40), st.floats(0, 1))
+def test_whole_layers_keep_the_share_at_least(count: int, share: float) -> None:
+    layers = list(range(3, 3 + count))
+    whole = whole_layers(layers, share)
+    assert sorted({*whole} & {*layers}) == whole
+    assert share * count <= len(whole) < share * count + 1
+    gaps = [b - a for a, b in pairwise([2, *whole])]
+    assert not whole or max(gaps) - min(gaps) <= 1

@@ -214,7 +214,7 @@ def test_what_goes_on_from_another_run_costs_both() -> None:
     one = {"seconds a token": 2.0, "operations a token": 1.0, "seeds": ends}
     more = {seed: end | {"loss": end["loss"] + 0.25 + int(seed) / 8} for seed, end in ends.items()}
     models = {"first": {"begins after": None, **one}, "second": {"begins after": "first", **one, "seeds": more}}
-    found = {"baseline": "first", "lengths": {"8": models, "16": models}}
+    found = {"machine": {"cpu": "a CPU"}, "baseline": "first", "lengths": {"8": models, "16": models}}
     assert equal_time.totals(models, "first", "seconds a token") == 40
     assert equal_time.totals(models, "second", "seconds a token") == 80
     said = equal_time.answer(found)
@@ -242,6 +242,8 @@ def equal_time_of(lengths: Any) -> dict[str, Any]:
         ({64: {"small": {"run": "x", "seeds": []}}}, "lengths.64.small: give its run and its seeds"),
         ({64: {"small": {"run": "x", "seeds": [0], "seed": 1}}}, "lengths.64.small: give its run"),
         ({64: {"small": {"run": "nowhere/at/all", "seeds": [0]}}}, "nowhere/at/all"),
+        ({64: {"small": "x"}}, "lengths.64.small: give its run and its seeds"),
+        ({64: {"small": {"run": "x", "seeds": [0], "after": "small"}}}, "it begins after itself, by way of 'small'"),
     ],
 )
 def test_a_mistake_in_what_is_compared_is_one_line(
@@ -293,6 +295,21 @@ def test_the_recipes_ask_what_is_known() -> None:
             "models.small.windo: unknown field; did you mean 'window'",
         ),
         (
+            "question: length\ntokens: 64\nlengths: [64]\nseeds: []\nmodels: {a: b}",
+            "seeds=[]: give a list of one or more",
+        ),
+        ("question: length\ntokens: x\nlengths: [64]\nseeds: [0]\nmodels: {a: b}", "tokens='x': give a number above 0"),
+        (
+            "question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: {a: {checkpoint: b}}",
+            "models.a={'checkpoint': 'b'}: give the name of its checkpoint",
+        ),
+        ("question: classes\nrows: 2\nlength: 64\nmodels: {a: {chekpoint: b}}", "models.a.chekpoint: unknown field"),
+        ("question: classes\nrows: 2\nlength: 64\nmodels: {a: {seeds: [0]}}", "models.a.checkpoint is missing"),
+        (
+            "question: layers\nshare: 0.25\nlength: 64\nretrofitted: {}\nmodels: {a: {checkpoint: b, sinks: 1}}",
+            "models.a.window is missing",
+        ),
+        (
             "question: gate\nresults: not/there.json\nrows: 1\nlength: 8\ntasks: [a]\nmodels: {a: b}",
             "not/there.json can't be read",
         ),
@@ -332,3 +349,49 @@ def test_the_change_with_length_is_of_the_same_tokens() -> None:
     assert "+10.0% (small) to +10.0% (small), the mean over 2 seeds" in said[0]
     assert "| small | 15.00 | 16.50 | +10.0% (+10.0% to +10.0%) | 25.0% → 25.0% |  |" in said
     assert length.draw({"small": seeds})[1:4] == b"PNG"
+
+
+def test_losses_are_compared_seed_by_seed_whatever_their_order_and_number() -> None:
+    def model(**losses: float) -> dict[str, Any]:
+        return {"seeds": {seed[1:]: {"loss": loss} for seed, loss in losses.items()}}
+
+    same = equal_time.against(model(s0=5.0, s1=6.0), model(s1=6.0, s0=5.0))
+    assert same is not None
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    fewer = equal_time.against(model(s1=6.5, s2=7.0), model(s0=5.0, s1=6.0))
+    assert fewer is not None
+    assert (fewer.count, fewer.mean) == (1, 0.5)
+    assert equal_time.against(model(s3=1.0), model(s0=5.0)) is None
+
+
+def test_one_seed_has_no_spread_and_a_variant_without_runs_is_left_out(tmp_path: Path) -> None:
+    report = {"variants": [{"name": "begun", "runs": []}, {"name": "done", "runs": [_run_of_a_mixture()]}]}
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    found = gate.measure({"results": tmp_path / "results.json", "models": {}}, Console(quiet=True))
+    assert found["gates"].keys() == {"done"}
+    assert any(line.startswith("| done | 0.800 | 0.700 | 1 |") for line in gate.answer(found))
+
+
+def _run_of_a_mixture() -> dict[str, Any]:
+    return {"seed": 0, "gate": 0.8, "tasks": {"sums": {"gate": 0.7}}}
+
+
+def test_the_perplexity_of_a_copy_with_both_sides_is_that_of_neither(tmp_path: Path) -> None:
+    layer = {"layer": 0, "look": {"harm": 0.1, "share": 0.25}, "kept": {"harm": 0.2, "share": 0.25}}
+    for sides, shown in ((("look", "kept"), False), (("kept",), True)):
+        own = {name: value for name, value in layer.items() if name in ("layer", *sides)}
+        report = {"before": {"perplexity": 10.0}, "after": {"perplexity": 11.0}, "fit": {"layers": [own]}}
+        (tmp_path / "retrofit.json").write_text(json.dumps(report))
+        recipe = {"share": 0.25, "length": 8, "models": {}, "retrofitted": {"copy": tmp_path / "retrofit.json"}}
+        found = layers.measure(recipe, Console(quiet=True))
+        assert ("kept, spread" in found["copy"]) is shown
+        assert found["copy"]["kept"]["0" if "0" in found["copy"]["kept"] else 0]["share"] == 0.25
+
+
+def test_figures_that_cannot_be_drawn_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.yaml").write_text("question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: {a: b}")
+    monkeypatch.setattr(length, "measure", lambda recipe, console: {})
+    with pytest.raises(ValueError):
+        evidence.main(["q.yaml"])
+    assert not (evidence.RESULTS / "length.json").exists()

@@ -204,3 +204,16 @@ def test_the_page_is_made_of_the_committed_figures() -> None:
         names = near_and_far.Sweep.load(root / task.sweep).changes
         routed = [name for name, how in near_and_far.AFTERWARDS.items() if how.of is None or how.of in names]
         assert list(found[task.name]) == [*names, *routed]
+
+
+def test_worse_with_every_seed_is_never_better() -> None:
+    """Not even where the other has a seed more that went wrong, and its mean is higher for it."""
+    said = written(
+        {
+            "full attention": {str(seed): run(100.0) for seed in range(4)},
+            "both, fitted": {str(seed): run(102.0 + seed / 10) for seed in range(3)},
+            "static, 1 in 6": {str(seed): run(value) for seed, value in enumerate((100.0, 100.1, 99.95, 120.0))},
+        }
+    )
+    assert "Against static, 1 in 6: better" not in said
+    assert "Against static, 1 in 6: **can't be told apart**" in said

@@ -129,3 +129,20 @@ def test_layers_that_are_computed_again_are_counted() -> None:
     config: Any = Recipe.from_dict(SMALL).build_config(300)
     layers = count_flops(config, 64, head=False).total * 8 / (67e12 * 0.4)
     assert again["step"]["compute"] - plain["step"]["compute"] == pytest.approx(layers)
+
+
+def test_full_attention_is_all_of_full_attention_s_operations() -> None:
+    full = {"operators": [["attention"]] * 3, "meta_router": "none", "num_hidden_layers": 3}
+    model = {name: value for name, value in SMALL["model"].items() if name != "preset"} | full
+    for more in ({}, {"trainer": SMALL["trainer"] | {"gradient_checkpointing": True}}):
+        found = plan_run(Recipe.from_dict(SMALL | {"model": model} | more), 8, "h100")
+        assert found["step"]["of full attention's operations"] == pytest.approx(1)
+
+
+def test_what_training_refuses_is_not_planned() -> None:
+    found = plan_run(Recipe.from_dict(SMALL | {"trainer": SMALL["trainer"] | {"ema": 0.9}}), 8, "h100")
+    assert found["memory"].keys() == {"ddp"}
+    falls = plan_run(
+        Recipe.from_dict(SMALL | {"schedule": {"attention_share": {"from": 1.0, "steps": 0.5}}}), 8, "h100"
+    )
+    assert "shares are those at the end of the schedule" in falls["assumptions"]

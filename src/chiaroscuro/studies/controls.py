@@ -6,7 +6,7 @@ the row's later tokens attend to. That is in their favour.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,7 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
     said = model.config.chiaroscuro
     layers: list[int] = said["layers"]
     share = said["kv_share"]
-    count = math.ceil(share * len(layers))
-    left = {layers[int((n + 1) * len(layers) / count) - 1] for n in range(count)}
+    left = whole_layers(layers, share)
     options: dict[str, Any] = {
         "window alone": {"kv_share": 0.0},
         "random": {"kv_share": share, "kv_router": "random"},
@@ -90,6 +89,12 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
 
 
 @torch.no_grad()
+def whole_layers(layers: Sequence[int], share: float) -> list[int]:
+    """Of these layers, evenly spread, as many as keep the share at least."""
+    count = math.ceil(share * len(layers))
+    return [layers[int((n + 1) * len(layers) / count) - 1] for n in range(count)]
+
+
 def published_marks(model: Any, ids: Int[Tensor, "1 time"]) -> Mapping[str, Marks]:
     """What published ways to keep tokens go by, of one row in the whole model: the higher, the sooner it is kept.
 

@@ -141,7 +141,8 @@ def answer(found: Mapping[str, Any]) -> list[str]:
     """The answer and its figures, as Markdown."""
     baseline = found["baseline"]
     lines = [
-        "The time of a step was measured with the models of a length taking turns. *Whole training* is that of the run "
+        f"The time of a step was measured on one core ({found['machine']['cpu']}) with the models of a length taking "
+        "turns. *Whole training* is that of the run "
         f"and of the one it goes on from, as a part of that of *{baseline}*. The loss at the end is a mean over seeds "
         "with its standard deviation; the difference is the mean over seeds with its 95% interval.",
         "",
