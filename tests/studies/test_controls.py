@@ -117,6 +117,6 @@ def test_whole_layers_keep_the_share_at_least(count: int, share: float) -> None:
     layers = list(range(3, 3 + count))
     whole = whole_layers(layers, share)
     assert sorted({*whole} & {*layers}) == whole
-    assert share * count <= len(whole) < share * count + 1
+    assert share * count <= len(whole) <= share * count + 1
     gaps = [b - a for a, b in pairwise([2, *whole])]
     assert not whole or max(gaps) - min(gaps) <= 1

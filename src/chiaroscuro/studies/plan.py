@@ -145,11 +145,7 @@ def plan_run(
             "with the tokens",
             f"gradients of 4 bytes go around a ring at {link / 1e9:,.0f} GB/s, while the backward goes on",
             "with fsdp the exchange is taken to be as long as DDP's, which it is at least",
-            *(
-                ["shares are those at the end of the schedule: before it a step takes longer"]
-                if recipe.schedule
-                else []
-            ),
+            *(["shares are those at the end of the schedule"] if recipe.schedule else []),
             "the data are there in time, and saving and validation are not counted",
         ],
     }
