@@ -453,8 +453,9 @@ name means that are placed by them. Two variants *can't be told apart* where the
 or where there is but one seed. Bold names are on a front: no other variant is better at the same or a lower cost, in
 scores (s) or in cache (c).
 
-Chance draws for each side by itself. It did not yet when the rows `both, random` of all tasks, and `both, random
-afterwards` of text and passkeys, were measured: there who was kept by chance was who looked by chance.
+Chance draws for each side by itself. It did not yet when these rows were measured: `both + conv, random` of text,
+`both, random` of associative recall and passkeys, and `both, random afterwards` of passkeys. There who was kept by chance
+was who looked by chance.
 """
 
 
