@@ -454,8 +454,8 @@ or where there is but one seed. Bold names are on a front: no other variant is b
 scores (s) or in cache (c).
 
 Chance draws for each side by itself. It did not yet when these rows were measured: `both + conv, random` of text,
-`both, random` of associative recall and passkeys, and `both, random afterwards` of passkeys. There who was kept by chance
-was who looked by chance.
+`both, random` of associative recall and passkeys, and `both, random afterwards` of passkeys. There who was kept by
+chance was who looked by chance.
 """
 
 
