@@ -53,6 +53,9 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
     with pytest.raises(UserError, match=r"model\.gguf: no such file"):
         find_checkpoint(str(file))
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "folder.gguf/config.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path / "folder.gguf")) == str(tmp_path / "folder.gguf")
     file.write_bytes(b"no model")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package gguf: pip install gguf"):

@@ -65,8 +65,8 @@ def find_checkpoint(name: str) -> str:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether a name is that of a GGUF file."""
-    return path.endswith(".gguf")
+    """Whether a name is that of a GGUF file, be it there or not."""
+    return path.endswith(".gguf") and not os.path.isdir(os.path.expanduser(path))
 
 
 @contextmanager

@@ -110,6 +110,18 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
     assert found["shares"]["kv_router"] == found["shares"]["router"] == "fitted"
 
 
+def test_a_target_that_cannot_be_met_leaves_the_fit(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiaroscuro.studies.retrofitting.math.expm1", lambda rise: 1.0)
+    code, _, err = run(*small(places, tmp_path / "out", "--target", "1%"))
+    assert code == 2
+    assert "with 90% kept the perplexity still rises by 100.0%, more than 1.0%" in err
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.chiaroscuro["kv_share"] == 0.25
+    assert not any(reach.kept.unready() for reach in model.reaches.values())
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [

@@ -191,8 +191,14 @@ def _saying(console: Console, what: str) -> Any:
 
 
 def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[str, float]]:
-    """Set the least of the kept shares whose perplexity stays within the target, by halving; what was tried."""
+    """Set the least of the kept shares whose perplexity stays within the target, by halving; what was tried.
+
+    Raises:
+        UserError: there is none; the share is then what it was.
+
+    """
     tried, low, high = [], 0, len(TRIED)
+    fitted = model.config.chiaroscuro["kv_share"]
     while low < high:
         middle = (low + high) // 2
         model.set_attention_share(kv_share=TRIED[middle])
@@ -200,6 +206,7 @@ def _least(model: Any, blocks: Blocks, loss: float, target: float) -> list[dict[
         tried.append({"kv_share": TRIED[middle], "rise": rise})
         low, high = (low, middle) if rise <= target else (middle + 1, high)
     if low == len(TRIED):
+        model.set_attention_share(kv_share=fitted)
         raise UserError(
             f"with {TRIED[-1]:.0%} kept the perplexity still rises by {tried[-1]['rise']:.1%}, more than {target:.1%}: "
             "leave more layers whole (--layers), or take a longer window; the copy is saved as it was fitted"
