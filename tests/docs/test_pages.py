@@ -226,10 +226,10 @@ def test_the_figures_of_smollm2_on_both_sides_are_the_measured_ones() -> None:
             cells = [cell.strip("*") for cell in rows[f"perplexity, {name}"]]
             assert cells[: len(wanted)] == wanted, (heading, name)
     further = json.loads((ROOT / "experiments/results/retrofit/smollm2-further.json").read_text("utf-8"))
-    before = full["wikitext-2, test"]["original"]["perplexity"]
-    for name in ("18 steps further", "12 steps more"):
-        after = further[name]["wikitext-2 test"]["perplexity"]
-        assert f"{after:.2f} ({after / before - 1:+.1%})" in page, name
+    for name, measured in further.items():
+        for split, figures in measured.items() if isinstance(measured, dict) else ():
+            after, before = figures["perplexity"], full[split.replace(" ", ", ")]["original"]["perplexity"]
+            assert f"{after:.2f} ({after / before - 1:+.1%})" in page, (name, split)
     needles = found["by head, healed, then all look"]
     rows_of = [*needles["needles, 10 tries a depth"], *needles["needles, 4 tries a depth"]]
     table = {row[0]: row[1:] for row in table_after(page, "| perplexity, film reviews (IMDB, test) | 42.54 | **42.44")}
