@@ -12,7 +12,7 @@ import torch
 from chiaroscuro import UserError, fit, hub, retrofit, unretrofit
 from chiaroscuro.data import smollm2
 from chiaroscuro.data.needles import Haystack
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.loading import load_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,9 +74,6 @@ def test_commands_know_it_by_its_name(tmp_path: Path, run: Run) -> None:
     figures = json.loads(out)
     assert figures["checkpoint"] == "smollm2"
     assert figures["perplexity"] < 10
-    model, tokenizer = load_checkpoint(str(hub.find_smollm2())), load_checkpoint_tokenizer("smollm2")
-    assert model.dtype == torch.float32
-    assert tokenizer("Paris").input_ids == smollm2()[1]("Paris").input_ids
 
 
 def test_a_file_cut_short(tmp_path: Path) -> None:

@@ -375,10 +375,10 @@ def test_a_null_over_a_preset_s_value_is_kept() -> None:
         other.refuse_to_resume(recipe)
 
 
-def test_the_home_of_the_user_is_found_in_the_run_s_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
+def test_the_home_of_the_user_is_found_in_the_run_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe = Recipe.from_dict(with_changes(trainer={**SMALL["trainer"], "output_dir": "~/runs/one"}))
-    assert recipe.trainer.output_dir == "/home/ada/runs/one"
+    assert recipe.trainer.output_dir == str(tmp_path / "runs/one")
 
 
 def test_more_layers_than_can_be_are_refused_at_once() -> None:
