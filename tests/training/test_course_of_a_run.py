@@ -301,7 +301,8 @@ def test_a_text_beside_a_task_of_the_user_s_is_read_as_a_text(
 
 def test_a_llama_learns_the_token_that_ends_documents(run: Go) -> None:
     """It pads too, and a Llama made with a token that pads would hold its embedding at 0."""
-    result, _ = run(model={**LLAMA, "hidden_size": 32, "num_attention_heads": 2}, trainer__steps=3)
+    still: dict[str, Any] = {"trainer__learning_rate": 1e-12, "trainer__min_learning_rate": 0.0}
+    result, _ = run(model={**LLAMA, "hidden_size": 32, "num_attention_heads": 2}, trainer__steps=3, **still)
     model = LlamaForCausalLM.from_pretrained(result.model)
     ends = int(model.config.eos_token_id)
     assert model.config.pad_token_id == ends

@@ -196,18 +196,16 @@ class ChiarPreTrainedModel(PreTrainedModel):
         model, info = loaded
         if tolerant:
             _refuse_other_shapes(info["mismatched_keys"])
-        unlike = {name for name, *_ in info["mismatched_keys"]}
 
         def changed(*fields: str) -> bool:
             return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
 
-        for i, block in enumerate(model.trunk.blocks):
+        for block in model.trunk.blocks if saved is not None else ():
             for field, router in (("router", block.router), ("kv_router", block.kv_router)):
                 if router is None:
                     continue
                 draws = hasattr(getattr(router, "options", None), "router_seed")
-                reshaped = any(f"layers.{i}.{field}." in name for name in unlike)
-                if reshaped or changed(field) or (draws and changed("router_seed")):
+                if changed(field) or (draws and changed("router_seed")):
                     for module in router.modules():
                         if isinstance(module, Router | Thresholds):
                             module.reset_parameters()
