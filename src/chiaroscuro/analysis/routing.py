@@ -156,9 +156,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         )
         for routing, layer in zip(output.routing, cast(Iterable[Any], model.base_model.layers), strict=True)
     )
-    for number, layer in enumerate(layers, start=1):
-        if not all(map(math.isfinite, layer.entropy)):
-            raise UserError(f"the entropy in layer {number} is not a number: the model's weights hold NaN or infinity")
+    refuse_no_entropy(layers)
     width = model.config.hidden_size
     return RoutingTrace(
         tokens=pieces,
@@ -167,6 +165,13 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         null_mean=null_entropy_mean(width, model.config.spectrum),
         width=width,
     )
+
+
+def refuse_no_entropy(layers: Iterable[LayerTrace]) -> None:
+    """Raise a UserError where the entropy of a token is no number."""
+    for number, layer in enumerate(layers, start=1):
+        if not all(map(math.isfinite, layer.entropy)):
+            raise UserError(f"the entropy in layer {number} is not a number: the model's weights hold NaN or infinity")
 
 
 def text_to_route(

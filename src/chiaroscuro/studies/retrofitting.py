@@ -160,14 +160,12 @@ def retrofit_copy(
         report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
     found["fit"] = report.figures()
     # Saved before all that is measured, which takes as long as the fit: an interruption does not lose it.
-    if target is None:
-        save_whole(output, model, tokenizer, None)
-    else:
-        with _saying(console, f"the least share that costs at most {target:.1%}"):
-            try:
+    try:
+        if target is not None:
+            with _saying(console, f"the least share that costs at most {target:.1%}"):
                 found["tried"] = _least(model, blocks, before.loss, target)
-            finally:
-                save_whole(output, model, tokenizer, None)
+    finally:
+        save_whole(output, model, tokenizer, None)
     with _saying(console, "perplexity of the copy"):
         found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):

@@ -6,8 +6,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from chiaroscuro.analysis.routing import LayerTrace, RoutingTrace, part_of_heads, text_to_route, trace_routing
-from chiaroscuro.errors import UserError
+from chiaroscuro.analysis.routing import (
+    LayerTrace,
+    RoutingTrace,
+    part_of_heads,
+    refuse_no_entropy,
+    text_to_route,
+    trace_routing,
+)
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops import null_entropy_mean, spectral_entropy
 from chiaroscuro.retrofitting.inside import noting_decisions, noting_inputs
@@ -43,12 +49,9 @@ def _layers(model: RoutedModel, ids: Int[Tensor, "1 time"]) -> tuple[LayerTrace,
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     found = []
     for i, source in sorted(given.items()):
-        entropy = spectral_entropy(source[0].float())
-        if not bool(entropy.isfinite().all()):
-            raise UserError(f"the entropy in layer {i + 1} is not a number: the model's weights hold NaN or infinity")
+        numbers = tuple(spectral_entropy(source[0].float()).tolist())
         ((looks, keeps),) = decided.get(i, [(None, None)])
         kept = None if keeps is None else tuple(part_of_heads(keeps).tolist())
-        numbers = tuple(entropy.tolist())
         if looks is None or model.reaches[i].look.calibration.share == 1:
             found.append(LayerTrace(MENU[-1:], (0,) * len(numbers), numbers, (), (1.0,), kept))
         else:
@@ -56,4 +59,5 @@ def _layers(model: RoutedModel, ids: Int[Tensor, "1 time"]) -> tuple[LayerTrace,
             far = float(looking.mean())
             index = tuple((looking > 0).long().tolist())
             found.append(LayerTrace(MENU, index, numbers, (), (1 - far, far), kept))
+    refuse_no_entropy(found)
     return tuple(found)
