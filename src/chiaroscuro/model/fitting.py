@@ -41,7 +41,6 @@ from chiaroscuro.model.score_fitting import (
     SideFit,
     SideFitting,
     asked_shares,
-    check_share,
     refuse_broken,
     with_target,
 )
@@ -169,8 +168,6 @@ def _check(model: ChiarForCausalLM, look: Any, kept: Any, both: bool) -> list[tu
         raise UserError("the model's weights are offloaded: load it whole, fit it, and save it")
     if look is None and kept is None:
         raise UserError("nothing to fit: give look, the share that looks far, kept, the share that is kept, or both")
-    for name, share in (("look", look), ("kept", kept)):
-        check_share(name, share)
     found = []
     for i, block in enumerate(model.trunk.blocks):
         routers = {"look": block.router if look is not None else None}
