@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         ChiarForSequenceClassification,
         ChiarModel,
     )
-    from chiaroscuro.model.calibration import calibrate
     from chiaroscuro.model.checks import check_model
     from chiaroscuro.model.config import ChiarConfig
+    from chiaroscuro.retrofitting.calibration import calibrate
     from chiaroscuro.retrofitting.fitting import fit
     from chiaroscuro.retrofitting.in_place import retrofit, unretrofit
     from chiaroscuro.retrofitting.routed_model import RetrofitConfig
@@ -55,10 +55,10 @@ _MODULES = {
     "convert": (),
     "layers": ("register_operator", "register_router"),
     "model": ("ChiarCache", "ChiarForCausalLM", "ChiarForMixedTasks", "ChiarForSequenceClassification", "ChiarModel"),
-    "model.calibration": ("calibrate",),
     "model.checks": ("check_model",),
     "model.config": ("ChiarConfig",),
     "ops": (),
+    "retrofitting.calibration": ("calibrate",),
     "retrofitting.fitting": ("fit",),
     "retrofitting.in_place": ("retrofit", "unretrofit"),
     "retrofitting.routed_model": ("RetrofitConfig",),

@@ -241,3 +241,39 @@ def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path])
     assert (told["window"], told["sinks"], told["kv_share"], told["attention_share"]) == (16, 1, 0.5, 1.0)
     code, out, _ = run("info", places[0])
     assert code == 0 and "menu" not in out
+
+
+def test_a_copy_is_fitted_anew_and_calibrated(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(places[0])
+    entry = {"fitted": {"heads": 2}}
+    retrofit(model, window=16, sinks=1, attention_share=0.5, kv_share=0.25, router=entry, kv_router=entry)
+    model.save_pretrained(tmp_path / "copy")
+    byte_tokenizer().save_pretrained(tmp_path / "copy")
+    rows = ("--data", places[1], "--tokens", 5120, "--length", LENGTH)
+    code, _, err = run("calibrate", tmp_path / "copy", "--data", places[1], "--output", tmp_path / "early")
+    assert code == 2 and "was not fitted yet" in err and not (tmp_path / "early").exists()
+    code, out, err = run("fit", tmp_path / "copy", *rows, "--output", tmp_path / "fitted", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["look"], found["kept"], len(found["layers"])) == (0.5, 0.25, 3)
+    assert mean(layer["look"]["share"] for layer in found["layers"]) == pytest.approx(0.5, abs=1e-6)
+    assert (tmp_path / "fitted/fit.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = run("fit", tmp_path / "copy", *rows, "--kept", 0.1, "--output", tmp_path / "other")
+    assert code == 0 and "captured" in out, err
+    fitted: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert fitted.config.chiaroscuro["kv_share"] == 0.1 and fitted.config.chiaroscuro["attention_share"] == 0.5
+
+    asked = ("--data", places[1], "--share", 0.3, "--tokens", 4096)
+    code, out, err = run("calibrate", tmp_path / "fitted", *asked, "--output", tmp_path / "set", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["attention_share"], found["kv_share"]) == (0.3, 0.25)
+    assert mean(found["looked"].values()) == pytest.approx(0.3, abs=0.02)
+    assert mean(found["kept"].values()) == pytest.approx(0.25, abs=0.02)
+    code, out, err = run("calibrate", tmp_path / "fitted", *asked, "--output", tmp_path / "shown")
+    assert code == 0 and "of the tokens, the mean over the routed layers" in " ".join(out.split()), err
+    for command in ("fit", "calibrate"):
+        code, _, err = run(command, places[0], "--data", places[1], "--output", tmp_path / "none")
+        assert code == 2 and f"{command} needs a CHIAR-Former or a retrofitted model" in err
+    code, _, err = run("fit", tmp_path / "copy", *rows[:4], "--length", 17, "--output", tmp_path / "none")
+    assert code == 2 and "all of a row is within the window" in err and not (tmp_path / "none").exists()

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from chiaroscuro import UserError, fit, retrofit
 from chiaroscuro.model.cache import CACHE
-from chiaroscuro.retrofitting.fitting import _decoder_layers, _Fitting, _given, _noting_outputs, _Whole
+from chiaroscuro.retrofitting.calibration import WholeBatch, decoder_layers
+from chiaroscuro.retrofitting.fitting import _Fitting, _given, _noting_outputs
 from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.retrofitting.routed_attention import Reach
 from chiaroscuro.retrofitting.whole import without_routing
@@ -55,7 +56,7 @@ def test_the_gain_of_looking_is_how_fast_the_loss_falls(family: str) -> None:
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
     fitting = _Fitting(model, [batch, batch], {"look": 0.5, "kept": 0.5}, None)
     with without_routing(model), torch.no_grad():
-        batch_whole = _Whole(model, _decoder_layers(model), batch)
+        batch_whole = WholeBatch(model, decoder_layers(model), batch)
         gains = fitting.gains(batch_whole)
     assert all(value is None for reach in model.reaches.values() for value in reach.whole.values())
     layer = max(model.reaches)
@@ -260,7 +261,7 @@ def test_a_forward_that_begins_later_is_the_same(family: str) -> None:
     """The harm of a layer is measured without those before it, which give what they gave."""
     model, tokens = build(family), ids(1)
     retrofit(model, window=6, sinks=1, kv_share=0.5, kv_router="random")
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     with torch.no_grad(), without_routing(model), _noting_outputs(layers) as outputs:
         whole = model(input_ids=tokens).logits
         for i, reach in model.reaches.items():

@@ -270,9 +270,11 @@ def calibrate(
 ) -> None:
     """Set a model's thresholds from data, so that each layer sends the share of tokens that you ask for to attention.
 
+    Of a retrofitted model: so that these shares look far, and are kept.
+
     Example: chiaroscuro calibrate runs/small --share 0.1 --output runs/small-10
     """
-    from chiaroscuro.report.tables import routing_table
+    from chiaroscuro.report.tables import figures_table, routed_shares, routing_table
     from chiaroscuro.studies.calibration import calibrate_copy, published_thresholds
     from chiaroscuro.studies.workspace import Workspace
 
@@ -310,7 +312,10 @@ def calibrate(
         return
     console = Console()
     console.print(f"calibrated to a share of {found['attention_share']:g}, saved as {escape(str(output))}")
-    console.print(routing_table(found["layers"], found["null_entropy"]))
+    if "layers" in found:
+        console.print(routing_table(found["layers"], found["null_entropy"]))
+    else:
+        console.print(figures_table({"kept share": found["kv_share"], **routed_shares(found)}))
 
 
 @command()
@@ -360,7 +365,8 @@ def fit(
     """Fit the scores by which a trained model's tokens look far, and by which they are kept to be seen from far.
 
     The routers of the copy are "fitted", and calibrated at the shares. The last fifth of the tokens is held out: on it,
-    the table shows for each layer how well a score ranks the tokens, and how many of the true top share it finds.
+    the table shows for each layer how well a score ranks the tokens, and how many of the true top share it finds. A
+    retrofitted model is fitted on passages of the text, copies and needles, for its own shares unless others are given.
 
     Example: chiaroscuro fit runs/near --look 0.25 --kept 0.25 --output runs/near-fitted
     """

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, ScoreRouter
+from chiaroscuro.layers.thresholds import Thresholds
 from chiaroscuro.model.batches import Batch, checked_batches, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import ChiarPreTrainedModel, document_positions
@@ -65,8 +66,8 @@ def calibrate(
     """
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(
-            f"calibrate takes a CHIAR-Former, not a {type(model).__name__}; a RoutedBlock has calibrate(x), and fit "
-            "sets the thresholds of a retrofitted model"
+            f"calibrate takes a CHIAR-Former or a retrofitted model, not a {type(model).__name__}; a RoutedBlock has "
+            "calibrate(x)"
         )
     if model.device.type == "meta":
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
@@ -104,14 +105,23 @@ def _or_as_it_was(model: ChiarPreTrainedModel) -> Iterator[None]:
     """If the block fails, the thresholds and the shares are what they were."""
     fields = ("attention_share", "kv_share", "calibration", "entropy_thresholds")
     said = {name: getattr(model.config, name) for name in fields}
-    both = [*model.thresholds().values(), *model.kv_thresholds().values()]
-    before = [(one.running, one.share, [buffer.clone() for buffer in one.buffers()]) for one in both]
+    with thresholds_or_as_they_were([*model.thresholds().values(), *model.kv_thresholds().values()]):
+        try:
+            yield
+        except BaseException:
+            for name, value in said.items():
+                setattr(model.config, name, value)
+            raise
+
+
+@contextmanager
+def thresholds_or_as_they_were(thresholds: Iterable[Thresholds]) -> Iterator[None]:
+    """If the block fails, these are what they were, with their tables and their shares."""
+    before = [(one, one.running, one.share, [buffer.clone() for buffer in one.buffers()]) for one in thresholds]
     try:
         yield
     except BaseException:
-        for name, value in said.items():
-            setattr(model.config, name, value)
-        for one, (running, share, buffers) in zip(both, before, strict=True):
+        for one, running, share, buffers in before:
             one.running, one.share = running, share
             for buffer, value in zip(one.buffers(), buffers, strict=True):
                 buffer.copy_(value)

@@ -32,15 +32,21 @@ def evaluation_tables(figures: Mapping[str, Any]) -> list[Table]:
     """What `evaluate` measured, and where the tokens went."""
     tabled = ("layers", "null_entropy", "depths", "window", "positions", "recall", "rest")
     shown = {name: value for name, value in figures.items() if name not in tabled}
-    for side in ("looked", "kept"):
-        if side in shown:
-            shown[side] = f"{mean(shown[side].values()):.1%} of the tokens, the mean over the routed layers"
+    shown |= routed_shares(figures)
     if "accuracy_interval" in shown:
         shown["accuracy_interval"] = "{:.4f} to {:.4f}".format(*shown["accuracy_interval"])
     routing = [routing_table(figures["layers"], figures["null_entropy"])] if "layers" in figures else []
     depths = [depths_table(figures["depths"])] if "depths" in figures else []
     slices = [slices_table(figures)] if "positions" in figures else []
     return [figures_table(shown), *slices, *depths, *routing]
+
+
+def routed_shares(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Of a retrofitted model, in words, the shares of the tokens that looked and that were kept."""
+    sides = [side for side in ("looked", "kept") if side in figures]
+    return {
+        side: f"{mean(figures[side].values()):.1%} of the tokens, the mean over the routed layers" for side in sides
+    }
 
 
 def slices_table(figures: Mapping[str, Any]) -> Table:

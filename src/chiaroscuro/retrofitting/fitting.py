@@ -1,7 +1,7 @@
 """`fit` for a retrofitted model: its scores, its thresholds, and its shares by layer. Other models go on to their own.
 
-What is fitted to what, and why layer after layer, is said in `chiaroscuro.model.fitting`. Here the layers are those of
-another library: what a layer needs beside its tokens is what its model gave it in a whole forward.
+What is fitted to what, and why layer after layer, is said in `chiaroscuro.model.fitting`; how layers of another library
+are run one by one, in `chiaroscuro.retrofitting.calibration`.
 """
 
 import copy
@@ -25,12 +25,9 @@ from chiaroscuro.model.batches import (
     check_predictions,
     check_vocabulary,
     checked_batches,
-    fields_of,
-    predicted_by,
 )
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import fit as fit_chiar
-from chiaroscuro.model.modeling import segments_of
 from chiaroscuro.model.score_fitting import (
     HELD_OUT,
     SAMPLE,
@@ -39,13 +36,13 @@ from chiaroscuro.model.score_fitting import (
     SideFitting,
     asked_shares,
     check_share,
-    refuse_broken,
     with_target,
 )
 from chiaroscuro.model.spread import SPREADS, weights_of
 from chiaroscuro.ops.linear_cross_entropy import CHUNK, IGNORED
+from chiaroscuro.retrofitting.calibration import WholeBatch, by_scores, calibrate_in_turn, decoder_layers, run_layer
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE, Probe, ReachedError
-from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
+from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.retrofitting.whole import without_routing
 
 HARMED = 6
@@ -129,47 +126,6 @@ class _State:
         setattr(self.model.config, FIELD, self.said)
 
 
-class _Whole:
-    """A batch in the whole model: what each layer was given beside the tokens, and what the first one was given.
-
-    Attributes:
-        x: the tokens that the first layer was given.
-        given: by layer, its other arguments.
-        real: which tokens are real.
-        segments: the document of each token, where a row holds several.
-        predicted: what each token is to predict.
-        shared: what the model's modules know of a forward.
-
-    """
-
-    def __init__(self, model: RoutedModel, layers: Sequence[nn.Module], batch: Batch) -> None:
-        fields = fields_of(batch)
-        ids = fields["input_ids"].to(model.device)
-        given = ("attention_mask", "position_ids")
-        beside = {name: fields[name].to(model.device) for name in given if fields.get(name) is not None}
-        self.inputs = {"input_ids": ids, **beside}
-        mask, places = (beside.get(name) for name in given)
-        self.shared = next(iter(model.reaches.values())).shared
-        self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        # With a mask transformers takes a row for one document, wherever its positions restart.
-        self.segments = None if mask is not None or places is None else segments_of(places.expand_as(ids), None)
-        self.predicted = predicted_by(batch, self.real).to(ids.device)
-        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.x = ids
-
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.given:
-                self.x = args[0]
-            self.given.append((args[1:], kwargs))
-
-        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        try:
-            model.base_model(**self.inputs, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
 class _Fitting:
     """One fit of a retrofitted model; arguments as of `fit`, the shares by side."""
 
@@ -177,7 +133,7 @@ class _Fitting:
         self.model, self.batches, self.shares = model, batches, shares
         self.fitting = len(batches) - math.ceil(len(batches) * HELD_OUT)
         self.reaches = model.reaches
-        self.layers = _decoder_layers(model)
+        self.layers = decoder_layers(model)
         most = math.ceil(SAMPLE / self.fitting)
         said = getattr(model.config, FIELD)
         self.entries: dict[str, Any] = {}
@@ -211,15 +167,15 @@ class _Fitting:
             said[field], said[weights] = self.shares[side], None
             said["router" if side == "look" else "kv_router"] = self.entries[side]
         with without_routing(self.model):
-            wholes = [_Whole(self.model, self.layers, batch) for batch in self.batches]
+            wholes = [WholeBatch(self.model, self.layers, batch) for batch in self.batches]
             gains = [self.gains(whole) for whole in wholes]
             results = self.in_turn(wholes, gains)
             if spread:
                 self.spread(results, wholes[self.fitting :][:HARMED])
-                self.in_turn(wholes, None)
+                calibrate_in_turn(self.model, self.layers, wholes, self.shares)
         return FitReport.of(results, self.shares)
 
-    def gains(self, whole: _Whole) -> dict[str, dict[int, Tensor]]:
+    def gains(self, whole: WholeBatch) -> dict[str, dict[int, Tensor]]:
         """By side and layer, the gains of a batch's tokens, in the model where nobody looks and nobody is kept."""
         probes = {i: Probe(reach.window, reach.sinks) for i, reach in self.reaches.items()}
         with ExitStack() as stack, torch.enable_grad():
@@ -245,39 +201,33 @@ class _Fitting:
         return found
 
     def in_turn(
-        self, wholes: list[_Whole], gains: list[dict[str, dict[int, Tensor]]] | None
+        self, wholes: list[WholeBatch], gains: list[dict[str, dict[int, Tensor]]]
     ) -> dict[tuple[str, int], SideFit]:
-        """Fit layer after layer, each on what those before it give when they are routed; calibrate each.
-
-        Without gains, calibrate alone.
-        """
+        """Fit layer after layer, each on what those before it give when they are routed; calibrate each."""
         states = [whole.x for whole in wholes]
         results: dict[tuple[str, int], SideFit] = {}
         for i, layer in enumerate(self.layers):
             if i not in self.reaches:
-                states = [_run(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
+                states = [run_layer(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
                 continue
             reach = self.reaches[i]
             with reach.stopping():
                 inputs = [_stopped(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
             for side in self.shares:
-                if gains is not None:
-                    results[side, i] = self.fit_one(side, i, wholes, inputs, gains)
+                results[side, i] = self.fit_one(side, i, wholes, inputs, gains)
                 router = reach.routers[side]
                 seen = [router(x, x.new_zeros(x.shape[:2])) for x in inputs]
                 scores = [d.score[w.real].flatten() for d, w in zip(seen, wholes, strict=True) if d.score is not None]
                 router.calibration.set_from(torch.cat(scores), self.model.layer_shares(side)[i])
-            # A side that is not fitted here decides by the score that it has, if it has one.
-            sides = {side: True if router.unready() else None for side, router in reach.routers.items()}
-            with reach.as_whole(**sides):
-                states = [_run(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
+            with by_scores(reach):
+                states = [run_layer(layer, x, whole, i) for x, whole in zip(states, wholes, strict=True)]
         return results
 
     def fit_one(
         self,
         side: str,
         i: int,
-        wholes: list[_Whole],
+        wholes: list[WholeBatch],
         inputs: list[Tensor],
         gains: list[dict[str, dict[int, Tensor]]],
     ) -> SideFit:
@@ -291,7 +241,7 @@ class _Fitting:
             one.add(x[chosen], target, held_out=n >= self.fitting)
         return one.result()
 
-    def spread(self, results: dict[tuple[str, int], SideFit], held_out: list[_Whole]) -> None:
+    def spread(self, results: dict[tuple[str, int], SideFit], held_out: list[WholeBatch]) -> None:
         """Spread the shares over the layers by their harms, in the configuration and in the results."""
         harms = dict.fromkeys(results, 0.0)
         count = 0
@@ -312,13 +262,6 @@ class _Fitting:
             getattr(self.model.config, FIELD)[SPREADS[side][1]] = weights
             for i, share in self.model.layer_shares(side).items():
                 results[side, i] = replace(results[side, i], share=share, harm=harms[side, i] / max(count, 1))
-
-
-def _decoder_layers(model: RoutedModel) -> list[nn.Module]:
-    """The modules that hold the attention modules, in order."""
-    attention = set(attention_modules(model).values())
-    holding = [module for module in model.modules() if any(child in attention for child in module.children())]
-    return holding
 
 
 @contextmanager
@@ -359,19 +302,10 @@ def _in_place_of(layers: Sequence[nn.Module], make: Callable[[int, Any], Any]) -
             del layer.forward
 
 
-def _run(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
-    whole.shared.begin(whole.inputs["input_ids"])
-    args, kwargs = whole.given[i]
-    output = layer(x, *args, **kwargs)
-    x = output[0] if isinstance(output, tuple) else output
-    refuse_broken(i, x)
-    return x
-
-
-def _stopped(layer: nn.Module, x: Tensor, whole: _Whole, i: int) -> Tensor:
+def _stopped(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:
     """What the attention module of a layer is given."""
     try:
-        _run(layer, x, whole, i)
+        run_layer(layer, x, whole, i)
     except ReachedError as reached:
         return reached.hidden
     raise AssertionError("the layer did not run its attention")

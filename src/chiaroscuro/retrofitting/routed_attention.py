@@ -35,6 +35,8 @@ HIDDEN = -1e4
 NO_WEIGHTS = "drop output_attentions: a routed module computes no whole matrix of weights"
 """What is said to whoever asks for these."""
 
+GUESSED = "those of white noise, so its share is a guess"
+
 LOOK_SIDE = ("near", "far")
 """What a router of the look side chooses between."""
 
@@ -314,8 +316,9 @@ class Reach(nn.Module):
         calibration = router.calibration
         if not calibration.calibrated and not router.null_is_exact:
             warnings.warn(
-                f"layer {self.layer}, side {side}: the thresholds of a {type(router).__name__} are those of white "
-                f"noise, so its share is a guess; fit(model, batches, {side}=...) puts a fitted score in its place",
+                f"layer {self.layer}, side {side}: the thresholds of a {type(router).__name__} are {GUESSED}: "
+                "calibrate(model, batches) sets them from data, and "
+                f"fit(model, batches, {side}=...) puts a fitted score in its place",
                 stacklevel=2,
             )
         self._ready.add(side)

@@ -4,17 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.model import ChiarForCausalLM
-from chiaroscuro.model.fitting import fit
 from chiaroscuro.report.fit_figure import draw_fit
+from chiaroscuro.retrofitting.fitting import fit
+from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import save_whole
 from chiaroscuro.training.initial_weights import fit_batches
+
+LONGEST_TEXT = 2**22
+"""Tokens of a text, at most, from which the passages of a mixture are drawn."""
 
 LONGEST = 1024
 """T where no recipe says one: what is far shows in long sequences."""
@@ -35,6 +42,18 @@ def batches_of(
     else:
         named, rows = workspace.blocks(split, length=length, source=source)
     return named, fit_batches(rows, tokens, length, collate)
+
+
+def mixture_of(
+    workspace: Workspace, *, length: int, source: str | None, split: str, tokens: int
+) -> tuple[Any, list[Int[Tensor, "1 length"]]]:
+    """The text, and the rows that `chiaroscuro retrofit` fits on: passages of it, copies, and needles.
+
+    They have as many tokens in all as are asked for. Arguments as of `fit_copy`.
+    """
+    named, blocks = workspace.blocks(split, length=length, source=source)
+    text = torch.from_numpy(blocks.tokens.tokens[:LONGEST_TEXT].astype("int64"))
+    return named, Haystack(workspace.tokenizer, text).mixture(tokens // length, length)
 
 
 def refuse_no_far(length: int, near: int) -> None:
@@ -70,7 +89,7 @@ def fit_copy(
         budget: see there.
         source: another text than the recipe's.
         split: the split to fit on.
-        tokens: how many to take, from the split's beginning.
+        tokens: how many to take, from the split's beginning; for a retrofitted model, of rows of `mixture_of`.
         length: T; see `Workspace.length`.
 
     Returns:
@@ -83,14 +102,21 @@ def fit_copy(
     if output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
     model = workspace.language_model("fit")
-    if not isinstance(model, ChiarForCausalLM):
-        raise UserError(
-            f"fit needs a CHIAR-Former, and {workspace.name} is a {type(model).__name__}: chiaroscuro retrofit fits "
-            "other decoders, and chiaroscuro.fit(model, batches) in Python a retrofitted one anew"
-        )
     length = workspace.length(length, most=LONGEST)
-    refuse_no_far(length, (model.config.window or 1) + model.config.sinks)
-    named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
+    named: Any
+    batches: list[Any]
+    if isinstance(model, RoutedModel):
+        said = getattr(model.config, FIELD)
+        refuse_no_far(length, said["window"] + said["sinks"])
+        named, batches = mixture_of(workspace, source=source, split=split, tokens=tokens, length=length)
+    elif isinstance(model, ChiarForCausalLM):
+        refuse_no_far(length, (model.config.window or 1) + model.config.sinks)
+        named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
+    else:
+        raise UserError(
+            f"fit needs a CHIAR-Former or a retrofitted model, and {workspace.name} is a {type(model).__name__}: "
+            "chiaroscuro retrofit makes one of it"
+        )
     if len(batches) < 2:
         raise UserError(
             f"--tokens {tokens}: they make less than two batches of rows of {length} tokens, of which the last is held "

@@ -35,7 +35,7 @@ from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
 from chiaroscuro.studies.controls import compare_controls
 from chiaroscuro.studies.evaluation import first_blocks
-from chiaroscuro.studies.fitting import refuse_no_far
+from chiaroscuro.studies.fitting import LONGEST_TEXT, refuse_no_far
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
 
@@ -149,7 +149,7 @@ def retrofit_copy(
     )
     corpus = load_corpus(data, needed=("train", "validation"))
     tokens = tokenize_corpus(corpus, tokenizer)
-    text = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[: 2**22].astype("int64")))
+    text = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[:LONGEST_TEXT].astype("int64")))
     validation = TokenBlocks(tokens["validation"], measured.length)
     blocks = first_blocks(validation, measured.rows)
     found: dict[str, Any] = {"model": name, "data": corpus.name, "window": window, "sinks": sinks, "fit_rows": rows}
