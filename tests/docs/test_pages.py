@@ -206,6 +206,23 @@ def test_the_accuracies_that_pages_quote_are_those_of_the_study(task: str) -> No
             assert re.search(rf"\b{accuracy:.1f}(%|,| of |\s+and )", text), (page, name, accuracy)
 
 
+def test_the_figures_of_smollm2_in_the_readme_are_those_of_the_tutorial() -> None:
+    tutorial = (ROOT / "docs/retrofit.md").read_text("utf-8")
+    rows = {row[0]: row[1:] for row in table_after((ROOT / "README.md").read_text("utf-8"), "SmolLM2-135M-Instruct")}
+    columns = {
+        "full attention": ("## Other texts", 0),
+        "fitted": ("## Other texts", 1),
+        "fitted by head, and healed on 98,000 tokens": ("## Both sides", 1),
+    }
+    assert list(rows) == list(columns)
+    for name, (heading, column) in columns.items():
+        measured = {row[0]: row[1:] for row in table_after(tutorial, heading)}
+        for split, cell in zip(("validation", "test"), rows[name][:2], strict=True):
+            assert measured[f"perplexity, WikiText-2 {split}"][column].strip("*").split()[0] == cell, (name, split)
+    assert [rows[name][2] for name in columns] == ["90%", "45%", "100%"]
+    assert "finds 55 and 45%" in tutorial and "| 2,048 | 50 | 90% (20 tries) | **100%** |" in tutorial
+
+
 def test_the_figures_of_smollm2_on_both_sides_are_the_measured_ones() -> None:
     page = (ROOT / "docs/retrofit.md").read_text("utf-8")
     found = json.loads((ROOT / "experiments/results/retrofit/smollm2-by-head.json").read_text("utf-8"))

@@ -115,7 +115,10 @@ def test_whether_h_knows_follows_from_its_rule(entropy: list[float], shuffled: l
         (" \n", "newline"),
         (" <unk>", "unknown word"),
         ("…", "punctuation"),
-        ("", "punctuation"),
+        ("", "other"),
+        ("  ", "other"),
+        ("\N{REPLACEMENT CHARACTER}", "other"),  # such as the first byte of a Greek letter
+        (" \N{REPLACEMENT CHARACTER}", "other"),
         (" É", "word start"),
     ],
 )

@@ -12,7 +12,7 @@ from chiaroscuro.report.gate_figure import PUBLISHED
 Spread = tuple[float, float, float]
 """A low end, a mean and a high end."""
 
-MARKERS = ("o", "s", "D", "^", "v", "P")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
 def draw_gain(

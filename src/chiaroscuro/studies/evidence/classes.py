@@ -23,23 +23,28 @@ MODEL = {"checkpoint": True} | dict.fromkeys(("seeds", "data", "rows"), False)
 """Fields of a model, and whether they are needed."""
 
 QUESTION = "What is routed where, and do seeds agree?"
-CLASSES = ("word start", "continuation", "digit", "punctuation", "newline", "unknown word")
+CLASSES = ("word start", "continuation", "digit", "punctuation", "newline", "unknown word", "other")
 SIDES = {"look": "who looks", "kept": "who is kept"}
 PARTS = 8
 """Of a row, for the shares by position."""
+
+PART = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer of bytes shows of a token that is a part of a character."""
 
 UNKNOWN = "<unk>"
 """WikiText-2's own mark of a rare word."""
 
 
 def token_class(text: str) -> str:
-    """The class of a token, by its text."""
+    """The class of a token, by its text; a part of a character and spaces alone are of none of the others."""
     if UNKNOWN in text:
         return "unknown word"
     if "\n" in text:
         return "newline"
     if any(c.isdigit() for c in text):
         return "digit"
+    if PART in text or not text.strip():
+        return "other"
     if not any(c.isalpha() for c in text):
         return "punctuation"
     return "word start" if text[0].isspace() else "continuation"
