@@ -62,9 +62,7 @@ def run_distributed(*args, **kwargs):
 }
 
 NOT_IN_THE_SOURCES = {"test_generation_tester_mixin_inheritance": "the mixin that it looks for is not in the sources"}
-SCALED = (
-    "a sequence beyond max_position_embeddings is refused, and the rotary positions of our own models are not scaled"
-)
+SCALED = "it reads a sequence beyond max_position_embeddings, which our own models refuse"
 OURS = {
     "test_model_rope_scaling_from_config_0_linear": SCALED,
     "test_model_rope_scaling_from_config_1_dynamic": SCALED,

@@ -67,8 +67,10 @@ def load_checkpoint_config(name: str) -> PreTrainedConfig:
         except UserError as error:
             raise UserError(f"{described}: {error}") from None
         except Exception as error:  # there are as many errors as ways to damage a file
-            why = f": {unreachable}" if unreachable else f", it is missing or damaged: {_one_line(error)}"
-            raise UserError(f"{described} can't be read{why}") from None
+            why = unreachable or _one_line(error)
+            if not Path(path).exists():
+                raise UserError(f"there is no folder {path}, and it can't be had from the Hub: {why}") from None
+            raise UserError(f"{described} can't be read, it is missing or damaged: {why}") from None
 
 
 def load_checkpoint(name: str) -> PreTrainedModel:
