@@ -111,7 +111,8 @@ class Operator(nn.Module):
     Options: ClassVar[type] = NoOptions
     """A dataclass of the operator's options."""
     cost: ClassVar[int | float | None] = None
-    """A menu lists its operators by rising cost (dct 0, conv 0.5, rbf 1, local 1.5, attention 2); None may stand anywhere."""
+    """Its place in a menu, which lists operators by rising cost (dct 0, conv 0.5, rbf 1, local 1.5, attention 2); one
+    of None may stand anywhere."""
     reads_spectrum: ClassVar[bool] = False
     """Whether it works on DCT(x), so that it can share the router's transform."""
     part_of: ClassVar["type[Operator] | None"] = None
