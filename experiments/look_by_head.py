@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +25,7 @@ from chiaroscuro.data.needles import Haystack
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.retrofitting.routed_model import key_heads
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.evaluation import first_blocks
 
 RESULTS = Path("experiments/results/retrofit/look-by-head.json")
@@ -70,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.recall import WINDOW
-from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.layers.registry import split_entry
 from chiaroscuro.model import ChiarForCausalLM
@@ -32,6 +31,7 @@ from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fit
 from chiaroscuro.report.reach_figure import Point, draw_reach
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.evaluation import evaluate
 from chiaroscuro.studies.fitting import batches_of
 from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
@@ -165,13 +165,18 @@ TASKS = (
 
 
 def main() -> int:
-    """Measure what is not measured yet, and write figures, pictures and page."""
-    console = Console()
-    try:
-        found = {task.name: gather(task, console) for task in TASKS}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Measure what is not measured yet, and write figures, pictures and page: an exit code."""
+    return exit_code(lambda: write(Console()))
+
+
+def write(console: Console) -> None:
+    """See `main`.
+
+    Raises:
+        UserError: a sweep's file or one of its runs can't be read.
+
+    """
+    found = {task.name: gather(task, console) for task in TASKS}
     for task in TASKS:
         variants = Variants(task, found[task.name])
         if variants.names:
@@ -181,7 +186,6 @@ def main() -> int:
                 )
     write_text(PAGE, page(found))
     console.print(f"wrote {PAGE}")
-    return 0
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------

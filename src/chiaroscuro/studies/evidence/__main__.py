@@ -20,6 +20,7 @@ from rich.console import Console
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.files import write_bytes, write_text
 from chiaroscuro.layers.operator import is_number
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.evidence import classes, equal_time, gain, gate, layers, length
 
 RESULTS = Path("experiments/results/evidence")
@@ -44,26 +45,32 @@ the rule beside it makes of the figures.
 
 
 def main(arguments: list[str]) -> int:
-    """Measure the recipes that are named, and write the page."""
-    console = Console()
-    try:
-        for name in arguments:
-            recipe = read(Path(name))
-            refuse_missing(recipe)
-            question = QUESTIONS[recipe["question"]]
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            found = question.measure(recipe, console)
-            question.draw(found), question.answer(found)  # or an error, before what was there is replaced
-            write_text(RESULTS / f"{recipe['question']}.json", json.dumps(found, indent=1) + "\n")
-        figures = measured()
-        for name, found in figures.items():
-            write_bytes(RESULTS / f"{name}.png", QUESTIONS[name].draw(found))
-        write_text(PAGE, page(figures))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Measure the recipes that are named, and write the page: an exit code."""
+    return exit_code(lambda: write(arguments, Console()))
+
+
+def write(arguments: list[str], console: Console) -> None:
+    """See `main`.
+
+    Raises:
+        UserError: a recipe or one of its models can't be used.
+
+    """
+    drawn: dict[str, bytes] = {}
+    for file in arguments:
+        recipe = read(Path(file))
+        refuse_missing(recipe)
+        name = recipe["question"]
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        found = QUESTIONS[name].measure(recipe, console)
+        drawn[name] = QUESTIONS[name].draw(found)
+        QUESTIONS[name].answer(found)  # or an error, before what was there is replaced
+        write_text(RESULTS / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    figures = measured()
+    for name, found in figures.items():
+        write_bytes(RESULTS / f"{name}.png", drawn.get(name) or QUESTIONS[name].draw(found))
+    write_text(PAGE, page(figures))
     console.print(f"wrote {PAGE}")
-    return 0
 
 
 def read(file: Path) -> dict[str, Any]:
