@@ -13,7 +13,7 @@ import torch
 from served_models import retrofitted
 
 from byte_tokenizer import byte_tokenizer
-from chiaroscuro import UserError, retrofit
+from chiaroscuro import UserError, calibrate, retrofit
 from chiaroscuro.app import measuring, page, reading
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.runs import curves, find_runs, table_of
@@ -68,6 +68,18 @@ def test_losses_are_the_models_own(model: Served) -> None:
     for layer in reading.layers.values():
         assert layer.score is not None and layer.threshold is not None and layer.far is not None
         assert [score > layer.threshold for score in layer.score] == [bool(i) for i in layer.index]
+
+
+def test_the_score_of_a_retrofitted_layer_is_the_one_that_decides() -> None:
+    """Here it is H, which the router is given; nobody passes zeros for it."""
+    served = plain()
+    retrofit(served.model, window=8, sinks=1, attention_share=0.5, router="threshold", kv_router="norm")
+    calibrate(served.model, [torch.randint(3, 200, (2, 128))])
+    found = read(served, take_up(served, TEXT))
+    for layer in found.layers.values():
+        assert layer.score is not None and layer.threshold is not None
+        assert layer.score == pytest.approx(layer.entropy, abs=1e-6)
+        assert [int(score > layer.threshold) for score in layer.score] == list(layer.index)
 
 
 def test_what_looks_by_head_is_shown_as_a_part_of_the_heads(tmp_path: Path) -> None:

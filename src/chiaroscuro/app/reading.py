@@ -1,6 +1,7 @@
 """What a model does with each token of a text: who looks, who is kept, by what score, and what it costs in the loss."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.full_attention import full_attention
 from chiaroscuro.ops import spectral_entropy
-from chiaroscuro.retrofitting.inside import noting_decisions, noting_inputs, projections
+from chiaroscuro.retrofitting.inside import noting_decisions, noting_inputs, noting_scores, projections
 from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE
 from chiaroscuro.retrofitting.routed_model import RoutedModel
 
@@ -172,13 +173,15 @@ def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[An
 
 
 def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, Any]:
-    with noting_inputs(model) as given, noting_decisions(model) as decided:
+    with ExitStack() as stack:
+        given, decided = (stack.enter_context(note(model)) for note in (noting_inputs, noting_decisions))
+        scores = {i: stack.enter_context(noting_scores(reach))["look"] for i, reach in model.reaches.items()}
         logits = model(input_ids=ids, use_cache=False).logits
     layers = {}
     for i, ((looks, kept),) in decided.items():
         source, router = given[i], model.reaches[i].look
         free = 0 < router.calibration.share < 1
-        score = router(source, source.new_zeros(source.shape[:2])).score if free and not router.unready() else None
+        score = scores[i][0] if scores[i] else None
         if score is not None and score.ndim == 3:
             score = score.amax(-1)
         looking = _part(looks)

@@ -22,6 +22,7 @@ from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import segments_of
 from chiaroscuro.model.score_fitting import refuse_broken
 from chiaroscuro.model.spread import SPREADS
+from chiaroscuro.retrofitting.inside import noting_scores
 from chiaroscuro.retrofitting.routed_attention import GUESSED, Reach
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
 from chiaroscuro.retrofitting.whole import without_routing
@@ -218,28 +219,21 @@ def _scores(
     wholes: Sequence[WholeBatch],
 ) -> dict[str, Tensor]:
     """By side, the scores of all real tokens in layer i, of all its heads together."""
-    seen: dict[str, list[Tensor]] = {side: [] for side in sides}
-
-    def noting(side: str) -> Any:
-        return lambda _, args, decision: seen[side].append(decision.score)
 
     def stop(*decided: Any) -> None:
         raise _DecidedError
 
-    handles = []
     for side in sides:
         reach.routers[side].calibration.set_share(0.5)  # at 0 and 1 no score is computed
-        handles.append(reach.routers[side].register_forward_hook(noting(side)))
     reach.watchers.append(stop)
     try:
-        for x, whole in zip(states, wholes, strict=True):
-            with suppress(_DecidedError):
-                run_layer(layer, x, whole, i)
+        with noting_scores(reach) as seen:
+            for x, whole in zip(states, wholes, strict=True):
+                with suppress(_DecidedError):
+                    run_layer(layer, x, whole, i)
     finally:
         reach.watchers.remove(stop)
-        for handle in handles:
-            handle.remove()
     return {
-        side: torch.cat([score[whole.real].flatten() for score, whole in zip(scores, wholes, strict=True)])
-        for side, scores in seen.items()
+        side: torch.cat([score[whole.real].flatten() for score, whole in zip(seen[side], wholes, strict=True)])
+        for side in sides
     }

@@ -42,6 +42,22 @@ def noting_decisions(model: Any) -> Iterator[dict[int, list[tuple[Tensor, Tensor
         yield decided
 
 
+@contextmanager
+def noting_scores(reach: Reach) -> Iterator[dict[str, list[Float[Tensor, "batch time *heads"]]]]:
+    """Inside the block, by side, the scores of each forward of a module; none of a side whose tokens go all one way."""
+    seen: dict[str, list[Tensor]] = {side: [] for side in reach.routers}
+
+    def noting(side: str) -> Any:
+        return lambda _, args, decision: seen[side].append(decision.score)
+
+    handles = [router.register_forward_hook(noting(side)) for side, router in reach.routers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Shares:
     """The shares of the tokens that looked and that were kept, by layer, means over real tokens and heads.
