@@ -174,7 +174,8 @@ def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[An
 
 def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[Any, Any]:
     with ExitStack() as stack:
-        given, decided = (stack.enter_context(note(model)) for note in (noting_inputs, noting_decisions))
+        given = stack.enter_context(noting_inputs(model))
+        decided = stack.enter_context(noting_decisions(model))
         scores = {i: stack.enter_context(noting_scores(reach))["look"] for i, reach in model.reaches.items()}
         logits = model(input_ids=ids, use_cache=False).logits
     layers = {}
