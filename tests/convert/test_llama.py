@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks, UserError, retrofit, unretrofit
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks, UserError, check_model, retrofit, unretrofit
 from chiaroscuro.convert import from_llama, to_llama
 
 SCALED = [
@@ -113,7 +114,8 @@ def with_gradients(model: ChiarForCausalLM) -> ChiarForCausalLM:
 
 @pytest.mark.parametrize("rope", SCALED, ids=lambda rope: rope["rope_type"])
 def test_rotary_scaling(rope: dict[str, Any]) -> None:
-    for time in (10, 40):  # below and above the original length
+    # Below and above the original length, where transformers has other factors for a longrope; ours are a model's.
+    for time in (40,) if rope["rope_type"] == "longrope" else (10, 40):
         theirs = llama(rope_parameters=rope)
         ours, x = from_llama(theirs), ids(1, 2, time)
         torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-5, rtol=1e-5)
@@ -201,8 +203,8 @@ def test_what_has_no_place_is_refused() -> None:
         to_llama(ChiarForCausalLM(config))
 
 
-def test_padding_and_other_documents_lengthen_no_row_of_a_longrope() -> None:
-    """The frequencies are those of the longest position: what is not a token of the row has none."""
+def test_what_a_longrope_turns_a_token_by_does_not_depend_on_what_is_beside_or_after_it() -> None:
+    """transformers takes other factors for a longer sequence, so that a later token changes the earlier ones."""
     model = from_llama(llama(rope_parameters=SCALED[-1]))
     row = ids(0, 1, 10)
     padded = torch.cat([torch.zeros(1, 30, dtype=torch.long), row], 1)
@@ -215,4 +217,29 @@ def test_padding_and_other_documents_lengthen_no_row_of_a_longrope() -> None:
         longer = model(torch.cat([row, ids(3, 1, 30)], 1), use_cache=False).logits[:, :10]
     torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)
     torch.testing.assert_close(first, alone, atol=1e-4, rtol=0)
-    assert (longer - alone).abs().max() > 0.1  # the long frequencies, as transformers has it
+    torch.testing.assert_close(longer, alone, atol=1e-4, rtol=0)
+    check_model(model)
+    short = from_llama(llama(rope_parameters=SCALED[-1] | {"original_max_position_embeddings": 64}))
+    with torch.no_grad():
+        assert (short(row, use_cache=False).logits - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"short_factor": [1.0, 1.1, 1.2]}, "short_factor must be a list of 4 positive numbers"),
+        ({"long_factor": [1.0]}, "long_factor must be a list of 4 positive numbers"),
+        ({"long_factor": [1.0, 1.0, -1.0, 1.0]}, "long_factor must be a list of 4 positive numbers"),
+        ({"factor": -2.0}, "factor must be a positive number"),
+        ({"factor": "2"}, "factor must be a positive number"),
+        ({"beta": {1, 2}}, "rope_parameters="),
+    ],
+)
+def test_rotary_parameters_that_cannot_be_used_are_refused_at_once(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        ChiarConfig(hidden_size=32, num_attention_heads=4, rope_parameters=SCALED[-1] | changes)
+
+
+def test_rotary_parameters_may_be_numbers_of_numpy() -> None:
+    config = ChiarConfig(hidden_size=32, num_attention_heads=4, rope_parameters=SCALED[1] | {"factor": np.float32(2)})
+    assert ChiarForCausalLM(config)(ids(0)).logits.isfinite().all()

@@ -284,6 +284,21 @@ def test_an_output_of_another_shape_is_never_broadcast(menu: list[str], executio
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("width", "fields", "complaint"),
+    [
+        (0, {}, "a width of 0: must be a positive whole number"),
+        (8, {"norm_epsilon": "x"}, "norm_epsilon='x': must be a positive number"),
+        (8, {"norm_epsilon": 0}, "norm_epsilon=0: must be a positive number"),
+        (8, {"bias": "no"}, "bias='no': must be true or false"),
+    ],
+)
+def test_a_block_that_cannot_be_built_is_one_line(width: int, fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        build_block(width, ("dct",), fields)
+
+
 @pytest.mark.parametrize(
     ("decision", "complaint"),
     [

@@ -153,3 +153,23 @@ def test_a_prompt_of_embeddings_takes_up_positions_too() -> None:
     written = model.generate(inputs_embeds=embedded, max_new_tokens=20, do_sample=False)
     assert torch.equal(written, model.generate(ids, max_new_tokens=20, do_sample=False)[:, LENGTH - 4 :])
     assert written.shape == (1, 5)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant_model": True}], ids=str)
+def test_drafts_end_where_the_positions_end(options: dict[str, Any]) -> None:
+    """All that is drafted is read, so no draft may go beyond them; the text is that of plain generation."""
+    config = shrunk("small", max_position_embeddings=24)
+    model = build(config)
+    assistant = {"assistant_model": build(config, seed=1)} if "assistant_model" in options else {}
+    prompt = {"input_ids": tokens(0, 1, 4).repeat(1, 3)}
+    plain = generate(model, prompt, max_new_tokens=100).sequences
+    assert plain.shape == (1, 25)
+    drafted = model.generate(**prompt, **(options | assistant), max_new_tokens=100, do_sample=False, eos_token_id=None)
+    assert torch.equal(drafted, plain)
+
+
+def test_a_cache_of_a_model_that_trains_densely_says_what_to_do() -> None:
+    model = build(shrunk("small", router="hard", attention_context="routed", meta_router="none")).train()
+    with pytest.raises(UserError, match=r"call model\.eval"):
+        model.generate(tokens(0, 1, 4), max_new_tokens=2)
+    assert model.eval().generate(tokens(0, 1, 4), max_new_tokens=2, eos_token_id=None).shape == (1, 6)

@@ -5,8 +5,10 @@ Oracle: the parts put together by hand, and the same forward asked for in anothe
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -510,3 +512,29 @@ def test_inputs_of_another_kind_are_one_line(unchecked: None, given: dict[str, A
     model = ChiarForCausalLM(ChiarConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, num_hidden_layers=2))
     with pytest.raises(UserError, match=message):
         model.eval()(**{"input_ids": torch.tensor([[1, 2, 3]]), **given})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_of_other_types_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = build(shrunk("small"))
+    ids = tokens(0, 2, 6)
+    embeds = model.get_input_embeddings()(ids).detach()
+    with pytest.raises(UserError, match=r"inputs_embeds of dtype torch\.float64, and weights of torch\.float32"):
+        model(inputs_embeds=embeds.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(inputs_embeds=embeds.bfloat16()).logits.isfinite().all()
+    with pytest.raises(UserError, match=r"position_ids of dtype torch\.float32: give whole numbers"):
+        model(ids, position_ids=torch.arange(6.0)[None])
+    whole = model(ids).logits
+    for kept in (2, np.int64(2), torch.tensor([4, 5])):
+        assert torch.equal(model(ids, logits_to_keep=kept).logits, whole[:, -2:])
+    for wrong in (-1, True, torch.tensor(3), "2"):
+        with pytest.raises(UserError, match="logits_to_keep"):
+            model(ids, logits_to_keep=wrong)
+    shrunken = build(shrunk("small", eos_token_id=VOCABULARY - 1))
+    shrunken.resize_token_embeddings(20)
+    with pytest.raises(UserError, match="eos_token_id=52: must be a token of the vocabulary, vocab_size=20"):
+        shrunken.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(UserError, match="attention_context='routed' with router='soft'"):
+        ChiarConfig(router="soft", operators=[["dct", {"attention": {"attention_context": "routed"}}]])

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, check_model
+from chiaroscuro.layers import build_block
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 
@@ -274,6 +275,18 @@ def test_impossible_fields_are_one_line(fields: dict[str, Any], message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         build(**{"menus": [["local", "attention"]], **fields})
     assert "\n" not in str(caught.value)
+
+
+def test_each_key_value_head_of_an_operator_keeps_by_its_own_score() -> None:
+    """An operator on a menu may have other heads than the model."""
+    fields = {"vocab_size": 37, "hidden_size": 16, "num_attention_heads": 4, "window": 3, "meta_router": "none"}
+    kept = {"attention_context": "kept", "operators": [[{"attention": {"num_key_value_heads": 2}}]]}
+    with pytest.raises(UserError, match=r"operators\[0\].*heads=4 is neither 1 nor the number of key-value heads, 2"):
+        ChiarConfig(**fields, **kept, kv_router={"learned": {"heads": 4}})
+    model = ChiarForCausalLM(ChiarConfig(**fields, **kept, kv_router={"learned": {"heads": 2}}))
+    check_model(model)
+    with pytest.raises(UserError, match="heads=3 is neither 1 nor the number of key-value heads, 4"):
+        build_block(16, ["attention"], {**fields, "attention_context": "kept", "kv_router": {"learned": {"heads": 3}}})
 
 
 def test_both_dials_turn() -> None:

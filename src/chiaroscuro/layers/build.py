@@ -12,6 +12,7 @@ from chiaroscuro.layers.registry import (
     build_kv_router,
     build_operator,
     build_router,
+    check_kv_heads,
     hosts_of,
     split_entry,
 )
@@ -32,7 +33,7 @@ def build_block(
         menu: operators in order of cost: names, or names with options.
         fields: of a model, by the names that `ChiarConfig` gives them: `router`, `norm`, `feed_forward`, `execution`,
             `hidden_dropout`, `short_conv`, … and options of operators and routers, such as `num_attention_heads`. Those
-            not given have their defaults.
+            not given have their defaults, and names that no part of the block has are ignored.
         layer: the layer's number, for a router that draws by it.
         block: the class, `RoutedBlock` or a subclass.
 
@@ -41,6 +42,8 @@ def build_block(
 
     """
     fields = fields or {}
+    if not is_whole(width) or width < 1:
+        raise UserError(f"a width of {width!r}: must be a positive whole number")
     entries: dict[str, Entry] = {}
     for entry in menu:
         name, _ = split_entry(entry)
@@ -51,8 +54,11 @@ def build_block(
     built = {name: build_operator(width, entry, fields) for name, entry in entries.items() if host[name] == name}
     operators: dict[str, Operator] = {name: built[host[name]] for name in entries}
     kv_router = None
-    if any(operator.keeps(operator.options) for operator in built.values()):
+    if keeping := [operator for operator in built.values() if operator.keeps(operator.options)]:
         kv_router = build_kv_router(width, fields, layer)
+        for operator in keeping:
+            own = operator.key_heads(width, operator.options)
+            check_kv_heads(fields.get("kv_router", "threshold"), getattr(kv_router.options, "heads", 1), own)
     router = None
     if len(operators) > 1:
         router = build_router(width, tuple(operators), fields.get("router", "threshold"), fields, layer)
@@ -62,6 +68,11 @@ def build_block(
     dropout = fields.get("hidden_dropout", 0.0)
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"hidden_dropout={dropout!r}: must be a number from 0 to below 1")
+    epsilon = fields.get("norm_epsilon")
+    if epsilon is not None and not (is_number(epsilon) and epsilon > 0):
+        raise UserError(f"norm_epsilon={epsilon!r}: must be a positive number")
+    if not isinstance(fields.get("bias", True), bool):
+        raise UserError(f"bias={fields['bias']!r}: must be true or false")
     kernel = fields.get("short_conv")
     hidden = fields.get("intermediate_size")
     if hidden is not None and not (is_whole(hidden) and hidden >= 1):
@@ -76,7 +87,7 @@ def build_block(
         kv_router=kv_router,
         norm=fields.get("norm", "pre"),
         norm_type=fields.get("norm_type", "layer"),
-        norm_epsilon=fields.get("norm_epsilon"),
+        norm_epsilon=epsilon,
         spectrum=fields.get("spectrum", "orthonormal"),
         dropout=dropout,
         execution=fields.get("execution") or "sparse",

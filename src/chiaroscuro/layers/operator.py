@@ -203,6 +203,11 @@ class Operator(nn.Module):
         """Whether it reads `context.kept`, so that the block needs a router of the key side."""
         return False
 
+    @classmethod
+    def key_heads(cls, width: int, options: Any) -> int:
+        """Its heads of keys, for each of which a router of the key side may choose by itself."""
+        return 1
+
     @property
     def spectral_weight(self) -> Float[Tensor, " width"] | None:
         """The filter that it applies to DCT(x), if that is what it does: a kernel then filters with the entropy."""

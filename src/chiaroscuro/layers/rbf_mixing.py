@@ -89,7 +89,7 @@ class RBFMixing(Operator):
             return self.out_proj(rbf_mix(features, mask))
         if context.routed is not None and self.options.attention_context == "routed":
             raise ValueError("a cache in the 'routed' context holds the routed tokens alone: use sparse execution")
-        (kept,) = context.state.update(features[:, None])
+        (kept,) = (x.to(features.dtype) for x in context.state.update(features[:, None]))  # see `SelfAttention.mix`
         # Of tokens that came alone, the state may hold those alone that were routed here.
         mask = context.mask_over(self._weighed(x, kept.shape[2], context), time, self.options.rbf_causal)
         return self.out_proj(rbf_mix(kept[:, 0], mask))

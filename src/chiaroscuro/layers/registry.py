@@ -186,6 +186,12 @@ def build_kv_router(width: int, model: Mapping[str, Any], layer: int = 0) -> Sco
     return router
 
 
+def check_kv_heads(entry: Entry, heads: int, own: int) -> None:
+    """Refuse a router of the key side that scores another number of heads than the operator's keys have."""
+    if heads not in (1, own):
+        raise UserError(f"kv_router={entry!r}: heads={heads} is neither 1 nor the number of key-value heads, {own}")
+
+
 def key_side(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model as a router of the key side reads them."""
     share = {}

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,20 +16,20 @@ from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers.operator import is_number
 from chiaroscuro.ops.attention import rotary_frequencies
 
-BY_LENGTH = ("dynamic", "longrope")
-"""The types whose frequencies depend on how long the sequence is."""
-
 
 def frequencies_of(
-    parameters: Mapping[str, Any], head_width: int, longest: int, length: int
+    parameters: Mapping[str, Any], head_width: int, longest: int
 ) -> tuple[Float[Tensor, " pairs"], float]:
     """The frequency of each pair of features, and the factor on its cosine and sine.
+
+    They are one model's, whatever the length of a sequence: a later token would otherwise turn the earlier ones. So
+    `longrope` has its long factors where `longest` exceeds its `original_max_position_embeddings`, and its short ones
+    where it does not; transformers asks that of each sequence. `dynamic` changes nothing up to `longest`.
 
     Args:
         parameters: as transformers has them: `rope_type`, `rope_theta`, and what that type needs, such as `factor`.
         head_width: c, the features that are rotated.
         longest: the configuration's `max_position_embeddings`.
-        length: of the sequence, cached tokens included, on which some types depend.
 
     Raises:
         UserError: transformers doesn't know the type, or the type needs a parameter that is missing or unusable.
@@ -43,12 +44,34 @@ def frequencies_of(
         if not is_number(parameters.get("rope_theta")):
             raise UserError(f"rope_parameters={dict(parameters)}: give rope_theta, a number")
         return rotary_frequencies(head_width, float(parameters["rope_theta"])), 1.0
-    by_length = kind in BY_LENGTH
-    return _frequencies(json.dumps(dict(parameters), sort_keys=True), head_width, longest, length if by_length else 0)
+    for name in ("factor", "attention_factor"):
+        if parameters.get(name) is not None and not _is_positive(parameters[name]):
+            raise UserError(f"rope_parameters={dict(parameters)}: {name} must be a positive number")
+    for name in ("short_factor", "long_factor"):
+        _check_factors(parameters, name, head_width // 2)
+    try:
+        described = json.dumps(dict(parameters), sort_keys=True, default=float)  # NumPy's numbers too
+    except (TypeError, ValueError) as error:
+        raise UserError(f"rope_parameters={dict(parameters)}: {error}") from None
+    return _frequencies(described, head_width, longest)
+
+
+def _check_factors(parameters: Mapping[str, Any], name: str, pairs: int) -> None:
+    """Refuse factors of longrope of which there is not a positive one for each pair of features."""
+    given = parameters.get(name)
+    if given is None:
+        return
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    if not listed or len(given) != pairs or not all(map(_is_positive, given)):
+        raise UserError(f"rope_parameters={dict(parameters)}: {name} must be a list of {pairs} positive numbers")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
 @lru_cache(maxsize=64)
-def _frequencies(parameters: str, head_width: int, longest: int, length: int) -> tuple[Tensor, float]:
+def _frequencies(parameters: str, head_width: int, longest: int) -> tuple[Tensor, float]:
     # Not at the top: few need it, and it is slow to import.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -68,8 +91,8 @@ def _frequencies(parameters: str, head_width: int, longest: int, length: int) ->
     try:
         # A table made under inference mode could never be used in training.
         with torch.inference_mode(False), torch.no_grad(), device:
-            frequencies, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](model, device=device, seq_len=length or None)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            frequencies, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](model, device=device, seq_len=longest)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"rope_parameters={given}: {reason}") from None
     if not bool(frequencies.isfinite().all()) or not math.isfinite(factor):

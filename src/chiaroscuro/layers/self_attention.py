@@ -16,7 +16,7 @@ from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Count, Operator, Work, is_number, is_whole
 from chiaroscuro.layers.packed_tokens import AttentionContext, PackedTokens, check_attention_context
 from chiaroscuro.layers.reach_state import ReachState
-from chiaroscuro.layers.rotary import BY_LENGTH, frequencies_of
+from chiaroscuro.layers.rotary import frequencies_of
 from chiaroscuro.layers.state import KeptTokens, OperatorState
 from chiaroscuro.ops.attention import attend, rotary_table, rotate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW, reach_mask
@@ -36,7 +36,7 @@ class AttentionOptions:
         bias: whether the projections have biases.
         attention_dropout: on the attention probabilities, in training.
         rope_theta: the base of the rotary angles.
-        rope_parameters: scaling of the rotary angles as in transformers; where given, `rope_theta` is read from it.
+        rope_parameters: scaling of the rotary angles, see `frequencies_of`; where given, `rope_theta` is read from it.
         max_position_embeddings: the longest sequence, on which some types of scaling depend.
         attention_context: what tokens attend to beyond their window: `"all"` earlier tokens (the paper), only those
             `"routed"` here, where a layer routes only some, or those that are `"kept"`.
@@ -120,7 +120,7 @@ class SelfAttention(Operator):
         self.v_proj = nn.Linear(width, self.key_value_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_width, width, bias=bias)
         # No buffer: it follows from the options, and is neither saved nor cast.
-        self._frequencies = None if self._by_length else self._frequencies_at(self.options.max_position_embeddings)
+        self._frequencies = frequencies_of(self._rope, self.head_width, self.options.max_position_embeddings)
 
     @classmethod
     def check(cls, width: int, options: AttentionOptions) -> None:
@@ -138,8 +138,7 @@ class SelfAttention(Operator):
                 "these serves the same number of heads"
             )
         if options.rope_parameters is not None:
-            longest = options.max_position_embeddings
-            frequencies_of(options.rope_parameters, head_width, longest, longest)
+            frequencies_of(options.rope_parameters, head_width, options.max_position_embeddings)
 
     def mix(self, x: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
         """Attend from every token.
@@ -210,6 +209,11 @@ class SelfAttention(Operator):
     def keeps(cls, options: AttentionOptions) -> bool:
         """In the `"kept"` context."""
         return options.attention_context == "kept"
+
+    @classmethod
+    def key_heads(cls, width: int, options: AttentionOptions) -> int:
+        """Those that groups of queries share."""
+        return options.widths(width)[1]
 
     def _mix_near_and_far(self, x: Tensor, context: Context) -> Tensor:
         """`mix` where near and far differ: under a mask in dense execution, else by the packed form."""
@@ -364,22 +368,13 @@ class SelfAttention(Operator):
     def _rope(self) -> Mapping[str, Any]:
         return self.options.rope_parameters or {"rope_theta": self.options.rope_theta}
 
-    @property
-    def _by_length(self) -> bool:
-        return self._rope.get("rope_type") in BY_LENGTH
-
-    def _frequencies_at(self, length: int) -> tuple[Tensor, float]:
-        return frequencies_of(self._rope, self.head_width, self.options.max_position_embeddings, length)
-
     def _rotary(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Cosines and sines for x's positions, which layers of the same options share."""
         rope = sorted((name, str(value)) for name, value in self._rope.items())
         key = ("rotary", self.head_width, self.options.max_position_embeddings, *rope)
         if key not in context.shared:
-            positions = context.positions(x)
-            length = 0 if self._frequencies or not positions.numel() else int(positions.max()) + 1
-            frequencies, factor = self._frequencies or self._frequencies_at(length)
-            context.shared[key] = rotary_table(positions, frequencies.to(x.device), factor)
+            frequencies, factor = self._frequencies
+            context.shared[key] = rotary_table(context.positions(x), frequencies.to(x.device), factor)
         return context.shared[key]
 
 

@@ -79,7 +79,10 @@ class LayerCache(LayerStates, CacheLayerMixin):
 
 
 class RunningSums(OperatorState):
-    """Sums and counts of each row's embedded tokens, for a causal MetaRouter: the last `REMEMBERED`, for `crop`."""
+    """Sums and counts of each row's embedded tokens, for a causal MetaRouter: of the last ones, for `crop`.
+
+    By `REMEMBERED` tokens it can be cropped, and has a sum then still.
+    """
 
     croppable = True
 
@@ -94,8 +97,8 @@ class RunningSums(OperatorState):
     def extend(self, sums: Tensor, counts: Tensor) -> None:
         """Take up what a call of the MetaRouter returned."""
         # Copies: a view would keep the sums of the whole prompt alive.
-        self.parts.append((sums[:, -REMEMBERED:].detach().clone(), counts[:, -REMEMBERED:].detach().clone()))
-        while sum(count.shape[1] for _, count in self.parts[1:]) >= REMEMBERED:
+        self.parts.append((sums[:, -REMEMBERED - 1 :].detach().clone(), counts[:, -REMEMBERED - 1 :].detach().clone()))
+        while sum(count.shape[1] for _, count in self.parts[1:]) > REMEMBERED:
             self.parts.pop(0)
 
     def select(self, rows: Tensor) -> None:
@@ -106,8 +109,8 @@ class RunningSums(OperatorState):
         """Raise a UserError where more tokens are to be cropped than are remembered."""
         if tokens >= sum(count.shape[1] for _, count in self.parts):
             raise UserError(
-                f"crop of {tokens} tokens, but the causal MetaRouter keeps the sums of the last {REMEMBERED} alone: "
-                "start a new cache"
+                f"crop of {tokens} tokens, but the causal MetaRouter can go back {REMEMBERED} at most: start a new "
+                "cache"
             )
 
     def crop(self, tokens: int) -> None:

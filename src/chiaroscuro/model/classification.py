@@ -152,6 +152,8 @@ def classify(
     logits = head(pool_tokens(outputs.last_hidden_state, attention_mask, trunk.config.classifier_pooling))
     loss = term = None
     if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise UserError(f"labels is a {type(labels).__name__}: give a tensor")
         try:
             loss = loss_function(logits, labels, num_items_in_batch)
         except IndexError:

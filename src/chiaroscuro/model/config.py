@@ -24,7 +24,7 @@ from chiaroscuro.layers.meta_router import Pooling
 from chiaroscuro.layers.norms import NormType
 from chiaroscuro.layers.operator import hosts, is_number, is_whole, make_options, with_defaults
 from chiaroscuro.layers.packed_tokens import AttentionContext
-from chiaroscuro.layers.registry import Entry, hosts_of, key_side, refuse_model_s_options, split_entry
+from chiaroscuro.layers.registry import Entry, check_kv_heads, hosts_of, key_side, refuse_model_s_options, split_entry
 from chiaroscuro.layers.short_convolution import LARGEST_KERNEL
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.spectral import Spectrum
@@ -94,7 +94,9 @@ class ChiarConfig(PreTrainedConfig):
         max_position_embeddings: the longest sequence that the model takes.
         rope_theta: the base of the rotary angles.
         rope_parameters: scaling of the rotary angles as in transformers, `{"rope_type": "linear", "factor": 2.0}`. A
-            `rope_theta` in it counts for more than the field's.
+            `rope_theta` in it counts for more than the field's. `longrope` has its long factors where
+            `max_position_embeddings` exceeds its original one, whatever the length of a sequence, and `dynamic` changes
+            nothing, since longer sequences are refused.
         hidden_dropout: on embeddings, sub-layer outputs and inside the feed-forward, in training.
         attention_dropout: on attention probabilities, in training.
         norm: `"pre"` (y = x + op(N(x))) or `"post"` (the paper: y = N(x + op(x))).
@@ -381,12 +383,15 @@ class ChiarConfig(PreTrainedConfig):
     @property
     def keeping_layers(self) -> list[int]:
         """The layers in which a router of the key side decides who is kept."""
+        return sorted({i for i, _ in self._keeping()})
+
+    def _keeping(self) -> list[tuple[int, tuple[type[Operator], Any]]]:
+        """The operators that read its decisions, with their layers and their options."""
         found = []
         for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
             host = hosts({name: cls for name, (cls, _) in zip(menu, entries, strict=True)})
             hosting = (entry for name, entry in zip(menu, entries, strict=True) if host[name] == name)
-            if any(cls.keeps(options) for cls, options in hosting):
-                found.append(i)
+            found += [(i, (cls, options)) for cls, options in hosting if cls.keeps(options)]
         return found
 
     @property
@@ -576,7 +581,8 @@ class ChiarConfig(PreTrainedConfig):
                     f"execution='sparse' with router={self.router!r}, which needs every operator's output for every "
                     "token: use execution='dense', or router='threshold' or 'hard'"
                 )
-            if self.attention_context == "routed":
+            contexts = (getattr(options, "attention_context", None) for menu in self.entries for _, options in menu)
+            if "routed" in (self.attention_context, *contexts):
                 raise UserError(
                     f"attention_context='routed' with router={self.router!r}, under which every token attends: use "
                     "attention_context='all'"
@@ -595,20 +601,24 @@ class ChiarConfig(PreTrainedConfig):
         except UserError as error:
             raise UserError(f"kv_router={self.kv_router!r}: {error}") from None
         heads = getattr(options, "heads", 1)
-        if heads not in (1, self.num_key_value_heads or self.num_attention_heads):
-            raise UserError(
-                f"kv_router={self.kv_router!r}: heads={heads} is neither 1 nor the number of key-value heads, "
-                f"{self.num_key_value_heads or self.num_attention_heads}"
-            )
+        keeping = self._keeping()
+        for i, (cls, own) in keeping:
+            try:
+                check_kv_heads(self.kv_router, heads, cls.key_heads(self.hidden_size, own))
+            except UserError as error:
+                raise UserError(f"operators[{i}]={self.operators[i] if self.operators else []}: {error}") from None
+        if not keeping:  # then it chooses nothing yet
+            check_kv_heads(self.kv_router, heads, self.num_key_value_heads or self.num_attention_heads)
 
-    def uncacheable(self) -> str:
-        """Why no cache can serve this model; empty where one can."""
+    def uncacheable(self, dense: bool = False) -> str:
+        """Why no cache can serve this model, or this one in dense execution; empty where one can."""
+        dense = dense or self.execution == "dense"
         if self.meta_router in ("batch", "sequence"):
             return f"meta_router={self.meta_router!r}, whose gate reads tokens that a cache has not seen yet"
         for i, (menu, entries) in enumerate(zip(self.menus, self.entries, strict=True)):
             for name, (cls, options) in zip(menu, entries, strict=True):
                 routed = i in self.routed_layers and getattr(options, "attention_context", None) == "routed"
-                if routed and self.execution == "dense" and not getattr(options, "near_and_far", False):
+                if routed and dense and not getattr(options, "near_and_far", False):
                     return "attention_context='routed' under execution='dense', whose keys are of all tokens"
                 if reason := cls.uncacheable(options):
                     return f"operators[{i}]={menu}: {name!r} {reason}"

@@ -22,6 +22,23 @@ class _LongestSequence(StoppingCriteria):
         return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
 
 
+class _Within:
+    """Candidates of assisted generation, cut off where the positions end: all of them are read."""
+
+    def __init__(self, generator: Any, tokens: int) -> None:
+        self._generator, self._tokens = generator, tokens
+
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Those of the generator, and their logits where it has some."""
+        ids, logits = self._generator.get_candidates(input_ids, *args, **kwargs)
+        new = max(0, min(ids.shape[1], self._tokens) - input_ids.shape[1])
+        ids = ids[:, : input_ids.shape[1] + new]
+        return ids, logits[:, :new] if logits is not None and new else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
 class BoundedGenerationMixin(GenerationMixin):
     """`GenerationMixin`, whose `generate` stops where `config.max_position_embeddings` ends.
 
@@ -43,3 +60,7 @@ class BoundedGenerationMixin(GenerationMixin):
         if cache is not None:
             kwargs[CACHE] = cache
         return inherited.generate(*args, stopping_criteria=criteria, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        inherited, config = cast(Any, super()), cast(Any, self).config
+        return _Within(inherited._get_candidate_generator(*args, **kwargs), config.max_position_embeddings)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,6 +118,17 @@ def document_positions(
     return (place - bounds[torch.searchsorted(bounds, place, right=True) - 1])[None]
 
 
+def _positions(logits_to_keep: Any) -> slice | Tensor:
+    """The positions whose logits are wanted: so many last ones (0: all), or those that a tensor has."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim == 1:
+            return logits_to_keep
+        raise UserError(f"logits_to_keep of shape {tuple(logits_to_keep.shape)}: give a number, or a tensor (kept,)")
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, Integral) or int(logits_to_keep) < 0:
+        raise UserError(f"logits_to_keep={logits_to_keep!r}: give 0 for all, or how many of the last")
+    return slice(-int(logits_to_keep), None)
+
+
 def _refuse_no_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
@@ -159,6 +171,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lies a page that says what the model is, unless there is one."""
+        self.config.check()  # what changed since could not be loaded, such as a vocabulary without its special tokens
         if not Path(save_directory).is_file():  # which the parent refuses in its own words
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)  # before all is uploaded, if that is asked for
@@ -452,6 +465,10 @@ class ChiarModel(ChiarPreTrainedModel):
                     f"inputs_embeds of shape {tuple(x.shape)} and dtype {x.dtype}: need shape (B, T, {width}) and a "
                     "floating-point dtype"
                 )
+            device = x.device.type
+            casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            if x.dtype != self.dtype and not casts:
+                raise UserError(f"inputs_embeds of dtype {x.dtype}, and weights of {self.dtype}: convert one of them")
         if self.config.embedding_norm:
             x = F.layer_norm(x, x.shape[-1:])
         return self.dropout(x)
@@ -498,6 +515,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"position_ids of shape {tuple(position_ids.shape)}: need ({batch}, {time}) or (1, {time}), one for "
                 "each new token"
             )
+        elif position_ids.is_floating_point():
+            raise UserError(f"position_ids of dtype {position_ids.dtype}: give whole numbers")
         elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
             real = None if attention_mask is None else attention_mask[:, -time:]
             # Whether there are several is to be known where they are refused: a break in a compiled graph.
@@ -594,6 +613,11 @@ class ChiarModel(ChiarPreTrainedModel):
         """The given cache, or a new one; a UserError if it can't serve this model."""
         if self.gradient_checkpointing and self.training:
             raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
+        if self.training and self.config.router_class.trains_densely and self.config.uncacheable(dense=True):
+            raise UserError(
+                f"a cache while router={self.config.router!r} trains, which runs every operator on every token: call "
+                "model.eval(), or pass use_cache=False"
+            )
         if cache is None:
             return ChiarCache(self.config)
         if not isinstance(cache, ChiarCache):
@@ -699,7 +723,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = _positions(logits_to_keep)
         hidden = outputs.last_hidden_state[:, kept]
         predicts = labels is not None or shift_labels is not None
         wanted = not self.training if output_logits is None else output_logits

@@ -589,8 +589,10 @@ def tables() -> list[str]:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         done = sum(len(variant["seeds_done"]) for variant in found["variants"])
         wanted = len(found["seeds"]) * len(found["variants"])
+        seconds = sum(run["seconds"] for variant in found["variants"] for run in variant["runs"])
         lines.append(
-            f"- [{folder.name}](../{folder.as_posix()}/table.md): {done} of {wanted} runs; "
+            f"- [{folder.name}](../{folder.as_posix()}/table.md): {done} of {wanted} runs, which trained for "
+            f"{seconds / 3600:.1f} hours in all; "
             f"[plot](../{folder.as_posix()}/plot.png), [curves](../{folder.as_posix()}/curves.png), "
             f"[CSV](../{folder.as_posix()}/table.csv)"
         )
