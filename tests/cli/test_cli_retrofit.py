@@ -74,6 +74,7 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert found["needles"][0]["length"] == LENGTH and len(found["needles"][0]["after"]) == 5
     assert 0 < found["costs"][0]["cache"] < 0.6 and "prefill" not in found["costs"][0]
     assert found["controls"].keys() == CONTROLS.keys()
+    assert found["look controls"].keys() == {"random", "H"} and min(found["look controls"].values()) > 1
     kept = [*found["kept"].values()]
     assert len(kept) == 3 and 0.1 < sum(kept) / 3 < 0.5
     assert found["shares"]["kv_router"] == found["shares"]["router"] == {"fitted": {"heads": 2}}
@@ -82,6 +83,7 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert (tmp_path / "out/retrofit.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out/retrofit.md").read_text()
     assert "Every token sees 32 tokens and the first 4." in page and "![" in page and "| by chance |" in page
+    assert "As many looking by other means" in page
     code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--kv-share", 0.1, "--json")
     assert code == 0 and json.loads(out)["perplexity"] > 1, err
     figures = json.loads(out)

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from byte_tokenizer import byte_tokenizer
-from chiaroscuro import retrofit
+from chiaroscuro import fit, retrofit
+from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.ops.reach_attention import reach_mask
-from chiaroscuro.studies.controls import compare_controls, learn_gates, published_marks, whole_layers
+from chiaroscuro.retrofitting.inside import watching
+from chiaroscuro.studies.controls import compare_controls, compare_lookers, learn_gates, published_marks, whole_layers
 from chiaroscuro.studies.retrofitting import predicted_prefill, reached_pairs
 from decoders import build
 
@@ -83,6 +85,32 @@ def test_everything_kept_is_no_control_and_all_have_a_figure(model: Any) -> None
     }
     assert all(math.isfinite(value) and value > 1 for value in found.values())
     assert len({round(value, 6) for value in found.values()}) == len(found)  # each keeps others
+
+
+def test_others_that_look_are_as_many_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = build(vocab_size=len(byte_tokenizer()), max_position_embeddings=512).eval()
+    entry = {"fitted": {"heads": 2}}
+    retrofit(routed, window=WINDOW, sinks=SINKS, attention_share=0.5, kv_share=0.34, router=entry, kv_router=entry)
+    fit(routed, [torch.randint(3, 90, (2, 300), generator=torch.Generator().manual_seed(i)) for i in range(4)])
+    before = {name: tensor.clone() for name, tensor in routed.state_dict().items()}
+    seen: list[Any] = []
+
+    def evaluate(control: Any, blocks: Any, batch_size: int) -> Any:
+        with watching(control) as shares:
+            found = evaluate_blocks(control, blocks, batch_size=batch_size)
+        seen.append(shares)
+        return found
+
+    monkeypatch.setattr("chiaroscuro.studies.controls.evaluate_blocks", evaluate)
+    found = compare_lookers(routed, Text(2, 300, 90))
+    assert set(found) == {"random", "H"} and found["random"] != found["H"]
+    kept = routed.layer_shares("kept")
+    for shares in seen:
+        for i, share in routed.layer_shares("look").items():
+            assert shares.look[i] == pytest.approx(share, abs=0.05)  # of a random token's word, in the first layer
+            assert shares.kept[i] == pytest.approx(kept[i], abs=0.1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in routed.state_dict().items())
+    assert routed.config.chiaroscuro["router"] == entry
 
 
 def test_gates_learn_what_the_window_alone_cannot_give(model: Any) -> None:

@@ -46,6 +46,7 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
                 for name, value in sorted(found["controls"].items(), key=lambda item: -item[1])
             ],
         ),
+        *_lookers(found),
         f"![Perplexity, needles, shares and costs]({picture})",
         "",
         "## By position",
@@ -104,6 +105,22 @@ def render_retrofit(found: Mapping[str, Any], picture: str) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _lookers(found: Mapping[str, Any]) -> list[str]:
+    """The table of who else might look, where not all do."""
+    if "look controls" not in found:
+        return []
+    names = {"random": "by chance", "H": "the highest spectral entropy"}
+    before = found["before"]["perplexity"]
+    rows = [
+        [names[name], f"{value:.2f}", f"{value / before - 1:+.1%}"] for name, value in found["look controls"].items()
+    ]
+    return [
+        "As many looking by other means, kept as fitted; their thresholds were set on this text:",
+        "",
+        markdown_table(["look", "perplexity", ""], rows),
+    ]
 
 
 def _side(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:

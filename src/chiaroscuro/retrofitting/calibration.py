@@ -68,15 +68,21 @@ def calibrate(
             raise UserError(reason)
     sides = [side for side in asked if side not in unready]
     everyone = [router.calibration for reach in model.reaches.values() for router in reach.routers.values()]
-    with evaluation_mode(model), _said_or_as_it_was(model), thresholds_or_as_they_were(everyone):
+    with _said_or_as_it_was(model), thresholds_or_as_they_were(everyone):
         for side, mean in asked.items():
             if mean is not None:
                 getattr(model.config, FIELD)[SPREADS[side][0]] = float(mean)
-        layers = decoder_layers(model)
-        with without_routing(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", f".*{GUESSED}")  # until they are set
-            calibrate_in_turn(model, layers, [WholeBatch(model, layers, batch) for batch in given], sides)
+        calibrate_sides(model, given, sides)
     return {i: reach.routers["look"].calibration.values.tolist() for i, reach in model.reaches.items()}
+
+
+@torch.no_grad()
+def calibrate_sides(model: RoutedModel, batches: Sequence[Batch], sides: Collection[str]) -> None:
+    """Set the thresholds of these sides alone, for the shares that the configuration says; see `calibrate`."""
+    layers = decoder_layers(model)
+    with evaluation_mode(model), without_routing(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{GUESSED}")  # until they are set
+        calibrate_in_turn(model, layers, [WholeBatch(model, layers, batch) for batch in batches], sides)
 
 
 def _checked(model: RoutedModel, batches: Iterable[Batch], shares: dict[str, float | None]) -> list[Batch]:

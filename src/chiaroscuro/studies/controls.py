@@ -7,7 +7,7 @@ the row's later tokens attend to. That is in their favour.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.data.needles import Haystack
-from chiaroscuro.layers import Context, Decision, PackedTokens, ScoreRouter, Spectra
+from chiaroscuro.layers import Context, Decision, PackedTokens, ScoreRouter, Spectra, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_near_and_far
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.ops.attention import capped
 from chiaroscuro.ops.reach_attention import reach_mask
+from chiaroscuro.retrofitting.calibration import calibrate_sides
 from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.inside import noting_inputs, projections
+from chiaroscuro.retrofitting.routed_attention import LOOK_SIDE
 from chiaroscuro.retrofitting.routed_model import key_heads
 from chiaroscuro.retrofitting.whole import without_routing
 
@@ -86,6 +88,30 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
             router.chosen = whole[i]
         losses["whole heads"] = [_loss(control, ids, predicted) for ids, predicted in rows]
     return found | {name: math.exp(sum(row) / len(row)) for name, row in losses.items()}
+
+
+def compare_lookers(model: Any, blocks: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The perplexity if others look, as many of each layer; who is kept is as in the fitted copy.
+
+    Args:
+        model: the retrofitted one.
+        blocks: the text. Thresholds are set on it, which is in the controls' favour.
+
+    Returns:
+        By name: `"random"`, by chance, and `"H"`, those of the highest spectral entropy.
+
+    """
+    found = {}
+    for name, entry in (("random", "random"), ("H", "threshold")):
+        control = copy.deepcopy(model)
+        for i, reach in control.reaches.items():
+            router: Any = build_router(control.config.hidden_size, LOOK_SIDE, entry, {}, i)
+            reach.replace("look", router.to(control.device))
+        control.config.chiaroscuro["router"] = entry
+        rows = [_row(blocks[i], control.device)[0] for i in range(len(blocks))]
+        calibrate_sides(control, rows, ["look"])
+        found[name] = evaluate_blocks(control, cast(Any, blocks), batch_size=1).perplexity
+    return found
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from chiaroscuro.retrofitting.in_place import retrofit
 from chiaroscuro.retrofitting.inside import noting_decisions, watching
 from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
-from chiaroscuro.studies.controls import compare_controls
+from chiaroscuro.studies.controls import compare_controls, compare_lookers
 from chiaroscuro.studies.evaluation import first_blocks
 from chiaroscuro.studies.fitting import LONGEST_TEXT, refuse_no_far
 from chiaroscuro.studies.needles import DEPTHS, needles_found
@@ -170,6 +170,8 @@ def retrofit_copy(
         found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):
         found["controls"] = compare_controls(original, model, blocks, text)
+        if look < 1:
+            found["look controls"] = compare_lookers(model, blocks)
     with _saying(console, "needles"):
         found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
     with _saying(console, "speed and cache"):
