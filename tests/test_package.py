@@ -173,3 +173,14 @@ def test_the_command_says_in_one_line_how_to_install_it(base: Path) -> None:
 
 def test_the_error_is_a_user_error_and_an_import_error() -> None:
     assert issubclass(LabMissing, UserError) and issubclass(LabMissing, ImportError)
+
+
+def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chiaroscuro import __main__, cli
+
+    read: list[str] = []
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(cli, "main", lambda: read.append(sys.stdin.read()))
+    __main__.main()
+    assert read == [""]
+    sys.stdin.close()

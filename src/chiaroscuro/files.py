@@ -55,6 +55,24 @@ def refuse_file(folder: Path, said: str) -> None:
             raise UserError(f"{said}{'' if place == folder else f': {place}'} is a file; name a folder")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Check that a new folder can be made, by making one where it is to be, or where its first parent is, for a moment.
+
+    Raises:
+        UserError: something of that name exists, or the file system refuses.
+
+    """
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} exists already: name another folder")
+    refuse_file(folder, str(folder))
+    parent = next(place for place in folder.parents if place.exists())
+    probe = _beside(parent / folder.name)
+    with saying_why(folder):
+        probe.mkdir()
+        probe.rmdir()
+
+
 # ---- whole files -------------------------------------------------------------------------------------------
 
 

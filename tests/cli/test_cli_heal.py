@@ -187,6 +187,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     [
         ({"model__checkpoint": "/nowhere/at/all"}, "model.checkpoint: no such checkpoint"),
         ({"model__lora": 0}, "model.lora=0"),
+        ({"model__lora": 33}, "model.lora=33 is more than the model's width, 32: give a smaller rank"),
         ({"model__rank": 8}, "rank"),
         ({"model__loraa": 8}, "did you mean 'lora'?"),
         ({"trainer__fsdp": True}, "trainer.fsdp=true with model.architecture: retrofit"),

@@ -19,6 +19,7 @@ from chiaroscuro.model.loading import window_of
 from chiaroscuro.report.retrofit_page import CONTROLS
 from chiaroscuro.retrofitting.inside import noting_decisions
 from chiaroscuro.studies.needles import needles_found
+from chiaroscuro.studies.retrofitting import Measured
 from decoders import build
 from small_runs import WORDS
 
@@ -124,12 +125,46 @@ def test_a_target_that_cannot_be_met_leaves_the_fit(
     assert not any(reach.kept.unready() for reach in model.reaches.values())
 
 
+def test_what_was_fitted_before_an_interruption_gets_its_report(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "new/out"  # its parent is made
+    with monkeypatch.context() as patch:
+        patch.setattr("chiaroscuro.studies.retrofitting.compare_needles", interrupted)
+        code, _, err = run(*small(places, output))
+    assert code == 2 and "interrupted" in err
+    assert AutoModelForCausalLM.from_pretrained(output) is not None and not (output / "retrofit.json").exists()
+    code, _, err = run(*small(places, output, "--kv-share", 0.5))
+    assert code == 2 and "was made with another kept" in err
+    monkeypatch.setattr("chiaroscuro.studies.retrofitting.fit", None)  # it is not fitted again
+    code, out, err = run(*small(places, output, "--json"))
+    assert code == 0, err
+    found = json.loads(out)
+    assert found == json.loads((output / "retrofit.json").read_text()) | {"output": str(output)}
+    assert found["fit"]["kept"] == 0.25 and "fitted.json" not in {file.name for file in output.iterdir()}
+    code, _, err = run(*small(places, output))
+    assert code == 2 and "exists already: name another folder" in err
+
+
+def interrupted(*given: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_lengths_that_nobody_gave_are_those_that_the_model_reads() -> None:
+    measured = Measured(rows=3)
+    for most, wanted in ((512, (512, (512,))), (1500, (1500, (1024, 1500))), (8192, (2048, (1024, 2048)))):
+        within = measured.within(most)
+        assert (within.length, within.needles, within.costs) == (wanted[0], wanted[1], wanted[1])
+    assert Measured(length=64, needles=(80,)).within(512).needles == (80,)
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
         (["--kv-share", 1.5], "--kv-share 1.5: must be a share of the tokens"),
         (["--look", -0.1], "--look -0.1: must be a share"),
         (["--look", 0], "--look 0: must be a share"),
+        (["--look", 1.5], "--look 1.5: must be a share of the tokens, more than 0 and at most 1"),
         (["--window", 0], "window=0: must be a whole number of tokens"),
         (["--sinks", -1], "sinks=-1"),
         (["--layers", "7"], "layers=[7]: the model has the layers 0 to 2"),
@@ -159,7 +194,10 @@ def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> 
     for arguments, complaint in (
         (["retrofit", tmp_path / "none", tmp_path / "out"], "no such checkpoint"),
         (["retrofit", places[0], tmp_path], "exists already: name another folder"),
-        (["retrofit", places[0], tmp_path / "no/where"], "does not exist; create it first"),
+        (["retrofit", places[0], places[0] / "config.json/x"], "config.json is a file; name a folder"),
+        (["retrofit", places[0], "/proc/x"], "cannot write /proc/x"),
+        (["fit", places[0], "--output", "/proc/x"], "cannot write /proc/x"),
+        (["calibrate", places[0], "--output", "/proc/x"], "cannot write /proc/x"),
     ):
         code, _, err = run(*arguments)
         assert code == 2 and complaint in err, err

@@ -109,6 +109,12 @@ def test_the_answer_is_the_needle_of_its_key(data: st.DataObject, seed: int) -> 
     assert [at is None for at in row["depths"]] == [target is None for target in targets]
 
 
+def test_several_needles_of_which_one_is_asked_for_have_a_name_of_their_own() -> None:
+    own, other = make_task("niah", {}), make_task("passkey", {"keys": 4})
+    assert own.draw(Random(1)) == other.draw(Random(1)) and own.description == other.description
+    assert (own.keys, own.queries) == (4, 1)
+
+
 def test_needles_lie_evenly() -> None:
     task: Any = make_task("passkey", {"noise": 99, "keys": 3})
     draw = Random(1)

@@ -4,6 +4,7 @@ Oracle: what a plain forward then decides, counted.
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,10 +27,16 @@ def routed(family: str = "llama", **options: Any) -> Any:
     return model
 
 
-def fitted(**options: Any) -> Any:
-    model = routed(**options)
+@cache
+def fitted_once(heads: int) -> Any:
+    entry = {"fitted": {"heads": heads}}
+    model = routed(router=entry, kv_router=entry)
     fit(model, [ids(i, 4, 64) for i in range(8)])
     return model
+
+
+def fitted(heads: int = 1) -> Any:
+    return copy.deepcopy(fitted_once(heads))
 
 
 def other_text(seed: int = 9, count: int = 6) -> list[Tensor]:
@@ -46,8 +53,7 @@ def shares(model: Any, batches: list[Any]) -> dict[str, dict[int, float]]:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_it_meets_the_shares_of_each_layer_and_leaves_the_scores(heads: int) -> None:
-    entry = {"fitted": {"heads": heads}}
-    model = fitted(router=entry, kv_router=entry)
+    model = fitted(heads)
     scores = {name: t.clone() for name, t in model.state_dict().items() if "calibration" not in name}
     batches = other_text()
     off = shares(model, batches)

@@ -210,7 +210,7 @@ def test_a_tracker_may_be_named_when_the_run_goes_on(run: Go, monkeypatch: pytes
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recording", Recording)
     run()
     printed = io.StringIO()
-    run(resume=True, console=Console(file=printed), trainer__report_to=["recording"])
+    run(resume=True, console=Console(file=printed), trainer__report_to="recording")
 
 
 def test_other_texts_are_validated_on_too(run: Go, tmp_path: Path, whole: TrainResult) -> None:

@@ -425,11 +425,24 @@ def retrofit(
         str, typer.Option(help="The text to fit and to measure on: python-docs, a folder, or a Hub name.")
     ] = "python-docs",
     rows: Annotated[int, typer.Option(help="Rows to fit on.", min=1, max=LARGEST)] = 48,
-    length: Annotated[int, typer.Option(help="Their length, in tokens.", min=1, max=LARGEST)] = 1024,
-    needles: Annotated[str, typer.Option(help="Lengths of the rows in which needles are looked for.")] = "1024,2048",
-    costs: Annotated[str, typer.Option(help="Lengths at which cache and speed are measured.")] = "1024,2048",
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Their length; by default 1024 tokens. All defaults are shorter for a model that reads fewer.",
+            min=1,
+            max=LARGEST,
+        ),
+    ] = None,
+    needles: Annotated[
+        str | None, typer.Option(help="Lengths of the rows in which needles are looked for; by default 1024,2048.")
+    ] = None,
+    costs: Annotated[
+        str | None, typer.Option(help="Lengths at which cache and speed are measured; by default 1024,2048.")
+    ] = None,
     text_rows: Annotated[int, typer.Option(help="Rows of text to measure on.", min=1, max=LARGEST)] = 8,
-    text_length: Annotated[int, typer.Option(help="Their length, in tokens.", min=1, max=LARGEST)] = 2048,
+    text_length: Annotated[
+        int | None, typer.Option(help="Their length; by default 2048 tokens.", min=1, max=LARGEST)
+    ] = None,
     tries: Annotated[int, typer.Option(help="Needles of each depth and length.", min=1, max=LARGEST)] = 4,
     seconds: Annotated[float, typer.Option(help="Seconds for each speed; 0 measures none.", min=0)] = 20.0,
     as_json: AsJson = False,
@@ -437,6 +450,7 @@ def retrofit(
     """Route the attention of a decoder: fit its scores, save a copy, and report what it saves and what it costs.
 
     Perplexity by position, needles by depth, cache, and the speed of prefill and decoding, each beside the original's.
+    If it is interrupted after the fit, the same command makes the report.
 
     Example: chiaroscuro retrofit smollm2 runs/smollm2-routed --kv-share 0.25
     """
@@ -460,8 +474,8 @@ def retrofit(
         measured=Measured(
             text_length,
             text_rows,
-            tuple(numbers("--needles", needles)),
-            tuple(numbers("--costs", costs)),
+            None if needles is None else tuple(numbers("--needles", needles)),
+            None if costs is None else tuple(numbers("--costs", costs)),
             tries,
             seconds,
         ),

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 
 from chiaroscuro.analysis.routing_summary import measure_routing
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_unwritable
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.config import ChiarConfig
@@ -55,6 +56,7 @@ def calibrate_copy(
     """
     if output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
+    refuse_unwritable(output)
     model: Any = workspace.language_model("calibrate")
     retrofitted = isinstance(model, RoutedModel)
     if not retrofitted and not isinstance(model, ChiarPreTrainedModel):

@@ -11,7 +11,7 @@ from torch import Tensor
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import write_bytes, write_text
+from chiaroscuro.files import refuse_unwritable, write_bytes, write_text
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.report.fit_figure import draw_fit
 from chiaroscuro.retrofitting.fitting import fit
@@ -101,6 +101,7 @@ def fit_copy(
     """
     if output.exists():
         raise UserError(f"--output {output} exists already: name another folder")
+    refuse_unwritable(output)
     model = workspace.language_model("fit")
     length = workspace.length(length, most=LONGEST)
     named: Any

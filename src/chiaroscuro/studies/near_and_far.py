@@ -449,17 +449,17 @@ The controls: full attention, from the start to the end and trained on from the 
 **convolution** over four tokens in every layer, or in the place of attention; and the paper's choice of dct or
 attention. All of a task have the same depth and width and see the same number of tokens.
 
-*Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full attention's,
-counted at the shares measured, which are means over all layers. A mean of several seeds has its standard deviation; the
-differences from the best full attention without convolutions are paired by seed, with their 95% interval. Means over
-unlike seeds can't be compared with each other: the differences can, and fronts, pictures and verdicts go by them, and
-name means that are placed by them. Two variants *can't be told apart* where the interval of their differences holds 0,
-or where there is but one seed. Bold names are on a front: no other variant is better at the same or a lower cost, in
-scores (s) or in cache (c).
+*Scores* are the products of queries and keys, *cache* the numbers kept after a row, both as parts of full
+attention's, counted at the shares measured, which are means over all layers. A mean of several seeds has its standard
+deviation; the differences from the best full attention without convolutions are paired by seed, with their 95%
+interval. Rows with other seeds can't be compared by their means: their differences can, and fronts, pictures and
+verdicts go by these. (A mean that a verdict names is the baseline's, moved by the difference.) Two variants *can't be
+told apart* where the interval of their differences holds 0, or where there is but one seed. Bold names are on a
+front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
-Chance draws for each side by itself. It did not yet when these rows were measured: `both + conv, random` of text,
-`both, random` of associative recall and passkeys, and `both, random afterwards` of passkeys. There who was kept by
-chance was who looked by chance.
+Chance draws for each side by itself. These rows were measured before it did: `both + conv, random` of text, `both,
+random` of associative recall and passkeys, and `both, random afterwards` of passkeys. In them the tokens that are kept
+are those that look.
 """
 
 

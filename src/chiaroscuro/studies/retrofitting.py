@@ -3,9 +3,9 @@
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_tur
 from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import refuse_place, write_bytes, write_text
+from chiaroscuro.files import refuse_unwritable, write_bytes, write_text
 from chiaroscuro.model.cache import CACHE
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer
+from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer, longest_sequence
 from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
@@ -40,6 +40,9 @@ from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
 
 FIGURES, PICTURE, PAGE = "retrofit.json", "retrofit.png", "retrofit.md"
+FITTED = "fitted.json"
+"""What was asked for and what the fit found, in the folder of a copy whose report is not written yet."""
+
 TRIED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Kept shares among which `target` finds the least."""
 
@@ -56,14 +59,22 @@ class Measured:
         tries: needles of each depth and length.
         seconds: of the speeds of each length; 0 for none.
 
+    Lengths of None are 2,048 tokens, or 1,024 and 2,048, or as many as the model reads.
+
     """
 
-    length: int = 2048
+    length: int | None = None
     rows: int = 8
-    needles: tuple[int, ...] = (1024, 2048)
-    costs: tuple[int, ...] = (1024, 2048)
+    needles: tuple[int, ...] | None = None
+    costs: tuple[int, ...] | None = None
     tries: int = 4
     seconds: float = 20.0
+
+    def within(self, most: int) -> "Measured":
+        """The same with all lengths, for a model that reads so many tokens."""
+        both = tuple(sorted({min(length, most) for length in (1024, 2048)}))
+        length, needles, costs = self.length or min(2048, most), self.needles or both, self.costs or both
+        return replace(self, length=length, needles=needles, costs=costs)
 
 
 def retrofit_copy(
@@ -78,7 +89,7 @@ def retrofit_copy(
     layers: Sequence[int] | None = None,
     data: str = "python-docs",
     rows: int = 48,
-    length: int = 1024,
+    length: int | None = None,
     target: float | None = None,
     measured: Measured | None = None,
     console: Console | None = None,
@@ -87,7 +98,8 @@ def retrofit_copy(
 
     Args:
         name: of the checkpoint: see `load_checkpoint`.
-        output: the folder of the copy; it must not exist. `retrofit.json`, `.md` and `.png` in it hold what is found.
+        output: the folder of the copy. `retrofit.json`, `.md` and `.png` in it hold what is found. It must not exist,
+            but for one of the same call whose report was not finished: then only that is made.
         window: see `chiaroscuro.retrofit`; as `sinks` and `layers`.
         sinks: see there.
         look: the share that looks far, the mean over the layers.
@@ -97,7 +109,7 @@ def retrofit_copy(
         data: a corpus. Scores are fitted on its train split and on needles and copies in it, and measured on its
             validation split.
         rows: to fit on, of `length` tokens; the last fifth is held out.
-        length: see `rows`.
+        length: see `rows`; 1,024, or as many as the model reads, unless given.
         target: instead of `kept`, the most that the perplexity may rise, 0.01 for 1%: the least share that stays below.
         measured: how much to measure.
         console: where progress is shown.
@@ -109,33 +121,25 @@ def retrofit_copy(
         UserError: the folder exists, or the model or the text can't be used.
 
     """
-    if output.exists():
-        raise UserError(f"{output} exists already: name another folder")
-    refuse_place(output)
+    asked: dict[str, Any] = {"model": name, "window": window, "sinks": sinks, "look": look, "kept": kept}
+    asked |= {"heads": heads, "layers": None if layers is None else list(layers), "data": data}
+    asked |= {"rows": rows, "length": length, "target": target}
+    goes_on = (output / FITTED).is_file()
+    if not goes_on:
+        refuse_unwritable(output)
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target {target:.0%}: must be more than 0% and less than 100%, such as 1%")
-    for share, given in (("--kv-share", kept), ("--look", look)):
-        if not 0 < given < 1 and (share, given) != ("--look", 1):
-            raise UserError(f"{share} {given:g}: must be a share of the tokens, more than 0 and less than 1")
-    refuse_no_far(length, window + sinks)
+    if not 0 < kept < 1:
+        raise UserError(f"--kv-share {kept:g}: must be a share of the tokens, more than 0 and less than 1")
+    if not 0 < look <= 1:
+        raise UserError(f"--look {look:g}: must be a share of the tokens, more than 0 and at most 1")
     if rows < 10:
         raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
     console = console or Console(stderr=True)
-    measured = measured or Measured()
     model: Any = load_checkpoint(name)
     tokenizer = load_checkpoint_tokenizer(name)
-    lengths = {"--length": length, "--text-length": measured.length}
-    lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
-    most = model.config.max_position_embeddings
-    if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
-        raise UserError(f"{', '.join(longer)}: {name} reads {most} tokens at most; give less")
-    for option, row in (("--length", length), *(("--needles", row) for row in measured.needles)):
-        try:
-            Haystack(tokenizer).needle(row, 0.5, 0, keys=4)
-        except UserError as error:  # before all that takes time
-            raise UserError(f"{option} {row}: {error}") from None
     original = copy.deepcopy(model)
-    grouped = key_heads(model.config)
+    grouped = key_heads(model.config) if hasattr(model.config, "num_attention_heads") else 1
     entry: Any = {"fitted": {"heads": grouped}} if heads and grouped > 1 else "fitted"
     retrofit(
         model,
@@ -147,6 +151,20 @@ def retrofit_copy(
         router=entry,
         kv_router=entry,
     )
+    most = longest_sequence(model.config)
+    measured = (measured or Measured()).within(most)
+    length = min(1024, most) if length is None else length
+    assert measured.length is not None and measured.needles is not None and measured.costs is not None
+    lengths = {"--length": length, "--text-length": measured.length}
+    lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
+    if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
+        raise UserError(f"{', '.join(longer)}: {name} reads {most} tokens at most; give less")
+    refuse_no_far(length, window + sinks)
+    for option, row in (("--length", length), *(("--needles", row) for row in measured.needles)):
+        try:
+            Haystack(tokenizer).needle(row, 0.5, 0, keys=4)
+        except UserError as error:  # before all that takes time
+            raise UserError(f"{option} {row}: {error}") from None
     corpus = load_corpus(data, needed=("train", "validation"))
     tokens = tokenize_corpus(corpus, tokenizer)
     text = Haystack(tokenizer, torch.from_numpy(tokens["train"].tokens[:LONGEST_TEXT].astype("int64")))
@@ -156,16 +174,20 @@ def retrofit_copy(
     found |= {"fit_length": length, "length": measured.length, "rows": len(blocks)}
     with _saying(console, "perplexity of the original"):
         before = evaluate_blocks(original, blocks, batch_size=1, window=window)
-    with _saying(console, f"fitting on {rows} rows of {length} tokens"):
-        report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
-    found["fit"] = report.figures()
     # Saved before all that is measured, which takes as long as the fit: an interruption does not lose it.
-    try:
-        if target is not None:
-            with _saying(console, f"the least share that costs at most {target:.1%}"):
-                found["tried"] = _least(model, blocks, before.loss, target)
-    finally:
-        save_whole(output, model, tokenizer, None)
+    if goes_on:
+        model, saved = _fitted_before(output, asked)
+        console.print(f"{output} is fitted already: its report is made", highlight=False)
+    else:
+        with _saying(console, f"fitting on {rows} rows of {length} tokens"):
+            report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
+        saved = {"asked": asked, "found": {"fit": report.figures()}}
+        save_whole(output, model, tokenizer, beside={FITTED: json.dumps(saved)})
+    found |= saved["found"]
+    if target is not None and "tried" not in found:
+        with _saying(console, f"the least share that costs at most {target:.1%}"):
+            saved["found"]["tried"] = found["tried"] = _least(model, blocks, before.loss, target)
+        save_whole(output, model, tokenizer, beside={FITTED: json.dumps(saved)}, new=False)
     with _saying(console, "perplexity of the copy"):
         found |= compare_text(before.figures(), model, blocks, window)
     with _saying(console, "controls"):
@@ -180,7 +202,29 @@ def retrofit_copy(
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
     write_bytes(output / PICTURE, draw_retrofit(found))
     write_text(output / PAGE, render_retrofit(found, PICTURE))
+    (output / FITTED).unlink()
     return found
+
+
+def _fitted_before(output: Path, asked: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A copy that was saved by a call which did not come to its report, and what is saved beside it.
+
+    Raises:
+        UserError: the call was another one, or the copy can't be read.
+
+    """
+    try:
+        saved = json.loads((output / FITTED).read_text("utf-8"))
+        other = [option for option, value in asked.items() if saved["asked"][option] != value]
+        found = saved["found"]["fit"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{output / FITTED} can't be read ({error}): name another folder") from None
+    if other or not found:
+        raise UserError(
+            f"{output} exists already, and was made with another {', '.join(other)}: name another folder, or give the "
+            "same options to finish its report"
+        )
+    return load_checkpoint(str(output)), saved
 
 
 @contextmanager
@@ -235,7 +279,7 @@ def compare_needles(
             "before": needles_found(original, haystack, length, DEPTHS, measured.tries, keys=keys),
             "after": needles_found(model, haystack, length, DEPTHS, measured.tries, keys=keys),
         }
-        for length in measured.needles
+        for length in measured.needles or ()
         for keys in (1, 4)
     ]
 
@@ -253,7 +297,7 @@ def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> l
 
     """
     rows = []
-    for length in measured.costs:
+    for length in measured.costs or ():
         ids = torch.from_numpy(np.resize(text[: 2**20], length).astype(np.int64))[None].to(model.device)
         numbers = numbers_kept(model, ids), numbers_kept(original, ids)
         weights = sum(p.numel() for p in original.parameters())

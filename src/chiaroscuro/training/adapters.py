@@ -17,7 +17,7 @@ def add_adapters(model: Any, rank: int) -> None:
     """Put LoRA layers of this rank around the projections of a model's attention, and train nothing else.
 
     Raises:
-        UserError: peft is not installed.
+        UserError: peft is not installed, or the rank is larger than the model's width.
 
     """
     try:
@@ -34,6 +34,10 @@ def add_adapters(model: Any, rank: int) -> None:
             if isinstance(child, nn.Linear)
         }
     )
+    if rank > model.config.hidden_size:
+        raise UserError(
+            f"model.lora={rank} is more than the model's width, {model.config.hidden_size}: give a smaller rank"
+        )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,24 +103,33 @@ class Checkpoint:
 
 
 def save_whole(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe | None = None,
+    beside: Mapping[str, str] | None = None,
+    new: bool = True,
 ) -> None:
     """Save a model and its tokenizer for `from_pretrained`, whole or not at all.
 
     Args:
-        folder: Where. It must not exist.
+        folder: Where.
         model: The model.
         tokenizer: Its tokenizer.
         recipe: What it was trained by, saved beside the weights as recipe.yaml.
+        beside: More files of text, by name.
+        new: Whether the folder must not exist; one that does is replaced otherwise.
 
     Raises:
         UserError: if there is such a folder, or the file system refuses.
     """
-    with whole_folder(folder, new=True) as unfinished:
+    with whole_folder(folder, new=new) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if recipe is not None:
             (unfinished / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        for name, text in (beside or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -151,6 +151,10 @@ DECAYED = 0.2
 """The part of a run in which the learning rate falls, by `wsd`, unless `decay_steps` says it."""
 
 
+def _one_or_several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _two_numbers(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{value!r} needs two numbers, such as [0.9, 0.95]")
@@ -215,7 +219,7 @@ class TrainerSection(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     fsdp: bool = False
-    report_to: list[Annotated[str, Field(min_length=1)]] = []
+    report_to: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_several)] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainerSection":

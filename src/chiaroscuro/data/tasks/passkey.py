@@ -91,3 +91,10 @@ class Passkey(RecallTask, GeneratedTask):
             targets += [None, *numbers[key], None]
             depths += [None, *[DEPTHS * places[key] // (self.noise + 1)] * self.digits, None]
         return {"words": words[:-1], "targets": targets[:-1], "depths": depths[:-1]}
+
+
+@dataclass(frozen=True)
+class MultiKeyNeedle(Passkey):
+    """RULER's multi-key needle: `Passkey` with several needles, of which one is asked for."""
+
+    keys: int = 4

@@ -13,7 +13,7 @@ from chiaroscuro.data.tasks.imdb import Imdb
 from chiaroscuro.data.tasks.language_modelling import LanguageModelling
 from chiaroscuro.data.tasks.listops import FlatListops, NestedListops
 from chiaroscuro.data.tasks.mqar import MultiQueryRecall
-from chiaroscuro.data.tasks.passkey import Passkey
+from chiaroscuro.data.tasks.passkey import MultiKeyNeedle, Passkey
 from chiaroscuro.data.tasks.retrieval import Retrieval
 from chiaroscuro.data.tasks.task import Task
 from chiaroscuro.errors import UserError, suggest
@@ -115,4 +115,5 @@ register_task("listops-flat", FlatListops)
 register_task("listops-nested", NestedListops)
 register_task("mqar", MultiQueryRecall)
 register_task("passkey", Passkey)
+register_task("niah", MultiKeyNeedle)
 register_task("retrieval", Retrieval)
