@@ -284,7 +284,6 @@ def test_an_output_of_another_shape_is_never_broadcast(menu: list[str], executio
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("width", "fields", "complaint"),
     [
@@ -299,6 +298,7 @@ def test_a_block_that_cannot_be_built_is_one_line(width: int, fields: dict[str, 
         build_block(width, ("dct",), fields)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("decision", "complaint"),
     [

@@ -359,7 +359,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*'factor' is missing"),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": 0}},
-        "rope_parameters=.*frequencies they give are not finite",
+        "rope_parameters=.*factor must be a positive number",
     ),
     ({"router": {"random": {"router_seed": "a"}}}, "router_seed='a': must be a whole number from 0"),
     ({"router": {"permuted": {"router_seed": -1}}}, "router_seed=-1: must be a whole number from 0"),
