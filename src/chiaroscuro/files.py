@@ -56,7 +56,7 @@ def refuse_file(folder: Path, said: str) -> None:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Check that a new folder can be made, by making one where it is to be, or where its first parent is, for a moment.
+    """Check that a new folder can be made, by briefly making one in the nearest parent that exists.
 
     Raises:
         UserError: something of that name exists, or the file system refuses.
@@ -65,12 +65,13 @@ def refuse_unwritable(folder: Path) -> None:
     folder = Path(os.path.realpath(folder))
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: name another folder")
-    refuse_file(folder, str(folder))
-    parent = next(place for place in folder.parents if place.exists())
-    probe = _beside(parent / folder.name)
-    with saying_why(folder):
+    try:
+        refuse_file(folder, str(folder))
+        probe = _beside(next(place for place in folder.parents if place.exists()) / folder.name)
         probe.mkdir()
         probe.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; {ELSEWHERE}") from None
 
 
 # ---- whole files -------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert (tmp_path / "out/retrofit.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out/retrofit.md").read_text()
     assert "Every token sees 32 tokens and the first 4." in page and "![" in page and "| by chance |" in page
-    assert "As many looking by other means" in page
+    assert "The same number of tokens look, chosen otherwise" in page
     code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--kv-share", 0.1, "--json")
     assert code == 0 and json.loads(out)["perplexity"] > 1, err
     figures = json.loads(out)
@@ -110,6 +110,8 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
     assert found["shares"]["kv_share"] == min(one["kv_share"] for one in found["tried"] if one["rise"] <= 0.3)
     assert found["after"]["loss"] - found["before"]["loss"] <= 0.27  # log 1.3
     assert found["shares"]["layers"] == [0, 2]
+    saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.config.chiaroscuro == found["shares"]
     assert found["shares"]["kv_router"] == found["shares"]["router"] == "fitted"
 
 
@@ -135,7 +137,7 @@ def test_what_was_fitted_before_an_interruption_gets_its_report(
     assert code == 2 and "interrupted" in err
     assert AutoModelForCausalLM.from_pretrained(output) is not None and not (output / "retrofit.json").exists()
     code, _, err = run(*small(places, output, "--kv-share", 0.5))
-    assert code == 2 and "was made with another kept" in err
+    assert code == 2 and "was made with another --kv-share" in err
     monkeypatch.setattr("chiaroscuro.studies.retrofitting.fit", None)  # it is not fitted again
     code, out, err = run(*small(places, output, "--json"))
     assert code == 0, err
@@ -196,6 +198,8 @@ def test_other_mistakes(run: Run, places: tuple[Path, Path], tmp_path: Path) -> 
         (["retrofit", places[0], tmp_path], "exists already: name another folder"),
         (["retrofit", places[0], places[0] / "config.json/x"], "config.json is a file; name a folder"),
         (["retrofit", places[0], "/proc/x"], "cannot write /proc/x"),
+        (["retrofit", places[0], "/proc/x/y"], "cannot write /proc/x/y"),
+        (["retrofit", places[0], tmp_path / ("x" * 300)], "File name too long"),
         (["fit", places[0], "--output", "/proc/x"], "cannot write /proc/x"),
         (["calibrate", places[0], "--output", "/proc/x"], "cannot write /proc/x"),
     ):
@@ -289,7 +293,7 @@ def test_a_copy_is_fitted_anew_and_calibrated(run: Run, places: tuple[Path, Path
     retrofit(model, window=16, sinks=1, attention_share=0.5, kv_share=0.25, router=entry, kv_router=entry)
     model.save_pretrained(tmp_path / "copy")
     byte_tokenizer().save_pretrained(tmp_path / "copy")
-    rows = ("--data", places[1], "--tokens", 5120, "--length", LENGTH)
+    rows = ("--data", places[1], "--tokens", 6400, "--length", LENGTH)
     code, _, err = run("calibrate", tmp_path / "copy", "--data", places[1], "--output", tmp_path / "early")
     assert code == 2 and "was not fitted yet" in err and not (tmp_path / "early").exists()
     code, out, err = run("fit", tmp_path / "copy", *rows, "--output", tmp_path / "fitted", "--json")
@@ -315,5 +319,7 @@ def test_a_copy_is_fitted_anew_and_calibrated(run: Run, places: tuple[Path, Path
     for command in ("fit", "calibrate"):
         code, _, err = run(command, places[0], "--data", places[1], "--output", tmp_path / "none")
         assert code == 2 and f"{command} needs a CHIAR-Former or a retrofitted model" in err
+    code, _, err = run("fit", tmp_path / "copy", *rows[:2], "--tokens", 5760, *rows[4:], "--output", tmp_path / "none")
+    assert code == 2 and "9 rows to fit on: give 10 or more, of all kinds" in err
     code, _, err = run("fit", tmp_path / "copy", *rows[:4], "--length", 17, "--output", tmp_path / "none")
     assert code == 2 and "all of a row is within the window" in err and not (tmp_path / "none").exists()

@@ -278,13 +278,15 @@ def test_a_causal_metarouter_s_sums_are_cropped_too(pieces: list[int]) -> None:
 
 
 def test_a_causal_metarouter_remembers_its_last_sums_alone() -> None:
-    model = build(shrunk("small", max_position_embeddings=3 * REMEMBERED))
+    model = build(shrunk("small", max_position_embeddings=4 * REMEMBERED))
     cache = filled(model, tokens(0, 1, 2 * REMEMBERED))
-    for token in tokens(1, 1, 10).split(1, dim=1):
+    for token in tokens(1, 1, REMEMBERED + 10).split(1, dim=1):
         continued(model, cache, token)
     assert sum(count.shape[1] for _, count in cache.meta_state.parts) < 2 * REMEMBERED
     with pytest.raises(UserError, match=f"can go back {REMEMBERED} at most"):
         cache.crop(-2 * REMEMBERED)
+    for token in tokens(2, 1, REMEMBERED // 2).split(1, dim=1):
+        continued(model, cache, token)
     cache.crop(-REMEMBERED)
     assert cache.meta_state.last is not None
 

@@ -164,8 +164,22 @@ def test_drafts_end_where_the_positions_end(options: dict[str, Any]) -> None:
     prompt = {"input_ids": tokens(0, 1, 4).repeat(1, 3)}
     plain = generate(model, prompt, max_new_tokens=100).sequences
     assert plain.shape == (1, 25)
-    drafted = model.generate(**prompt, **(options | assistant), max_new_tokens=100, do_sample=False, eos_token_id=None)
-    assert torch.equal(drafted, plain)
+    given = options | assistant | {"max_new_tokens": 100, "eos_token_id": None}
+    assert torch.equal(model.generate(**prompt, **given, do_sample=False), plain)
+    assert model.generate(**prompt, **given, do_sample=True).shape == (1, 25)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(prompt["input_ids"]).detach()}
+    if not assistant:
+        assert torch.equal(model.generate(**embeds, **given, do_sample=False), plain[:, 12:])
+
+
+def test_an_assistant_keeps_its_schedule_of_drafts() -> None:
+    """transformers writes it back to assistants of its own kind alone."""
+    model, assistant = build(shrunk("small")), build(shrunk("small"))
+    assistant.generation_config.num_assistant_tokens = 2
+    assistant.generation_config.num_assistant_tokens_schedule = "heuristic"
+    given = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    model.generate(tokens(0, 1, 4), assistant_model=assistant, **given)
+    assert assistant.generation_config.num_assistant_tokens > 2
 
 
 def test_a_cache_of_a_model_that_trains_densely_says_what_to_do() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from small_models import PRESETS, ROUTERS, VOCABULARY, WIDTH, build, shrunk, tokens
 from torch import Tensor, nn
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarModel, UserError, calibrate
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, ChiarModel, UserError, calibrate
 from chiaroscuro.layers import Context, HardRouter, SpectralMixing
 from chiaroscuro.model import ChiarCausalLMOutput
 
@@ -528,9 +528,11 @@ def test_inputs_of_other_types_are_refused_in_one_line(tmp_path: Path) -> None:
     whole = model(ids).logits
     for kept in (2, np.int64(2), torch.tensor([4, 5])):
         assert torch.equal(model(ids, logits_to_keep=kept).logits, whole[:, -2:])
-    for wrong in (-1, True, torch.tensor(3), "2"):
+    cache = ChiarCache(model.config)
+    for wrong in (-1, True, torch.tensor(3), torch.tensor([1.0]), "2"):
         with pytest.raises(UserError, match="logits_to_keep"):
-            model(ids, logits_to_keep=wrong)
+            model(ids, logits_to_keep=wrong, cache=cache)
+    assert cache.tokens_seen == 0 and not cache.unfinished
     shrunken = build(shrunk("small", eos_token_id=VOCABULARY - 1))
     shrunken.resize_token_embeddings(20)
     with pytest.raises(UserError, match="eos_token_id=52: must be a token of the vocabulary, vocab_size=20"):

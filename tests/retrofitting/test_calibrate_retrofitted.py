@@ -115,6 +115,18 @@ def test_padding_is_not_counted(family: str) -> None:
         assert found[i] == pytest.approx(values, rel=1e-3)
 
 
+def test_documents_of_a_row_are_calibrated_on_each_by_itself() -> None:
+    model = routed(router="norm", kv_router="norm")
+    batches = other_text()
+    places = torch.cat([torch.arange(20), torch.arange(44)])[None]
+    packed = [{"input_ids": batch, "position_ids": places} for batch in batches]
+    found, wanted = calibrate(model, packed, 0.3, 0.2), calibrate(copy.deepcopy(model), batches, 0.3, 0.2)
+    assert found[2] != wanted[2]
+    counted = shares(model, packed)
+    for side, share in (("look", 0.3), ("kept", 0.2)):
+        assert all(counted[side][i] == pytest.approx(share, abs=LAYERS[i]) for i in counted[side])
+
+
 def test_a_side_that_was_never_fitted_stays_as_it_is() -> None:
     model = routed(attention_share=1.0)
     fit(model, [ids(i, 4, 64) for i in range(8)], kept=0.25)
@@ -137,6 +149,8 @@ def test_a_mistake_leaves_the_model_as_it_was() -> None:
         (batches, {"share": 1.5}, r"share=1\.5: must be a number from 0 to 1"),
         (batches, {"kv_share": True}, "kv_share=True"),
         (torch.zeros(3), {}, "input_ids of shape"),
+        ([{"input_ids": batches[0], "attention_mask": torch.ones(4, 63)}], {}, r"attention_mask of shape \(4, 63\)"),
+        ([{"input_ids": batches[0], "position_ids": torch.ones(1, 63)}], {}, r"position_ids of shape \(1, 63\)"),
     ]
     for given_batches, options, message in wrong:
         with pytest.raises(UserError, match=message):
@@ -152,9 +166,19 @@ def test_a_mistake_leaves_the_model_as_it_was() -> None:
         for name, tensor in now.state_dict().items():
             torch.testing.assert_close(tensor, then[0][name], rtol=0, atol=0, equal_nan=True)
         assert all(not reach.watchers for reach in now.reaches.values())
+    guessed = routed(router="norm", kv_router="norm")
+    with torch.no_grad():
+        guessed.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinity"):
+        calibrate(guessed, batches)
+    with pytest.warns(UserWarning, match="so its share is a guess"):
+        shares(guessed, batches[:1])
     unfitted = routed()
     with pytest.raises(UserError, match="was not fitted yet"):
         calibrate(unfitted, batches)
     unretrofit(unfitted)
-    with pytest.raises(UserError, match="calibrate takes a CHIAR-Former or a retrofitted model, not a LlamaFor"):
+    with pytest.raises(
+        UserError,
+        match=r"calibrate takes a CHIAR-Former, or as chiaroscuro\.calibrate a retrofitted model, not a Llama",
+    ):
         calibrate(unfitted, batches)

@@ -96,6 +96,8 @@ def test_others_that_look_are_as_many_of_each_layer(monkeypatch: pytest.MonkeyPa
     seen: list[Any] = []
 
     def evaluate(control: Any, blocks: Any, batch_size: int) -> Any:
+        for i, reach in control.reaches.items():
+            assert torch.equal(reach.kept.calibration.values, routed.reaches[i].kept.calibration.values)
         with watching(control) as shares:
             found = evaluate_blocks(control, blocks, batch_size=batch_size)
         seen.append(shares)

@@ -253,7 +253,7 @@ def calibrate(
         int | None,
         typer.Option(
             help="Use this many tokens from the beginning of the split; by default 65536. Sequences are as long as the "
-            "recipe's, or at most 256 tokens without a recipe.",
+            "recipe's; without a recipe at most 256 tokens, or 1024 for a retrofitted model.",
             min=1,
             max=LARGEST,
         ),
@@ -326,13 +326,14 @@ def fit(
     ],
     look: Annotated[
         float | None,
-        typer.Option(help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that stays as it is."),
+        typer.Option(
+            help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that stays as it is, but in a "
+            "retrofitted model."
+        ),
     ] = None,
     kept: Annotated[
         float | None,
-        typer.Option(
-            help="Fit who is kept to be seen from far, for this share of the tokens. Left out, that stays as it is."
-        ),
+        typer.Option(help="Fit who is kept to be seen from far, for this share of the tokens; likewise."),
     ] = None,
     hidden: Annotated[
         int | None,
@@ -403,7 +404,10 @@ def retrofit(
             "brings."
         ),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder for the routed copy, with a report; must not exist.")],
+    output: Annotated[
+        Path,
+        typer.Argument(help="Folder for the routed copy, with a report; must not exist, or be of an interrupted call."),
+    ],
     kv_share: Annotated[
         float | None,
         typer.Option("--kv-share", help="The share of tokens kept to be seen from far; by default 0.25."),

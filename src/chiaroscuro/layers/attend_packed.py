@@ -77,4 +77,4 @@ def _after(
     """Packed vectors of which each row has its old ones and then its new ones."""
     rows = torch.arange(len(old_lengths), device=old.device)
     row = torch.cat([rows.repeat_interleave(old_lengths), rows.repeat_interleave(new_lengths)])
-    return torch.cat([old.to(new.dtype), new])[row.argsort(stable=True)]  # filled under autocast, used outside, or so
+    return torch.cat([old.to(new.dtype), new])[row.argsort(stable=True)]  # one may be of autocast

@@ -2,9 +2,9 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +50,7 @@ def frequencies_of(
     for name in ("short_factor", "long_factor"):
         _check_factors(parameters, name, head_width // 2)
     try:
-        described = json.dumps(dict(parameters), sort_keys=True, default=float)  # NumPy's numbers too
+        described = json.dumps(dict(parameters), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"rope_parameters={dict(parameters)}: {error}") from None
     return _frequencies(described, head_width, longest)
@@ -67,7 +67,7 @@ def _check_factors(parameters: Mapping[str, Any], name: str, pairs: int) -> None
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+    return is_number(value) and 0 < value <= sys.float_info.max
 
 
 @lru_cache(maxsize=64)
@@ -92,7 +92,7 @@ def _frequencies(parameters: str, head_width: int, longest: int) -> tuple[Tensor
         # A table made under inference mode could never be used in training.
         with torch.inference_mode(False), torch.no_grad(), device:
             frequencies, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](model, device=device, seq_len=longest)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"rope_parameters={given}: {reason}") from None
     if not bool(frequencies.isfinite().all()) or not math.isfinite(factor):

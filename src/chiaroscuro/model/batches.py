@@ -111,10 +111,11 @@ def check_predictions(batches: Sequence[Batch], held_out: int) -> None:
             )
 
 
-def _predicts(fields: Mapping[str, Any]) -> bool:
-    """Whether some token of a batch predicts something."""
-    ids, shifted = fields["input_ids"], fields.get("shift_labels")
-    for name in ("attention_mask", "labels", "shift_labels"):
+def check_shapes(batch: Batch, names: Sequence[str]) -> None:
+    """Raise a UserError where one of these fields, or `position_ids`, is not of the shape of `input_ids`."""
+    fields = fields_of(batch)
+    ids = fields["input_ids"]
+    for name in names:
         given = fields.get(name)
         if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
@@ -123,6 +124,12 @@ def _predicts(fields: Mapping[str, Any]) -> bool:
     if places is not None and (not isinstance(places, Tensor) or places.shape not in (ids.shape, (1, ids.shape[1]))):
         shape = tuple(places.shape) if isinstance(places, Tensor) else type(places).__name__
         raise UserError(f"position_ids of shape {shape} beside input_ids of shape {tuple(ids.shape)}: must be alike")
+
+
+def _predicts(fields: Mapping[str, Any]) -> bool:
+    """Whether some token of a batch predicts something."""
+    check_shapes(fields, ("attention_mask", "labels", "shift_labels"))
+    ids, shifted = fields["input_ids"], fields.get("shift_labels")
     mask = fields.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if shifted is not None:

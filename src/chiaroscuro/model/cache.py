@@ -81,7 +81,7 @@ class LayerCache(LayerStates, CacheLayerMixin):
 class RunningSums(OperatorState):
     """Sums and counts of each row's embedded tokens, for a causal MetaRouter: of the last ones, for `crop`.
 
-    By `REMEMBERED` tokens it can be cropped, and has a sum then still.
+    It can be cropped by up to `REMEMBERED` tokens, and still has a sum afterwards.
     """
 
     croppable = True

@@ -66,8 +66,8 @@ def calibrate(
     """
     if not isinstance(model, ChiarPreTrainedModel):
         raise UserError(
-            f"calibrate takes a CHIAR-Former or a retrofitted model, not a {type(model).__name__}; a RoutedBlock has "
-            "calibrate(x)"
+            f"calibrate takes a CHIAR-Former, or as chiaroscuro.calibrate a retrofitted model, not a "
+            f"{type(model).__name__}; a RoutedBlock has calibrate(x)"
         )
     if model.device.type == "meta":
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")

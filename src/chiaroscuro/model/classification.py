@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.config import ChiarConfig, ClassifierPooling
-from chiaroscuro.model.modeling import ChiarModel, ChiarPreTrainedModel, refuse_keywords
+from chiaroscuro.model.modeling import ChiarModel, ChiarPreTrainedModel, refuse_keywords, refuse_no_tensor
 from chiaroscuro.model.outputs import ChiarSequenceClassifierOutput
 
 
@@ -152,8 +152,7 @@ def classify(
     logits = head(pool_tokens(outputs.last_hidden_state, attention_mask, trunk.config.classifier_pooling))
     loss = term = None
     if labels is not None:
-        if not isinstance(labels, Tensor):
-            raise UserError(f"labels is a {type(labels).__name__}: give a tensor")
+        refuse_no_tensor("labels", labels)
         try:
             loss = loss_function(logits, labels, num_items_in_batch)
         except IndexError:

@@ -1,5 +1,6 @@
 """`generate`, which stops where the positions of the model end."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,21 +23,16 @@ class _LongestSequence(StoppingCriteria):
         return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
 
 
-class _Within:
-    """Candidates of assisted generation, cut off where the positions end: all of them are read."""
+def _within(get_candidates: Callable[..., Any], tokens: int) -> Callable[..., Any]:
+    """Drafts of assisted generation, cut off after so many tokens of a sequence: all of them are read."""
 
-    def __init__(self, generator: Any, tokens: int) -> None:
-        self._generator, self._tokens = generator, tokens
-
-    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Those of the generator, and their logits where it has some."""
-        ids, logits = self._generator.get_candidates(input_ids, *args, **kwargs)
-        new = max(0, min(ids.shape[1], self._tokens) - input_ids.shape[1])
+    def cut(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        ids, logits = get_candidates(input_ids, *args, **kwargs)
+        new = max(0, min(ids.shape[1], tokens) - input_ids.shape[1])
         ids = ids[:, : input_ids.shape[1] + new]
         return ids, logits[:, :new] if logits is not None and new else None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
+    return cut
 
 
 class BoundedGenerationMixin(GenerationMixin):
@@ -62,5 +58,9 @@ class BoundedGenerationMixin(GenerationMixin):
         return inherited.generate(*args, stopping_criteria=criteria, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        inherited, config = cast(Any, super()), cast(Any, self).config
-        return _Within(inherited._get_candidate_generator(*args, **kwargs), config.max_position_embeddings)
+        generator = cast(Any, super())._get_candidate_generator(*args, **kwargs)
+        longest, given = cast(Any, self).config.max_position_embeddings, kwargs.get("inputs_tensor")
+        if given is not None and given.ndim == 3:
+            longest -= given.shape[1]  # a prompt of embeddings, which transformers does not count
+        generator.get_candidates = _within(generator.get_candidates, longest)
+        return generator

@@ -121,15 +121,19 @@ def document_positions(
 def _positions(logits_to_keep: Any) -> slice | Tensor:
     """The positions whose logits are wanted: so many last ones (0: all), or those that a tensor has."""
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.ndim == 1:
+        if logits_to_keep.ndim == 1 and not logits_to_keep.is_floating_point():
             return logits_to_keep
-        raise UserError(f"logits_to_keep of shape {tuple(logits_to_keep.shape)}: give a number, or a tensor (kept,)")
+        raise UserError(
+            f"logits_to_keep of shape {tuple(logits_to_keep.shape)} and dtype {logits_to_keep.dtype}: give a number, "
+            "or positions (kept,)"
+        )
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, Integral) or int(logits_to_keep) < 0:
         raise UserError(f"logits_to_keep={logits_to_keep!r}: give 0 for all, or how many of the last")
     return slice(-int(logits_to_keep), None)
 
 
-def _refuse_no_tensor(name: str, value: Any) -> None:
+def refuse_no_tensor(name: str, value: Any) -> None:
+    """Raise a UserError if this is no tensor."""
     if not isinstance(value, Tensor):
         raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
 
@@ -444,7 +448,7 @@ class ChiarModel(ChiarPreTrainedModel):
         """The input of layer 0: embeddings, normalised if the config says so, with dropout."""
         if inputs_embeds is None:
             assert input_ids is not None
-            _refuse_no_tensor("input_ids", input_ids)
+            refuse_no_tensor("input_ids", input_ids)
             if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
                 raise UserError(
                     f"input_ids of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: need shape (B, T) and "
@@ -458,7 +462,7 @@ class ChiarModel(ChiarPreTrainedModel):
                     f"a token outside the vocabulary, vocab_size={size}: use the model's own tokenizer"
                 ) from None
         else:
-            _refuse_no_tensor("inputs_embeds", inputs_embeds)
+            refuse_no_tensor("inputs_embeds", inputs_embeds)
             x, width = inputs_embeds, self.config.hidden_size
             if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
                 raise UserError(
@@ -501,7 +505,7 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if value is not None:
-                _refuse_no_tensor(name, value)
+                refuse_no_tensor(name, value)
         if attention_mask is not None:
             attention_mask = self._checked_mask(attention_mask, batch, seen + time, cache)
         segments = None
@@ -613,7 +617,8 @@ class ChiarModel(ChiarPreTrainedModel):
         """The given cache, or a new one; a UserError if it can't serve this model."""
         if self.gradient_checkpointing and self.training:
             raise UserError("a cache with gradient checkpointing, which would fill it twice: pass use_cache=False")
-        if self.training and self.config.router_class.trains_densely and self.config.uncacheable(dense=True):
+        dense = self.training and self.config.router_class.trains_densely
+        if dense and not self.config.uncacheable() and self.config.uncacheable(dense=True):
             raise UserError(
                 f"a cache while router={self.config.router!r} trains, which runs every operator on every token: call "
                 "model.eval(), or pass use_cache=False"
@@ -710,6 +715,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(given, Tensor):  # before a cache or a calibration takes anything up
             self._check_labels(given, self.config.vocab_size, labels=labels, shift_labels=shift_labels)
+        kept = _positions(logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -723,7 +729,6 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = _positions(logits_to_keep)
         hidden = outputs.last_hidden_state[:, kept]
         predicts = labels is not None or shift_labels is not None
         wanted = not self.training if output_logits is None else output_logits
@@ -767,7 +772,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         for name, labels in given.items():
             if labels is None:
                 continue
-            _refuse_no_tensor(name, labels)
+            refuse_no_tensor(name, labels)
             if labels.shape != tokens.shape[:2] or labels.is_floating_point() or labels.is_complex():
                 raise UserError(
                     f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}: need a token id or -100 for each "

@@ -117,7 +117,8 @@ def _lookers(found: Mapping[str, Any]) -> list[str]:
         [names[name], f"{value:.2f}", f"{value / before - 1:+.1%}"] for name, value in found["look controls"].items()
     ]
     return [
-        "As many looking by other means, kept as fitted; their thresholds were set on this text:",
+        "The same number of tokens look, chosen otherwise, for all heads alike; who is kept is decided by the fitted "
+        "scores. The thresholds of who looks were set on this text.",
         "",
         markdown_table(["look", "perplexity", ""], rows),
     ]

@@ -8,14 +8,16 @@ import copy
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.thresholds import refuse_impossible_share
-from chiaroscuro.model.batches import Batch, check_vocabulary, checked_batches, fields_of, predicted_by
+from chiaroscuro.model.batches import Batch, check_shapes, check_vocabulary, checked_batches, fields_of, predicted_by
 from chiaroscuro.model.calibration import calibrate as calibrate_chiar
 from chiaroscuro.model.calibration import thresholds_or_as_they_were
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -45,7 +47,8 @@ def calibrate(
         model: a CHIAR-Former, for which this is `chiaroscuro.model.calibration.calibrate`, or a model that was
             retrofitted. Changed in place.
         batches: `input_ids` (B, T), or mappings with `input_ids` and optionally `attention_mask` and `position_ids`,
-            as a data loader gives them. All are held in memory at once, as d floats a token.
+            as a data loader gives them. All are held in memory at once, as d floats a token, and with the masks that
+            the model makes of them.
         share: ρ from 0 to 1, the share that attends or looks; the model's own unless given. Of a retrofitted model it
             is the mean over the layers, which have the parts of it that they were fitted to have.
         kv_share: the share that is kept, likewise. Unless given, a side of a retrofitted model whose score was never
@@ -95,6 +98,8 @@ def _checked(model: RoutedModel, batches: Iterable[Batch], shares: dict[str, flo
     given = checked_batches(batches)
     if not given:
         raise UserError("calibrate got no batches: give at least one with some tokens")
+    for batch in given:
+        check_shapes(batch, ["attention_mask"])
     check_vocabulary(given, model.config.vocab_size)
     masks = [fields_of(batch).get("attention_mask") for batch in given]
     if not any(mask is None or mask.any() for mask in masks):
@@ -109,12 +114,15 @@ def _unready(model: RoutedModel, side: str) -> str:
 
 @contextmanager
 def _said_or_as_it_was(model: RoutedModel) -> Iterator[None]:
-    """If the block fails, the configuration says what it did."""
+    """If the block fails, the configuration says what it did, and thresholds that are a guess are said to be one."""
     before = copy.deepcopy(getattr(model.config, FIELD))
+    ready = {i: set(reach.ready) for i, reach in model.reaches.items()}
     try:
         yield
     except BaseException:
         setattr(model.config, FIELD, before)
+        for i, reach in model.reaches.items():
+            reach.ready = ready[i]
         raise
 
 
@@ -126,7 +134,6 @@ class WholeBatch:
         given: by layer, its other arguments.
         real: which tokens are real.
         segments: the document of each token, where a row holds several.
-        predicted: what each token is to predict.
         shared: what the model's modules know of a forward.
 
     """
@@ -142,7 +149,7 @@ class WholeBatch:
         self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         # With a mask transformers takes a row for one document, wherever its positions restart.
         self.segments = None if mask is not None or places is None else segments_of(places.expand_as(ids), None)
-        self.predicted = predicted_by(batch, self.real).to(ids.device)
+        self.batch = batch
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.x = ids
 
@@ -158,12 +165,16 @@ class WholeBatch:
             for handle in handles:
                 handle.remove()
 
+    @cached_property
+    def predicted(self) -> Int[Tensor, "batch time"]:
+        """What each token is to predict."""
+        return predicted_by(self.batch, self.real).to(self.real.device)
+
 
 def decoder_layers(model: RoutedModel) -> list[nn.Module]:
     """The modules that hold the attention modules, in order."""
     attention = set(attention_modules(model).values())
-    holding = [module for module in model.modules() if any(child in attention for child in module.children())]
-    return holding
+    return [module for module in model.modules() if any(child in attention for child in module.children())]
 
 
 def run_layer(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:

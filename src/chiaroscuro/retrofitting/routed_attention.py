@@ -150,6 +150,7 @@ class Reach(nn.Module):
         whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
         probe: takes up what the gains follow from, while a model is fitted.
         watchers: called with the decisions of each forward, and which tokens are real; None where all are.
+        ready: the sides that were seen to have a score, and warned of where their thresholds are a guess.
 
     """
 
@@ -165,7 +166,7 @@ class Reach(nn.Module):
                 raise UserError(f"{type(router).__name__} scales what it routes, and is trained along: take another")
         self.shared = forward
         self.whole: dict[str, bool | None] = {"look": None, "kept": None}
-        self._ready: set[str] = set()
+        self.ready: set[str] = set()
         self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
@@ -179,7 +180,7 @@ class Reach(nn.Module):
     def replace(self, side: str, router: ScoreRouter) -> None:
         """Put another router in."""
         setattr(self, side, router)
-        self._ready.discard(side)
+        self.ready.discard(side)
 
     @contextmanager
     def given(
@@ -309,7 +310,7 @@ class Reach(nn.Module):
 
     def _see_that_it_is_ready(self, side: str, router: ScoreRouter) -> None:
         """Once: a score that was never fitted is an error, and thresholds that no data set a warning."""
-        if side in self._ready:
+        if side in self.ready:
             return
         if reason := router.unready():
             raise UserError(reason)
@@ -321,7 +322,7 @@ class Reach(nn.Module):
                 f"fit(model, batches, {side}=...) puts a fitted score in its place",
                 stacklevel=2,
             )
-        self._ready.add(side)
+        self.ready.add(side)
 
     def extra_repr(self) -> str:
         """The window and the sinks."""

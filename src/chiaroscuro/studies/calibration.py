@@ -76,7 +76,8 @@ def calibrate_copy(
         return {"attention_share": model.config.attention_share, **measure_routing(model, batches)}
     with watching(model) as seen, torch.no_grad():
         for batch in batches:
-            model(**batch, use_cache=False, logits_to_keep=1)
+            on_device = {name: value.to(model.device) for name, value in batch.items()}
+            model(**on_device, use_cache=False, logits_to_keep=1)
     said = getattr(model.config, FIELD)
     shares = {name: said[name] for name in ("attention_share", "kv_share")}
     return {**shares, "looked": seen.look, "kept": seen.kept}

@@ -91,7 +91,7 @@ def compare_controls(original: Any, model: Any, blocks: Any, haystack: Haystack)
 
 
 def compare_lookers(model: Any, blocks: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The perplexity if others look, as many of each layer; who is kept is as in the fitted copy.
+    """The perplexity if others look, as many of each layer; who is kept is decided by the fitted scores.
 
     Args:
         model: the retrofitted one.

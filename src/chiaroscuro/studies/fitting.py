@@ -51,9 +51,16 @@ def mixture_of(
 
     They have as many tokens in all as are asked for. Arguments as of `fit_copy`.
     """
+    refuse_few_rows(tokens // length)
     named, blocks = workspace.blocks(split, length=length, source=source)
     text = torch.from_numpy(blocks.tokens.tokens[:LONGEST_TEXT].astype("int64"))
     return named, Haystack(workspace.tokenizer, text).mixture(tokens // length, length)
+
+
+def refuse_few_rows(rows: int) -> None:
+    """Raise a UserError if a mixture of so many rows would lack a kind."""
+    if rows < 10:
+        raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
 
 
 def refuse_no_far(length: int, near: int) -> None:

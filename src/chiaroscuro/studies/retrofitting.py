@@ -25,7 +25,12 @@ from chiaroscuro.data.needles import Haystack
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_unwritable, write_bytes, write_text
 from chiaroscuro.model.cache import CACHE
-from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_tokenizer, longest_sequence
+from chiaroscuro.model.loading import (
+    load_checkpoint,
+    load_checkpoint_config,
+    load_checkpoint_tokenizer,
+    longest_sequence,
+)
 from chiaroscuro.report.retrofit_figure import draw_retrofit
 from chiaroscuro.report.retrofit_page import render_retrofit
 from chiaroscuro.retrofitting.fitting import fit
@@ -35,7 +40,7 @@ from chiaroscuro.retrofitting.routed_cache import numbers_held
 from chiaroscuro.retrofitting.routed_model import attention_modules, key_heads
 from chiaroscuro.studies.controls import compare_controls, compare_lookers
 from chiaroscuro.studies.evaluation import first_blocks
-from chiaroscuro.studies.fitting import LONGEST_TEXT, refuse_no_far
+from chiaroscuro.studies.fitting import LONGEST_TEXT, refuse_few_rows, refuse_no_far
 from chiaroscuro.studies.needles import DEPTHS, needles_found
 from chiaroscuro.training import save_whole
 
@@ -59,7 +64,7 @@ class Measured:
         tries: needles of each depth and length.
         seconds: of the speeds of each length; 0 for none.
 
-    Lengths of None are 2,048 tokens, or 1,024 and 2,048, or as many as the model reads.
+    `length` defaults to 2,048 tokens, `needles` and `costs` to 1,024 and 2,048, each cut to what the model reads.
 
     """
 
@@ -118,14 +123,17 @@ def retrofit_copy(
         What was fitted and measured, ready for JSON.
 
     Raises:
-        UserError: the folder exists, or the model or the text can't be used.
+        UserError: the folder exists, and not by an interrupted call of the same options; or the model or the text can't
+            be used.
 
     """
-    asked: dict[str, Any] = {"model": name, "window": window, "sinks": sinks, "look": look, "kept": kept}
-    asked |= {"heads": heads, "layers": None if layers is None else list(layers), "data": data}
-    asked |= {"rows": rows, "length": length, "target": target}
-    goes_on = (output / FITTED).is_file()
-    if not goes_on:
+    most = longest_sequence(load_checkpoint_config(name))
+    length = min(1024, most) if length is None else length
+    asked: dict[str, Any] = {"MODEL": name, "--window": window, "--sinks": sinks, "--look": look, "--kv-share": kept}
+    asked |= {"--one-head": not heads, "--layers": None if layers is None else list(layers), "--data": data}
+    asked |= {"--rows": rows, "--length": length, "--target": target}
+    saved = _fitted_before(output, asked) if (output / FITTED).is_file() else None
+    if saved is None:
         refuse_unwritable(output)
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target {target:.0%}: must be more than 0% and less than 100%, such as 1%")
@@ -133,8 +141,7 @@ def retrofit_copy(
         raise UserError(f"--kv-share {kept:g}: must be a share of the tokens, more than 0 and less than 1")
     if not 0 < look <= 1:
         raise UserError(f"--look {look:g}: must be a share of the tokens, more than 0 and at most 1")
-    if rows < 10:
-        raise UserError(f"{rows} rows to fit on: give 10 or more, of all kinds")
+    refuse_few_rows(rows)
     console = console or Console(stderr=True)
     model: Any = load_checkpoint(name)
     tokenizer = load_checkpoint_tokenizer(name)
@@ -151,14 +158,16 @@ def retrofit_copy(
         router=entry,
         kv_router=entry,
     )
-    most = longest_sequence(model.config)
     measured = (measured or Measured()).within(most)
-    length = min(1024, most) if length is None else length
     assert measured.length is not None and measured.needles is not None and measured.costs is not None
     lengths = {"--length": length, "--text-length": measured.length}
     lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
     if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
         raise UserError(f"{', '.join(longer)}: {name} reads {most} tokens at most; give less")
+    if most <= window + sinks:
+        raise UserError(
+            f"{name} reads {most} tokens at most, all within the window and the sinks: give a shorter --window"
+        )
     refuse_no_far(length, window + sinks)
     for option, row in (("--length", length), *(("--needles", row) for row in measured.needles)):
         try:
@@ -174,14 +183,14 @@ def retrofit_copy(
     found |= {"fit_length": length, "length": measured.length, "rows": len(blocks)}
     with _saying(console, "perplexity of the original"):
         before = evaluate_blocks(original, blocks, batch_size=1, window=window)
-    # Saved before all that is measured, which takes as long as the fit: an interruption does not lose it.
-    if goes_on:
-        model, saved = _fitted_before(output, asked)
+    if saved is not None:
+        model = load_checkpoint(str(output))
         console.print(f"{output} is fitted already: its report is made", highlight=False)
     else:
         with _saying(console, f"fitting on {rows} rows of {length} tokens"):
             report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)
         saved = {"asked": asked, "found": {"fit": report.figures()}}
+        # Before all that is measured, which takes as long as the fit: an interruption does not lose it.
         save_whole(output, model, tokenizer, beside={FITTED: json.dumps(saved)})
     found |= saved["found"]
     if target is not None and "tried" not in found:
@@ -206,25 +215,25 @@ def retrofit_copy(
     return found
 
 
-def _fitted_before(output: Path, asked: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A copy that was saved by a call which did not come to its report, and what is saved beside it.
+def _fitted_before(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved beside a copy by a call that did not come to its report.
 
     Raises:
-        UserError: the call was another one, or the copy can't be read.
+        UserError: the call was another one, or the file can't be read.
 
     """
     try:
-        saved = json.loads((output / FITTED).read_text("utf-8"))
+        saved: dict[str, Any] = json.loads((output / FITTED).read_text("utf-8"))
         other = [option for option, value in asked.items() if saved["asked"][option] != value]
-        found = saved["found"]["fit"]
+        _ = saved["found"]["fit"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{output / FITTED} can't be read ({error}): name another folder") from None
-    if other or not found:
+    if other:
         raise UserError(
             f"{output} exists already, and was made with another {', '.join(other)}: name another folder, or give the "
             "same options to finish its report"
         )
-    return load_checkpoint(str(output)), saved
+    return saved
 
 
 @contextmanager
