@@ -267,6 +267,44 @@ def test_the_figures_of_smollm2_in_the_readme_are_those_of_the_tutorial() -> Non
     assert "finds 55 and 45%" in tutorial and "| 2,048 | 50 | 90% (20 tries) | **100%** |" in tutorial
 
 
+def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() -> None:
+    page = (ROOT / "docs/retrofit.md").read_text("utf-8")
+    found = json.loads((ROOT / "experiments/results/retrofit/smollm2-both-256.json").read_text("utf-8"))
+    full = json.loads((ROOT / "experiments/results/retrofit/smollm2-texts.json").read_text("utf-8"))["texts"]
+    rows = {row[0]: [cell.strip("*") for cell in row[1:]] for row in table_after(page, "### A longer window")}
+    texts = {
+        "WikiText-2 validation": ("wikitext-2 validation", "wikitext-2, validation"),
+        "WikiText-2 test": ("wikitext-2 test", "wikitext-2, test"),
+        "film reviews (IMDB, test)": ("imdb test", "imdb reviews, test"),
+    }
+    for name, (measured, original) in texts.items():
+        before, copy = full[original]["original"]["perplexity"], found[measured]
+        shares = [f"{mean(copy[side].values()):.0%}" for side in ("looked", "kept")]
+        assert rows[f"perplexity, {name}"] == [f"{before:.2f}", _changed(copy["perplexity"], before), *shares], name
+    single = {one["length"]: one for one in found["needles"] if one["keys"] == 1}
+    calibrated = found["needles, calibrated on eight other rows with needles"]
+    needles = {
+        "needles found at 1,024 tokens, 20 tries": single[1024],
+        "needles found at 2,048": single[2048],
+        "needles found at 2,048, `--share 0.5`": found["needles, half look"][0],
+        "needles found at 2,048, calibrated on rows with needles": calibrated,
+    }
+    for name, one in needles.items():
+        shown = [f"{mean(one['by depth']):.0%}", f"{one['looked']:.0%}", f"{one['kept']:.0%}"]
+        assert rows[name][1:] == shown, name
+    before = full["wikitext-2, validation"]["original"]["perplexity"]
+    words = " ".join(page.split())
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    both = [f"{found[f'wikitext-2 {split}']['perplexity']:.2f}" for split in ("validation", "test")]
+    assert f"it is {both[0]} and {both[1]}, not healed, but finds {mean(single[2048]['by depth']):.0%} of" in readme
+    for value in found["others that look, wikitext-2 validation"].values():
+        assert _changed(value, before) in words
+
+
+def _changed(after: float, before: float) -> str:
+    return f"{after:.2f} ({after / before - 1:+.1%})".replace("-", "−")
+
+
 def test_the_figures_of_smollm2_on_both_sides_are_the_measured_ones() -> None:
     page = (ROOT / "docs/retrofit.md").read_text("utf-8")
     found = json.loads((ROOT / "experiments/results/retrofit/smollm2-by-head.json").read_text("utf-8"))
@@ -277,7 +315,7 @@ def test_the_figures_of_smollm2_on_both_sides_are_the_measured_ones() -> None:
         "film reviews (IMDB, test)": ("imdb test", "imdb reviews, test"),
     }
     tables = {"## Both sides": ["by head, healed, then all look"]}
-    tables["### A longer window"] = [f"both sides, window 256, {name}" for name in ("fitted", "healed")]
+    tables["### Fewer rows"] = [f"both sides, window 256, {name}" for name in ("fitted", "healed")]
     for heading, copies in tables.items():
         rows = {row[0]: row[1:] for row in table_after(page, heading)}
         for name, (measured, original) in texts.items():
