@@ -641,7 +641,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "calibration without a place": (["calibrate", "RUN"], "--output is missing"),
     "calibration where nothing can be": (
         ["calibrate", "RUN", "--output", f"{__file__}/cal"],
-        ": Not a directory; choose another place",
+        "is a file; name a folder",
     ),
     "no name of a checkpoint": (["evaluate", ""], "the name is empty"),
     "no name of a recipe": (["train", ""], "the name is empty"),

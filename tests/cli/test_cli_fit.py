@@ -123,7 +123,7 @@ def test_a_model_of_a_task_is_fitted_on_its_task(run: Run, recall: Path, tmp_pat
             "--tokens 32: they make less",
         ),
         (["fit", "near", "--output", "NEW", "--look", "0.2", "--data", "./nowhere"], "nowhere"),
-        (["fit", "near", "--output", f"{__file__}/x", "--look", "0.2"], "Not a directory"),
+        (["fit", "near", "--output", f"{__file__}/x", "--look", "0.2"], "is a file; name a folder"),
         (["fit", "plain", "--output", "NEW", "--look", "0.2"], "no layer chooses who looks far"),
         (["fit", "plain", "--output", "NEW", "--kept", "0.2"], "no layer decides who is kept"),
     ],

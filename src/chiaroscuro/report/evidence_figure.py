@@ -13,6 +13,8 @@ Spread = tuple[float, float, float]
 """A low end, a mean and a high end."""
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+KINDS = (*COLOURS, "#5f6b73")
+"""A colour for each of as many kinds as there are markers."""
 
 
 def draw_gain(
@@ -83,7 +85,7 @@ def draw_classes(
         places = [place for place, value in enumerate(values) if value is not None]
         if places:
             found = [value for value in values if value is not None]
-            axes.plot(found, places, MARKERS[n], color=COLOURS[n], markersize=6, label=name)
+            axes.plot(found, places, MARKERS[n], color=KINDS[n], markersize=6, label=name)
     axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 INK, GRID = "#241d14", "#d9d2c5"
 
 
-COLOURS = ("#2b4c9b", "#b97714", "#0b665c", "#a32a20", "#6b3fa0", "#3a2a14", "#5f6b73")
+COLOURS = ("#2b4c9b", "#b97714", "#0b665c", "#a32a20", "#6b3fa0", "#3a2a14")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
