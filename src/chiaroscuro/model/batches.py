@@ -73,6 +73,15 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     return given
 
 
+def check_some_tokens(batches: Sequence[Batch]) -> None:
+    """Raise a UserError where a calibration has no batches, or padding alone."""
+    if not batches:
+        raise UserError("calibrate got no batches: give at least one with some tokens")
+    masks = [fields_of(batch).get("attention_mask") for batch in batches]
+    if not any(mask is None or mask.any() for mask in masks):
+        raise UserError("calibrate got padding alone: give batches with some real tokens")
+
+
 def check_vocabulary(batches: Sequence[Batch], vocabulary: int) -> None:
     """Raise a UserError where a batch has a token, or a label, that is not in the vocabulary."""
     for batch in batches:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, ScoreRouter
 from chiaroscuro.layers.thresholds import Thresholds
-from chiaroscuro.model.batches import Batch, checked_batches, fields_of
+from chiaroscuro.model.batches import Batch, check_some_tokens, checked_batches, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.modeling import ChiarPreTrainedModel, document_positions
 from chiaroscuro.ops import spectral_entropy
@@ -73,12 +73,9 @@ def calibrate(
         raise UserError("the model's weights are offloaded: load it whole, calibrate it, and save it")
     layers, keeping = model.thresholds(), model.kv_thresholds()
     with evaluation_mode(model):
-        states = [embed_batch(model, batch) for batch in checked_batches(batches)]
-        if not states:
-            raise UserError("calibrate got no batches: give at least one with some tokens")
-        masks = [context.attention_mask for _, context, _ in states]
-        if not any(mask is None or mask.any() for mask in masks):
-            raise UserError("calibrate got padding alone: give batches with some real tokens")
+        checked = checked_batches(batches)
+        states = [embed_batch(model, batch) for batch in checked]
+        check_some_tokens(checked)
         for block in model.trunk.blocks:
             for router in (block.router, block.kv_router):
                 if isinstance(router, ScoreRouter) and (reason := router.unready()):

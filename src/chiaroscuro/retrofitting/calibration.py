@@ -7,7 +7,7 @@ forward. `chiaroscuro.retrofitting.fitting` runs them in the same way.
 import copy
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.thresholds import refuse_impossible_share
-from chiaroscuro.model.batches import Batch, check_shapes, check_vocabulary, checked_batches, fields_of, predicted_by
+from chiaroscuro.model.batches import (
+    Batch,
+    check_shapes,
+    check_some_tokens,
+    check_vocabulary,
+    checked_batches,
+    fields_of,
+    predicted_by,
+)
 from chiaroscuro.model.calibration import calibrate as calibrate_chiar
 from chiaroscuro.model.calibration import thresholds_or_as_they_were
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -96,14 +104,10 @@ def _checked(model: RoutedModel, batches: Iterable[Batch], shares: dict[str, flo
         if share is not None:
             refuse_impossible_share(name, share)
     given = checked_batches(batches)
-    if not given:
-        raise UserError("calibrate got no batches: give at least one with some tokens")
     for batch in given:
         check_shapes(batch, ["attention_mask"])
     check_vocabulary(given, model.config.vocab_size)
-    masks = [fields_of(batch).get("attention_mask") for batch in given]
-    if not any(mask is None or mask.any() for mask in masks):
-        raise UserError("calibrate got padding alone: give batches with some real tokens")
+    check_some_tokens(given)
     return given
 
 
@@ -192,11 +196,9 @@ def run_layer(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:
     return x
 
 
-@contextmanager
-def by_scores(reach: Reach) -> Iterator[None]:
+def by_scores(reach: Reach) -> AbstractContextManager[None]:
     """Inside the block a module's scores decide; on a side whose score means nothing yet, all are routed."""
-    with reach.as_whole(**{side: True if router.unready() else None for side, router in reach.routers.items()}):
-        yield
+    return reach.as_whole(**{side: True if router.unready() else None for side, router in reach.routers.items()})
 
 
 def calibrate_in_turn(
