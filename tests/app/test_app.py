@@ -243,9 +243,8 @@ def test_it_measures_what_a_model_costs(
 ) -> None:
     monkeypatch.setattr(measuring, "SECONDS", 0.01)
     monkeypatch.setattr(measuring, "LENGTHS", (32, 64, 4096))
-    # A process of its own measures each figure: of a model by head it is that of a retrofitted one, and
-    # tests/analysis/test_memory.py has a plain one.
-    if request.node.callspec.params["model"] in ("by head", "plain"):
+    # A process of its own measures each figure, and tests/analysis/test_memory.py has those of all kinds of models.
+    if request.node.callspec.params["model"] != "own":
         monkeypatch.setattr(measuring, "prefill_memory", lambda model, length: 2**20)
     *_, rows = measuring.measure(model, None, None)
     assert [row["length"] for row in rows] == [32, 64]

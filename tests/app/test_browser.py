@@ -32,7 +32,7 @@ ARGUMENTS = [
 def address(served: Served, run_folder: Path) -> Iterator[str]:
     patch = pytest.MonkeyPatch()
     patch.setattr(measuring, "SECONDS", 0.01)
-    patch.setattr(measuring, "LENGTHS", (32, 64))
+    patch.setattr(measuring, "LENGTHS", (32,))
     patch.chdir(run_folder.parent.parent)
     with socket.socket() as free:
         free.bind((HOST, 0))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, check_model
-from chiaroscuro.layers import build_block
+from chiaroscuro.layers import build_block, row_thresholds
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 
@@ -25,6 +25,14 @@ MENUS: list[list[Any]] = [
     ["dct", "attention"],
     ["conv", "local", "attention"],
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Any:
+    """Thresholds that follow the row change several times in the short rows of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_thresholds, "BLOCK", 4)
+        yield
 
 
 def build(menus: list[list[Any]], seed: int = 0, **fields: Any) -> ChiarForCausalLM:
@@ -59,10 +67,11 @@ def models(draw: st.DrawFn) -> ChiarForCausalLM:
         "kv_share": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
         "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
         "norm": draw(st.sampled_from(["pre", "post"])),
-        "router": draw(st.sampled_from(["random", "learned", "threshold"])),
+        "router": draw(st.sampled_from(["random", "learned", "threshold", {"threshold": {"history": 7}}])),
     }
     heads = draw(st.sampled_from([1, fields["num_key_value_heads"]]))
-    fields["kv_router"] = draw(st.sampled_from(["random", {"learned": {"heads": heads}}]))
+    kv_routers = ["random", {"learned": {"heads": heads}}, {"learned": {"heads": heads, "history": 7}}]
+    fields["kv_router"] = draw(st.sampled_from(kv_routers))
     menus = draw(st.lists(st.sampled_from(MENUS), min_size=1, max_size=2))
     if context == "kept" and ["dct", "attention"] in menus and draw(st.booleans()):
         fields |= {"window": None, "sinks": 0}

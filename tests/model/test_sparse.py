@@ -394,10 +394,10 @@ def test_captured_training_is_eager_training(preset: str, context: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_compiled_training_is_eager_training(context: str) -> None:
-    menus = [["dct", "attention"], ["attention"]]
-    compiled_equals_eager("inductor", "small", attention_context=context, num_hidden_layers=2, operators=menus)
+def test_compiled_training_is_eager_training() -> None:
+    # Code is generated, which takes a minute: for one layer, whose parts are those of the graphs captured above.
+    menus = [["dct", "attention"]]
+    compiled_equals_eager("inductor", "small", attention_context="all", num_hidden_layers=1, operators=menus)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

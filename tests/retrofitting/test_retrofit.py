@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import chiaroscuro
 from chiaroscuro import UserError, retrofit, unretrofit
-from chiaroscuro.layers import FittedRouter
+from chiaroscuro.layers import FittedRouter, row_thresholds
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.inside import noting_decisions, watching
@@ -28,7 +28,15 @@ from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
 ALL = {"attention_share": 1.0, "kv_share": 1.0}
-HALF = {"attention_share": 0.5, "kv_share": 0.5, "router": "random", "kv_router": "norm"}
+HALF = {"attention_share": 0.5, "kv_share": 0.5, "router": "random", "kv_router": {"norm": {"history": 9}}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Any:
+    """Thresholds that follow the row change several times in the short rows of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_thresholds, "BLOCK", 4)
+        yield
 
 
 def routed_copy(model: Any, **options: Any) -> Any:
@@ -274,7 +282,7 @@ def test_a_token_that_is_not_kept_changes_nothing_beyond_its_window() -> None:
 
 @torch.no_grad()
 def test_the_cache_holds_the_window_and_what_is_kept() -> None:
-    routed, tokens = routed_copy(build(), **HALF), ids(7, 2, 48)
+    routed, tokens = routed_copy(build(), **HALF | {"kv_router": "norm"}), ids(7, 2, 48)
     cache = routed(tokens, use_cache=True)[CACHE]
     for i, layer in enumerate(cache.layers):
         assert isinstance(layer, RoutedLayer)
@@ -369,7 +377,7 @@ def test_a_process_that_does_not_know_us(tmp_path: Path, trust: bool) -> None:
 @torch.no_grad()
 def test_a_model_that_torch_saved_whole_is_loaded_elsewhere(tmp_path: Path) -> None:
     model, tokens = build(), ids(1)
-    retrofit(model, window=6, sinks=1, **HALF)
+    retrofit(model, window=6, sinks=1, **HALF | {"kv_router": "norm"})  # there blocks are as long as ever
     expected = model(input_ids=tokens).logits
     torch.save((model, tokens, expected), tmp_path / "model.pt")
     code = """
@@ -612,6 +620,7 @@ def twice() -> Any:
         (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a window or chunks of its own"),
         (build, {"kv_router": "best"}, "unknown router 'best'"),
         (build, {"router": {"fitted": {"thresholds": [0.0]}}}, "thresholds is a field of the model"),
+        (build, {"kv_router": {"norm": {"history": 0}}}, "history=0: must be a positive whole number"),
         (build, {"kv_router": {"fitted": {"heads": 3}}}, "the model has 2 key-value heads"),
         (build, {"router": {"fitted": {"heads": 4}}}, "the model has 2 key-value heads"),
         (build, {"router": "soft"}, "needs a router by a score"),

@@ -136,6 +136,9 @@ def _refuse_other_than_png(file: Path | None) -> Path | None:
     return refuse_bad_place(file)
 
 
+LARGEST = 2**31 - 1
+"""Of sizes and counts. Nothing here is as large, and what is larger overflows somewhere."""
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -164,13 +167,19 @@ KVShare = Annotated[
         help="First set the share of tokens (0 to 1) that is kept, to be seen from beyond the window.", min=0, max=1
     ),
 ]
+History = Annotated[
+    int | None,
+    typer.Option(
+        help="First let thresholds follow so many tokens of each row, so that the shares hold on any text; 0 for "
+        "thresholds that stand still.",
+        min=0,
+        max=LARGEST,
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs: cpu or cuda. By default cuda if PyTorch sees a GPU.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-
-LARGEST = 2**31 - 1
-"""Of sizes and counts. Nothing here is as large, and what is larger overflows somewhere."""
 
 
 # ---- results ---------------------------------------------------------------------------------------------------

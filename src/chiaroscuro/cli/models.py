@@ -13,6 +13,7 @@ from chiaroscuro.cli.application import (
     AsJson,
     Checkpoint,
     Device,
+    History,
     KVShare,
     Png,
     Share,
@@ -63,6 +64,7 @@ def evaluate(
     ] = None,
     share: Share = None,
     kv_share: KVShare = None,
+    history: History = None,
     device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1, max=2**20)] = 8,
     tokens: Annotated[
@@ -84,7 +86,7 @@ def evaluate(
     from chiaroscuro.studies.evaluation import evaluate
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, task=task)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, history=history, task=task)
     figures = evaluate(
         workspace,
         source=data,
@@ -109,6 +111,7 @@ def needles(
     tries: Annotated[int, typer.Option(help="Rows of each depth.", min=1, max=10_000)] = 4,
     share: Share = None,
     kv_share: KVShare = None,
+    history: History = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -120,7 +123,7 @@ def needles(
     from chiaroscuro.studies.needles import find_needles
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, history=history)
     rows, number = numbers("--lengths", lengths), numbers("--keys", keys)
     figures = find_needles(workspace, rows, keys=number, tries=tries)
     if as_json:
@@ -139,6 +142,7 @@ def generate(
     seed: SamplingSeed = 0,
     share: Share = None,
     kv_share: KVShare = None,
+    history: History = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -153,7 +157,7 @@ def generate(
     from chiaroscuro.report.visible import harmless
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, history=history)
     model, text = workspace.language_model("generate"), _text(prompt)
     result = continue_text(
         model,
@@ -186,6 +190,7 @@ def chat(
     seed: SamplingSeed = 0,
     share: Share = None,
     kv_share: KVShare = None,
+    history: History = None,
     device: Device = None,
 ) -> None:
     """Talk to a model whose tokenizer has a chat template; the replies appear as they are written.
@@ -198,7 +203,7 @@ def chat(
     from chiaroscuro.report.visible import harmless
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, history=history)
     conversation = Conversation(
         workspace.language_model("chat"),
         workspace.tokenizer,
@@ -422,6 +427,15 @@ def retrofit(
     one_head: Annotated[
         bool, typer.Option("--one-head", help="Choose who looks and who is kept alike for all key-value heads.")
     ] = False,
+    history: Annotated[
+        int,
+        typer.Option(
+            help="Let thresholds follow so many tokens of each row, so that the shares hold on any text; 0 for "
+            "thresholds that stand still.",
+            min=0,
+            max=LARGEST,
+        ),
+    ] = 512,
     target: Annotated[
         str | None, typer.Option(help="Instead of --kv-share: keep as few as cost at most this perplexity, such as 1%.")
     ] = None,
@@ -470,6 +484,7 @@ def retrofit(
         look=look,
         kept=0.25 if kv_share is None else kv_share,
         heads=not one_head,
+        history=history,
         layers=None if layers is None else numbers("--layers", layers),
         data=data,
         rows=rows,
@@ -500,6 +515,7 @@ def route(
     png: Png = None,
     share: Share = None,
     kv_share: KVShare = None,
+    history: History = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -516,7 +532,7 @@ def route(
     from chiaroscuro.studies.routing_trace import trace_text
     from chiaroscuro.studies.workspace import Workspace
 
-    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share)
+    workspace = Workspace(checkpoint, device=device, share=share, kv_share=kv_share, history=history)
     trace = trace_text(workspace, _text(text))
     if html is not None:
         write_text(html, render_html(trace))

@@ -224,7 +224,8 @@ class RoutedBlock(nn.Module):
         A cache is read, and not advanced.
         """
         context = Context() if context is None else context
-        source = self.operator_input(x, replace(context, cache=copy.deepcopy(context.cache)))
+        context = replace(context, cache=copy.deepcopy(context.cache))
+        source = self.operator_input(x, context)
         return self._route(source, replace(context, spectra=self._spectra(source), layer_input=x), report=True)
 
     @torch.no_grad()
@@ -290,10 +291,14 @@ class RoutedBlock(nn.Module):
         source = self.operator_norms["input"](x) if self.norm_placement == "pre" else x
         if self.short_conv is None:
             return source
-        # No operator's name has a dot in it.
-        context = context or Context()
-        state = None if context.cache is None else context.cache.of("input.short_conv", self.short_conv)
-        return self.short_conv(source, replace(context, state=state))
+        return self.short_conv(source, self._with_state(context or Context(), "input.short_conv", self.short_conv))
+
+    @staticmethod
+    def _with_state(context: Context, name: str, part: ShortConvolution | Router) -> Context:
+        """With the state of a part that is no operator: its name has a dot in it, as no operator's has."""
+        if context.cache is None:
+            return context
+        return replace(context, state=context.cache.of(name, part))
 
     def _spectra(self, source: Tensor) -> Spectra:
         weights = [operator.spectral_weight for _, operator in self.menu]
@@ -330,9 +335,11 @@ class RoutedBlock(nn.Module):
         if self.router is None:
             decision = Decision(torch.zeros(source.shape[:2], dtype=torch.long, device=source.device))
         else:
-            decision = self.router(source, entropy, context)
+            decision = self.router(source, entropy, self._with_state(context, "layer.router", self.router))
             self._check_decision(decision, source)
-        kept = None if self.kv_router is None else self.kv_router(source, entropy, context)
+        kept = None
+        if self.kv_router is not None:
+            kept = self.kv_router(source, entropy, self._with_state(context, "layer.kv_router", self.kv_router))
         index, real = decision.operator_index, context.real(source.shape[1])
         if real is not None:
             entropy = entropy.masked_fill(~real, 0.0)

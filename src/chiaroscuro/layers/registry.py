@@ -186,6 +186,15 @@ def build_kv_router(width: int, model: Mapping[str, Any], layer: int = 0) -> Sco
     return router
 
 
+def with_history(entry: Entry, history: int | None) -> Entry:
+    """A router's entry with another history; None for thresholds that stand still."""
+    name, options = split_entry(entry)
+    options = {option: value for option, value in options.items() if option != "history"}
+    if history is not None:
+        options["history"] = history
+    return {name: options} if options else name
+
+
 def check_kv_heads(entry: Entry, heads: int, own: int) -> None:
     """Refuse a router of the key side that scores another number of heads than the operator's keys have."""
     if heads not in (1, own):

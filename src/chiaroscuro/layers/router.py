@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import NoOptions, Work, is_number, make_options
-from chiaroscuro.layers.thresholds import QUANTILES, Thresholds, refuse_impossible_share
+from chiaroscuro.layers.packed_tokens import PackedTokens
+from chiaroscuro.layers.row_thresholds import RowScores
+from chiaroscuro.layers.state import OperatorState
+from chiaroscuro.layers.thresholds import QUANTILES, Thresholds, levels_of, refuse_impossible_share
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -35,6 +38,7 @@ class Decision:
         score: what the thresholds were compared with, where there are any.
         scale: what the last operator's output is multiplied by, where the router scales it.
         weights: a weight for each operator, where every operator runs on every token and the outputs are averaged.
+        thresholds: each token's, where they follow its row.
 
     """
 
@@ -42,6 +46,7 @@ class Decision:
     score: Float[Tensor, "batch time *heads"] | None = None
     scale: Float[Tensor, "batch time *heads"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
+    thresholds: Float[Tensor, "batch time thresholds"] | None = None
 
 
 class Router(nn.Module):
@@ -98,6 +103,10 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise parameters and buffers that are the router's own; those of `nn.Linear` need no word here."""
 
+    def new_cache(self) -> OperatorState | None:
+        """A new state for the context's `state`: what it must know of earlier tokens; None for nothing."""
+        return None
+
     @classmethod
     def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """Operations per token, beside the entropy's transform: those of the router's own products and transforms.
@@ -120,18 +129,28 @@ class ScoreOptions:
         attention_share: ρ, the share of tokens that calibration sends to the menu's last operator.
         thresholds: K − 1 fixed thresholds for K operators, instead of calibrated ones.
         spectrum: the spectrum of the entropy.
+        history: how many tokens of its row thresholds follow, so that the share is held on other texts, see
+            `row_thresholds`; None for thresholds that stand still.
 
     """
 
     attention_share: float = 0.25
     thresholds: tuple[float, ...] | None = None
     spectrum: Spectrum = "orthonormal"
+    history: int | None = None
 
     def __post_init__(self) -> None:
         refuse_impossible_share("attention_share", self.attention_share)
         given = self.thresholds
         if given is not None and not (isinstance(given, list | tuple) and all(map(is_number, given))):
             raise UserError(f"thresholds={given!r}: give a list of numbers, or nothing to calibrate them")
+        history = self.history
+        if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 1):
+            raise UserError(f"history={history!r}: must be a positive whole number, or left out")
+        if history is not None and given is not None:
+            raise UserError(
+                f"history={history} and thresholds={given!r}: thresholds follow the row, or stand where told"
+            )
 
 
 def check_seed(seed: Any) -> None:
@@ -220,8 +239,38 @@ class ScoreRouter(Router):
         context: Context | None = None,
     ) -> Decision:
         """Score every token, and count the thresholds that it lies above."""
-        score = self.score(x, entropy, Context() if context is None else context)
-        return Decision(self.calibration(score), score=score, scale=self.scale(score))
+        context = Context() if context is None else context
+        score = self.score(x, entropy, context)
+        if self.options.history is None:
+            return Decision(self.calibration(score), score=score, scale=self.scale(score))
+        thresholds = self._follow(score, context)
+        own = thresholds if score.ndim == 2 else thresholds[:, :, None]
+        return Decision((score[..., None] > own).sum(-1), score, self.scale(score), thresholds=thresholds)
+
+    def new_cache(self) -> RowScores | None:
+        """The scores of each row, where its thresholds follow them."""
+        return None if self.options.history is None else RowScores(self.options.history)
+
+    @torch._disable_dynamo  # how much of a history there is, is data
+    @torch.no_grad()
+    def _follow(
+        self, score: Float[Tensor, "batch time *heads"], context: Context
+    ) -> Float[Tensor, "batch time thresholds"]:
+        """Each token's thresholds. A document's follow its own tokens alone."""
+        standing = self.calibration.values
+        levels = levels_of(self.calibration.share, self.calibration.operators).to(standing)
+        scores = score if score.ndim == 3 else score[..., None]
+        real = context.real(scores.shape[1])
+        if context.segments is None:
+            rows: RowScores = RowScores(self.options.history) if context.state is None else context.state
+            return rows.follow(scores, real, standing, levels, context.past)
+        tokens = PackedTokens.real_of(scores, real, context.segments)
+        lengths = tokens.lengths
+        inside = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        documents = scores.new_zeros(*inside.shape, scores.shape[2])
+        documents[inside] = tokens.take(scores)
+        packed = RowScores(self.options.history).follow(documents, inside, standing, levels)[inside]
+        return tokens.put_in(packed.new_zeros(*scores.shape[:2], len(levels)), packed)
 
 
 class ThresholdRouter(ScoreRouter):

@@ -17,6 +17,7 @@ from chiaroscuro.errors import UserError
 
 if TYPE_CHECKING:
     from chiaroscuro.layers.operator import Operator
+    from chiaroscuro.layers.router import Router
 
 
 REMEMBERED = 64
@@ -61,15 +62,15 @@ class OperatorState(ABC):
 
 
 class LayerStates:
-    """The states of one layer's operators, by operator name; each is made when its operator first runs."""
+    """The states of one layer's operators and routers, by name; each is made when its owner first runs."""
 
     def __init__(self) -> None:
         self.states: dict[str, OperatorState | None] = {}
 
-    def of(self, name: str, operator: "Operator") -> Any:
-        """The state of one operator; None for an operator that keeps nothing."""
+    def of(self, name: str, owner: "Operator | Router") -> Any:
+        """The state of one operator or router; None for one that keeps nothing."""
         if name not in self.states:
-            self.states[name] = operator.new_cache()
+            self.states[name] = owner.new_cache()
         return self.states[name]
 
     def kept(self) -> Iterator[OperatorState]:

@@ -50,9 +50,7 @@ def shares_to_thresholds(
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share {share!r} of the tokens: must be from 0 to 1")
-    top = 1 - share
-    cuts = torch.linspace(0, top, operators, dtype=torch.float64, device="cpu")[1:]
-    position = cuts * (len(quantiles) - 1)
+    position = levels_of(share, operators) * (len(quantiles) - 1)
     lower = position.floor().long().clamp(max=len(quantiles) - 2)
     table = quantiles.double().cpu()
     thresholds = torch.lerp(table[lower], table[lower + 1], position - lower)
@@ -64,6 +62,11 @@ def shares_to_thresholds(
     if share >= 1:
         thresholds[:] = -torch.inf
     return thresholds.to(quantiles)
+
+
+def levels_of(share: float, operators: int) -> Float[Tensor, " thresholds"]:
+    """Which quantiles the K − 1 thresholds are."""
+    return torch.linspace(0, 1 - share, operators, dtype=torch.float64, device="cpu")[1:]
 
 
 def _off_atoms(table: Tensor, position: float, threshold: Tensor) -> Tensor:

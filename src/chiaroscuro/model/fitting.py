@@ -41,6 +41,7 @@ from chiaroscuro.model.score_fitting import (
     SideFit,
     SideFitting,
     asked_shares,
+    fitted_entry,
     refuse_broken,
     with_target,
 )
@@ -108,8 +109,8 @@ def fit(
     held_out = math.ceil(len(given) * HELD_OUT)
     check_predictions(given, held_out)
     check_vocabulary(given, model.config.vocab_size)
-    entry: Any = "fitted" if hidden is None else {"fitted": {"hidden": hidden}}
-    fields = model.config.fields() | {"router": entry, "kv_router": _with_heads(entry, model), "thresholds": None}
+    entries = {name: fitted_entry(getattr(model.config, name), hidden) for name in ("router", "kv_router")}
+    fields = model.config.fields() | entries | {"thresholds": None}
     fits: dict[tuple[str, int], SideFitting] = {}
     for side, i in sides:
         router = _new_router(side, i, model.trunk.blocks[i], fields)
@@ -207,12 +208,6 @@ def _reaching(side: str, block: RoutedBlock) -> Operator:
         return next(operator for operator in operators if operator.keeps(operator.options))
     last = len(block.operator_names) - 1
     return next(unit.operator for unit in block.units if last in unit.indices)
-
-
-def _with_heads(entry: Any, model: ChiarForCausalLM) -> Any:
-    """The router of the key side, with as many scores a token as the present one has."""
-    heads = split_entry(model.config.kv_router)[1].get("heads", 1)
-    return entry if heads == 1 else {"fitted": {**split_entry(entry)[1], "heads": heads}}
 
 
 def _new_router(side: str, i: int, block: RoutedBlock, fields: dict[str, Any]) -> FittedRouter:

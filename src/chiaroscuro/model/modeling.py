@@ -36,6 +36,7 @@ from chiaroscuro.layers import (
     exact_modules,
 )
 from chiaroscuro.layers.norms import make_norm
+from chiaroscuro.layers.registry import with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.cache import CACHE, ChiarCache, given_cache
 from chiaroscuro.model.card import write_model_card
@@ -313,6 +314,35 @@ class ChiarPreTrainedModel(PreTrainedModel):
             self.config.calibration, self.config.entropy_thresholds = "running", None
         if kv_share is not None:
             self.config.kv_share = float(kv_share)
+
+    def set_history(self, history: int | None) -> None:
+        """Let thresholds follow so many tokens of each row, so that the shares hold on other texts.
+
+        See `chiaroscuro.layers.row_thresholds`.
+
+        Args:
+            history: None for thresholds that stand still.
+
+        Raises:
+            UserError: no positive whole number, thresholds that were fixed, or no layer has any.
+
+        """
+        sides = {
+            name: [router for block in self.trunk.blocks if isinstance(router := getattr(block, name), ScoreRouter)]
+            for name in ("router", "kv_router")
+        }
+        routers = [router for own in sides.values() for router in own]
+        if not routers:
+            raise UserError(
+                f"no layer routes by thresholds (router={self.config.router!r}, menus {self.config.operators}): none "
+                "can follow a row"
+            )
+        options = [replace(router.options, history=history) for router in routers]
+        for router, own in zip(routers, options, strict=True):
+            router.options = own
+        for name, present in sides.items():
+            if present:
+                setattr(self.config, name, with_history(getattr(self.config, name), history))
 
     def step_calibration(self) -> None:
         """Move the thresholds of running calibration. Call it once after each optimizer step.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import FittedRouter
+from chiaroscuro.layers.registry import Entry, split_entry
 
 RIDGE = 0.5
 """λ, beside features of variance 1 and gains of mean 1."""
@@ -168,6 +169,14 @@ def refuse_broken(layer: int, x: Tensor) -> None:
     """Raise a UserError if what a layer gives is not finite."""
     if not bool(x.isfinite().all()):
         raise UserError(f"layer {layer} gives NaN or infinity: the model's weights or its input hold some")
+
+
+def fitted_entry(present: Entry, hidden: int | None) -> Entry:
+    """A fitted router in the place of the present one, that scores as many heads and follows as much of a row."""
+    before = split_entry(present)[1]
+    named = {"hidden": hidden, "heads": before.get("heads"), "history": before.get("history")}
+    options = {name: value for name, value in named.items() if value is not None}
+    return {"fitted": options} if options else "fitted"
 
 
 class SideFitting:

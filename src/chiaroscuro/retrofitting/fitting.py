@@ -36,6 +36,7 @@ from chiaroscuro.model.score_fitting import (
     SideFitting,
     asked_shares,
     check_share,
+    fitted_entry,
     with_target,
 )
 from chiaroscuro.model.spread import SPREADS, weights_of
@@ -139,10 +140,10 @@ class _Fitting:
         self.entries: dict[str, Any] = {}
         self.fits: dict[tuple[str, int], SideFitting] = {}
         for side, share in shares.items():
-            before = split_entry(said["router" if side == "look" else "kv_router"])[1]
-            named = {"hidden": before.get("hidden") if hidden is None else hidden, "heads": before.get("heads")}
-            options = {name: value for name, value in named.items() if value is not None}
-            self.entries[side] = {"fitted": options} if options else "fitted"
+            present = said["router" if side == "look" else "kv_router"]
+            self.entries[side] = fitted_entry(
+                present, split_entry(present)[1].get("hidden") if hidden is None else hidden
+            )
             for i, reach in self.reaches.items():
                 router = self._router(side, i).to(model.device)
                 quota = None if router.options.hidden is None else most

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import ref
 
@@ -246,6 +247,7 @@ class Reach(nn.Module):
             past=0 if cached is None else cached.columns - time,
             position_ids=places,
             input_ids=self.shared.input_ids(table),
+            cache=None if cached is None else cached.routers,
             state=None if cached is None else cached.state,
         )
         looks, kept = self.decide(hidden, context)
@@ -302,7 +304,8 @@ class Reach(nn.Module):
             if router.reads_entropy and entropy is None:
                 entropy = Spectra(x).entropy().float()
             given = x.new_zeros(x.shape[:2], dtype=torch.float32) if entropy is None else entropy
-            decided.append(router(x, given, context).operator_index.bool())
+            own = None if context.cache is None else context.cache.of(side, router)
+            decided.append(router(x, given, replace(context, state=own)).operator_index.bool())
         looks, kept = decided
         for watcher in self.watchers:
             watcher(looks, kept, context.real(x.shape[1]))

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.reach_state import ReachState
-from chiaroscuro.layers.state import row_numbers
+from chiaroscuro.layers.state import LayerStates, row_numbers
 
 
 class RoutedLayer(CacheLayerMixin):
@@ -20,6 +20,7 @@ class RoutedLayer(CacheLayerMixin):
 
     Attributes:
         state: the keys and values.
+        routers: what the routers know of earlier tokens, by side.
         columns: how many tokens of each row there were, padding included.
         expected: whether a routed module is about to update it.
 
@@ -35,6 +36,7 @@ class RoutedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.state = ReachState(self.window, self.sinks)
+        self.routers = LayerStates()
         self.columns = 0
         self.expected = False
 
@@ -68,7 +70,7 @@ class RoutedLayer(CacheLayerMixin):
 
     def numbers_kept(self) -> int:
         """How many numbers it holds."""
-        return self.state.numbers_kept()
+        return self.state.numbers_kept() + self.routers.numbers_kept()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as transformers gives it.
@@ -83,21 +85,29 @@ class RoutedLayer(CacheLayerMixin):
             )
         if tokens_to_remove == -self.columns:
             return self.reset()
-        self.state.crop(-tokens_to_remove)
+        states = [self.state, *self.routers.kept()]
+        for state in states:
+            state.check_crop(-tokens_to_remove)
+        for state in states:
+            state.crop(-tokens_to_remove)
         self.columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
-        self.state.select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        self.state.select(row_numbers(indices))
+        self._select(row_numbers(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         if self.state.begun:
-            self.state.select(torch.arange(self.state.rows // self.state.heads).repeat_interleave(repeats))
+            self._select(torch.arange(self.state.rows // self.state.heads).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        self.state.select(rows)
+        self.routers.select(rows)
 
 
 def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> RoutedLayer:

@@ -4,6 +4,7 @@ They are made from the classes that the model has, one each, when they are first
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import ExactBuffers, Router, exact_modules
-from chiaroscuro.layers.registry import refuse_model_s_options, split_entry
+from chiaroscuro.layers.registry import refuse_model_s_options, split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
 from chiaroscuro.model.spread import SPREADS, spread
@@ -86,6 +87,26 @@ class RoutedModel(MadeClass, PreTrainedModel):
             getattr(self.config, FIELD)[SPREADS[side][0]] = float(given)
             for i, own in self.layer_shares(side).items():
                 self.reaches[i].routers[side].calibration.set_share(own)
+
+    def set_history(self, history: int | None) -> None:
+        """Let thresholds follow so many tokens of each row, so that the shares hold on other texts.
+
+        See `chiaroscuro.layers.row_thresholds`.
+
+        Args:
+            history: None for thresholds that stand still.
+
+        Raises:
+            UserError: no positive whole number.
+
+        """
+        routers = [router for reach in self.reaches.values() for router in reach.routers.values()]
+        options = [replace(router.options, history=history) for router in routers]
+        for router, own in zip(routers, options, strict=True):
+            router.options = own
+        said = getattr(self.config, FIELD)
+        for name in ("router", "kv_router"):
+            said[name] = with_history(said[name], history)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -24,6 +24,7 @@ from chiaroscuro.data import TokenBlocks, load_corpus, tokenize_corpus
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_unwritable, write_bytes, write_text
+from chiaroscuro.layers.registry import with_history
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.model.loading import (
     load_checkpoint,
@@ -91,6 +92,7 @@ def retrofit_copy(
     look: float = 1.0,
     kept: float = 0.25,
     heads: bool = True,
+    history: int = 512,
     layers: Sequence[int] | None = None,
     data: str = "python-docs",
     rows: int = 48,
@@ -110,6 +112,7 @@ def retrofit_copy(
         look: the share that looks far, the mean over the layers.
         kept: the share that is kept; likewise.
         heads: whether each key-value head chooses for itself for which tokens its queries look far, and which it keeps.
+        history: how many tokens of each row its thresholds follow; 0 for thresholds that stand still.
         layers: see there.
         data: a corpus. Scores are fitted on its train split and on needles and copies in it, and measured on its
             validation split.
@@ -131,7 +134,7 @@ def retrofit_copy(
     length = min(1024, most) if length is None else length
     asked: dict[str, Any] = {"MODEL": name, "--window": window, "--sinks": sinks, "--look": look, "--kv-share": kept}
     asked |= {"--one-head": not heads, "--layers": None if layers is None else list(layers), "--data": data}
-    asked |= {"--rows": rows, "--length": length, "--target": target}
+    asked |= {"--history": history, "--rows": rows, "--length": length, "--target": target}
     saved = _fitted_before(output, asked) if (output / FITTED).is_file() else None
     if saved is None:
         refuse_unwritable(output)
@@ -147,7 +150,7 @@ def retrofit_copy(
     tokenizer = load_checkpoint_tokenizer(name)
     original = copy.deepcopy(model)
     grouped = key_heads(model.config) if hasattr(model.config, "num_attention_heads") else 1
-    entry: Any = {"fitted": {"heads": grouped}} if heads and grouped > 1 else "fitted"
+    entry = with_history({"fitted": {"heads": grouped}} if heads and grouped > 1 else "fitted", history or None)
     retrofit(
         model,
         window=window,

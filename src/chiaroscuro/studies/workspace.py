@@ -52,6 +52,7 @@ class Workspace:
         device: `"cpu"` or `"cuda"`; by default `"cuda"` if PyTorch sees a GPU.
         share: ρ to set before the model is used; the thresholds follow.
         kv_share: the share that is kept, likewise.
+        history: how many tokens of each row its thresholds follow; 0 for thresholds that stand still.
         task: for a run with mixed training, the task to use instead of the text.
 
     Raises:
@@ -66,6 +67,7 @@ class Workspace:
         device: str | None = None,
         share: float | None = None,
         kv_share: float | None = None,
+        history: int | None = None,
         task: str | None = None,
     ) -> None:
         if device not in (None, "cpu", "cuda"):
@@ -77,6 +79,7 @@ class Workspace:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.share = share
         self.kv_share = kv_share
+        self.history = history
         self.task = task
 
     # ---- the model -------------------------------------------------------------------------------------------
@@ -90,13 +93,16 @@ class Workspace:
     def model(self) -> PreTrainedModel:
         """The model on its device, in evaluation mode, with the share that was asked for."""
         model = load_checkpoint(self.name)
-        if self.share is not None or self.kv_share is not None:
+        asked = {"--share": self.share, "--kv-share": self.kv_share, "--history": self.history}
+        if option := next((option for option, value in asked.items() if value is not None), None):
             if not isinstance(model, ChiarPreTrainedModel | RoutedModel):
-                option = "--kv-share" if self.share is None else "--share"
                 raise UserError(
                     f"{option} needs a CHIAR-Former or a retrofitted model, and {self.name} is a {type(model).__name__}"
                 )
-            model.set_attention_share(self.share, kv_share=self.kv_share)
+            if self.share is not None or self.kv_share is not None:
+                model.set_attention_share(self.share, kv_share=self.kv_share)
+            if self.history is not None:
+                model.set_history(self.history or None)
         return cast(Any, model).to(self.device)
 
     @cached_property

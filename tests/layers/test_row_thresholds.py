@@ -1,0 +1,194 @@
+"""Thresholds that follow the row. Oracle: what they are by definition, one token after the other."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chiaroscuro import UserError
+from chiaroscuro.layers import Context, NormRouter, row_thresholds
+from chiaroscuro.layers.row_thresholds import PRIOR, RowScores
+
+BLOCK = 4
+STANDING = torch.tensor([-0.3, 0.4])
+LEVELS = torch.tensor([0.375, 0.75])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_thresholds, "BLOCK", BLOCK)
+        yield
+
+
+def by_definition(scores: Tensor, history: int) -> Tensor:
+    """The thresholds of each token of one row (time, heads)."""
+    found = []
+    for place in range(len(scores)):
+        start = place // BLOCK * BLOCK
+        before = scores[max(0, start - history) : start].numpy()
+        tokens = len(before)
+        quantiles = np.quantile(before.ravel(), LEVELS.numpy()) if tokens else np.zeros(2)
+        found.append((PRIOR * STANDING.numpy() + tokens * quantiles) / (PRIOR + tokens))
+    return torch.tensor(np.array(found).reshape(-1, 2), dtype=torch.float32)
+
+
+def drawn(rows: int, time: int, heads: int, seed: int) -> Tensor:
+    return torch.randn(rows, time, heads, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(rows: int, time: int, seed: int) -> Tensor:
+    return torch.rand(rows, time, generator=torch.Generator().manual_seed(seed)) < 0.7
+
+
+SIZES: dict[str, Any] = {
+    "rows": st.integers(1, 3),
+    "time": st.integers(1, 40),
+    "heads": st.integers(1, 3),
+    "history": st.integers(1, 30),
+    "seed": st.integers(0, 99),
+}
+
+
+@given(padded=st.booleans(), data=st.data(), **SIZES)
+def test_they_are_as_defined_whole_or_in_pieces(
+    rows: int, time: int, heads: int, history: int, seed: int, padded: bool, data: st.DataObject
+) -> None:
+    scores = drawn(rows, time, heads, seed)
+    real = masks(rows, time, seed) if padded else None
+    cuts = sorted(data.draw(st.sets(st.integers(1, time), max_size=time)) | {0, time})
+    held, parts = RowScores(history), []
+    for start, end in pairwise(cuts):
+        part = None if real is None else real[:, start:end]
+        parts.append(held.follow(scores[:, start:end], part, STANDING, LEVELS, start))
+    found = torch.cat(parts, 1)
+    for row in range(rows):
+        chosen = slice(None) if real is None else real[row]
+        torch.testing.assert_close(found[row][chosen], by_definition(scores[row][chosen], history))
+
+
+@given(more=st.integers(1, 12), padded=st.booleans(), again=st.booleans(), **SIZES)
+def test_what_was_cropped_never_was(
+    rows: int, time: int, heads: int, history: int, seed: int, more: int, padded: bool, again: bool
+) -> None:
+    scores, other = drawn(rows, time + more, heads, seed), drawn(rows, more, heads, seed + 100)
+    real = masks(rows, time + more, seed) if padded else torch.ones(rows, time + more).bool()
+    held = RowScores(history)
+    held.follow(scores[:, :time], real[:, :time] if padded else None, STANDING, LEVELS)
+    for _ in range(1 + again):
+        for token in range(more):
+            held.follow(other[:, token, None], None, STANDING, LEVELS, time + token)
+        held.crop(more)
+    found = [held.follow(scores[:, time:], real[:, time:] if padded else None, STANDING, LEVELS, time)]
+    for row in range(rows):
+        wanted = by_definition(scores[row][real[row]], history)[int(real[row, :time].sum()) :]
+        torch.testing.assert_close(found[0][row][real[row, time:]], wanted)
+
+
+@given(padded=st.booleans(), chosen=st.lists(st.integers(0, 2), min_size=1, max_size=4), **SIZES)
+def test_selected_rows_go_on(
+    rows: int, time: int, heads: int, history: int, seed: int, padded: bool, chosen: list[int]
+) -> None:
+    index = torch.tensor(chosen).remainder(rows)
+    scores = drawn(rows, time + 9, heads, seed)
+    real = masks(rows, time, seed) if padded else torch.ones(rows, time).bool()
+    held = RowScores(history)
+    held.select(index)  # of nothing yet
+    held.follow(scores[:, :time], real if padded else None, STANDING, LEVELS)
+    held.follow(scores[:, time, None], None, STANDING, LEVELS, time)
+    held.select(index)
+    rest = scores[index, time + 1 :]
+    found = torch.cat([held.follow(rest[:, t, None], None, STANDING, LEVELS, time + 1 + t) for t in range(8)], 1)
+    for row, old in enumerate(index.tolist()):
+        whole = torch.cat([scores[old, :time][real[old]], scores[old, time:]])
+        torch.testing.assert_close(found[row], by_definition(whole, history)[-8:])
+
+
+def test_infinite_thresholds_stay() -> None:
+    standing = torch.tensor([-torch.inf, torch.inf])
+    found = RowScores(8).follow(drawn(2, 30, 1, 0), None, standing, torch.tensor([0.0, 1.0]))
+    assert torch.equal(found, standing.expand(2, 30, 2))
+
+
+def test_tokens_that_were_not_scored_end_the_history() -> None:
+    scores, held = drawn(1, 20, 1, 0), RowScores(8)
+    held.follow(scores[:, :10], None, STANDING, LEVELS)
+    found = held.follow(scores[:, 10:], None, STANDING, LEVELS, 15)  # five came in between
+    torch.testing.assert_close(found[0], by_definition(scores[0, 10:], 8))
+
+
+def test_what_it_holds_is_bounded_and_counted() -> None:
+    held = RowScores(8)
+    assert held.numbers_kept() == 0
+    held.follow(drawn(2, 500, 3, 0), None, STANDING, LEVELS)
+    assert held.numbers_kept() == 2 * (8 + BLOCK + row_thresholds.REMEMBERED) * 3
+    held.follow(drawn(2, 1, 3, 0), None, STANDING, LEVELS, 500)
+    assert held.numbers_kept() == 2 * (8 + BLOCK + row_thresholds.REMEMBERED + 1) * 3
+
+
+def test_it_refuses_other_rows_and_too_large_a_crop() -> None:
+    held = RowScores(8)
+    held.follow(drawn(2, 10, 1, 0), None, STANDING, LEVELS)
+    with pytest.raises(UserError, match="holds 2 rows, the input has 3"):
+        held.follow(drawn(3, 1, 1, 0), None, STANDING, LEVELS, 10)
+    held.follow(drawn(2, 90, 1, 0), None, STANDING, LEVELS, 10)
+    with pytest.raises(UserError, match="crop of 65 tokens, but a router remembers the scores of 64"):
+        held.crop(65)
+
+
+# In a router
+
+
+def router(share: float = 0.25, **options: Any) -> NormRouter:
+    made = NormRouter(16, ("local", "attention"), attention_share=share, **options)
+    made.calibration.set_from(made(torch.randn(4, 400, 16), torch.zeros(4, 400)).score.flatten(), share)
+    return made
+
+
+def test_the_share_is_held_on_another_text() -> None:
+    torch.manual_seed(0)
+    x = 0.8 * torch.randn(1, 2000, 16)  # all norms are smaller than those of the calibration
+    shares = [
+        float(router(**options)(x, torch.zeros(1, 2000)).operator_index[:, 1000:].float().mean())
+        for options in ({}, {"history": 512})
+    ]
+    assert shares[0] < 0.05 and 0.18 < shares[1] < 0.25
+
+
+def test_it_says_the_thresholds_of_each_token() -> None:
+    torch.manual_seed(0)
+    following, x = router(history=16), torch.randn(2, 30, 16)
+    decision = following(x, torch.zeros(2, 30))
+    assert torch.equal(decision.operator_index, (decision.score > decision.thresholds[..., 0]).long())
+    assert torch.equal(decision.thresholds[:, :BLOCK, 0], following.calibration.values.expand(2, BLOCK))
+    assert router()(x, torch.zeros(2, 30)).thresholds is None
+
+
+def test_documents_are_rows_of_their_own() -> None:
+    torch.manual_seed(0)
+    following, x = router(history=16), torch.randn(2, 30, 16)
+    segments = (torch.arange(30) >= torch.tensor([[11], [23]])).long()
+    real = torch.ones(2, 30).bool()
+    real[1, 27:] = False
+    found = following(x, torch.zeros(2, 30), Context(segments=segments, attention_mask=real)).operator_index
+    for row, start, end in ((0, 0, 11), (0, 11, 30), (1, 0, 23), (1, 23, 27)):
+        alone = following(x[row, None, start:end], torch.zeros(1, end - start)).operator_index
+        assert torch.equal(found[row, start:end], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"history": 0}, "history=0: must be a positive whole number"),
+        ({"history": True}, "history=True: must be a positive whole number"),
+        ({"history": 9, "thresholds": (0.5,)}, "thresholds follow the row, or stand where told"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        NormRouter(16, ("local", "attention"), **options)
