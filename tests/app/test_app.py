@@ -67,7 +67,9 @@ def test_losses_are_the_models_own(model: Served) -> None:
     assert bool(reading.layers) == bool(model.dials)
     for layer in reading.layers.values():
         assert layer.score is not None and layer.threshold is not None and layer.far is not None
-        assert [score > layer.threshold for score in layer.score] == [bool(i) for i in layer.index]
+        assert [score > own for score, own in zip(layer.score, layer.threshold, strict=True)] == [
+            bool(i) for i in layer.index
+        ]
 
 
 def test_the_score_of_a_retrofitted_layer_is_the_one_that_decides() -> None:
@@ -79,7 +81,8 @@ def test_the_score_of_a_retrofitted_layer_is_the_one_that_decides() -> None:
     for layer in found.layers.values():
         assert layer.score is not None and layer.threshold is not None
         assert layer.score == pytest.approx(layer.entropy, abs=1e-6)
-        assert [int(score > layer.threshold) for score in layer.score] == list(layer.index)
+        above = [int(score > own) for score, own in zip(layer.score, layer.threshold, strict=True)]
+        assert above == list(layer.index)
 
 
 def test_what_looks_by_head_is_shown_as_a_part_of_the_heads(tmp_path: Path) -> None:

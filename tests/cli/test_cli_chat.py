@@ -77,6 +77,7 @@ def test_a_conversation_from_a_pipe(run: Run, checkpoint: Path, monkeypatch: pyt
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--top-k", "-3"], "top-k"),
         (["--kv-share", "0.5"], "--kv-share needs a CHIAR-Former or a retrofitted model"),
+        (["--history", "512"], "--history needs a CHIAR-Former or a retrofitted model"),
         (["--device", "tpu"], "--device tpu"),
     ],
 )

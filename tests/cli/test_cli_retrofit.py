@@ -78,7 +78,7 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     assert found["look controls"].keys() == {"random", "H"} and min(found["look controls"].values()) > 1
     kept = [*found["kept"].values()]
     assert len(kept) == 3 and 0.1 < sum(kept) / 3 < 0.5
-    assert found["shares"]["kv_router"] == found["shares"]["router"] == {"fitted": {"heads": 2}}
+    assert found["shares"]["kv_router"] == found["shares"]["router"] == {"fitted": {"heads": 2, "history": 2048}}
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.chiaroscuro == found["shares"] and [*model.reaches] == [0, 1, 2]
     assert (tmp_path / "out/retrofit.png").read_bytes().startswith(b"\x89PNG")
@@ -90,6 +90,9 @@ def test_a_copy_and_its_report(run: Run, places: tuple[Path, Path], tmp_path: Pa
     figures = json.loads(out)
     assert [*figures["kept"]] == [*figures["looked"]] == ["0", "1", "2"]
     assert mean(figures["kept"].values()) < 0.8 * mean(found["kept"].values())  # the dial was turned
+    whole = ("evaluate", tmp_path / "out", "--data", places[1], "--length", LENGTH, "--json")
+    ends = [json.loads(run(*whole, *more)[1])["perplexity"] for more in ((), ("--history", 2048), ("--history", 0))]
+    assert ends[0] == ends[1] != ends[2]
     code, out, err = run("evaluate", tmp_path / "out", "--data", places[1], "--length", 64, "--tokens", 64)
     assert code == 0 and "% of the tokens, the mean over the routed layers" in " ".join(out.split()), err
     code, out, err = run("needles", tmp_path / "out", "--lengths", LENGTH, "--keys", 1, "--tries", 1, "--json")
@@ -167,6 +170,7 @@ def test_lengths_that_nobody_gave_are_those_that_the_model_reads() -> None:
         (["--look", -0.1], "--look -0.1: must be a share"),
         (["--look", 0], "--look 0: must be a share"),
         (["--look", 1.5], "--look 1.5: must be a share of the tokens, more than 0 and at most 1"),
+        (["--history", -1], "Invalid value for '--history'"),
         (["--window", 0], "window=0: must be a whole number of tokens"),
         (["--sinks", -1], "sinks=-1"),
         (["--layers", "7"], "layers=[7]: the model has the layers 0 to 2"),

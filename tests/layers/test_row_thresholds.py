@@ -14,7 +14,7 @@ from chiaroscuro import UserError
 from chiaroscuro.layers import Context, NormRouter, row_thresholds
 from chiaroscuro.layers.row_thresholds import PRIOR, RowScores
 
-BLOCK = 4
+BLOCK, SAMPLE = 4, 8
 STANDING = torch.tensor([-0.3, 0.4])
 LEVELS = torch.tensor([0.375, 0.75])
 
@@ -23,6 +23,7 @@ LEVELS = torch.tensor([0.375, 0.75])
 def short_blocks() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_thresholds, "BLOCK", BLOCK)
+        patch.setattr(row_thresholds, "SAMPLE", SAMPLE)
         yield
 
 
@@ -31,9 +32,9 @@ def by_definition(scores: Tensor, history: int) -> Tensor:
     found = []
     for place in range(len(scores)):
         start = place // BLOCK * BLOCK
-        before = scores[max(0, start - history) : start].numpy()
-        tokens = len(before)
-        quantiles = np.quantile(before.ravel(), LEVELS.numpy()) if tokens else np.zeros(2)
+        sampled = [p for p in range(start - history, start, max(1, history // SAMPLE)) if p >= 0]
+        tokens = min(start, history) if sampled else 0
+        quantiles = np.quantile(scores[sampled].numpy().ravel(), LEVELS.numpy()) if sampled else np.zeros(2)
         found.append((PRIOR * STANDING.numpy() + tokens * quantiles) / (PRIOR + tokens))
     return torch.tensor(np.array(found).reshape(-1, 2), dtype=torch.float32)
 
@@ -152,10 +153,10 @@ def router(share: float = 0.25, **options: Any) -> NormRouter:
 
 def test_the_share_is_held_on_another_text() -> None:
     torch.manual_seed(0)
-    x = 0.8 * torch.randn(1, 2000, 16)  # all norms are smaller than those of the calibration
+    x = 0.8 * torch.randn(1, 4000, 16)  # all norms are smaller than those of the calibration
     shares = [
-        float(router(**options)(x, torch.zeros(1, 2000)).operator_index[:, 1000:].float().mean())
-        for options in ({}, {"history": 512})
+        float(router(**options)(x, torch.zeros(1, 4000)).operator_index[:, 2000:].float().mean())
+        for options in ({}, {"history": 2048})
     ]
     assert shares[0] < 0.05 and 0.18 < shares[1] < 0.25
 
@@ -164,9 +165,12 @@ def test_it_says_the_thresholds_of_each_token() -> None:
     torch.manual_seed(0)
     following, x = router(history=16), torch.randn(2, 30, 16)
     decision = following(x, torch.zeros(2, 30))
-    assert torch.equal(decision.operator_index, (decision.score > decision.thresholds[..., 0]).long())
-    assert torch.equal(decision.thresholds[:, :BLOCK, 0], following.calibration.values.expand(2, BLOCK))
-    assert router()(x, torch.zeros(2, 30)).thresholds is None
+    thresholds = following.thresholds_of(decision.score, Context())[..., 0]
+    assert torch.equal(decision.operator_index, (decision.score > thresholds).long())
+    assert torch.equal(thresholds[:, :BLOCK], following.calibration.values.expand(2, BLOCK))
+    assert not torch.equal(thresholds, following.calibration.values.expand(2, 30))
+    standing = router()
+    assert torch.equal(standing.thresholds_of(decision.score, Context()), standing.calibration.values.expand(2, 30, 1))
 
 
 def test_documents_are_rows_of_their_own() -> None:

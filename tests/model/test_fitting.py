@@ -293,6 +293,15 @@ def test_the_shares_are_met_and_the_rest_of_the_model_stays(hidden: int | None) 
     model.set_attention_share(0.6, kv_share=0.1)  # the dial turns
 
 
+def test_thresholds_that_follow_the_row_do_so_after_the_fit() -> None:
+    model = build(kv_router={"fitted": {"heads": 2}})
+    model.set_history(32)
+    fit(model, batches(0), look=0.3, kept=0.4)
+    assert model.config.router == {"fitted": {"history": 32}}
+    assert model.config.kv_router == {"fitted": {"heads": 2, "history": 32}}
+    assert all(block.router.options.history == 32 for block in model.trunk.blocks)
+
+
 def test_one_side_leaves_the_other_alone() -> None:
     for shares in ({"look": 0.3}, {"kept": 0.3}):
         model, data = build(), batches(0)

@@ -4,6 +4,7 @@ The oracle is dense execution: one attention under a mask that says who sees who
 """
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,6 +311,31 @@ def test_both_dials_turn() -> None:
         build([["local", "attention"]], attention_context="all").set_attention_share(kv_share=0.5)
     with pytest.raises(UserError, match="no share to set"):
         model.set_attention_share()
+
+
+def test_thresholds_can_follow_the_row_from_now_on(tmp_path: Path) -> None:
+    model = build([["local", "attention"]], attention_context="kept", router="threshold")
+    ids = ids_of(2, 40, 0)
+    calibrate(model, [ids_of(4, 40, 1)])
+    standing = model(ids, use_cache=False, output_routing=True).routing[0]
+    model.set_history(9)
+    assert (model.config.router, model.config.kv_router) == ({"threshold": {"history": 9}}, {"random": {"history": 9}})
+    following = model(ids, use_cache=False, output_routing=True).routing[0]
+    assert not torch.equal(following.operator_index, standing.operator_index)
+    assert torch.equal(following.operator_index[:, :4], standing.operator_index[:, :4])  # the first block's stand
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path).eval()
+    again = loaded(ids, use_cache=False, output_routing=True).routing[0]
+    assert torch.equal(again.operator_index, following.operator_index) and torch.equal(again.kept, following.kept)
+    for wrong, said in ((0, "history=0: must be a positive"), (-3, "history=-3"), (True, "history=True")):
+        with pytest.raises(UserError, match=said):
+            model.set_history(wrong)
+        assert model.trunk.blocks[0].router.options.history == 9
+    model.set_history(None)
+    assert (model.config.router, model.config.kv_router) == ("threshold", "random")
+    assert torch.equal(model(ids, use_cache=False, output_routing=True).routing[0].kept, standing.kept)
+    with pytest.raises(UserError, match="no layer routes by thresholds"):
+        build([["attention"]], attention_context="all").set_history(9)
 
 
 @pytest.mark.parametrize("window", [None, 2, 6])

@@ -164,7 +164,7 @@ def test_padding_is_no_token() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("router", ["fitted", {"fitted": {"heads": 2}}])
+@pytest.mark.parametrize("router", ["fitted", {"fitted": {"heads": 2}}, {"fitted": {"heads": 2, "history": 20}}])
 def test_fitted_and_cached_is_fitted(router: Any) -> None:
     model = routed(router=router, kv_router={"fitted": {"heads": 2}})
     fit(model, answers(model, batches()))

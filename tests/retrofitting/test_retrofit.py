@@ -342,6 +342,8 @@ def test_rows_of_a_cache_are_reordered_repeated_and_selected() -> None:
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path, family: str) -> None:
     routed, tokens = routed_copy(build(family), **HALF), ids(9)
     routed.set_attention_share(0.3, kv_share=0.7)
+    routed.set_history(11)
+    assert routed.config.chiaroscuro["router"] == {"random": {"history": 11}}
     wanted = routed(tokens).logits
     routed.save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=routed.config._attn_implementation)
@@ -650,6 +652,7 @@ def test_unretrofit_needs_a_retrofitted_model() -> None:
     [
         (lambda m: m(ids(1)), "not fitted yet.*run chiaroscuro fit"),
         (lambda m: m.set_attention_share(), "no share to set"),
+        (lambda m: m.set_history(0), "history=0: must be a positive whole number"),
         (lambda m: m.set_attention_share(2), "attention_share=2: must be a number"),
         (lambda m: m.set_attention_share(kv_share=True), "kv_share=True: must be a number"),
     ],

@@ -14,7 +14,7 @@ from chiaroscuro.analysis.far_context import far_part
 from chiaroscuro.analysis.routing import level_of, part_of_heads, refuse_broken_text, split_text
 from chiaroscuro.app.served import Served
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import ScoreRouter, SelfAttention
+from chiaroscuro.layers import Context, ScoreRouter, SelfAttention
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.calibration import embed_batch
 from chiaroscuro.model.full_attention import full_attention
@@ -37,7 +37,7 @@ class LayerReading:
         kept: (T,) the part of the key-value heads that keep it to be seen from far; None where nothing decides that.
         entropy: (T,) H of what the operator reads.
         score: (T,) what the threshold was compared with, the highest of the heads'; None where there is none.
-        threshold: the last of the menu's, or of who looks; None without one.
+        threshold: (T,) the last of the menu's, or of who looks; None without one.
         far: (T,) the attention that goes beyond the window in full attention; None where there is no window.
         looking: (T,) the part of the key-value heads whose queries look far; None where they do not choose.
 
@@ -48,7 +48,7 @@ class LayerReading:
     kept: tuple[float, ...] | None
     entropy: tuple[float, ...]
     score: tuple[float, ...] | None
-    threshold: float | None
+    threshold: tuple[float, ...] | None
     far: tuple[float, ...] | None = None
     looking: tuple[float, ...] | None = None
 
@@ -166,7 +166,7 @@ def _own(model: Any, ids: Tensor, far: dict[int, tuple[float, ...]]) -> tuple[An
             kept=None if routing.kept is None else _part(routing.kept),
             entropy=tuple(routing.entropy[0].tolist()),
             score=tuple(routing.score[0].tolist()) if scored else None,
-            threshold=float(block.router.calibration.values[-1]) if scored else None,
+            threshold=_thresholds(block.router, routing.score) if scored else None,
             far=far.get(i),
         )
     return _of(output.logits, ids), layers
@@ -183,6 +183,7 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
         source, router = given[i], model.reaches[i].look
         free = 0 < router.calibration.share < 1
         score = scores[i][0] if scores[i] else None
+        threshold = None if score is None else _thresholds(router, score)
         if score is not None and score.ndim == 3:
             score = score.amax(-1)
         looking = _part(looks)
@@ -192,11 +193,15 @@ def _retrofitted(model: RoutedModel, ids: Tensor, far: dict[int, tuple[float, ..
             kept=_part(kept),
             entropy=tuple(spectral_entropy(source[0].float()).tolist()),
             score=None if score is None else tuple(score[0].tolist()),
-            threshold=None if score is None else float(router.calibration.values[-1]),
+            threshold=threshold,
             far=far.get(i),
             looking=looking if free and looks.ndim == 3 else None,
         )
     return _of(logits, ids), layers
+
+
+def _thresholds(router: ScoreRouter, score: Float[Tensor, "1 time *heads"]) -> tuple[float, ...]:
+    return tuple(router.thresholds_of(score, Context())[0, :, -1].tolist())
 
 
 def _part(chosen: Tensor) -> tuple[float, ...]:

@@ -66,7 +66,7 @@ def tip_of(reading: Reading, t: int, layer: int | None) -> str:
         lines.append(f"layer {layer + 1}: {one.operators[one.index[t]]}{heads if one.index[t] else ''}")
         lines.append(f"H {one.entropy[t]:.4f}")
         if one.score is not None and one.threshold is not None:
-            lines.append(f"score {one.score[t]:.4f}, threshold {one.threshold:.4f}")
+            lines.append(f"score {one.score[t]:.4f}, threshold {one.threshold[t]:.4f}")
         if one.kept is not None:
             lines.append(f"kept by {one.kept[t]:.0%} of the key-value heads")
         if one.far is not None:

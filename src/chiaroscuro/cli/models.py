@@ -435,7 +435,7 @@ def retrofit(
             min=0,
             max=LARGEST,
         ),
-    ] = 512,
+    ] = 2048,
     target: Annotated[
         str | None, typer.Option(help="Instead of --kv-share: keep as few as cost at most this perplexity, such as 1%.")
     ] = None,

@@ -38,7 +38,6 @@ class Decision:
         score: what the thresholds were compared with, where there are any.
         scale: what the last operator's output is multiplied by, where the router scales it.
         weights: a weight for each operator, where every operator runs on every token and the outputs are averaged.
-        thresholds: each token's, where they follow its row.
 
     """
 
@@ -46,7 +45,6 @@ class Decision:
     score: Float[Tensor, "batch time *heads"] | None = None
     scale: Float[Tensor, "batch time *heads"] | None = None
     weights: Float[Tensor, "batch time operators"] | None = None
-    thresholds: Float[Tensor, "batch time thresholds"] | None = None
 
 
 class Router(nn.Module):
@@ -243,9 +241,9 @@ class ScoreRouter(Router):
         score = self.score(x, entropy, context)
         if self.options.history is None:
             return Decision(self.calibration(score), score=score, scale=self.scale(score))
-        thresholds = self._follow(score, context)
+        thresholds = self.thresholds_of(score, context)
         own = thresholds if score.ndim == 2 else thresholds[:, :, None]
-        return Decision((score[..., None] > own).sum(-1), score, self.scale(score), thresholds=thresholds)
+        return Decision((score[..., None] > own).sum(-1), score=score, scale=self.scale(score))
 
     def new_cache(self) -> RowScores | None:
         """The scores of each row, where its thresholds follow them."""
@@ -253,11 +251,13 @@ class ScoreRouter(Router):
 
     @torch._disable_dynamo  # how much of a history there is, is data
     @torch.no_grad()
-    def _follow(
+    def thresholds_of(
         self, score: Float[Tensor, "batch time *heads"], context: Context
     ) -> Float[Tensor, "batch time thresholds"]:
-        """Each token's thresholds. A document's follow its own tokens alone."""
+        """What each token's score is compared with. A document's thresholds follow its own tokens alone."""
         standing = self.calibration.values
+        if self.options.history is None:
+            return standing.expand(*score.shape[:2], -1)
         levels = levels_of(self.calibration.share, self.calibration.operators).to(standing)
         scores = score if score.ndim == 3 else score[..., None]
         real = context.real(scores.shape[1])

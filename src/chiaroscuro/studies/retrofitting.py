@@ -92,7 +92,7 @@ def retrofit_copy(
     look: float = 1.0,
     kept: float = 0.25,
     heads: bool = True,
-    history: int = 512,
+    history: int = 2048,
     layers: Sequence[int] | None = None,
     data: str = "python-docs",
     rows: int = 48,
