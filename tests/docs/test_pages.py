@@ -292,11 +292,36 @@ def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() ->
     for name, one in needles.items():
         shown = [f"{mean(one['by depth']):.0%}", f"{one['looked']:.0%}", f"{one['kept']:.0%}"]
         assert rows[name][1:] == shown, name
+    following = found["thresholds that follow the row"]
+    rows |= {
+        row[0]: [cell.strip("*") for cell in row[1:]] for row in table_after(page, "around a needle. Thresholds that")
+    }
+    for name, (measured, original) in texts.items():
+        before, copy = full[original]["original"]["perplexity"], following[measured]
+        shares = [f"{mean(copy[side].values()):.0%}" for side in ("looked", "kept")]
+        assert rows[f"perplexity, {name}"] == [f"{before:.2f}", _changed(copy["perplexity"], before), *shares], name
+    several = {(one["length"], one["keys"]): one for one in following["needles"]}
+    needles = {
+        "needles found at 1,024 tokens, 20 tries": several[1024, 1],
+        "needles found at 2,048": several[2048, 1],
+        "one of four, 1,024": several[1024, 4],
+    }
+    for name, one in needles.items():
+        shown = [f"{mean(one['by depth']):.0%}", f"{one['looked']:.0%}", f"{one['kept']:.0%}"]
+        assert rows[name][1:] == shown, name
     before = full["wikitext-2, validation"]["original"]["perplexity"]
     words = " ".join(page.split())
+    for name, one in found["all look, a quarter kept"].items():
+        if isinstance(one, dict):
+            after, needle = one["wikitext-2 test"], one["needles"][0]
+            shown = _changed(after["perplexity"], full["wikitext-2, test"]["original"]["perplexity"])
+            shown += f", with {mean(after['kept'].values()):.0%} of the tokens kept"
+            assert f"{shown}, and {mean(needle['by depth']):.0%} of the needles" in words, name
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     both = [f"{found[f'wikitext-2 {split}']['perplexity']:.2f}" for split in ("validation", "test")]
     assert f"it is {both[0]} and {both[1]}, not healed, but finds {mean(single[2048]['by depth']):.0%} of" in readme
+    both = [f"{following[f'wikitext-2 {split}']['perplexity']:.2f}" for split in ("validation", "test")]
+    assert f"it is {both[0]} and {both[1]}, and finds {mean(several[2048, 1]['by depth']):.0%}." in readme
     for value in found["others that look, wikitext-2 validation"].values():
         assert _changed(value, before) in words
 
