@@ -27,14 +27,21 @@ def short_blocks() -> Any:
         yield
 
 
+def counted(tokens: int, most: int) -> list[int]:
+    """How far back the tokens stand that count."""
+    if tokens <= most:
+        return [*range(1, tokens + 1)]
+    return [1 + (k * 65536 + k * 40503 % 65536) * tokens // (most * 65536) for k in range(most)]
+
+
 def by_definition(scores: Tensor, history: int) -> Tensor:
     """The thresholds of each token of one row (time, heads)."""
     found = []
     for place in range(len(scores)):
         start = place // BLOCK * BLOCK
-        sampled = [p for p in range(start - history, start, max(1, history // SAMPLE)) if p >= 0]
-        tokens = min(start, history) if sampled else 0
-        quantiles = np.quantile(scores[sampled].numpy().ravel(), LEVELS.numpy()) if sampled else np.zeros(2)
+        tokens = min(start, history)
+        before = scores[[start - back for back in counted(tokens, min(history, SAMPLE))]].numpy()
+        quantiles = np.quantile(before.ravel(), LEVELS.numpy()) if tokens else np.zeros(2)
         found.append((PRIOR * STANDING.numpy() + tokens * quantiles) / (PRIOR + tokens))
     return torch.tensor(np.array(found).reshape(-1, 2), dtype=torch.float32)
 
@@ -63,10 +70,10 @@ def test_they_are_as_defined_whole_or_in_pieces(
     scores = drawn(rows, time, heads, seed)
     real = masks(rows, time, seed) if padded else None
     cuts = sorted(data.draw(st.sets(st.integers(1, time), max_size=time)) | {0, time})
-    held, parts = RowScores(history), []
+    held, parts = RowScores(), []
     for start, end in pairwise(cuts):
         part = None if real is None else real[:, start:end]
-        parts.append(held.follow(scores[:, start:end], part, STANDING, LEVELS, start))
+        parts.append(held.follow(scores[:, start:end], part, history, STANDING, LEVELS, start))
     found = torch.cat(parts, 1)
     for row in range(rows):
         chosen = slice(None) if real is None else real[row]
@@ -79,13 +86,13 @@ def test_what_was_cropped_never_was(
 ) -> None:
     scores, other = drawn(rows, time + more, heads, seed), drawn(rows, more, heads, seed + 100)
     real = masks(rows, time + more, seed) if padded else torch.ones(rows, time + more).bool()
-    held = RowScores(history)
-    held.follow(scores[:, :time], real[:, :time] if padded else None, STANDING, LEVELS)
+    held = RowScores()
+    held.follow(scores[:, :time], real[:, :time] if padded else None, history, STANDING, LEVELS)
     for _ in range(1 + again):
         for token in range(more):
-            held.follow(other[:, token, None], None, STANDING, LEVELS, time + token)
+            held.follow(other[:, token, None], None, history, STANDING, LEVELS, time + token)
         held.crop(more)
-    found = [held.follow(scores[:, time:], real[:, time:] if padded else None, STANDING, LEVELS, time)]
+    found = [held.follow(scores[:, time:], real[:, time:] if padded else None, history, STANDING, LEVELS, time)]
     for row in range(rows):
         wanted = by_definition(scores[row][real[row]], history)[int(real[row, :time].sum()) :]
         torch.testing.assert_close(found[0][row][real[row, time:]], wanted)
@@ -98,13 +105,15 @@ def test_selected_rows_go_on(
     index = torch.tensor(chosen).remainder(rows)
     scores = drawn(rows, time + 9, heads, seed)
     real = masks(rows, time, seed) if padded else torch.ones(rows, time).bool()
-    held = RowScores(history)
+    held = RowScores()
     held.select(index)  # of nothing yet
-    held.follow(scores[:, :time], real if padded else None, STANDING, LEVELS)
-    held.follow(scores[:, time, None], None, STANDING, LEVELS, time)
+    held.follow(scores[:, :time], real if padded else None, history, STANDING, LEVELS)
+    held.follow(scores[:, time, None], None, history, STANDING, LEVELS, time)
     held.select(index)
     rest = scores[index, time + 1 :]
-    found = torch.cat([held.follow(rest[:, t, None], None, STANDING, LEVELS, time + 1 + t) for t in range(8)], 1)
+    found = torch.cat(
+        [held.follow(rest[:, t, None], None, history, STANDING, LEVELS, time + 1 + t) for t in range(8)], 1
+    )
     for row, old in enumerate(index.tolist()):
         whole = torch.cat([scores[old, :time][real[old]], scores[old, time:]])
         torch.testing.assert_close(found[row], by_definition(whole, history)[-8:])
@@ -112,34 +121,66 @@ def test_selected_rows_go_on(
 
 def test_infinite_thresholds_stay() -> None:
     standing = torch.tensor([-torch.inf, torch.inf])
-    found = RowScores(8).follow(drawn(2, 30, 1, 0), None, standing, torch.tensor([0.0, 1.0]))
+    found = RowScores().follow(drawn(2, 30, 1, 0), None, 8, standing, torch.tensor([0.0, 1.0]))
     assert torch.equal(found, standing.expand(2, 30, 2))
 
 
 def test_tokens_that_were_not_scored_end_the_history() -> None:
-    scores, held = drawn(1, 20, 1, 0), RowScores(8)
-    held.follow(scores[:, :10], None, STANDING, LEVELS)
-    found = held.follow(scores[:, 10:], None, STANDING, LEVELS, 15)  # five came in between
+    scores, held = drawn(1, 20, 1, 0), RowScores()
+    held.follow(scores[:, :10], None, 8, STANDING, LEVELS)
+    found = held.follow(scores[:, 10:], None, 8, STANDING, LEVELS, 15)  # five came in between
     torch.testing.assert_close(found[0], by_definition(scores[0, 10:], 8))
 
 
+def test_another_history_begins_anew() -> None:
+    scores, held = drawn(1, 20, 1, 0), RowScores()
+    held.follow(scores[:, :10], None, 8, STANDING, LEVELS)
+    found = held.follow(scores[:, 10:], None, 5, STANDING, LEVELS, 10)
+    torch.testing.assert_close(found[0], by_definition(scores[0, 10:], 5))
+
+
 def test_what_it_holds_is_bounded_and_counted() -> None:
-    held = RowScores(8)
+    held = RowScores()
     assert held.numbers_kept() == 0
-    held.follow(drawn(2, 500, 3, 0), None, STANDING, LEVELS)
+    held.follow(drawn(2, 500, 3, 0), None, 8, STANDING, LEVELS)
     assert held.numbers_kept() == 2 * (8 + BLOCK + row_thresholds.REMEMBERED) * 3
-    held.follow(drawn(2, 1, 3, 0), None, STANDING, LEVELS, 500)
+    held.follow(drawn(2, 1, 3, 0), None, 8, STANDING, LEVELS, 500)
     assert held.numbers_kept() == 2 * (8 + BLOCK + row_thresholds.REMEMBERED + 1) * 3
 
 
 def test_it_refuses_other_rows_and_too_large_a_crop() -> None:
-    held = RowScores(8)
-    held.follow(drawn(2, 10, 1, 0), None, STANDING, LEVELS)
+    held = RowScores()
+    held.follow(drawn(2, 10, 1, 0), None, 8, STANDING, LEVELS)
     with pytest.raises(UserError, match="holds 2 rows, the input has 3"):
-        held.follow(drawn(3, 1, 1, 0), None, STANDING, LEVELS, 10)
-    held.follow(drawn(2, 90, 1, 0), None, STANDING, LEVELS, 10)
+        held.follow(drawn(3, 1, 1, 0), None, 8, STANDING, LEVELS, 10)
+    held.follow(drawn(2, 90, 1, 0), None, 8, STANDING, LEVELS, 10)
     with pytest.raises(UserError, match="crop of 65 tokens, but a router remembers the scores of 64"):
         held.crop(65)
+    with pytest.raises(UserError, match="the cache holds 100 tokens, and past=0"):
+        held.follow(drawn(2, 1, 1, 0), None, 8, STANDING, LEVELS)
+
+
+def test_a_crop_to_before_the_first_score_leaves_nothing() -> None:
+    scores, held = drawn(1, 200, 1, 0), RowScores()
+    held.follow(scores[:, :100], None, 8, STANDING, LEVELS, 30)  # the first 30 were not scored
+    held.crop(120)
+    assert held.numbers_kept() == 0
+    found = held.follow(scores[:, 100:], None, 8, STANDING, LEVELS, 10)
+    torch.testing.assert_close(found[0], by_definition(scores[0, 100:], 8))
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 7, 8, 64])
+@pytest.mark.parametrize("history", [128, 2048, 2**31 - 1])
+def test_the_share_is_met_on_the_text_of_the_calibration_whatever_its_period(
+    period: int, history: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_thresholds, "BLOCK", 64)
+    monkeypatch.setattr(row_thresholds, "SAMPLE", 512)
+    scores = 0.5 * drawn(2, 8192, 1, 0)
+    scores[:, ::period] -= 2
+    standing = scores.flatten().quantile(0.75)[None]
+    found = RowScores().follow(scores, None, history, standing, torch.tensor([0.75]))
+    assert float((scores > found)[:, 4096:].float().mean()) == pytest.approx(0.25, abs=0.03)
 
 
 # In a router
@@ -190,7 +231,8 @@ def test_documents_are_rows_of_their_own() -> None:
     [
         ({"history": 0}, "history=0: must be a positive whole number"),
         ({"history": True}, "history=True: must be a positive whole number"),
-        ({"history": 9, "thresholds": (0.5,)}, "thresholds follow the row, or stand where told"),
+        ({"history": 2**31}, "history=2147483648: must be less than 2³¹ tokens"),
+        ({"history": 9, "thresholds": (0.5,)}, "thresholds that are fixed at 0.5: these can't follow the row"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], said: str) -> None:

@@ -327,6 +327,16 @@ def test_thresholds_can_follow_the_row_from_now_on(tmp_path: Path) -> None:
     loaded = ChiarForCausalLM.from_pretrained(tmp_path).eval()
     again = loaded(ids, use_cache=False, output_routing=True).routing[0]
     assert torch.equal(again.operator_index, following.operator_index) and torch.equal(again.kept, following.kept)
+    other = ChiarForCausalLM.from_pretrained(tmp_path, router={"threshold": {"history": 5}}).eval()
+    assert torch.equal(other.thresholds()[0].values, model.thresholds()[0].values)  # and no calibration is lost
+    assert other.trunk.blocks[0].router.options.history == 5
+    cache = ChiarCache(model.config)
+    with torch.no_grad():
+        parts = [model(part, cache=cache, use_cache=True).logits for part in ids[:, :20].split([9, 1, 10], 1)]
+        model.set_history(7)  # in the middle: from here on
+        model(ids[:, 20:], cache=cache, use_cache=True)
+    assert torch.cat(parts, 1).isfinite().all() and cache.states[0].states["layer.router"].history == 7
+    model.set_history(9)
     for wrong, said in ((0, "history=0: must be a positive"), (-3, "history=-3"), (True, "history=True")):
         with pytest.raises(UserError, match=said):
             model.set_history(wrong)
@@ -334,6 +344,12 @@ def test_thresholds_can_follow_the_row_from_now_on(tmp_path: Path) -> None:
     model.set_history(None)
     assert (model.config.router, model.config.kv_router) == ("threshold", "random")
     assert torch.equal(model(ids, use_cache=False, output_routing=True).routing[0].kept, standing.kept)
+    fixed = build([["local", "attention"]], router="threshold", calibration="fixed", entropy_thresholds=[0.8, 0.9])
+    with pytest.raises(UserError, match=r"fixed at 0\.85: these can't follow the row"):
+        fixed.set_history(9)
+    fixed.set_attention_share(0.5)  # they run again
+    fixed.set_history(9)
+    assert fixed.config.router == {"threshold": {"history": 9}}
     with pytest.raises(UserError, match="no layer routes by thresholds"):
         build([["attention"]], attention_context="all").set_history(9)
 

@@ -16,12 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.layers import ScoreRouter
+from chiaroscuro.layers import Router, ScoreRouter
 from chiaroscuro.layers.registry import OPERATORS
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.ops import null_entropy_mean
+
+
+def _standing(router: Router | None) -> tuple[float, ...]:
+    """The thresholds on H that hold for all tokens of a layer."""
+    if not isinstance(router, ScoreRouter) or not router.scores_its_own_entropy or router.options.history is not None:
+        return ()
+    return tuple(router.calibration.values.tolist())
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class LayerTrace:
     entropy: tuple[float, ...]
     """(T,) spectral entropy H of each token's vector at the operator's input."""
     thresholds: tuple[float, ...]
-    """The τ on H between neighbouring operators; empty where something else than H routes."""
+    """The τ on H between neighbouring operators; empty where something else than H routes, or τ follows the row."""
     share: tuple[float, ...]
     """The fraction of tokens that each operator got, as the model counted it."""
     kept: tuple[float, ...] | None = None
@@ -148,9 +155,7 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
             operators=tuple(routing.operators),
             operator_index=tuple(routing.operator_index[0].tolist()),
             entropy=tuple(routing.entropy[0].tolist()),
-            thresholds=tuple(layer.thresholds.tolist())
-            if isinstance(layer.router, ScoreRouter) and layer.router.scores_its_own_entropy
-            else (),
+            thresholds=_standing(layer.router),
             share=tuple(routing.share.tolist()),
             kept=None if routing.kept is None else tuple(part_of_heads(routing.kept).tolist()),
         )

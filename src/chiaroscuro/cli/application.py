@@ -170,8 +170,8 @@ KVShare = Annotated[
 History = Annotated[
     int | None,
     typer.Option(
-        help="First let thresholds follow so many tokens of each row, so that the shares hold on any text; 0 for "
-        "thresholds that stand still.",
+        help="First let thresholds follow so many tokens of each row, which brings the shares nearer to what is asked "
+        "for on any text; 0 for thresholds that stand still.",
         min=0,
         max=LARGEST,
     ),

@@ -6,7 +6,7 @@ score differs between them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import NoOptions, Work, is_number, make_options
-from chiaroscuro.layers.packed_tokens import PackedTokens
-from chiaroscuro.layers.row_thresholds import RowScores
+from chiaroscuro.layers.row_thresholds import RowScores, follow_documents
 from chiaroscuro.layers.state import OperatorState
-from chiaroscuro.layers.thresholds import QUANTILES, Thresholds, levels_of, refuse_impossible_share
+from chiaroscuro.layers.thresholds import QUANTILES, Thresholds, refuse_impossible_share
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.ops.spectral import Spectrum
 
@@ -127,8 +126,8 @@ class ScoreOptions:
         attention_share: ρ, the share of tokens that calibration sends to the menu's last operator.
         thresholds: K − 1 fixed thresholds for K operators, instead of calibrated ones.
         spectrum: the spectrum of the entropy.
-        history: how many tokens of its row thresholds follow, so that the share is held on other texts, see
-            `row_thresholds`; None for thresholds that stand still.
+        history: how many tokens of their row thresholds follow, see `row_thresholds`; None for thresholds that stand
+            still.
 
     """
 
@@ -145,9 +144,13 @@ class ScoreOptions:
         history = self.history
         if history is not None and (isinstance(history, bool) or not isinstance(history, int) or history < 1):
             raise UserError(f"history={history!r}: must be a positive whole number, or left out")
+        if history is not None and history >= 2**31:
+            raise UserError(f"history={history}: must be less than 2³¹ tokens")
         if history is not None and given is not None:
+            fixed = ", ".join(f"{value:g}" for value in given)
             raise UserError(
-                f"history={history} and thresholds={given!r}: thresholds follow the row, or stand where told"
+                f"history={history}, and thresholds that are fixed at {fixed}: these can't follow the row; set a share or "
+                "calibrate first, or leave history out"
             )
 
 
@@ -247,7 +250,17 @@ class ScoreRouter(Router):
 
     def new_cache(self) -> RowScores | None:
         """The scores of each row, where its thresholds follow them."""
-        return None if self.options.history is None else RowScores(self.options.history)
+        return None if self.options.history is None else RowScores()
+
+    def with_history(self, history: int | None) -> ScoreOptions:
+        """Its options with another history. Thresholds that were fixed once, and are no longer, are left out.
+
+        Raises:
+            UserError: see `ScoreOptions`.
+
+        """
+        fixed = None if self.calibration.running else self.options.thresholds
+        return replace(self.options, history=history, thresholds=fixed)
 
     @torch._disable_dynamo  # how much of a history there is, is data
     @torch.no_grad()
@@ -255,22 +268,16 @@ class ScoreRouter(Router):
         self, score: Float[Tensor, "batch time *heads"], context: Context
     ) -> Float[Tensor, "batch time thresholds"]:
         """What each token's score is compared with. A document's thresholds follow its own tokens alone."""
-        standing = self.calibration.values
-        if self.options.history is None:
+        standing, history = self.calibration.values, self.options.history
+        if history is None:
             return standing.expand(*score.shape[:2], -1)
-        levels = levels_of(self.calibration.share, self.calibration.operators).to(standing)
+        levels = self.calibration.levels
         scores = score if score.ndim == 3 else score[..., None]
         real = context.real(scores.shape[1])
-        if context.segments is None:
-            rows: RowScores = RowScores(self.options.history) if context.state is None else context.state
-            return rows.follow(scores, real, standing, levels, context.past)
-        tokens = PackedTokens.real_of(scores, real, context.segments)
-        lengths = tokens.lengths
-        inside = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        documents = scores.new_zeros(*inside.shape, scores.shape[2])
-        documents[inside] = tokens.take(scores)
-        packed = RowScores(self.options.history).follow(documents, inside, standing, levels)[inside]
-        return tokens.put_in(packed.new_zeros(*scores.shape[:2], len(levels)), packed)
+        if context.segments is not None:
+            return follow_documents(scores, real, context.segments, history, standing, levels)
+        rows: RowScores = RowScores() if context.state is None else context.state
+        return rows.follow(scores, real, history, standing, levels, context.past)
 
 
 class ThresholdRouter(ScoreRouter):

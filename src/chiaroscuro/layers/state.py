@@ -69,7 +69,7 @@ class LayerStates:
 
     def of(self, name: str, owner: "Operator | Router") -> Any:
         """The state of one operator or router; None for one that keeps nothing."""
-        if name not in self.states:
+        if self.states.get(name) is None:  # what keeps nothing may keep something from now on
             self.states[name] = owner.new_cache()
         return self.states[name]
 

@@ -185,6 +185,7 @@ class Thresholds(ExactBuffers):
         self.register_buffer("quantiles", torch.empty(len(quantiles), dtype=torch.float32, device="cpu"))
         self.register_buffer("steps", torch.empty((), dtype=torch.float32, device="cpu"))
         self.reset_parameters()
+        self._levels: tuple[Any, Tensor] | None = None
         self._noted: Tensor | None = None
         self._noted_count = self._notes = 0
 
@@ -193,6 +194,14 @@ class Thresholds(ExactBuffers):
         if self.operators == 2:  # decoding counts every operation
             return (score > self.values).view_as(score).long()
         return (score[..., None] > self.values).sum(-1)
+
+    @property
+    def levels(self) -> Float[Tensor, " thresholds"]:
+        """Which quantiles of the scores they are, where they lie."""
+        key = (self.share, self.values.device)
+        if self._levels is None or self._levels[0] != key:
+            self._levels = (key, levels_of(self.share, self.operators).to(self.values))
+        return self._levels[1]
 
     def check_present(self) -> None:
         """Raise a UserError where the thresholds can't be set, because the model's buffers are offloaded."""

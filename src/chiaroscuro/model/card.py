@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from chiaroscuro.layers.registry import split_entry
+from chiaroscuro.layers.registry import Entry, split_entry
 
 CARD = "README.md"
 
@@ -68,12 +68,19 @@ def _of_a_retrofit(said: dict[str, Any]) -> dict[str, Any]:
         "window, sinks": f"{said['window']}, {said['sinks']}",
         "look beyond the window": f"{said['attention_share']:.0%}",
         "kept to be seen from there": f"{said['kv_share']:.0%}",
+        **{side: _router(said[name]) for side, name in (("who looks", "router"), ("who is kept", "kv_router"))},
     }
+
+
+def _router(entry: Entry) -> str:
+    name, options = split_entry(entry)
+    history = options.get("history")
+    return f"`{name}`" + ("" if history is None else f", whose thresholds follow {history:,} tokens of a row")
 
 
 def _of_a_chiar_former(config: Any) -> dict[str, Any]:
     menus = dict.fromkeys(" · ".join(split_entry(entry)[0] for entry in menu) for menu in config.operators)
-    facts = {"menus": ", ".join(f"`{menu}`" for menu in menus), "router": f"`{split_entry(config.router)[0]}`"}
+    facts = {"menus": ", ".join(f"`{menu}`" for menu in menus), "router": _router(config.router)}
     if config.routed_layers and config.follows_share:
         facts["share of the costliest operator"] = f"{config.attention_share:.0%}"
     if config.keeping_layers:

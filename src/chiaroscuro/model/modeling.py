@@ -194,7 +194,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         With another `router` or `kv_router` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another. So are those of a router that draws something, with another
-        `router_seed`, and those of a longer or shorter menu. Fixed thresholds are those of the config, given or saved.
+        `router_seed`, and those of a longer or shorter menu. Another `history` alone makes no other router. Fixed
+        thresholds are those of the config, given or saved.
 
         Raises:
             UserError: a saved tensor that is no router's has another shape than the config says.
@@ -215,8 +216,13 @@ class ChiarPreTrainedModel(PreTrainedModel):
         if tolerant:
             _refuse_other_shapes(info["mismatched_keys"])
 
+        def said(config: Any, field: str) -> Any:
+            # A history changes neither scores nor what thresholds were calibrated on.
+            value = getattr(config, field)
+            return with_history(value, None) if field in ("router", "kv_router") else value
+
         def changed(*fields: str) -> bool:
-            return saved is not None and any(getattr(saved, f) != getattr(model.config, f) for f in fields)
+            return saved is not None and any(said(saved, field) != said(model.config, field) for field in fields)
 
         for block in model.trunk.blocks if saved is not None else ():
             for field, router in (("router", block.router), ("kv_router", block.kv_router)):
@@ -316,7 +322,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             self.config.kv_share = float(kv_share)
 
     def set_history(self, history: int | None) -> None:
-        """Let thresholds follow so many tokens of each row, so that the shares hold on other texts.
+        """Let thresholds follow so many tokens of each row, which brings the shares nearer to those asked for.
 
         See `chiaroscuro.layers.row_thresholds`.
 
@@ -337,7 +343,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 f"no layer routes by thresholds (router={self.config.router!r}, menus {self.config.operators}): none "
                 "can follow a row"
             )
-        options = [replace(router.options, history=history) for router in routers]
+        options = [router.with_history(history) for router in routers]
         for router, own in zip(routers, options, strict=True):
             router.options = own
         for name, present in sides.items():

@@ -4,7 +4,6 @@ They are made from the classes that the model has, one each, when they are first
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -89,7 +88,7 @@ class RoutedModel(MadeClass, PreTrainedModel):
                 self.reaches[i].routers[side].calibration.set_share(own)
 
     def set_history(self, history: int | None) -> None:
-        """Let thresholds follow so many tokens of each row, so that the shares hold on other texts.
+        """Let thresholds follow so many tokens of each row, which brings the shares nearer to those asked for.
 
         See `chiaroscuro.layers.row_thresholds`.
 
@@ -101,7 +100,7 @@ class RoutedModel(MadeClass, PreTrainedModel):
 
         """
         routers = [router for reach in self.reaches.values() for router in reach.routers.values()]
-        options = [replace(router.options, history=history) for router in routers]
+        options = [router.with_history(history) for router in routers]
         for router, own in zip(routers, options, strict=True):
             router.options = own
         said = getattr(self.config, FIELD)

@@ -227,9 +227,9 @@ def _fitted_before(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         saved: dict[str, Any] = json.loads((output / FITTED).read_text("utf-8"))
-        other = [option for option, value in asked.items() if saved["asked"][option] != value]
+        other = [option for option, value in asked.items() if saved["asked"].get(option) != value]
         _ = saved["found"]["fit"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{output / FITTED} can't be read ({error}): name another folder") from None
     if other:
         raise UserError(

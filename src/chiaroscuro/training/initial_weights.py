@@ -144,7 +144,8 @@ def _are_equal(router: Router, other: Router) -> bool:
     """Whether two routers score alike, whatever share of the tokens they are to pick."""
 
     def says(of: Router) -> tuple[Any, ...]:
-        options = {k: v for k, v in asdict(of.options).items() if k not in ("attention_share", "thresholds")}
+        aside = ("attention_share", "thresholds", "history")
+        options = {k: v for k, v in asdict(of.options).items() if k not in aside}
         return type(of), of.width, of.operator_names, options
 
     return says(router) == says(other)
