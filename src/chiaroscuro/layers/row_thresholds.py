@@ -6,8 +6,8 @@ needle a few hundredths look where a quarter of prose does. Here each block of t
     τ = (P τ₀ + n q) / (P + n),
 
 where q are quantiles of the scores of the n tokens of the row just before the block, at most as many as `history` (of a
-sample of them, where there are more than enough), and τ₀ the calibrated thresholds, which count for P tokens. No token's
-own score, and no later one, has a part in it.
+sample of them, where there are more than enough), and τ₀ the calibrated thresholds, which count for P tokens. A token's
+own score has no part in its thresholds, nor has a later one.
 """
 
 import torch
