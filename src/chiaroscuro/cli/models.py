@@ -430,8 +430,8 @@ def retrofit(
     history: Annotated[
         int,
         typer.Option(
-            help="Let thresholds follow so many tokens of each row, which brings the shares nearer to what is asked for "
-            "on any text; 0 for thresholds that stand still.",
+            help="Let thresholds follow so many tokens of each row, which brings the shares nearer to what is asked "
+            "for on any text; 0 for thresholds that stand still.",
             min=0,
             max=LARGEST,
         ),

@@ -149,8 +149,8 @@ class ScoreOptions:
         if history is not None and given is not None:
             fixed = ", ".join(f"{value:g}" for value in given)
             raise UserError(
-                f"history={history}, and thresholds that are fixed at {fixed}: these can't follow the row; set a share or "
-                "calibrate first, or leave history out"
+                f"history={history}, and thresholds that are fixed at {fixed}: these can't follow the row; set a share "
+                "or calibrate first, or leave history out"
             )
 
 
