@@ -24,13 +24,6 @@ from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.ops import null_entropy_mean
 
 
-def _standing(router: Router | None) -> tuple[float, ...]:
-    """The thresholds on H that hold for all tokens of a layer."""
-    if not isinstance(router, ScoreRouter) or not router.scores_its_own_entropy or router.options.history is not None:
-        return ()
-    return tuple(router.calibration.values.tolist())
-
-
 @dataclass(frozen=True)
 class LayerTrace:
     """What one layer did with each of T tokens."""
@@ -170,6 +163,13 @@ def trace_routing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         null_mean=null_entropy_mean(width, model.config.spectrum),
         width=width,
     )
+
+
+def _standing(router: Router | None) -> tuple[float, ...]:
+    """The thresholds on H that hold for all tokens of a layer."""
+    if not isinstance(router, ScoreRouter) or not router.scores_its_own_entropy or router.options.history is not None:
+        return ()
+    return tuple(router.calibration.values.tolist())
 
 
 def refuse_no_entropy(layers: Iterable[LayerTrace]) -> None:
