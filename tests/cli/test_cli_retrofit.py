@@ -115,7 +115,7 @@ def test_a_target_is_kept(run: Run, places: tuple[Path, Path], tmp_path: Path) -
     assert found["shares"]["layers"] == [0, 2]
     saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.config.chiaroscuro == found["shares"]
-    assert found["shares"]["kv_router"] == found["shares"]["router"] == "fitted"
+    assert found["shares"]["kv_router"] == found["shares"]["router"] == {"fitted": {"history": 2048}}
 
 
 def test_a_target_that_cannot_be_met_leaves_the_fit(

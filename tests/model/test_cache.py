@@ -138,6 +138,7 @@ def test_every_operator_of_a_layer_has_a_state_of_its_own() -> None:
         check_pieces(model)
         cache = model(tokens(0))[CACHE]
         kept = [{name: state is not None for name, state in layer.states.items()} for layer in cache.states]
+        assert not any(layer.pop("layer.router") for layer in kept)  # thresholds that stand still keep nothing
         assert kept[0] == {"dct": False, "rbf": True}
         assert kept[1] == {"attention": True, "attention2": True} and kept[2] == {"rbf": True, "attention": True}
         assert cache.layers[0].keys.shape[1] == 1 and cache.layers[1].keys is None
