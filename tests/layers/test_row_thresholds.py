@@ -160,6 +160,19 @@ def test_it_refuses_other_rows_and_too_large_a_crop() -> None:
         held.follow(drawn(2, 1, 1, 0), None, 8, STANDING, LEVELS)
 
 
+def test_crops_one_after_the_other_count_the_columns_that_are_left() -> None:
+    scores, held = drawn(2, 60, 1, 0), RowScores()
+    real = torch.ones(2, 60).bool()
+    real[0, 40:48:2] = real[1, 41:49:3] = False
+    held.follow(scores[:, :50], real[:, :50], 8, STANDING, LEVELS)
+    held.crop(3)
+    held.crop(5)
+    found = held.follow(scores[:, 42:], real[:, 42:], 8, STANDING, LEVELS, 42)
+    for row in range(2):
+        wanted = by_definition(scores[row][real[row]], 8)[int(real[row, :42].sum()) :]
+        torch.testing.assert_close(found[row][real[row, 42:]], wanted)
+
+
 def test_a_crop_to_before_the_first_score_leaves_nothing() -> None:
     scores, held = drawn(1, 200, 1, 0), RowScores()
     held.follow(scores[:, :100], None, 8, STANDING, LEVELS, 30)  # the first 30 were not scored

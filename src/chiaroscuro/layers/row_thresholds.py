@@ -77,7 +77,7 @@ def thresholds_of_blocks(
     quantile = torch.lerp(low, high, position - position.floor())
     weight = tokens[:, None]
     mixed = (PRIOR * standing + weight * quantile) / (PRIOR + weight)
-    return torch.where((weight > 0) & standing.isfinite(), mixed, standing)
+    return torch.where(weight > 0, mixed, standing)
 
 
 @torch.no_grad()
@@ -217,9 +217,8 @@ class RowScores(OperatorState):
         """Take up new columns: each row's real tokens to the right, in order."""
         together = torch.cat([self._scores, scores], 1)
         if not self._plain:
-            held = self._scores.shape[1]
-            valid = torch.arange(held, device=real.device) >= held - self._seen[:, None]
-            order = torch.cat([valid, real], 1).int().argsort(dim=1, stable=True)
+            held = torch.ones_like(self._scores[:, :, 0], dtype=torch.bool)
+            order = torch.cat([held, real], 1).int().argsort(dim=1, stable=True)
             together = together.gather(1, order[:, :, None].expand_as(together))
         self._scores = together
         self._seen = self._seen + real.sum(1)
