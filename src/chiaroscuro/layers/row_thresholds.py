@@ -22,7 +22,7 @@ BLOCK = 64
 """Tokens that have their thresholds in common, so that those of a whole row can be computed at once."""
 
 PRIOR = 256
-"""P, how many tokens the calibrated thresholds count for, so that a row's first tokens alone do not set its thresholds."""
+"""P, how many tokens the calibrated thresholds count for: a row's first tokens alone say little of the rest."""
 
 SAMPLE = 512
 """So many of more tokens count: with these, the share that lies above a quantile of 0.75 errs by 0.02."""
