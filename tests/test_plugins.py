@@ -29,7 +29,7 @@ data: {source: text, sequence_length: 16}
 tokenizer: bpe:300
 trainer: {output_dir: run, steps: 4, warmup_steps: 1, batch_size: 2}
 """
-SWEEP = "{recipe: recipe.yaml, output_dir: runs, seeds: [0], baseline: a, variants: {a: {}, b: {model.router: random}}}"
+SWEEP = "{recipe: recipe.yaml, output_dir: runs, seeds: [0], baseline: a, variants: {a: {}}}"
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,8 @@ def test_a_module_that_is_named_is_known_to_every_command(folder: Path) -> None:
     assert unknown.returncode == 2 and "loudness" in unknown.stderr
     trained = chiaroscuro(folder, "--import", "my_router", "train", "recipe.yaml")
     assert trained.returncode == 0, trained.stderr
-    for arguments in (("info", "run", "--import", "my_router"), ("--import", "my_router", "flops", "run")):
-        found = chiaroscuro(folder, *arguments)
-        assert found.returncode == 0, found.stderr
+    found = chiaroscuro(folder, "info", "run", "--import", "my_router")
+    assert found.returncode == 0, found.stderr
 
 
 def test_the_runs_of_a_sweep_know_it_too(folder: Path) -> None:

@@ -95,7 +95,10 @@ def test_padding_between_documents_hides_no_restart(gap: int) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_compiled_model_is_cached_with_positions_and_refuses_documents_as_ever() -> None:
-    model, ids = build(shrunk("small")), tokens(0, 2, 8)
+    model, ids = (
+        build(shrunk("small", num_hidden_layers=2, operators=[["dct", "attention"], ["attention"]])),
+        tokens(0, 2, 8),
+    )
     compiled: Any = torch.compile(model, backend="eager")
     places = torch.arange(8)[None]
     with torch.no_grad():

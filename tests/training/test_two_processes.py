@@ -151,7 +151,7 @@ def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes
 def test_bf16_checkpointing_accumulation_and_compile_on_two_processes(
     recipe: Path, tmp_path: Path, sharded: bool
 ) -> None:
-    layers = ["model.num_hidden_layers=2", "model.operators=[[dct, attention], [attention]]"]
+    layers = ["model.num_hidden_layers=1", "model.operators=[[dct, attention]]"]  # each compiles for itself
     how = ["precision=bf16", "gradient_checkpointing=true", "compile=true", f"fsdp={str(sharded).lower()}"]
     place = f"output_dir={tmp_path / 'run'}"
     done = run_job(tmp_path, accumulating(2), *layers, *(f"trainer.{each}" for each in [*how, place]))

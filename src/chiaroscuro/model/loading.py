@@ -88,9 +88,11 @@ def load_checkpoint(name: str) -> PreTrainedModel:
     """
     path = find_checkpoint(name)
     place, file = _place(path)
+    config = load_checkpoint_config(name)
     if file:  # transformers leaves the weights quantised unless told otherwise, and such a model can't be saved
         file |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    kind, *_ = load_checkpoint_config(name).architectures or [""]
+        file["config"] = config  # to read it again from a GGUF file takes seconds
+    kind, *_ = config.architectures or [""]
     verbosity = logging.get_verbosity()
     # Tensors that don't fit are reported below in one line; transformers would print a table.
     logging.set_verbosity_error()
