@@ -63,8 +63,9 @@ def tiles(time: int) -> dict[str, Work]:
     def work() -> None:
         prefix_attention(query, key, value, *lengths).sum().backward()
 
-    values = packed_attention.CHUNK, 32, 48, 96, 128, 192
-    return under(packed_attention, "CHUNK", values, work)
+    name = "CHUNK" if time < packed_attention.LONG else "LONG_CHUNK"
+    values = dict.fromkeys((getattr(packed_attention, name), 32, 48, 64, 96, 128, 192))
+    return under(packed_attention, name, tuple(values), work)
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +119,7 @@ def routed_layer() -> None:
 
 CHOICES: dict[str, Callable[[], dict[str, Work]]] = {
     "ops/packed_attention.py, CHUNK, T = 1024": partial(tiles, 1024),
-    "ops/packed_attention.py, CHUNK, T = 8192": partial(tiles, 8192),
+    "ops/packed_attention.py, LONG_CHUNK, T = 8192": partial(tiles, 8192),
     "ops/linear_cross_entropy.py": losses,
     "ops/linear_cross_entropy.py, CHUNK": loss_chunks,
     "allocator.py, freed memory": allocators,

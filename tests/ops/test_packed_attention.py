@@ -41,7 +41,7 @@ class Packed:
         return [torch.randn(n, heads, width, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
 
     def tiles(self, chunk: int) -> list[Any]:
-        with mock.patch.object(packed_attention, "CHUNK", chunk):
+        with mock.patch.multiple(packed_attention, CHUNK=chunk, LONG_CHUNK=chunk):
             return list(packed_attention._tiles(*(x.tolist() for x in self.lengths())))
 
 
@@ -125,7 +125,7 @@ def test_tiles_equal_the_plain_form_with_their_gradients(
 ) -> None:
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
         numbers = packed.numbers(seed, dtype=dtype)
-        with mock.patch.object(packed_attention, "CHUNK", chunk):
+        with mock.patch.multiple(packed_attention, CHUNK=chunk, LONG_CHUNK=chunk + 2, LONG=6):
             found = results(prefix_attention, numbers, packed, scale=scale)
         wanted = results(prefix_attention_by_rows, numbers, packed, scale=scale)
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
@@ -284,18 +284,22 @@ def problem(chosen: Tensor, context: str) -> Packed:
 
 @pytest.mark.parametrize("context", ["all", "routed"])
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_no_tensor_is_of_queries_times_keys(context: str, share: float) -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_no_tensor_is_of_queries_times_keys(
+    context: str, share: float, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "LONG", 128 if long else 2048)
     found = {}
-    for time in (1024, 2048):
+    for time in (768, 1536):
         packed = problem(routed_at_random(2, time, share), context)
         numbers = packed.numbers(0, heads=2, width=4, dtype=torch.float32)
         with Largest() as largest:
             results(prefix_attention, numbers, packed)
         found[time] = largest.numbers
-    tile = packed_attention.CHUNK * 2048
-    assert found[2048] <= max(tile, 2 * 2048 * 2 * 4)
-    assert found[2048] <= 2.2 * found[1024]  # random rows differ by some tokens
-    assert found[2048] < 2048 * 2048 * share / 4
+    tile = (packed_attention.LONG_CHUNK if long else packed_attention.CHUNK) * 1536
+    assert found[1536] <= max(tile, 2 * 1536 * 2 * 4)
+    assert found[1536] <= 2.2 * found[768]  # random rows differ by some tokens
+    assert found[1536] < 1536 * 1536 * share / (2 if long else 4)
 
 
 def test_the_plain_form_is_found_out() -> None:
@@ -306,7 +310,7 @@ def test_the_plain_form_is_found_out() -> None:
     assert largest.numbers >= 2 * 512 * 512
 
 
-def pairs(packed: Packed, chunk: int = packed_attention.CHUNK) -> tuple[int, int]:
+def pairs(packed: Packed, chunk: int) -> tuple[int, int]:
     """Queries × keys that the tiles go through, and that are needed."""
     through = 0
     for tile in packed.tiles(chunk):
@@ -317,15 +321,16 @@ def pairs(packed: Packed, chunk: int = packed_attention.CHUNK) -> tuple[int, int
 
 def test_routed_tokens_among_themselves_waste_nothing() -> None:
     packed = problem(routed_at_random(8, 1024, 0.25), "routed")
-    through, needed = pairs(packed)
+    through, needed = pairs(packed, packed_attention.CHUNK)
     assert through == needed
     assert [tile.square for tile in packed.tiles(packed_attention.CHUNK)] == [True] * 8
 
 
-@pytest.mark.parametrize(("time", "at_most"), [(1024, 0.25), (4096, 0.065), (8192, 0.033)])
+@pytest.mark.parametrize(("time", "at_most"), [(1024, 0.25), (4096, 0.19), (8192, 0.1)])
 def test_what_tiles_waste_where_all_are_seen(time: int, at_most: float) -> None:
     """The masked half of each tile's last part: shorter rows have fewer tiles, and so a larger one in proportion."""
-    through, needed = pairs(problem(routed_at_random(8192 // time, time, 0.25), "all"))
+    chunk = packed_attention.CHUNK if time < packed_attention.LONG else packed_attention.LONG_CHUNK
+    through, needed = pairs(problem(routed_at_random(8192 // time, time, 0.25), "all"), chunk)
     assert 0 < through / needed - 1 < at_most
     assert pairs(problem(routed_at_random(8192 // time, time, 0.25), "all"), chunk=1)[0] == needed
 

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from chiaroscuro.ops import packed_attention_cuda
 from chiaroscuro.ops import reach_attention as module
 from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_attention, reach_attention_by_rows
+from largest import Largest
 
 
 @dataclass
@@ -177,3 +178,30 @@ def test_capped_scores_are_whole_under_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = results()
     torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("sinks", [4, 100])
+def test_under_autocast_full_precision_stays(sinks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(300, 2, 8, generator=generator).requires_grad_() for _ in range(3))
+    rows, places = torch.tensor([300]), torch.arange(300)
+    looks, kept = (torch.rand(300, generator=generator) < 0.5 for _ in range(2))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            mixed = reach_attention(query, key, value, rows, rows, places, places, looks, kept, 16, sinks)
+            found.append([mixed, *torch.autograd.grad(mixed.square().sum(), (query, key, value))])
+    for half, full in zip(*found, strict=True):
+        assert torch.equal(half, full)
+
+
+@pytest.mark.parametrize("sinks", [4, 64, 1024])
+def test_no_tensor_is_of_queries_times_keys(sinks: int) -> None:
+    """Nor of queries × sinks, where there are many."""
+    time = 1024
+    query, key, value = (torch.randn(time, 2, 4).requires_grad_() for _ in range(3))
+    rows, places = torch.tensor([time]), torch.arange(time)
+    looks, kept = torch.rand(2, time) < 0.25
+    with Largest() as largest:
+        reach_attention(query, key, value, rows, rows, places, places, looks, kept, 64, sinks).sum().backward()
+    assert largest.numbers <= time * 192

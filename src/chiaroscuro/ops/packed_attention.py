@@ -23,9 +23,13 @@ from torch import Tensor
 
 from chiaroscuro.ops.first_derivatives import without_second_derivative
 
-CHUNK = 64
-"""Queries of a tile. A tile's masked part is half wasted, so small tiles waste little; the kernel likes long ones.
-`benchmarks/choices.py` measures 32 to 192 at 1024 and 8192 tokens, of which a quarter are routed."""
+CHUNK, LONG_CHUNK = 64, 192
+"""Queries of a tile, in rows of fewer than `LONG` keys, and of `LONG` or more. A tile's masked part is half wasted, so
+small tiles waste little; the kernel likes long ones. `benchmarks/choices.py` measures 32 to 192 at 1024 and 8192
+tokens, of which a quarter are routed."""
+
+LONG = 2048
+"""Keys of a row from which on its tiles are the larger ones: a length between the two that are measured."""
 
 
 def prefix_attention(
@@ -139,7 +143,7 @@ def attend_in_parts(
     softcap: float | None = None,
 ) -> Float[Tensor, "queries heads head_width"]:
     """Attention over the keys of all parts together, on a CPU; the first part is of all queries."""
-    kernel = Flash(scale) if softcap is None else Softcapped(scale, softcap)
+    kernel = Flash(scale) if softcap is None else WrittenOut(scale, softcap)
     # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into the
     # queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
     grouped = query.unflatten(1, (key.shape[1], -1)).unbind(2)
@@ -319,8 +323,8 @@ def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[
             # Each sees itself and all before it: what the kernel calls causal, without a mask.
             yield _Tile(slice(first, first + n), start, start, start + n, square=n > 1)
         else:
-            # Few keys, such as sinks: one tile, because what it computes in vain costs less than the calls it spares.
-            step = CHUNK if s > CHUNK else max(n, 1)
+            # Few keys: one tile, because what it computes in vain costs less than the calls it spares.
+            step = max(n, 1) if s <= CHUNK else CHUNK if s < LONG else LONG_CHUNK
             for a in range(first, first + n, step):
                 b = min(a + step, first + n)
                 low, high = visible[a], visible[b - 1]
@@ -363,9 +367,19 @@ class Kernel(ABC):
     ) -> Sequence[Tensor]:
         """The gradients of query, key and value."""
 
+    @property
+    @abstractmethod
+    def written_out(self) -> "WrittenOut":
+        """The same attention, written out."""
+
 
 class Flash(Kernel):
-    """PyTorch's flash attention for CPUs."""
+    """PyTorch's flash attention for CPUs. Every query sees a key."""
+
+    @property
+    def written_out(self) -> "WrittenOut":
+        """With the same scale."""
+        return WrittenOut(self.scale)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
@@ -393,20 +407,25 @@ class Flash(Kernel):
         )
 
 
-class Softcapped(Kernel):
-    """Attention whose scores s become κ tanh(s / κ), which no kernel for CPUs has: written out for the rectangle.
+class WrittenOut(Kernel):
+    """Attention that holds the scores of the rectangle: for a few keys, and for scores that no kernel for CPUs has.
 
-    Source: Gemma 2, arXiv 2408.00118.
+    A query may see no key: its output is 0 then, and its log Σ exp −∞.
 
     Args:
-        scale: of the scores before the cap; 1/√c unless given.
-        softcap: κ.
+        scale: of the scores, before the cap; 1/√c unless given.
+        softcap: κ, where scores s become κ tanh(s / κ). Source: Gemma 2, arXiv 2408.00118.
 
     """
 
-    def __init__(self, scale: float | None, softcap: float) -> None:
+    def __init__(self, scale: float | None = None, softcap: float | None = None) -> None:
         super().__init__(scale)
         self.softcap = softcap
+
+    @property
+    def written_out(self) -> "WrittenOut":
+        """Itself."""
+        return self
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
@@ -415,7 +434,7 @@ class Softcapped(Kernel):
         with torch.autocast(query.device.type, enabled=False):
             scores, _ = self._scores(query, key, mask, causal)
             normaliser = scores.logsumexp(-1)
-            return (scores - normaliser[..., None]).exp().to(value.dtype) @ value, normaliser
+            return self._weights(scores, normaliser).to(value.dtype) @ value, normaliser
 
     def backward(
         self,
@@ -429,23 +448,32 @@ class Softcapped(Kernel):
         *,
         causal: bool = False,
     ) -> Sequence[Tensor]:
-        """DS = P ∘ (dO Vᵀ − dO·O) (1 − tanh²) of the scores before the cap."""
-        scores, tanh = self._scores(query, key, mask, causal)
-        weights = (scores - normaliser[..., None]).exp()
-        wide, given = grad.to(weights.dtype), grad.dtype
-        slope = wide @ value.to(wide.dtype).transpose(-1, -2) - (wide * output).sum(-1, keepdim=True)
-        slope = weights * slope * (1 - tanh.square()) * self._factor(query)
-        to_query, to_key = slope @ key.to(wide.dtype), slope.transpose(-1, -2) @ query.to(wide.dtype)
-        return [part.to(given) for part in (to_query, to_key, weights.transpose(-1, -2) @ wide)]
+        """DS = P ∘ (dO Vᵀ − dO·O), times 1 − tanh² of the scores before the cap."""
+        with torch.autocast(query.device.type, enabled=False):
+            scores, tanh = self._scores(query, key, mask, causal)
+            weights = self._weights(scores, normaliser)
+            wide, given = grad.to(weights.dtype), grad.dtype
+            slope = wide @ value.to(wide.dtype).transpose(-1, -2) - (wide * output).sum(-1, keepdim=True)
+            slope = weights * slope * self._factor(query)
+            slope = slope if tanh is None else slope * (1 - tanh.square())
+            to_query, to_key = slope @ key.to(wide.dtype), slope.transpose(-1, -2) @ query.to(wide.dtype)
+            return [part.to(given) for part in (to_query, to_key, weights.transpose(-1, -2) @ wide)]
 
     def _factor(self, query: Tensor) -> float:
         return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
 
-    def _scores(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-        """The scores, and the tanh that they come from."""
-        wide = torch.promote_types(query.dtype, torch.float32)
-        tanh = (query.to(wide) @ key.to(wide).transpose(-1, -2) * (self._factor(query) / self.softcap)).tanh()
-        scores = tanh * self.softcap
+    @staticmethod
+    def _weights(scores: Tensor, normaliser: Tensor) -> Tensor:
+        lowest = torch.finfo(scores.dtype).min  # −∞ less −∞ would be no number
+        return (scores - normaliser.clamp(min=lowest)[..., None]).exp()
+
+    def _scores(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
+        """The scores, and the tanh that they come from where there is a cap."""
+        wide, tanh = torch.promote_types(query.dtype, torch.float32), None
+        scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * self._factor(query)
+        if self.softcap is not None:
+            tanh = (scores / self.softcap).tanh()
+            scores = tanh * self.softcap
         if mask is not None:
             scores = scores + mask
         if causal:
@@ -461,8 +489,12 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 def heads_first(x: Float[Tensor, "tokens heads head_width"]) -> Float[Tensor, "1 heads tokens head_width"]:
     """Packed tokens as the kernel takes them."""
-    # The kernel takes a head's numbers to lie side by side, and doesn't look.
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1)[None]
+    return side_by_side(x).transpose(0, 1)[None]
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """With a head's numbers side by side, as the kernel assumes without checking."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _taken(x: Tensor, index: Tensor | None) -> Tensor:

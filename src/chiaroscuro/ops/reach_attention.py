@@ -6,14 +6,14 @@ Query i sees key j of its row, j not after i, where one of three things holds:
     sinks   j < s                           and these
     far     i looks, and j is kept          a query that looks sees these too
 
-with i and j the places of the tokens in their sequences. Near and far are attentions over disjoint keys. Each is
-computed alone, with the log of its normaliser, and the two are merged by these; neither ever holds queries × keys.
+with i and j the places of the tokens in their sequences. Near and far are attentions over disjoint keys, and so are the
+sinks where they are computed apart. Each is computed alone, with the log of its normaliser, and they are merged by
+these; none ever holds queries × keys.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,15 @@ from chiaroscuro.ops.packed_attention import (
     TiledPart,
     additive_mask,
     attend_in_parts,
+    heads_first,
+    side_by_side,
 )
 
 SPAN = 64
 """Queries of a tile of `Spans`."""
+
+FEW = 64
+"""The most sinks of a row that are a part of their own, in which all scores are held."""
 
 LONGEST_WINDOW = 2**31 - 1
 """Places of all rows lie on one line, a window apart: longer ones, times the rows, would leave 64 bits."""
@@ -234,47 +239,88 @@ def near_and_far(
     window: int,
     sinks: int,
 ) -> tuple[Near, list[Far]]:
-    """Who sees what, as disjoint spans of keys: near, what those that look see beyond, and the others' sinks."""
+    """Who sees what, as disjoint spans of keys: near; beyond it, what those that look see; and the others' sinks."""
+    near, start = _near(query_lengths, key_lengths, query_places, key_places, window)
+    sink = key_places < sinks
+    far = (_far(near, start, *group) for group in ((looks, kept | sink), (~looks, sink)))
+    return near, [part for part in far if len(part.queries)]
+
+
+def _near(
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    query_places: Int[Tensor, " queries"],
+    key_places: Int[Tensor, " keys"],
+    window: int,
+) -> tuple[Near, Int[Tensor, " queries"]]:
+    """What is near, and the first key of each query's row."""
     rows = torch.arange(len(query_lengths), device=query_lengths.device)
     row, key_row = rows.repeat_interleave(query_lengths), rows.repeat_interleave(key_lengths)
     # Places of all rows on one line, on which they rise. A query sees nothing of the row before.
     apart = key_places.max() + window + 1
     line, key_line = row * apart + query_places, key_row * apart + key_places
-    start, begin = torch.searchsorted(key_line, row * apart), torch.searchsorted(key_line, line - window, right=True)
-    near = Near(begin, torch.searchsorted(key_line, line, right=True))
-    sink, far = key_places < sinks, []
-    for queries, keys in ((looks, kept | sink), (~looks, sink)):
-        # How many of these keys lie before the window, counted from the first of the query's row.
-        count = F.pad(keys.cumsum(0), (1, 0))
-        visible = count[begin] - count[start]
-        index = (queries & (visible > 0)).nonzero()[:, 0]
-        if len(index):
-            far.append(Far(index, keys.nonzero()[:, 0], count[start[index]], visible[index]))
-    return near, far
+    begin = torch.searchsorted(key_line, line - window, right=True)
+    return Near(begin, torch.searchsorted(key_line, line, right=True)), torch.searchsorted(key_line, row * apart)
+
+
+def _before(near: Near, start: Int[Tensor, " queries"], keys: Bool[Tensor, " keys"]) -> tuple[Tensor, Tensor]:
+    """How many of these keys lie before the window of each query's row, and before the row."""
+    count = F.pad(keys.cumsum(0), (1, 0))
+    return count[near.begin] - count[start], count[start]
+
+
+def _far(
+    near: Near, start: Int[Tensor, " queries"], queries: Bool[Tensor, " queries"], keys: Bool[Tensor, " keys"]
+) -> Far:
+    """What these queries see of these keys before their windows."""
+    visible, first = _before(near, start, keys)
+    index = (queries & (visible > 0)).nonzero()[:, 0]
+    return Far(index, keys.nonzero()[:, 0], first[index], visible[index])
 
 
 def _parts(
-    query_lengths: Tensor, key_lengths: Tensor, query_places: Tensor, key_places: Tensor, *who: Any
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    query_places: Int[Tensor, " queries"],
+    key_places: Int[Tensor, " keys"],
+    looks: Bool[Tensor, " queries"],
+    kept: Bool[Tensor, " keys"],
+    window: int,
+    sinks: int,
 ) -> list[Part]:
-    """`near_and_far` as parts for a CPU."""
-    near, far = near_and_far(query_lengths, key_lengths, query_places, key_places, *who)
-    *_, kept, window, _ = who
+    """Who sees what, as parts for a CPU: as in `near_and_far`, but few sinks of rows that are alike by themselves."""
+    near, start = _near(query_lengths, key_lengths, query_places, key_places, window)
     whole = len(query_places) == len(kept) and bool((near.end == torch.arange(1, len(near.end) + 1)).all())
-    window = min(window, int(key_places.max()) + 1)  # what a band computes grows with its window
-    parts: list[Part] = [Band(near.begin, window) if whole else Spans(query_lengths, near.begin, near.end)]
+    width = min(window, int(key_places.max()) + 1)  # what a band computes grows with its window
+    parts: list[Part] = [Band(near.begin, width) if whole else Spans(query_lengths, near.begin, near.end)]
     rows = torch.arange(len(query_lengths))
     row, key_row = rows.repeat_interleave(query_lengths), rows.repeat_interleave(key_lengths)
-    for part in far:
-        counts = [torch.bincount(x, minlength=len(rows)) for x in (row[part.queries], key_row[part.keys])]
-        parts.append(PrefixPart(counts[0], counts[1], part.visible, queries=part.queries, keys=part.keys))
+    sink = key_places < sinks
+    sunk = torch.bincount(key_row[sink], minlength=len(rows))
+    visible, _ = _before(near, start, sink)
+    if bool(visible.any()) and sunk.max() <= FEW and _alike(query_lengths) and _alike(sunk):
+        parts.append(Sinks(len(rows), visible, sink.nonzero()[:, 0]))
+        groups = [(looks, kept & ~sink)]
+    else:
+        groups = [(looks, kept | sink), (~looks, sink)]
+    for queries, keys in groups:
+        far = _far(near, start, queries, keys)
+        if len(far.queries):
+            counts = [torch.bincount(x, minlength=len(rows)) for x in (row[far.queries], key_row[far.keys])]
+            parts.append(PrefixPart(counts[0], counts[1], far.visible, queries=far.queries, keys=far.keys))
     return parts
+
+
+def _alike(lengths: Int[Tensor, " rows"]) -> bool:
+    return bool((lengths == lengths[0]).all())
 
 
 class Band(Part):
     """What is near, where every key has its query: blocks of queries, each against the keys that some of it see.
 
     The blocks lie on the packed line, and the kernel takes them as a batch: block b of C queries sees the C keys at its
-    own places and as many blocks before as the window reaches into. The views of the keys overlap.
+    own places and as many blocks before as the window reaches into. The views of the keys overlap. The first blocks,
+    which have fewer before them, are one rectangle; so is the last one, if it is not full.
 
     Args:
         begin: the first key that each query sees, on the packed line; the last is its own.
@@ -285,33 +331,36 @@ class Band(Part):
     def __init__(self, begin: Int[Tensor, " queries"], window: int) -> None:
         self.block = block_of(window)
         self.before = -(-(window - 1) // self.block)
-        self.blocks = -(-len(begin) // self.block)
-        self.filled = self.blocks * self.block - len(begin)
-        place = torch.arange(self.blocks * self.block)
-        first = torch.cat([begin, place[len(begin) :]]).view(-1, self.block)
-        key = torch.arange((self.before + 1) * self.block) - self.before * self.block
-        key = key + place.view(-1, self.block)[:, :1]
-        own = place.view(-1, self.block)
-        self.hidden = (key[:, None] < first[..., None]) | (key[:, None] > own[..., None])
-
-    def _mask(self, dtype: torch.dtype) -> Tensor:
-        return additive_mask(self.hidden, dtype)[:, None]
-
-    def _queries(self, x: Tensor) -> Tensor:
-        """(blocks, heads, C, c)."""
-        return F.pad(x, (0, 0, 0, 0, 0, self.filled)).view(self.blocks, self.block, *x.shape[1:]).transpose(1, 2)
-
-    def _keys(self, x: Tensor) -> Tensor:
-        """(blocks, heads, keys, c), overlapping."""
-        line = F.pad(x, (0, 0, 0, 0, self.before * self.block, self.filled))
-        return line.unfold(0, (self.before + 1) * self.block, self.block).transpose(2, 3)
+        length, place = len(begin), torch.arange(len(begin))
+        first = min(self.before * self.block, length)
+        last = max(length // self.block * self.block, first)
+        self.inner, self.blocks = slice(first, last), (last - first) // self.block
+        self._edges = []
+        for a, b in ((0, first), (last, length)):
+            if a < b:
+                queries, keys = slice(a, b), slice(max(0, a - self.before * self.block), b)
+                hidden = (place[keys] < begin[queries, None]) | (place[keys] > place[queries, None])
+                self._edges.append((queries, keys, hidden))
+        seen = (place - begin)[self.inner].view(-1, self.block)
+        if bool((seen == window - 1).all()):  # no row begins there: all blocks see alike, and one mask serves them
+            seen = seen[:1]
+        key, own = torch.arange((self.before + 1) * self.block), torch.arange(self.block) + self.before * self.block
+        self._hidden = (key < (own - seen)[..., None]) | (key > own[:, None])
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-        """All blocks at once."""
-        output, normaliser = kernel.forward(
-            self._queries(query), self._keys(key), self._keys(value), self._mask(query.dtype)
-        )
-        return self._line(output, len(query)), self._line(normaliser, len(query))
+        """The edges, then all inner blocks at once."""
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for queries, keys, hidden in self._edges:
+            mask = additive_mask(hidden, query.dtype)
+            q, k, v = (heads_first(x) for x in (query[queries], key[keys], value[keys]))
+            out, lse = kernel.forward(q, k, v, mask)
+            output[queries], normaliser[queries] = out[0].transpose(0, 1), lse[0].T
+        if self.blocks:
+            mask = self._mask(query.dtype)
+            out, lse = kernel.forward(self._queries(query), self._keys(key), self._keys(value), mask)
+            output[self.inner], normaliser[self.inner] = self._line(out), self._line(lse)
+        return output, normaliser
 
     def backward(
         self,
@@ -324,27 +373,55 @@ class Band(Part):
         kernel: Kernel,
     ) -> Sequence[Tensor]:
         """Over the same blocks."""
-        to_query, *to_keys = kernel.backward(
-            self._queries(grad),
-            self._queries(query),
-            self._keys(key),
-            self._keys(value),
-            self._queries(output),
-            F.pad(normaliser, (0, 0, 0, self.filled)).view(self.blocks, self.block, -1).transpose(1, 2),
-            self._mask(query.dtype),
-        )
-        return self._line(to_query, len(query)), *(self._overlapped(part, len(key)) for part in to_keys)
+        totals = [torch.zeros_like(x) for x in (query, key, value)]
+        for queries, keys, hidden in self._edges:
+            gradients = kernel.backward(
+                heads_first(grad[queries]),
+                heads_first(query[queries]),
+                heads_first(key[keys]),
+                heads_first(value[keys]),
+                heads_first(output[queries]),
+                normaliser[queries].T[None],
+                additive_mask(hidden, query.dtype),
+            )
+            for total, place, part in zip(totals, (queries, keys, keys), gradients, strict=True):
+                total[place] += part[0].transpose(0, 1)
+        if self.blocks:
+            to_query, *to_keys = kernel.backward(
+                self._queries(grad),
+                self._queries(query),
+                self._keys(key),
+                self._keys(value),
+                self._queries(output),
+                self._queries(normaliser[..., None])[..., 0],
+                self._mask(query.dtype),
+            )
+            totals[0][self.inner] = self._line(to_query)
+            for total, part in zip(totals[1:], to_keys, strict=True):
+                self._add(total, part)
+        return totals
 
-    def _line(self, blocks: Tensor, length: int) -> Tensor:
-        return blocks.transpose(1, 2).flatten(0, 1)[:length]
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """For all heads, and for each block or for all."""
+        return additive_mask(self._hidden, dtype)[:, None]
 
-    def _overlapped(self, grad: Tensor, length: int) -> Tensor:
-        """What the blocks say of each key, added up."""
-        parts = grad.unflatten(2, (self.before + 1, self.block)).permute(2, 0, 3, 1, 4)
-        total = grad.new_zeros(self.blocks + self.before, *parts.shape[2:])
-        for shift, part in enumerate(parts):
-            total[shift : shift + self.blocks] += part
-        return total.flatten(0, 1)[self.before * self.block :][:length]
+    def _queries(self, x: Tensor) -> Tensor:
+        """(blocks, heads, C, c)."""
+        return side_by_side(x[self.inner]).unflatten(0, (self.blocks, self.block)).transpose(1, 2)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """(blocks, heads, keys, c), overlapping."""
+        line = side_by_side(x[: self.inner.stop])
+        return line.unfold(0, (self.before + 1) * self.block, self.block).transpose(2, 3)
+
+    def _line(self, blocks: Tensor) -> Tensor:
+        return blocks.transpose(1, 2).flatten(0, 1)
+
+    def _add(self, total: Tensor, grad: Tensor) -> None:
+        """What the blocks say of each key."""
+        line = total[: self.inner.stop].unflatten(0, (-1, self.block))
+        for shift, part in enumerate(grad.unflatten(2, (self.before + 1, self.block)).permute(2, 0, 3, 1, 4)):
+            line[shift : shift + self.blocks] += part
 
 
 def block_of(window: int) -> int:
@@ -380,3 +457,52 @@ class Spans(TiledPart):
             place = torch.arange(first, last)
             hidden = (place < self.begin[queries, None]) | (place >= self.end[queries, None])
             yield queries, [Piece(slice(first, last), additive_mask(hidden, dtype))]
+
+
+class Sinks(Part):
+    """The sinks before each query's window, in rows that are alike: few keys, which most queries of a row see.
+
+    Written out: flash attention is slow with so few keys, and can't have a query that sees none.
+
+    Args:
+        rows: how many rows there are. Each has as many queries and as many sinks as the others.
+        visible: how many sinks each query sees.
+        keys: which keys are sinks.
+
+    """
+
+    def __init__(self, rows: int, visible: Int[Tensor, " queries"], keys: Int[Tensor, " chosen_keys"]) -> None:
+        self.rows, self.keys = rows, keys
+        self._hidden = torch.arange(len(keys) // rows) >= visible.view(rows, 1, -1, 1)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """All rows at once."""
+        mask = additive_mask(self._hidden, query.dtype)
+        query, key, value = (self._batch(x) for x in (query, key, value))
+        output, normaliser = kernel.written_out.forward(query, key, value, mask)
+        return self._line(output), self._line(normaliser)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        kernel: Kernel,
+    ) -> Sequence[Tensor]:
+        """Likewise."""
+        mask = additive_mask(self._hidden, query.dtype)
+        grad, query, key, value, output, normaliser = (
+            self._batch(x) for x in (grad, query, key, value, output, normaliser)
+        )
+        gradients = kernel.written_out.backward(grad, query, key, value, output, normaliser, mask)
+        return [self._line(part) for part in gradients]
+
+    def _batch(self, x: Tensor) -> Tensor:
+        """(rows, heads, tokens, …)."""
+        return x.unflatten(0, (self.rows, -1)).transpose(1, 2)
+
+    def _line(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
