@@ -168,8 +168,8 @@ def test_another_text_is_not_resumed(run, content, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_stream_as_one_and_any_number_goes_on(content, tmp_path) -> None:
-    processes = 4
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_stream_as_one_and_any_number_goes_on(content, tmp_path, processes) -> None:
     content["model"] |= NO_DROPOUT | {"operators": [["dct", "attention"]] * 3}
     content["trainer"] |= {"batch_size": 1, "log_every": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
