@@ -1,7 +1,6 @@
 """The study of near and far: what it measures on a run, whom it puts on the front, and what it says of the goal."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +184,7 @@ def test_a_sweep_is_trained_measured_once_and_written(tmp_path: Path, monkeypatc
     assert gather(RECALL, Console(quiet=True)) == found
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert gather(RECALL, Console(quiet=True)) == found
-    written_down = page({"text": {}, "mqar": found, "passkey": {}}).replace("**", "")
-    assert re.search(r"^\| both, fitted afterwards( \([sc]+\))? \|", written_down, re.MULTILINE)
+    assert "both, fitted afterwards" in page({"text": {}, "mqar": found, "passkey": {}})
 
 
 def test_what_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
