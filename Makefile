@@ -14,7 +14,7 @@ KERNELS := $(VENV)/.kernels
 SMOLLM2 := $(VENV)/.smollm2
 TORCHAO := $(VENV)/torchao
 UNFINISHED := $(VENV)/.unfinished
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Nothing phones home, whatever the libraries do by default.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -35,9 +35,10 @@ quickstart: install ## train CHIAR-Former and full attention on real text, side 
 	@$(BIN)/chiaroscuro quickstart
 
 # The tests run side by side, one process a core, so each process keeps to one thread. Each begins with half of the list, in
-# which tests with a common set-up stand together, and takes over from the other when it is done.
+# which tests with a common set-up stand together, and takes over from the other when it is done. Many start processes, which
+# would compile the sources anew without bytecode.
 test: lint $(KERNELS) $(SMOLLM2) $(TORCHAO) ## lint, then the whole test suite, the slow tests too
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40 --durations-min=8
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40 --durations-min=8
 
 lint: install ## formatting, lint rules, types, and the direction of imports
 	@$(BIN)/ruff check --quiet
@@ -84,6 +85,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@[ -e $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(PIP) '$(TORCH)'
 	@$(PIP) --constraint constraints.txt --editable '.[lab,dev]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true # on all cores; some files are templates
 	@mv $(UNFINISHED) $(STAMP) && touch $(STAMP)
 
 # Triton is large, and only the tests of the GPU's kernels want it on a machine that has none.

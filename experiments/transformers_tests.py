@@ -227,7 +227,7 @@ def render(figures: dict[str, Any]) -> str:
     ]
     failing = {name: why for one in models.values() for name, why in one["failed, listed"].items()}
     lines += [f"- `{name}`: {why}." for name, why in sorted(failing.items())]
-    lines += ["", "## What the Llama passes, and does not apply to ours, with the number of tests", ""]
+    lines += ["", "## Tests that the Llama passes and that do not apply to ours, with their number", ""]
     skipped = [[each.partition(": ")[2] for each in one["skipped, passed by the control"]] for one in models.values()]
     most = {why: max(reasons.count(why) for reasons in skipped) for reasons in skipped for why in reasons}
     lines += [f"- {why.rstrip('.')}: {most[why]}." for why in sorted(most, key=lambda why: (-most[why], why))]

@@ -184,6 +184,7 @@ def test_lengths_that_nobody_gave_are_those_that_the_model_reads() -> None:
         (["--window", 600, "--length", 600], "--length 600: all of a row is within the window and the sinks, 6"),
         (["--target", "5%", "--kv-share", 0.5], "--target finds the share that is kept: leave out --kv-share"),
         (["--needles", "32"], "32 tokens are too few for"),
+        (["--costs", "0,64"], "--costs 0: must be lengths of 1 token or more"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--kv-share", 0.0], "--kv-share 0: must be a share"),
     ],

@@ -189,6 +189,7 @@ QUOTED = {
         "both, fitted afterwards": ("README.md", "docs/proven.md"),
         "both, fitted": ("docs/concepts/near-and-far.md",),
         "both, one layer, fitted afterwards": ("README.md", "docs/proven.md"),
+        "both, learned": ("README.md", "docs/concepts/near-and-far.md"),
         "static, the middle layer": ("docs/concepts/near-and-far.md",),
     },
 }
@@ -233,10 +234,13 @@ def test_the_perplexities_of_near_and_far_are_those_of_the_study() -> None:
         "both, random afterwards": "costs {} in perplexity by chance {}",
         "both, fitted afterwards": "and {} by fitted scores {}",
         "conv, 1 in 6** (sc)": "on this text: {} {}",
+        "conv or attention, random": "it is {} {}",
+        "dct or attention, H": "by H, {} {}",
+        "both, learned": "trained along cost {} {}",
     }
     for name, words in quoted.items():
         middle, interval = study[name].split(" ", 1)
-        middle = middle if name.startswith("conv") else middle.removeprefix("+")
+        middle = middle.removeprefix("+")
         assert words.format(middle, interval).replace("-", "−") in page, name
 
 
@@ -255,15 +259,20 @@ def test_the_figures_of_smollm2_in_the_readme_are_those_of_the_tutorial() -> Non
     rows = {row[0]: row[1:] for row in table_after((ROOT / "README.md").read_text("utf-8"), "SmolLM2-135M-Instruct")}
     columns = {
         "full attention": ("## Other texts", 0),
-        "fitted": ("## Other texts", 1),
-        "fitted by head, and healed on 98,000 tokens": ("## Both sides", 1),
+        "all look, a quarter kept, fitted": ("## Other texts", 1),
+        "fitted on both sides, healed on 98,000 tokens; then all look, a quarter kept": ("## Both sides", 1),
+        "a quarter looks, a quarter kept, window 256, fitted": ("### A longer window", 1),
+        "the same copy, with thresholds that follow the row": ("around a needle. Thresholds that", 1),
     }
     assert list(rows) == list(columns)
     for name, (heading, column) in columns.items():
         measured = {row[0]: row[1:] for row in table_after(tutorial, heading)}
         for split, cell in zip(("validation", "test"), rows[name][:2], strict=True):
-            assert measured[f"perplexity, WikiText-2 {split}"][column].strip("*").split()[0] == cell, (name, split)
-    assert [rows[name][2] for name in columns] == ["90%", "45%", "100%"]
+            found = measured[f"perplexity, WikiText-2 {split}"][column].strip("*").split()[0]
+            assert found == cell.removesuffix(", an earlier fit"), (name, split)
+        if column and heading.startswith(("###", "around")):
+            assert rows[name][2] == f"{measured['needles found at 2,048'][column].strip('*')} of 20"
+    assert [rows[name][2] for name in list(columns)[:3]] == ["90% of 20", "45% of 20", "100% of 50"]
     assert "finds 55 and 45%" in tutorial and "| 2,048 | 50 | 90% (20 tries) | **100%** |" in tutorial
 
 
@@ -317,11 +326,6 @@ def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() ->
             shown = _changed(after["perplexity"], full["wikitext-2, test"]["original"]["perplexity"])
             shown += f", with {mean(after['kept'].values()):.0%} of the tokens kept"
             assert f"{shown}, and {mean(needle['by depth']):.0%} of the needles" in words, name
-    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    both = [f"{found[f'wikitext-2 {split}']['perplexity']:.2f}" for split in ("validation", "test")]
-    assert f"it is {both[0]} and {both[1]}, not healed, but finds {mean(single[2048]['by depth']):.0%} of" in readme
-    both = [f"{following[f'wikitext-2 {split}']['perplexity']:.2f}" for split in ("validation", "test")]
-    assert f"it is {both[0]} and {both[1]}, and finds {mean(several[2048, 1]['by depth']):.0%}." in readme
     for value in found["others that look, wikitext-2 validation"].values():
         assert _changed(value, before) in words
 

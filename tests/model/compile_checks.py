@@ -1,17 +1,21 @@
 """What `test_compile.py` runs in a process of its own, where no annotation is turned into a check.
 
 Such checks hold what a compiler can't look into. Oracle: the model itself, without a compiler. Graphs are captured and
-run as captured; no code is generated.
+run as captured; for one layer code is generated, too.
 """
 
 import sys
 from typing import Any
 
+import pytest
 import torch
 from small_models import build, shrunk, tokens
 from torch import Tensor, nn
 
-WHOLE = {
+from chiaroscuro import UserError
+from chiaroscuro.model.cache import CACHE
+
+WHOLE: dict[str, dict[str, Any]] = {
     "baseline": {"operators": [["attention"]] * 2},
     "llama": {
         "operators": [["attention"]] * 2,
@@ -24,6 +28,16 @@ WHOLE = {
     "dense": {"operators": [["dct"], ["dct", "rbf", "attention"]], "execution": "dense"},
     "soft": {"operators": [["dct"], ["dct", "attention"]], "router": "soft"},
     "convolutions": {"operators": [["conv"], ["conv", "attention"]], "router": "soft", "short_conv": 4},
+}
+
+SPARSE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "two operators": (
+        "aot_eager",
+        "small",
+        {"attention_context": "routed", "operators": [["dct", "attention"], ["attention"]]},
+    ),
+    "three operators": ("aot_eager", "v1-all-three", {"operators": [["dct", "rbf", "attention"], ["attention"]]}),
+    "one layer, with code": ("inductor", "small", {"operators": [["dct", "attention"]]}),
 }
 
 
@@ -53,6 +67,37 @@ def a_training_step_is_one_graph_too(name: str) -> None:
         loss.backward()
         losses.append([loss.detach(), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-4)
+
+
+def sparse_training_is_eager_training(name: str) -> None:
+    backend, preset, fields = SPARSE[name]
+    model, ids = build(shrunk(preset, num_hidden_layers=len(fields["operators"]), **fields)).train(), tokens(0, 2, 20)
+    assert model.config.routed_layers
+    compiled = torch.compile(model, backend=backend)
+    for mask in (None, padding(20)):
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            out = run(ids, attention_mask=mask, labels=ids, use_cache=False)
+            out.loss.backward()
+            results.append((out.loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-3)
+
+
+def positions_are_cached_and_documents_refused(menu: str) -> None:
+    model = build(shrunk("small", num_hidden_layers=2, operators=[menu.split(), ["attention"]]))
+    ids, places = tokens(0, 2, 8), torch.arange(8)[None]
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for more in ({"use_cache": True}, {}):
+            found = compiled(ids, position_ids=places, **more)
+            torch.testing.assert_close(found.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+            assert getattr(found, CACHE) is not None
+        with pytest.raises(UserError, match="holds several documents"):
+            compiled(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=True)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
 
 
 class Logits(nn.Module):

@@ -1,4 +1,7 @@
-"""What torch.compile and torch.export make of a model: whole graphs where nothing depends on the data."""
+"""What torch.compile and torch.export make of a model: whole graphs where nothing depends on the data.
+
+In processes of their own: the tracer is several times as slow in one that has imported much.
+"""
 
 import os
 import subprocess
@@ -6,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_checks import WHOLE
+from compile_checks import SPARSE, WHOLE
 
 HERE = Path(__file__).parent
 
@@ -18,6 +21,8 @@ HERE = Path(__file__).parent
         ("a_training_step_is_one_graph_too", ["baseline", "llama", "soft", "convolutions"]),
         ("it_is_exported_for_any_length", list(WHOLE)),
         ("a_sparse_layer_breaks_the_graph_once", ["dct attention", "dct conv rbf attention"]),
+        ("sparse_training_is_eager_training", list(SPARSE)),
+        ("positions_are_cached_and_documents_refused", ["dct attention"]),
     ],
 )
 def test_compiled(check: str, cases: list[str]) -> None:

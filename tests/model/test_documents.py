@@ -94,26 +94,6 @@ def test_padding_between_documents_hides_no_restart(gap: int) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_compiled_model_is_cached_with_positions_and_refuses_documents_as_ever() -> None:
-    model, ids = (
-        build(shrunk("small", num_hidden_layers=2, operators=[["dct", "attention"], ["attention"]])),
-        tokens(0, 2, 8),
-    )
-    compiled: Any = torch.compile(model, backend="eager")
-    places = torch.arange(8)[None]
-    with torch.no_grad():
-        for more in ({"use_cache": True}, {}):
-            found = compiled(ids, position_ids=places, **more)
-            torch.testing.assert_close(found.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-            assert getattr(found, CACHE) is not None
-        with pytest.raises(UserError, match="holds several documents"):
-            compiled(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=True)
-    expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
-
-
-@pytest.mark.usefixtures("unchecked")
 def test_document_lengths_are_a_tensor() -> None:
     with pytest.raises(UserError, match=r"cu_seq_lens_q=\[0, 4\]: give a tensor"):
         build(shrunk("small"))(tokens(0, 1, 4), cu_seq_lens_q=[0, 4])

@@ -368,37 +368,6 @@ def test_gradient_checkpointing_changes_nothing(preset: str, context: str, kind:
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
 
 
-def compiled_equals_eager(backend: str, preset: str, **changes: Any) -> None:
-    model, ids = build(shrunk(preset, **changes)).train(), tokens(0, 2, 20)
-    assert model.config.routed_layers
-    compiled = torch.compile(model, backend=backend)
-    for kind in ("no mask", "left"):
-        mask, results = padding(kind, 2, 20, 3), []
-        for run in (model, compiled):
-            model.zero_grad()
-            out = run(ids, attention_mask=mask, labels=ids, use_cache=False)
-            out.loss.backward()
-            results.append((out.loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-        torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-3)
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("preset", "context"), [("small", "routed"), ("v1-all-three", "all")])
-def test_captured_training_is_eager_training(preset: str, context: str) -> None:
-    # The graphs are captured, with their backward, and run as captured.
-    menus = shrunk(preset).operators[-2:]
-    compiled_equals_eager("aot_eager", preset, attention_context=context, num_hidden_layers=2, operators=menus)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
-def test_compiled_training_is_eager_training() -> None:
-    # Code is generated, which takes a minute: for one layer, whose parts are those of the graphs captured above.
-    menus = [["dct", "attention"]]
-    compiled_equals_eager("inductor", "small", attention_context="all", num_hidden_layers=1, operators=menus)
-
-
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_under_autocast_the_residual_stream_stays_in_full_precision(context: str) -> None:
     model, ids = build(shrunk("v1-all-three", attention_context=context)).train(), tokens(0, 2, 20)

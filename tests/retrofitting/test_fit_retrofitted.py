@@ -271,6 +271,10 @@ def test_a_forward_that_begins_later_is_the_same(family: str) -> None:
                     torch.testing.assert_close(model(input_ids=tokens).logits, expected)
             assert not torch.equal(whole, expected)
     assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = hooked = layers[0].forward  # as accelerate does with its hooks
+    with _given(layers, outputs):
+        assert layers[0].forward is not hooked
+    assert vars(layers[0])["forward"] is hooked
 
 
 def test_documents_that_share_a_row_are_fitted_to_as_they_are_alone() -> None:

@@ -4,9 +4,11 @@ Oracle: the original model, whole; or with masks written out by what the routed 
 """
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,41 @@ def test_packed_documents_do_not_see_each_other() -> None:
         torch.testing.assert_close(found[:, part], alone, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_packed_documents_are_told_apart_without_a_mask() -> None:
+    """As with flash attention, whose mask is None where nothing is padded: only positions tell the documents apart."""
+    routed, tokens = routed_copy(build(), **HALF), ids(4, 1, 40)
+    position_ids = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    wanted = routed(tokens, position_ids=position_ids, use_cache=False).logits
+    whole = routed(tokens).logits
+    routed.config._attn_implementation_internal = "flash_attention_2"  # its own setter asks for the package
+    found = routed(tokens, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(routed(tokens, position_ids=torch.arange(40)[None]).logits, whole)
+
+
+@torch.no_grad()
+def test_a_batch_of_padding_alone() -> None:
+    routed, tokens = routed_copy(build(), **HALF), ids(4, 2, 20)
+    assert routed(tokens, attention_mask=torch.zeros_like(tokens)).logits.isfinite().all()
+    mask = torch.ones_like(tokens)
+    mask[:, :8] = 0
+    wanted = routed.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    chunked = routed.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, prefill_chunk_size=4)
+    assert torch.equal(chunked, wanted)
+
+
+@torch.no_grad()
+def test_threads_do_not_meet() -> None:
+    """Each forward has what its modules share, and each module what it was given, to itself."""
+    routed = routed_copy(build(), **HALF)
+    rows = [ids(seed, 1, 12 + seed) for seed in range(6)]
+    wanted = [routed.generate(row, max_new_tokens=12, do_sample=False) for row in rows]
+    with ThreadPoolExecutor(len(rows)) as pool:
+        found = list(pool.map(lambda row: routed.generate(row, max_new_tokens=12, do_sample=False), rows))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 # Who sees what
 
 
@@ -394,6 +431,24 @@ unretrofit(model)
     assert done.returncode == 0, done.stderr
 
 
+def test_a_class_of_the_user_s_is_loaded_as_the_library_s_and_the_class_itself_loads(tmp_path: Path) -> None:
+    model = build()
+    model.__class__ = type("TunedForCausalLM", (type(model),), {})
+    routed, tokens = routed_copy(model, **ALL), ids(1)
+    wanted = routed(tokens).logits
+    routed.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["RoutedTunedForCausalLM"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens).logits, wanted)
+    again.save_pretrained(tmp_path / "again")
+    loaded = type(again).from_pretrained(tmp_path / "again")
+    assert torch.equal(loaded(tokens).logits, wanted) and loaded.config.model_type == "llama"
+    unretrofit(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
+    said = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert said["model_type"] == "llama" and not {"auto_map", "base_model_type", "chiaroscuro"} & {*said}
+
+
 def test_half_precision_keeps_the_thresholds(tmp_path: Path) -> None:
     routed = routed_copy(build(), **HALF)
     values = routed.reaches[0].kept.calibration.values.clone()
@@ -417,11 +472,6 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     loss = routed(input_ids=tokens, labels=tokens).loss
     routed(input_ids=ids(11, 2, 20))  # of other tokens, whose draws are others, before the layers run again
     loss.backward()
-    shared = routed.reaches[0].shared
-    table = torch.zeros(3)
-    for tokens in (ids(1), ids(2)):  # a table that comes again, as one that a graph is replayed into
-        shared.begin(tokens)
-        assert shared.input_ids(table) is tokens
     for name, gradient in gradients(routed).items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-5)
 
@@ -456,6 +506,8 @@ def test_lora_trains_it(tmp_path: Path) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     lora.save_pretrained(tmp_path)
+    usual = peft.get_peft_model(routed_copy(build(), **HALF), peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert usual.peft_config["default"].target_modules == {"q_proj", "v_proj"}  # of the model's own type
     with torch.no_grad():
         wanted = lora(input_ids=tokens).logits
         loaded = peft.PeftModel.from_pretrained(routed_copy(build(), **HALF), tmp_path)
@@ -587,6 +639,17 @@ def quantised_by_torch() -> Any:
     return torch.ao.quantization.quantize_dynamic(build(), {torch.nn.Linear}, dtype=torch.qint8)
 
 
+def on_meta() -> Any:
+    with torch.device("meta"):
+        return type(build())(build().config)
+
+
+def both_ways() -> Any:
+    model = build()
+    model.config.is_causal = False
+    return model
+
+
 def twice() -> Any:
     model = build()
     retrofit(model, **ALL)
@@ -607,6 +670,8 @@ def twice() -> Any:
         (own_windows, {}, "every layer of this MistralForCausalLM has a window or chunks of its own"),
         (quantised, {}, "is quantised: load it without"),
         (quantised_by_torch, {}, "hold no weights, as after quantisation by torch"),
+        (on_meta, {}, "on the meta device, without weights: load them first"),
+        (both_ways, {}, "sees the future: a retrofit needs a causal decoder"),
         (twice, {}, "retrofitted already"),
         (build, {"window": 0}, "window=0: must be a whole number of tokens from 1 to 2147483647"),
         (build, {"window": 2**70}, "window=1180591620717411303424: must be a whole number of tokens from 1 to"),
@@ -617,6 +682,7 @@ def twice() -> Any:
         (build, {"kv_share": float("nan")}, "kv_share=nan"),
         (build, {"layers": [3]}, "layers=.3.: the model has the layers 0 to 2"),
         (build, {"layers": [0, 0]}, "name at least one, and each once"),
+        (build, {"layers": itertools.count()}, r"layers=\[0, 1, 2, …\]: the model has 3 layers; name each once"),
         (build, {"layers": []}, "name at least one"),
         (build, {"layers": "all"}, "layers='all': give the numbers of layers"),
         (lambda: build("gemma3_text"), {"layers": [0]}, "layer 0 has a window or chunks of its own"),
@@ -741,6 +807,22 @@ def test_caches_that_can_not_be_routed() -> None:
         model(tokens[:, :1], **{CACHE: routed(tokens, use_cache=True)[CACHE]})
 
 
+def test_continuous_batching_is_refused() -> None:
+    routed, tokens = routed_copy(build(), **ALL), ids(1, 1, 12)
+    with pytest.raises(UserError, match="can't do continuous batching"):
+        routed.generate(tokens, cache_implementation="paged", max_new_tokens=4, do_sample=False)
+    with pytest.raises(UserError, match="can't do continuous batching"):
+        routed.generate_batch([tokens[0].tolist()])
+
+    class Pages:
+        def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            return torch.cat([key, key], 2), torch.cat([value, value], 2)
+
+    x = torch.zeros(1, 3, 32)
+    with pytest.raises(UserError, match=r"gives back earlier keys, .* pass a DynamicCache"):
+        routed.model.layers[0].self_attn(x, routed.model.rotary_emb(x, torch.arange(3)[None]), None, Pages())
+
+
 @torch.no_grad()
 def test_a_cache_that_only_the_first_layers_could_crop_is_not_gone_on_with() -> None:
     """transformers crops layer after layer, and the first one, which is not routed, can always be cropped."""
@@ -773,6 +855,14 @@ def test_masks_that_can_not_be_honoured() -> None:
     torch.testing.assert_close(routed(both, attention_mask=one).logits, routed(both).logits)  # one for all rows
     with pytest.raises(UserError, match="an attention_mask of 2 rows for a batch of 3"):
         routed(ids(1, 3, 20), attention_mask=one.repeat(2, 1, 1, 1))
+    other = torch.ones(1, 1, 20, 20).tril().bool().flip(-1)  # as many keys as a causal mask has, and other ones
+    with pytest.raises(UserError, match="hides tokens in another way"):
+        routed(tokens, attention_mask=other)
+    cache = routed(tokens[:, :10], use_cache=True)[CACHE]
+    with pytest.raises(UserError, match="hides tokens in another way"):
+        routed(tokens[:, 10:], attention_mask=holes[:, :, 10:], **{CACHE: cache})
+    with pytest.raises(UserError, match="drop is_causal=False"):
+        routed(tokens, is_causal=False)
     with pytest.raises(UserError, match="output_attentions"):
         routed(tokens, output_attentions=True)
     routed.config._attn_implementation = "eager"

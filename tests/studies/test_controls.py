@@ -18,7 +18,7 @@ from chiaroscuro.ops.reach_attention import reach_mask
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.controls import compare_controls, compare_lookers, learn_gates, published_marks, whole_layers
 from chiaroscuro.studies.retrofitting import predicted_prefill, reached_pairs
-from decoders import build
+from decoders import FAMILIES, build
 
 WINDOW, SINKS = 16, 2
 
@@ -140,6 +140,10 @@ def test_prefill_is_predicted_by_products_and_pairs(model: Any) -> None:
     whole, near = 200 * 201 / 2, sum(min(i + 1, WINDOW) + min(max(i + 1 - WINDOW, 0), SINKS) for i in range(200))
     expected = (products + 3 * 4 * width * whole) / (products + 3 * 4 * width * near)
     assert predicted_prefill(retrofitted, ids) == pytest.approx(expected)
+    for family in FAMILIES:  # whatever their attention modules are made of
+        decoder = build(family)
+        retrofit(decoder, window=250, sinks=SINKS, kv_share=1.0, attention_share=1.0)
+        assert predicted_prefill(decoder, ids % 50) == 1
 
 
 @given(st.integers(1, 40), st.floats(0, 1))

@@ -332,8 +332,8 @@ def fit(
     look: Annotated[
         float | None,
         typer.Option(
-            help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that stays as it is, but in a "
-            "retrofitted model."
+            help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that is left unchanged, except "
+            "in a retrofitted model."
         ),
     ] = None,
     kept: Annotated[
@@ -374,7 +374,7 @@ def fit(
     the table shows for each layer how well a score ranks the tokens, and how many of the true top share it finds. A
     retrofitted model is fitted on passages of the text, copies and needles, for its own shares unless others are given.
 
-    Example: chiaroscuro fit runs/near --look 0.25 --kept 0.25 --output runs/near-fitted
+    Example: chiaroscuro fit runs/reach-small --look 0.25 --kept 0.25 --output runs/reach-small-fitted
     """
     from chiaroscuro.report.tables import fit_table
     from chiaroscuro.studies.fitting import fit_copy

@@ -177,7 +177,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lies a page that says what the model is, unless there is one."""
         self.config.check()  # what changed since could not be loaded, such as a vocabulary without its special tokens
-        if not Path(save_directory).is_file():  # which the parent refuses in its own words
+        writes = args[0] if args else kwargs.get("is_main_process", True)
+        if writes and not Path(save_directory).is_file():  # which the parent refuses in its own words
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)  # before all is uploaded, if that is asked for
         super().save_pretrained(save_directory, *args, **kwargs)

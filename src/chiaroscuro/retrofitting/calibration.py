@@ -138,7 +138,6 @@ class WholeBatch:
         given: by layer, its other arguments.
         real: which tokens are real.
         segments: the document of each token, where a row holds several.
-        shared: what the model's modules know of a forward.
 
     """
 
@@ -149,7 +148,6 @@ class WholeBatch:
         beside = {name: fields[name].to(model.device) for name in given if fields.get(name) is not None}
         self.inputs = {"input_ids": ids, **beside}
         mask, places = (beside.get(name) for name in given)
-        self.shared = next(iter(model.reaches.values())).shared
         self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         # With a mask transformers takes a row for one document, wherever its positions restart.
         self.segments = None if mask is not None or places is None else segments_of(places.expand_as(ids), None)
@@ -188,7 +186,6 @@ def run_layer(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:
         UserError: what it gives is not finite.
 
     """
-    whole.shared.begin(whole.inputs["input_ids"])
     args, kwargs = whole.given[i]
     output = layer(x, *args, **kwargs)
     x = output[0] if isinstance(output, tuple) else output

@@ -294,13 +294,17 @@ def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _in_place_of(layers: Sequence[nn.Module], make: Callable[[int, Any], Any]) -> Iterator[None]:
     """Inside the block layer i has the forward that is made of i and its own."""
+    before = [vars(layer).get("forward") for layer in layers]  # such as a hook of accelerate's
     for i, layer in enumerate(layers):
         layer.forward = make(i, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
 
 
 def _stopped(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:

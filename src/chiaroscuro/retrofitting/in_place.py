@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -149,6 +150,8 @@ def _check_model(model: Any) -> None:
         raise UserError("this model is retrofitted already: unretrofit it first, or turn its shares")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"this {name} is quantised: load it without quantisation (GGUF with dequantize=True)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"this {name} is on the meta device, without weights: load them first")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UserError(f"this {name} is spread over devices, or offloaded: load it on one, without device_map")
     if model.config.is_encoder_decoder:
@@ -165,7 +168,7 @@ def _check_model(model: Any) -> None:
         )
     if not all(any(True for _ in module.parameters()) for module in modules.values()):
         raise UserError(f"the attention modules of this {name} hold no weights, as after quantisation by torch")
-    if not all(module.is_causal for module in modules.values()):
+    if getattr(model.config, "is_causal", True) is False or not all(module.is_causal for module in modules.values()):
         raise UserError(f"{name} sees the future: a retrofit needs a causal decoder")
 
 
@@ -203,7 +206,10 @@ def _layers(given: Any, modules: Mapping[int, nn.Module], able: list[int], model
         return able
     if isinstance(given, str | int) or not isinstance(given, Iterable):
         raise UserError(f"layers={given!r}: give the numbers of layers, such as range(2, 28)")
-    chosen = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in given]
+    some = list(islice(given, len(modules) + 1))
+    if len(some) > len(modules):
+        raise UserError(f"layers={str(some[:3])[:-1]}, …]: the model has {len(modules)} layers; name each once")
+    chosen = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in some]
     for i in chosen:
         if isinstance(i, bool) or not isinstance(i, int) or i not in modules:
             raise UserError(f"layers={chosen}: the model has the layers 0 to {len(modules) - 1}")

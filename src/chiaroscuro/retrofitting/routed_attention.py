@@ -10,13 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
-from weakref import ref
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
@@ -25,10 +23,14 @@ from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
 from chiaroscuro.layers.context import Spectra
 from chiaroscuro.layers.registry import build_kv_router
-from chiaroscuro.retrofitting.routed_cache import layer_of
+from chiaroscuro.model.modeling import segments_of
+from chiaroscuro.retrofitting.routed_cache import RoutedLayer, layer_of
 
 IMPLEMENTATION = "chiaroscuro"
 """The name under which routed modules find `attend_routed`."""
+
+SHARED = "chiaroscuro"
+"""The argument by which a model hands its `Forward` down to its modules, and a module what it was given."""
 
 HIDDEN = -1e4
 """A mask that adds this or less to a score hides the token: −∞, a type's least number, and −10,000."""
@@ -50,25 +52,21 @@ class ReachedError(Exception):
 
 
 class Forward:
-    """What the modules of one model share in a forward.
+    """What the modules of a model share in one forward. It is handed down beside the other arguments.
 
-    A layer whose activations are checkpointed runs again in the backward, when the model may have had another forward.
-    Which one it is of is told by the rotary table that it was given.
+    So forwards of several threads have one each, and a layer whose activations are checkpointed has in the backward the
+    one that it had before.
+
+    Attributes:
+        input_ids: the new tokens, where the model was given ids.
+        position_ids: their positions, if these alone tell documents apart: where a model's attention has no mask.
+
     """
 
-    def __init__(self) -> None:
-        self._input_ids: Tensor | None = None
-        self._by_table: Any = WeakTensorKeyDictionary()
-        self._last: Any = None
-        self._read: Any = None
-
-    def input_ids(self, table: Tensor | None) -> Int[Tensor, "batch time"] | None:
-        """The new tokens, where the model was given ids: of this forward, or in a backward of that with this table."""
-        if torch._C._current_graph_task_id() != -1:  # a backward, as torch.utils.checkpoint tells it
-            return None if table is None else self._by_table.get(table)
-        if table is not None:
-            self._by_table[table] = self._input_ids
-        return self._input_ids
+    def __init__(self, input_ids: Tensor | None = None, position_ids: Tensor | None = None) -> None:
+        self.input_ids: Int[Tensor, "batch time"] | None = input_ids
+        self.position_ids = position_ids
+        self._masks: list[tuple[Any, Any]] = []
 
     def read_mask(
         self, mask: Any, time: int
@@ -82,22 +80,36 @@ class Forward:
             UserError: it is neither causal nor causal within documents.
 
         """
+        for known, read in self._masks:
+            if known is mask:
+                return read
         if mask is None:
-            return None, None, None
-        if self._last is None or self._last() is not mask:
-            if not isinstance(mask, Tensor):
-                raise UserError(f"a {type(mask).__name__} as mask: load the model with attn_implementation='sdpa'")
+            places = self.position_ids
+            read = None, None if places is None else segments_of(places, None), None
+        elif isinstance(mask, Tensor):
             real, segments = _read_mask(mask, time)
-            places = (real.cumsum(1) - 1).clamp(min=0)[:, -time:] if real is not None and segments is None else None
-            self._last, self._read = ref(mask), (real, segments, places)
-        return self._read
+            read = real, segments, None if real is None else (real.cumsum(1) - 1).clamp(min=0)[:, -time:]
+        else:
+            raise UserError(f"a {type(mask).__name__} as mask: load the model with attn_implementation='sdpa'")
+        self._masks.append((mask, read))
+        return read
 
-    def begin(self, input_ids: Tensor | None) -> None:
-        """A forward of the model begins."""
-        self._input_ids, self._last, self._read = input_ids, None, None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Forward, ()  # a copy, or what is loaded, knows of no forward
+class Given(NamedTuple):
+    """What a module was given, for its attention function.
+
+    Attributes:
+        hidden: its input.
+        cached: the layer of a cache.
+        position_ids: of the new tokens.
+        forward: what all modules share.
+
+    """
+
+    hidden: Float[Tensor, "batch time width"]
+    cached: RoutedLayer | None
+    position_ids: Int[Tensor, "#batch time"] | None
+    forward: Forward
 
 
 def _of_one_type(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,19 +135,18 @@ def _read_mask(mask: Tensor, time: int) -> tuple[Tensor | None, Tensor | None]:
     seen = mask[:, 0]
     real = seen.any(1)
     keys = seen.shape[-1]
-    causal = real.cumsum(1)[:, -time:]
-    number, new = seen.sum(-1), real[:, -time:]
-    if bool(((number == causal) | ~new).all()):
+    causal = torch.ones_like(seen).tril(keys - time)
+    if bool(((seen == causal & real[:, None]) | ~real[:, -time:, None]).all()):
         return (None if bool(real.all()) else real), None
     # Fewer than all before it: rows of several documents, each of which begins where a token sees itself alone.
-    segments = (number == 1).cumsum(1)
-    documents = (segments[:, :, None] == segments[:, None]) & torch.ones_like(seen).tril()
-    if keys != time or not bool(real.all()) or not torch.equal(documents, seen):
-        raise UserError(
-            "this attention_mask hides tokens in another way than by padding or by documents: routed attention can't "
-            "honour it"
-        )
-    return None, segments
+    if keys == time and bool(real.all()):
+        segments = (seen.sum(-1) == 1).cumsum(1)
+        if torch.equal((segments[:, :, None] == segments[:, None]) & causal, seen):
+            return None, segments
+    raise UserError(
+        "this attention_mask hides tokens in another way than by padding or by documents: routed attention can't "
+        "honour it"
+    )
 
 
 class Reach(nn.Module):
@@ -145,7 +156,6 @@ class Reach(nn.Module):
         width: d, the features of what the module is given.
         layer: the module's number.
         fields: `window`, `sinks`, `router`, `kv_router`, and the shares `attention_share` and `kv_share`.
-        forward: what the modules of the model share.
 
     Attributes:
         whole: by side, True inside a block where all look, or all are kept; False where none; None where scores decide.
@@ -155,7 +165,7 @@ class Reach(nn.Module):
 
     """
 
-    def __init__(self, width: int, layer: int, fields: dict[str, Any], forward: Forward) -> None:
+    def __init__(self, width: int, layer: int, fields: dict[str, Any]) -> None:
         super().__init__()
         self.window, self.sinks, self.layer = fields["window"], fields["sinks"], layer
         look = build_router(width, LOOK_SIDE, fields["router"], fields, layer)
@@ -165,10 +175,8 @@ class Reach(nn.Module):
         for router in (self.look, self.kept):
             if router.scale(torch.zeros(1, 1)) is not None:
                 raise UserError(f"{type(router).__name__} scales what it routes, and is trained along: take another")
-        self.shared = forward
         self.whole: dict[str, bool | None] = {"look": None, "kept": None}
         self.ready: set[str] = set()
-        self._now: Any = None
         self._stopping = False  # see `stopping`
         self.probe: Probe | None = None
         self.watchers: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []
@@ -185,17 +193,15 @@ class Reach(nn.Module):
 
     @contextmanager
     def given(
-        self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None, table: Tensor | None
-    ) -> Iterator[None]:
-        """Inside the block, what the module was given is known; of the rotary table, one tensor."""
+        self, hidden: Tensor, cache: Cache | None, position_ids: Tensor | None, forward: Forward
+    ) -> Iterator[Given]:
+        """What the module was given. Inside the block the cache's layer may be updated."""
         if self._stopping:
             raise ReachedError(hidden)
         state = None if cache is None else layer_of(cache, self.layer, self.window, self.sinks, hidden.shape[1])
-        self._now = (hidden, state, position_ids, table)
         try:
-            yield
+            yield Given(hidden, state, position_ids, forward)
         finally:
-            self._now = None
             if state is not None:
                 state.expected = False
 
@@ -220,6 +226,7 @@ class Reach(nn.Module):
 
     def attend(
         self,
+        given: Given,
         query: Float[Tensor, "batch heads time head_width"],
         key: Float[Tensor, "batch key_heads time head_width"],
         value: Float[Tensor, "batch key_heads time head_width"],
@@ -228,10 +235,12 @@ class Reach(nn.Module):
         scaling: float | None,
         softcap: float | None,
     ) -> Float[Tensor, "batch time heads head_width"]:
-        """Attention of the new tokens; the arguments as transformers' attention functions have them."""
-        hidden, cached, position_ids, table = self._now
+        """Attention of the new tokens; the other arguments as transformers' attention functions have them."""
+        hidden, cached, position_ids, forward = given
         time = query.shape[2]
-        read = self.shared.read_mask(mask, time)
+        if key.shape[2] != time:
+            raise UserError("this cache gives back earlier keys, which a routed module can't read: pass a DynamicCache")
+        read = forward.read_mask(mask, time)
         if isinstance(mask, Tensor) and len(mask) not in (1, len(hidden)):
             raise UserError(f"an attention_mask of {len(mask)} rows for a batch of {len(hidden)}")
         attention_mask, segments, places = (None if one is None else one.expand(len(hidden), -1) for one in read)
@@ -246,7 +255,7 @@ class Reach(nn.Module):
             segments=segments,
             past=0 if cached is None else cached.columns - time,
             position_ids=places,
-            input_ids=self.shared.input_ids(table),
+            input_ids=forward.input_ids,
             cache=None if cached is None else cached.routers,
             state=None if cached is None else cached.state,
         )
@@ -275,7 +284,7 @@ class Reach(nn.Module):
             dropout,
             softcap,
         )
-        output = tokens.put_in(query.new_zeros(*query.shape[:2], mixed[0].numel()), mixed.flatten(1)).view_as(query)
+        output = tokens.put_in(query.new_zeros(query.shape).flatten(2), mixed.flatten(1)).view_as(query)
         if self.probe is not None:
             output = self.probe.put_in(query, key, value, output, context, softcap)
         return output
@@ -395,10 +404,9 @@ class RoutedAttention(MadeClass, nn.Module):
         """The module's own forward, with routed attention."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
-        table = kwargs.get("position_embeddings")
-        table = table[0] if isinstance(table, tuple | list) else table
-        with self.chiaroscuro.given(hidden, caches[0] if caches else None, kwargs.get("position_ids"), table):
-            return super().forward(*args, **kwargs)
+        cache, forward = caches[0] if caches else None, kwargs.get(SHARED) or Forward()
+        with self.chiaroscuro.given(hidden, cache, kwargs.get("position_ids"), forward) as given:
+            return super().forward(*args, **(kwargs | {SHARED: given}))
 
 
 class ConfigView:
@@ -438,12 +446,14 @@ def attend_routed(
     """
     if kwargs.get("output_attentions"):
         raise UserError(NO_WEIGHTS)
-    device = query.device.type
+    if kwargs.get("is_causal") is False:
+        raise UserError("drop is_causal=False: routed attention is causal")
+    given, device = kwargs[SHARED], query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return module.chiaroscuro.attend(query, key, value, attention_mask, dropout, scaling, softcap), None
+        return module.chiaroscuro.attend(given, query, key, value, attention_mask, dropout, scaling, softcap), None
     parts = _of_one_type(query, key, value)
     with torch.autocast(device, enabled=False):
-        return module.chiaroscuro.attend(*parts, attention_mask, dropout, scaling, softcap), None
+        return module.chiaroscuro.attend(given, *parts, attention_mask, dropout, scaling, softcap), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend_routed)

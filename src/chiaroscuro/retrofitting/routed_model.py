@@ -3,6 +3,7 @@
 They are made from the classes that the model has, one each, when they are first needed.
 """
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
@@ -23,6 +24,7 @@ from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import (
     NO_WEIGHTS,
+    SHARED,
     ConfigView,
     Forward,
     MadeClass,
@@ -107,6 +109,12 @@ class RoutedModel(MadeClass, PreTrainedModel):
         for name in ("router", "kv_router"):
             said[name] = with_history(said[name], history)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching, whose cache holds pages of whole keys."""
+        raise UserError(
+            "a retrofitted model can't do continuous batching, whose cache has pages: use generate without it"
+        )
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """As the parent; what routes comes first, for the model inside does not know it."""
@@ -123,7 +131,8 @@ class RoutedModel(MadeClass, PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lie a module by which `trust_remote_code=True` finds this library, and a page."""
-        if not Path(save_directory).is_file():  # which the parent refuses in its own words
+        writes = args[0] if args else kwargs.get("is_main_process", True)
+        if writes and not Path(save_directory).is_file():  # which the parent refuses in its own words
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)
             write_hub_module(save_directory)  # before all is uploaded, if that is asked for
@@ -136,10 +145,17 @@ class RoutedConfig(MadeClass, PreTrainedConfig):
     A library that does not know the type refuses to load the folder, where it would else load a model without routing.
     """
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields."""
-        base = type(self).model_type
-        return super().to_dict() | {"model_type": RETROFIT_TYPE, "base_model_type": base, "auto_map": RETROFIT_AUTO_MAP}
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """What is saved. `to_dict` has the model's own type, by which peft knows what to adapt."""
+        fields = json.loads(super().to_json_string(use_diff))
+        fields |= {"model_type": RETROFIT_TYPE, "base_model_type": type(self).model_type, "auto_map": RETROFIT_AUTO_MAP}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what was saved: without what says that it is of this library, which the class does."""
+        own = ("model_type", "base_model_type", "auto_map")
+        return super().from_dict({name: value for name, value in config_dict.items() if name not in own}, **kwargs)
 
 
 class RetrofitConfig(PreTrainedConfig):
@@ -155,19 +171,17 @@ class RetrofitConfig(PreTrainedConfig):
             UserError: the fields don't say what was done to which model.
 
         """
-        fields = {name: value for name, value in config_dict.items() if name not in ("model_type", "auto_map")}
-        base = fields.pop("base_model_type", None)
+        fields, base = {**config_dict}, config_dict.get("base_model_type")
         if base not in CONFIG_MAPPING or not isinstance(fields.get(FIELD), Mapping):
             raise UserError(
                 f"a config.json of model_type {RETROFIT_TYPE!r} with base_model_type={base!r} and "
                 f"{FIELD}={fields.get(FIELD)!r}: it was not saved by this library, or by a newer transformers"
             )
         name = (fields.get("architectures") or [""])[0].removeprefix("Routed")
-        plain: Any = CONFIG_MAPPING[base]
-        model = next((m for m in _models_of(plain) if m.__name__ == name), None)
-        if model is None:
-            raise UserError(f"architectures={fields.get('architectures')!r}: no model of type {base!r} has that name")
-        fields["architectures"] = [name]
+        models = _models_of(CONFIG_MAPPING[cast(str, base)])
+        # As of a folder that was not retrofitted: a class of the user's is loaded as the library's of its type.
+        model = next((m for m in models if m.__name__ == name), models[0])
+        fields["architectures"] = [model.__name__]
         return routed_class(cast(Any, model)).config_class.from_dict(fields, **kwargs)
 
 
@@ -279,7 +293,6 @@ def install(model: Any) -> None:
     """
     config = model.config
     said = checked(getattr(config, FIELD), config)
-    shared = Forward()
     modules = attention_modules(model)
     for place, i in enumerate(said["layers"]):
         module = modules[i]
@@ -288,24 +301,24 @@ def install(model: Any) -> None:
             field: spread(said[weights] or [1.0] * len(said["layers"]), said[field])[place]
             for field, weights in SPREADS.values()
         }
-        reach = Reach(config.hidden_size, i, said | own, shared)
+        reach = Reach(config.hidden_size, i, said | own)
         module.add_module(FIELD, reach.to(parameter.device).train(module.training))
         module.config = ConfigView(config)
         module.__class__ = routed_attention_class(cast(Any, type(module)))
-    hook = model.base_model.register_forward_pre_hook(_Remember(shared), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(_hand_down, with_kwargs=True)
     model.__dict__["_chiaroscuro_hook"] = hook
 
 
-class _Remember:
-    """A hook that notes the ids that a model is given, by which a router may draw, and refuses what can't be had."""
-
-    def __init__(self, shared: Forward) -> None:
-        self.shared = shared
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if cast(Any, model).config.output_attentions:
-            raise UserError(NO_WEIGHTS)
-        self.shared.begin(kwargs.get("input_ids", args[0] if args else None))
+def _hand_down(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook that hands what a forward's modules share down to them, and refuses what can't be had."""
+    config = cast(Any, model).config
+    if config.output_attentions:
+        raise UserError(NO_WEIGHTS)
+    without_mask = "flash" in (config._attn_implementation or "")
+    places = kwargs.get("position_ids") if without_mask and kwargs.get("attention_mask") is None else None
+    return args, kwargs | {SHARED: Forward(kwargs.get("input_ids", args[0] if args else None), places)}
 
 
 def attention_modules(model: nn.Module) -> dict[int, Any]:

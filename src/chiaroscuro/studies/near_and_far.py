@@ -149,9 +149,10 @@ TASKS = (
         "Associative recall",
         "Pairs of a key and a value, and later some of the keys again, each asking for its value (zoology's "
         "multi-query associative recall): far attention is all that the task needs. All models, the hybrids too, go on "
-        "from one of full attention that has learned the task. A third of the words are keys, and a key learns whether "
-        "the row asks for it by looking alone: of a quarter that look in every layer, some are missing. In *one layer* "
-        "the others have their window alone, and that one three times the share.",
+        "from one of full attention that has learned the task. A third of the words are keys, and a key can find "
+        "out whether it will be asked for only by looking: if a quarter of the tokens looks in every layer, some keys "
+        "never do. *One layer* is the hybrid of the middle layer, routed: the others have their window alone, and that "
+        "one three times the share.",
         (ACCURACY,),
     ),
     Task(
@@ -453,9 +454,9 @@ attention. All of a task have the same depth and width and see the same number o
 attention's, counted at the shares measured, which are means over all layers. A mean of several seeds has its standard
 deviation; the differences from the best full attention without convolutions are paired by seed, with their 95%
 interval. Rows with other seeds can't be compared by their means: their differences can, and fronts, pictures and
-verdicts go by these. (A mean that a verdict names is the baseline's, moved by the difference.) Two variants *can't be
-told apart* where the interval of their differences holds 0, or where there is but one seed. Bold names are on a
-front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
+verdicts go by these: where the seeds differ, a verdict gives the baseline's mean plus the paired difference. Two
+variants *can't be told apart* where the interval of their differences holds 0, or where there is but one seed. Bold
+names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
 Chance draws for each side by itself. These rows were measured before it did: `both + conv, random` of text, `both,
 random` of associative recall and passkeys, and `both, random afterwards` of passkeys. In them the tokens that are kept
@@ -514,7 +515,7 @@ def verdicts(variants: Variants, baseline: str) -> list[str]:
     if metric.rises:
         part = value / whole if whole else 1.0  # of nothing, nothing is lost
         reached = "reached" if part >= LEAST_KEPT else "**not reached**"
-        goal = f"at least {LEAST_KEPT:.0%} of full attention's accuracy: {part:.1%} ({ours}), {reached}"
+        goal = f"at least {LEAST_KEPT:.0%} of full attention's accuracy: {part:.1%} of it ({ours}), {reached}"
     else:
         more = value / whole - 1
         reached = "reached" if more <= MOST_LOST else "**not reached**"

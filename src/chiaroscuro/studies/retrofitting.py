@@ -163,6 +163,9 @@ def retrofit_copy(
     )
     measured = (measured or Measured()).within(most)
     assert measured.length is not None and measured.needles is not None and measured.costs is not None
+    for option, given in (("--needles", measured.needles), ("--costs", measured.costs)):
+        if min(given, default=1) < 1:
+            raise UserError(f"{option} {min(given)}: must be lengths of 1 token or more")
     lengths = {"--length": length, "--text-length": measured.length}
     lengths |= {"--needles": max(measured.needles), "--costs": max(measured.costs)}
     if longer := [f"{option} {tokens}" for option, tokens in lengths.items() if tokens > most]:
@@ -351,11 +354,17 @@ def predicted_prefill(model: Any, ids: torch.Tensor) -> float:
     for i, reach in model.reaches.items():
         looks, kept = decided[i][-1]
         pairs[i] = reached_pairs(looks[0], kept[0], reach.window, reach.sinks)
-    width = {i: 4 * model.config.num_attention_heads * module.head_dim for i, module in modules.items()}
+    heads = model.config.num_attention_heads
+    width = {i: 4 * heads * _head_width(module) for i, module in modules.items()}
     before, after = (
         linear + sum(width[i] * each[i] for i in modules) for each in (dict.fromkeys(modules, causal), pairs)
     )
     return float(before / after)
+
+
+def _head_width(module: Any) -> int:
+    """c, by either name that attention modules have for it."""
+    return module.head_dim if hasattr(module, "head_dim") else module.head_size
 
 
 def reached_pairs(

@@ -147,7 +147,8 @@ def page(figures: Mapping[str, Any]) -> str:
     parts = [INTRODUCTION]
     for number, (name, question) in enumerate(QUESTIONS.items(), 1):
         parts.append(f"## {number}. {question.QUESTION}\n")
-        parts.append(f"`python -m chiaroscuro.studies.evidence {RECIPES / name}.yaml`\n")
+        recipe = f"{RECIPES / name}.yaml"
+        parts.append(f"`python -m chiaroscuro.studies.evidence {recipe}`, of the runs that [it](../{recipe}) names\n")
         if name not in figures:
             parts.append("Not measured yet.\n")
             continue
