@@ -16,6 +16,9 @@ import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from chiaroscuro.data import (
     StreamedCorpus,
@@ -315,6 +318,19 @@ def test_empty_rows_alone_are_no_text(separator, cache, tokenizer, tmp_path) -> 
     rows = TextStream([stream_corpus(tmp_path, cache, separator=separator)], [], tokenizer, 4, 1, 0).rows(8, 1, 1)
     with pytest.raises(UserError, match="has no text for batch 1 of the 1 of a step"):
         rows_of(rows, range(8))
+
+
+def test_text_that_the_tokenizer_has_no_token_for(cache, tmp_path) -> None:
+    (tmp_path / "validation.txt").write_text("light\n" * 40)
+    (tmp_path / "train.txt").write_text("σκιά\n" * 40)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE({letter: i for i, letter in enumerate("ghilt")}, []))
+    )
+    rows = TextStream([stream_corpus(tmp_path, cache)], [], words, 4, 1, 0).rows(8, 1, 1)
+    with pytest.raises(UserError, match="has no token of this tokenizer for batch 1 of the 1 of a step"):
+        rows_of(rows, range(8))
+    with pytest.raises(UserError, match="longer than can be counted"):
+        TextStream([stream_corpus(tmp_path, cache)], [], words, 4, 1, 0).rows(2**63, 1, 1)
 
 
 def test_text_files_have_one_column(cache, tmp_path) -> None:

@@ -224,6 +224,9 @@ def test_labels_that_came_as_floats(films: Path, tmp_path: Path) -> None:
         folder = reviews(tmp_path / f"wrong {wrong}", train=[("a", 0.0), ("b", 1.0), ("c", wrong)], test=[("d", 0.0)])
         with pytest.raises(UserError, match=rf"has the label {wrong}: labels are 0, 1, and −1 for none"):
             load_task("imdb", tmp_path, source=str(folder))
+    folder = reviews(tmp_path / "lists", train=[("a", [0]), ("b", [1])], test=[("d", [0])])
+    with pytest.raises(UserError, match=r"has the label \[0\]: labels are"):
+        load_task("imdb", tmp_path, source=str(folder))
 
 
 @settings(max_examples=15)

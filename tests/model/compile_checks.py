@@ -93,8 +93,11 @@ def positions_are_cached_and_documents_refused(menu: str) -> None:
             found = compiled(ids, position_ids=places, **more)
             torch.testing.assert_close(found.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
             assert getattr(found, CACHE) is not None
+        several, mask = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), torch.ones_like(ids)
         with pytest.raises(UserError, match="holds several documents"):
-            compiled(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=True)
+            compiled(ids, position_ids=several, use_cache=True)
+        given = {"position_ids": several, "attention_mask": mask, "use_cache": False}
+        torch.testing.assert_close(compiled(ids, **given).logits, model(ids, **given).logits, atol=1e-5, rtol=1e-5)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     model.forward = torch.compile(model.forward, backend="eager")
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)

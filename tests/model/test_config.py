@@ -245,6 +245,9 @@ def test_numpy_scalars_are_numbers(tmp_path: Path) -> None:
     assert (c.hidden_size, c.attention_share, c.num_attention_heads) == (32, 0.5, 2)
     c.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == c.to_diff_dict()
+    loaded = ChiarConfig.from_pretrained(tmp_path, attention_share=np.float32(0.25), window=np.int64(9))
+    assert (type(loaded.attention_share), type(loaded.window), loaded.window) == (float, int, 9)
+    assert len(ChiarConfig.preset("small", num_hidden_layers=np.int64(4)).operators) == 4
 
 
 def test_rope_parameters_of_the_default_type_are_rope_theta() -> None:

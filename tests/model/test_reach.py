@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, check_model
 from chiaroscuro.layers import build_block, row_thresholds
+from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 
@@ -205,6 +206,22 @@ def test_prompt_lookup_crops_what_was_drafted() -> None:
     ids = ids_of(1, 6, 1).repeat(1, 4)
     plain = model.generate(ids, max_new_tokens=16, do_sample=False)
     assert model.generate(ids, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=4).equal(plain)
+
+
+def test_drafts_are_no_longer_than_a_cache_can_take_back() -> None:
+    model = build([["local", "attention"], ["attention"]], attention_context="kept", max_position_embeddings=256)
+    ids = torch.cat([ids_of(1, 90, 1), ids_of(1, 90, 1)], 1)[:, :95]
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    longest = []
+    forward = model.forward
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        longest.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    model.forward = noting
+    found = model.generate(ids, max_new_tokens=80, do_sample=False, prompt_lookup_num_tokens=80)
+    assert torch.equal(found[:, : plain.shape[1]], plain) and max(longest[1:]) <= REMEMBERED + 1
 
 
 def test_documents_in_a_row_are_sequences_of_their_own() -> None:

@@ -191,6 +191,27 @@ def test_another_seed_leaves_routers_that_draw_nothing_as_they_are(tmp_path: Pat
     assert not any(one.calibrated for one in loaded.kv_thresholds().values())
 
 
+def test_another_spectrum_is_another_entropy(tmp_path: Path) -> None:
+    model = build(shrunk("small", attention_context="kept", kv_router="norm"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, spectrum="reference")
+    assert not any(one.calibrated for one in loaded.thresholds().values())
+    for i, thresholds in model.kv_thresholds().items():  # of the norm, which has no spectrum
+        assert torch.equal(loaded.kv_thresholds()[i].values, thresholds.values) and loaded.kv_thresholds()[i].calibrated
+
+
+def test_a_router_written_otherwise_is_the_same(tmp_path: Path) -> None:
+    model = build(shrunk("small", router="norm", attention_context="kept", kv_router="norm"))
+    calibrate(model, [tokens(0)])
+    model.save_pretrained(tmp_path)
+    loaded = ChiarForCausalLM.from_pretrained(tmp_path, router={"norm": {"history": 9}}, kv_router={"norm": {}})
+    for name in ("thresholds", "kv_thresholds"):
+        for i, thresholds in getattr(model, name)().items():
+            again = getattr(loaded, name)()[i]
+            assert again.calibrated and torch.equal(again.values, thresholds.values)
+
+
 FIXED = {"calibration": "fixed", "entropy_thresholds": [0.5, 0.6]}
 
 

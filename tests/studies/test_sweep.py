@@ -330,6 +330,16 @@ def test_an_interruption_lets_the_runs_stop_and_they_are_resumed(
     assert go_through(sweep).outcomes == {}
 
 
+def test_a_run_that_somebody_else_is_at_is_refused_before_anything_is_written(write: Callable[..., Path]) -> None:
+    sweep = Sweep.load(write())
+    folder = sweep.runs[0].folder
+    folder.mkdir(parents=True)
+    with alone_in(folder), pytest.raises(UserError, match="is in use: a run or a sweep is at work there"):
+        sweep.refuse_other_recipes()
+    assert list(folder.iterdir()) == []
+    sweep.refuse_other_recipes()
+
+
 def test_a_folder_with_another_run_is_refused_by_the_field_that_differs(
     write: Callable[..., Path], order: Callable[[], list[str]]
 ) -> None:

@@ -7,6 +7,7 @@ over.
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -131,3 +132,20 @@ def test_a_scratch_folder_is_the_run_s_own(tmp_path: Path) -> None:
     (scratch / OURS).touch()  # as a killed run leaves it
     with scratch_in(tmp_path) as scratch:
         assert [path.name for path in scratch.iterdir()] == [OURS]
+    scratch.mkdir()  # as one leaves it that was killed before it left its mark
+    with scratch_in(tmp_path) as scratch:
+        assert [path.name for path in scratch.iterdir()] == [OURS]
+
+
+def test_the_mark_of_a_scratch_folder_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scratch_in(tmp_path) as scratch:
+        (scratch / "half").mkdir()
+        (scratch / "rest").touch()
+        removed, rmtree = [], shutil.rmtree
+
+        def remove(folder: Path, **options: Any) -> None:
+            removed.append((folder.name, {path.name for path in scratch.iterdir()}))
+            rmtree(folder, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", remove)
+    assert removed[-1] == (scratch.name, {OURS}) and all(OURS in left for _, left in removed)

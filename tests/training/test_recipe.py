@@ -23,6 +23,7 @@ from chiaroscuro.training.recipe import (
     MixtureSection,
     ScheduleSection,
     TrainerSection,
+    override_field,
     read_yaml,
 )
 
@@ -266,6 +267,19 @@ def test_a_merge_key_gives_fields_that_may_be_given_again(tmp_path: Path) -> Non
         read_yaml(path, "recipe", "")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert read_yaml(path, "recipe", "")["other"] == {"preset": "small", "attention_share": 0.1}
+
+
+def test_an_override_changes_one_section_though_another_is_an_alias_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &one {b: {c: 1}}\nother: *one\n")
+    content = read_yaml(path, "recipe", "")
+    override_field(content, "other.b.c=2")
+    assert content == {"a": {"b": {"c": 1}}, "other": {"b": {"c": 2}}}
+
+
+def test_null_takes_a_length_of_time_back() -> None:
+    fields = {"learning_rate_schedule": "cosine", "decay_steps": None}
+    assert Recipe.from_dict(trainer(**fields)).trainer.decay_steps is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ Which block comes when depends on the text alone, and not on how many processes 
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -132,6 +133,8 @@ class StreamedBlocks(Dataset[dict[str, Int64[Tensor, " length"]]]):
     """
 
     def __init__(self, stream: TextStream, count: int, batch_size: int, lanes: int) -> None:
+        if count > sys.maxsize:
+            raise UserError(f"a run of {count:,} rows is longer than can be counted: give fewer steps, or tokens")
         self.stream, self.count, self.batch_size, self.lanes = stream, count, batch_size, lanes
         self.notes: Notes = {}
         self.shown = True
@@ -231,15 +234,18 @@ class _Reader:
         return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:count]
 
     def _endless(self, state: dict[str, Any] | None) -> Iterator[tuple[Any, UInt32[np.ndarray, " tokens"]]]:
-        found = state is not None
         while True:
+            text, tokens = False, 0
             pieces = pieces_of(self.corpus.rows(self.lane, self.lanes, state), self.corpus.separator)
             while batch := list(islice(pieces, BATCH)):
-                found = found or any(piece.strip() for _, piece in batch)
-                yield from zip((mark for mark, _ in batch), self.encode([piece for _, piece in batch]), strict=True)
-            if not found:
+                encoded = self.encode([piece for _, piece in batch])
+                text = text or any(piece.strip() for _, piece in batch)
+                tokens += sum(map(len, encoded))
+                yield from zip((mark for mark, _ in batch), encoded, strict=True)
+            if state is None and not (text and tokens):
+                found = "no token of this tokenizer" if text else "no text"
                 raise UserError(
-                    f"the train split of {self.corpus.name!r} has no text for batch {self.lane + 1} of the "
+                    f"the train split of {self.corpus.name!r} has {found} for batch {self.lane + 1} of the "
                     f"{self.lanes} of a step; give more rows, or take fewer and larger batches"
                 )
             state = None

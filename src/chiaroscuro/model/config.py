@@ -214,9 +214,8 @@ class ChiarConfig(PreTrainedConfig):
         if not kwargs.pop(_SAVED, False):
             self.refuse_unknown(kwargs, library=_LIBRARY_FIELDS)
         for field in get_annotations(ChiarConfig):
-            value = getattr(self, field, None)
-            if isinstance(value, np.generic):  # a NumPy scalar is a number like any other, but JSON doesn't know it
-                setattr(self, field, value.item())
+            if hasattr(self, field):
+                setattr(self, field, _plain(getattr(self, field)))
         self._check_rope()
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         super().__post_init__(**kwargs)  # fills in rope_parameters
@@ -265,6 +264,7 @@ class ChiarConfig(PreTrainedConfig):
         if name not in _PRESETS:
             raise UserError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
         fields = copy.deepcopy(_PRESETS[name][1])
+        changes = {field: _plain(value) for field, value in changes.items()}
         layers, menus = changes.get("num_hidden_layers"), fields["operators"]
         if isinstance(layers, int) and 0 < layers <= _LARGEST["num_hidden_layers"] and "operators" not in changes:
             if menus == [menus[0]] * len(menus):
@@ -291,7 +291,8 @@ class ChiarConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers does. What a saved config has beside our fields is kept: only a constructor's is an error."""
-        return super().from_dict({**config_dict, _SAVED: True}, **kwargs)
+        given = {name: _plain(value) for name, value in kwargs.items()}
+        return super().from_dict({**config_dict, _SAVED: True}, **given)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As transformers does, and write the module with which `trust_remote_code=True` finds our classes."""
@@ -685,6 +686,11 @@ def _routes_by_score(router: Any) -> bool:
 def _routes_by_entropy(router: Any) -> bool:
     cls = _router_class(router)
     return issubclass(cls, ScoreRouter) and cls.scores_entropy
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy is a number like any other, but JSON doesn't know it."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _router_class(router: Any, field: str = "router") -> type[Router]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
+from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.cache import CACHE, given_cache
 
 
@@ -23,12 +24,19 @@ class _LongestSequence(StoppingCriteria):
         return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
 
 
-def _within(get_candidates: Callable[..., Any], tokens: int) -> Callable[..., Any]:
-    """Drafts of assisted generation, cut off after so many tokens of a sequence: all of them are read."""
+def cut_drafts(get_candidates: Callable[..., Any], tokens: int | None = None) -> Callable[..., Any]:
+    """Drafts of assisted generation, no longer than a cache can take back.
+
+    Args:
+        get_candidates: of a generator of drafts.
+        tokens: cut them off after so many tokens of a sequence, too: all of them are read.
+
+    """
 
     def cut(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         ids, logits = get_candidates(input_ids, *args, **kwargs)
-        new = max(0, min(ids.shape[1], tokens) - input_ids.shape[1])
+        longest = ids.shape[1] if tokens is None else min(ids.shape[1], tokens)
+        new = min(max(0, longest - input_ids.shape[1]), REMEMBERED)
         ids = ids[:, : input_ids.shape[1] + new]
         return ids, logits[:, :new] if logits is not None and new else None
 
@@ -62,5 +70,5 @@ class BoundedGenerationMixin(GenerationMixin):
         longest, given = cast(Any, self).config.max_position_embeddings, kwargs.get("inputs_tensor")
         if given is not None and given.ndim == 3:
             longest -= given.shape[1]  # a prompt of embeddings, which transformers does not count
-        generator.get_candidates = _within(generator.get_candidates, longest)
+        generator.get_candidates = cut_drafts(generator.get_candidates, longest)
         return generator

@@ -4,7 +4,7 @@ The model knows the batch, the padding, the documents in a row and the cache; it
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral
@@ -36,7 +36,7 @@ from chiaroscuro.layers import (
     exact_modules,
 )
 from chiaroscuro.layers.norms import make_norm
-from chiaroscuro.layers.registry import with_history
+from chiaroscuro.layers.registry import split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.cache import CACHE, ChiarCache, given_cache
 from chiaroscuro.model.card import write_model_card
@@ -195,15 +195,15 @@ class ChiarPreTrainedModel(PreTrainedModel):
 
         With another `router` or `kv_router` than the model was saved with, its layers are as good as uncalibrated:
         thresholds of one score mean nothing to another. So are those of a router that draws something, with another
-        `router_seed`, and those of a longer or shorter menu. Another `history` alone makes no other router. Fixed
-        thresholds are those of the config, given or saved.
+        `router_seed`, those of an entropy of another `spectrum`, and those of a longer or shorter menu. Another
+        `history` alone makes no other router. Fixed thresholds are those of the config, given or saved.
 
         Raises:
             UserError: a saved tensor that is no router's has another shape than the config says.
 
         """
-        spreads = {"attention_spread", "kv_spread"}
-        routing = {"router", "kv_router", "router_seed", "attention_share", "kv_share", "calibration"} | spreads
+        routing = {"router", "kv_router", "router_seed", "spectrum", "attention_share", "kv_share", "calibration"}
+        routing |= {"attention_spread", "kv_spread"}
         asked = (routing | {"config", "entropy_thresholds"}) & {*kwargs}
         saved = cls._saved_config(*args, **kwargs) if asked else None
         # Another router, or menu, may have tensors of other shapes, which are as good as missing.
@@ -218,9 +218,13 @@ class ChiarPreTrainedModel(PreTrainedModel):
             _refuse_other_shapes(info["mismatched_keys"])
 
         def said(config: Any, field: str) -> Any:
-            # A history changes neither scores nor what thresholds were calibrated on.
             value = getattr(config, field)
-            return with_history(value, None) if field in ("router", "kv_router") else value
+            if field not in ("router", "kv_router"):
+                return value
+            # However it is written. A history changes neither scores nor what thresholds were calibrated on.
+            options = asdict(getattr(config, f"{field}_options"))
+            others = ("history", "attention_share", "thresholds", "spectrum")
+            return split_entry(value)[0], {name: own for name, own in options.items() if name not in others}
 
         def changed(*fields: str) -> bool:
             return saved is not None and any(said(saved, field) != said(model.config, field) for field in fields)
@@ -230,7 +234,8 @@ class ChiarPreTrainedModel(PreTrainedModel):
                 if router is None:
                     continue
                 draws = hasattr(getattr(router, "options", None), "router_seed")
-                if changed(field) or (draws and changed("router_seed")):
+                reads = router.reads_entropy and changed("spectrum")
+                if changed(field) or reads or (draws and changed("router_seed")):
                     for module in router.modules():
                         if isinstance(module, Router | Thresholds):
                             module.reset_parameters()
@@ -558,7 +563,7 @@ class ChiarModel(ChiarPreTrainedModel):
             )
         elif position_ids.is_floating_point():
             raise UserError(f"position_ids of dtype {position_ids.dtype}: give whole numbers")
-        elif time > 1 and ((attention_mask is None and seen == 0) or not torch.compiler.is_compiling()):
+        elif time > 1:
             real = None if attention_mask is None else attention_mask[:, -time:]
             # Whether there are several is to be known where they are refused: a break in a compiled graph.
             known = cache is not None or self.config.meta_router in ("batch", "sequence")
@@ -810,7 +815,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
             if labels is None:
                 continue
             refuse_no_tensor(name, labels)
-            if labels.shape != tokens.shape[:2] or labels.is_floating_point() or labels.is_complex():
+            if labels.shape != tokens.shape[:2] or labels.dtype not in (torch.int64, torch.int32):
                 raise UserError(
                     f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}: need a token id or -100 for each "
                     f"token of the input, shape {tuple(tokens.shape[:2])} and dtype torch.int64"

@@ -20,6 +20,7 @@ from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.layers.registry import refuse_model_s_options, split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
+from chiaroscuro.model.generation import cut_drafts
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import (
@@ -114,6 +115,11 @@ class RoutedModel(MadeClass, PreTrainedModel):
         raise UserError(
             "a retrofitted model can't do continuous batching, whose cache has pages: use generate without it"
         )
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = cast(Any, super())._get_candidate_generator(*args, **kwargs)
+        generator.get_candidates = cut_drafts(generator.get_candidates)
+        return generator
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -1,5 +1,6 @@
 """The first minutes: two CHIAR-Formers and full attention of the same size, trained alike and compared."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
         UserError: the folder is a file, the recipes are missing, or a run fails.
 
     """
+    output = output.expanduser()
     refuse_file(output, f"--output {output}")
     missing = [str(path) for path in RECIPES.values() if not path.is_file()]
     if missing:
@@ -46,7 +48,7 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, path in RECIPES.items():
         folder = output / name
-        recipe = Recipe.load(path, [f"trainer.output_dir={folder}"])
+        recipe = Recipe.load(path, [f"trainer.output_dir={json.dumps(str(folder))}"])
         begun = any(folder.glob("checkpoint-*"))
         figures[name] = train(recipe, resume=begun, console=console).as_dict()
     console.print(_comparison(figures))

@@ -47,7 +47,7 @@ from chiaroscuro import plugins
 from chiaroscuro.data import check_source
 from chiaroscuro.data.tasks import TextTask
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import write_text
+from chiaroscuro.files import alone_in, write_text
 from chiaroscuro.training.checkpoints import checkpoints
 from chiaroscuro.training.recipe import (
     Folder,
@@ -256,12 +256,15 @@ class Sweep:
                         raise UserError(f"variant {run.variant!r}: {error}") from None
 
     def refuse_other_recipes(self) -> None:
-        """Raise if a folder holds a run of another recipe, finished or resumable.
+        """Raise if a folder holds a run of another recipe, finished or resumable, or one that somebody else is at.
 
         Raises:
-            UserError: naming the folder, the first field that differs, and both values.
+            UserError: naming the folder, and the first field that differs with both values.
         """
         for run in self.runs:
+            if run.folder.is_dir() and not run.is_done():
+                with alone_in(run.folder):  # or it is in use
+                    pass
             begun = run.folder / "recipe.yaml"
             if begun.is_file() and ((run.folder / "model").is_dir() or checkpoints(run.folder)):
                 try:

@@ -137,13 +137,23 @@ def scratch_in(run: Path) -> Iterator[Path]:
     """Give a run's scratch folder, empty; a killed run's is replaced, and at the end it is removed."""
     folder = run / SCRATCH
     refuse_foreign_scratch(run)
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_scratch(folder)
     folder.mkdir()
-    (folder / OURS).touch()
     try:
+        (folder / OURS).touch()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_scratch(folder)
+
+
+def _remove_scratch(folder: Path) -> None:
+    """The mark that it is ours last, whenever the process is killed."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != OURS:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_foreign_scratch(run: Path) -> None:
@@ -153,7 +163,8 @@ def refuse_foreign_scratch(run: Path) -> None:
         UserError: naming it.
     """
     folder = run / SCRATCH
-    if os.path.lexists(folder) and not (folder / OURS).is_file():
+    empty = folder.is_dir() and not any(folder.iterdir())  # of a run that was killed before it left its mark
+    if os.path.lexists(folder) and not (folder / OURS).is_file() and not empty:
         raise UserError(f"{folder} is in the way and no run wrote it; move it, or name another trainer.output_dir")
 
 

@@ -162,6 +162,8 @@ def _two_numbers(value: Any) -> Any:
 
 
 def _count_or_part(value: Any) -> Any:
+    if value is None:
+        return None
     whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
     if not whole and not (isinstance(value, float) and 0 < value <= 1):
         raise ValueError(f"{value!r} needs a number of steps, such as 1000, or a part of the run, such as 0.33")
@@ -973,9 +975,10 @@ def set_field(content: dict[str, Any], name: str, value: Any) -> None:
     *sections, field = name.split(".")
     inner = content
     for section in sections:
-        inner = inner.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise UserError(f"{name}={value!r}: {section!r} holds {inner!r} and has no fields")
+        below = inner.get(section, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{name}={value!r}: {section!r} holds {below!r} and has no fields")
+        inner[section] = inner = {**below}  # a copy: another section may be an alias of the same one
     inner[field] = value
 
 

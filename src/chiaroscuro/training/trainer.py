@@ -360,9 +360,9 @@ class RunTrainer(Trainer):
             return
         step, seconds, interval = self.state.global_step, self.run.clock.seconds, self.run.interval
         steps = max(1, step - interval.step)
-        # A penalty is not part of the nats of a prediction. With several processes the loss is the mean of all, and
-        # these are the main one's own.
-        added = sum(figures["loss"] for _, figures in interval.beside) - interval.collapse_term
+        # A second task's loss and a penalty are not part of the nats of a prediction.
+        second = sum(figures["loss"] for _, figures in interval.beside)
+        added = self._mean_over_processes(second - interval.collapse_term)
         divergence = {}
         if self.run.distill is not None:
             divergence = {"kl": self._mean_over_processes(interval.divergence) / steps}

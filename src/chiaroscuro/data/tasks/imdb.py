@@ -76,7 +76,7 @@ def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Datas
             f"the {split} split of {source!r} has no column 'label', only {', '.join(rows.column_names)}; rename one"
         )
     labels = rows["label"][:]
-    for label in set(labels):
+    for label in {repr(label): label for label in labels}.values():
         if label not in (UNLABELLED, *range(len(LABELS))):
             raise UserError(
                 f"the {split} split of {source!r} has the label {label!r}: labels are 0, 1, and −1 for none"
