@@ -125,8 +125,8 @@ def test_documents_that_do_not_fill_the_row(ids: Tensor, bounds: list[int]) -> N
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 @pytest.mark.parametrize(
     "labels",
-    [tokens(0, 1), tokens(0, 3), tokens(0, 2, 11), tokens(0, 2, 13), tokens(0)[0], tokens(0).float()],
-    ids=["fewer rows", "more rows", "shorter", "longer", "one axis", "floats"],
+    [tokens(0, 1), tokens(0, 3), tokens(0, 2, 11), tokens(0, 2, 13), tokens(0)[0], tokens(0).float(), tokens(0).byte()],
+    ids=["fewer rows", "more rows", "shorter", "longer", "one axis", "floats", "bytes"],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_labels_that_are_not_one_for_each_token(training: bool, name: str, labels: Tensor) -> None:

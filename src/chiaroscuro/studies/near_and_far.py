@@ -159,10 +159,10 @@ TASKS = (
         "passkey",
         "Passkey",
         "A number of four digits in a long text of noise, and a question for it at the end (RULER's single needle). "
-        "All models, the hybrids too, go on from one of full attention that has learned the task. Whether one learns it "
-        "in so many steps depends on the seed and the machine: of seeds 1 to 5 on one machine, two were below 40% after "
-        "the short rows and two at 68% after the long ones; these four are left out. Seed 2 is of that machine, and 0 "
-        "and 1 are of another one.",
+        "All models, the hybrids too, go on from one of full attention that has learned the task. Whether one learns "
+        "it in so many steps depends on the seed and the machine: of seeds 1 to 5 on one machine, two were below 40% "
+        "after the short rows and two at 68% after the long ones; these four are left out. Seed 2 is of that machine, "
+        "and 0 and 1 are of another one.",
         (ACCURACY,),
     ),
 )
