@@ -462,8 +462,8 @@ variants *can't be told apart* where the interval of their differences holds 0, 
 names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
 Chance draws for each side by itself. These rows were measured before it did: `both + conv, random` of text, `both,
-random` of associative recall and passkeys, and `both, random afterwards` of passkeys. In them the tokens that are kept
-are those that look.
+random` of associative recall, and of passkeys, but for seed 2, `both, random` and `both, random afterwards`. In them
+the tokens that are kept are those that look.
 """
 
 
