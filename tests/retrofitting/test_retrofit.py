@@ -26,6 +26,7 @@ from chiaroscuro.layers import FittedRouter, row_thresholds
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.inside import noting_decisions, watching
+from chiaroscuro.retrofitting.routed_attention import Forward
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
@@ -338,6 +339,26 @@ def test_assisted_generation_is_greedy(options: dict[str, Any]) -> None:
     wanted = routed.generate(tokens, max_new_tokens=20, do_sample=False)
     given = {"assistant_model": build(seed=1)} if "assistant" in options else options
     assert torch.equal(routed.generate(tokens, max_new_tokens=20, do_sample=False, **given), wanted)
+
+
+@torch.no_grad()
+def test_drafts_are_no_longer_than_a_cache_can_take_back() -> None:
+    routed, again = routed_copy(build(), **HALF), ids(8, 1, 90)
+    tokens = torch.cat([again, again[:, :5]], 1)
+    wanted = routed.generate(tokens, max_new_tokens=9, do_sample=False)
+    assistant = routed_copy(build(seed=1), **HALF)
+    assistant.generation_config.num_assistant_tokens = 90
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    for options in ({"prompt_lookup_num_tokens": 80}, {"assistant_model": assistant}):
+        found = routed.generate(tokens, max_new_tokens=100, do_sample=False, **options)
+        assert torch.equal(found[:, : wanted.shape[1]], wanted)
+
+
+def test_what_a_forward_shares_goes_to_other_devices() -> None:
+    forward = Forward(ids(1), None)
+    assert forward.to("cpu") is forward
+    moved = forward.to("meta")
+    assert moved.input_ids is not None and moved.input_ids.is_meta and forward.to("meta") is moved
 
 
 @torch.no_grad()
@@ -783,11 +804,12 @@ def test_a_mask_that_is_changed_in_place_is_read_anew() -> None:
 
 
 def test_a_model_that_is_spread_over_devices_is_refused() -> None:
-    from accelerate import dispatch_model
+    from accelerate import cpu_offload, dispatch_model
 
-    model = dispatch_model(build(), {"": "cpu"}, force_hooks=True)
-    with pytest.raises(UserError, match="spread over devices, or offloaded"):
-        retrofit(model)
+    offloaded = cpu_offload(build(), execution_device="cpu")
+    for model in (dispatch_model(build(), {"": "cpu"}, force_hooks=True), offloaded):
+        with pytest.raises(UserError, match="spread over devices, or offloaded"):
+            retrofit(model)
 
 
 @torch.no_grad()

@@ -142,8 +142,13 @@ def test_prefill_is_predicted_by_products_and_pairs(model: Any) -> None:
     assert predicted_prefill(retrofitted, ids) == pytest.approx(expected)
     for family in FAMILIES:  # whatever their attention modules are made of
         decoder = build(family)
-        retrofit(decoder, window=250, sinks=SINKS, kv_share=1.0, attention_share=1.0)
-        assert predicted_prefill(decoder, ids % 50) == 1
+        retrofit(decoder, window=WINDOW, sinks=SINKS, kv_share=0.0, attention_share=1.0)
+        part, layers = len(decoder.reaches) / 3, [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+        head = decoder.get_output_embeddings()
+        products = sum(2 * m.weight.numel() * (1 if m is head else 200) for m in layers)
+        mean = part * near + (1 - part) * whole
+        expected = (products + 3 * 4 * 32 * whole) / (products + 3 * 4 * 32 * mean)
+        assert predicted_prefill(decoder, ids % 50) == pytest.approx(expected)
 
 
 @given(st.integers(1, 40), st.floats(0, 1))

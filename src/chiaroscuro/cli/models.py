@@ -333,7 +333,7 @@ def fit(
         float | None,
         typer.Option(
             help="Fit who looks far, for this share (0 to 1) of the tokens. Left out, that is left unchanged, except "
-            "in a retrofitted model."
+            "in a retrofitted model, where fitted scores are fitted anew."
         ),
     ] = None,
     kept: Annotated[

@@ -24,23 +24,27 @@ class _LongestSequence(StoppingCriteria):
         return torch.full((len(input_ids),), full, dtype=torch.bool, device=input_ids.device)
 
 
-def cut_drafts(get_candidates: Callable[..., Any], tokens: int | None = None) -> Callable[..., Any]:
-    """Drafts of assisted generation, no longer than a cache can take back.
+def bound_drafts(generator: Any, tokens: int | None = None) -> Any:
+    """Let the drafts of assisted generation be no longer than a cache can take back.
 
     Args:
-        get_candidates: of a generator of drafts.
+        generator: of drafts. Changed in place, and returned.
         tokens: cut them off after so many tokens of a sequence, too: all of them are read.
 
     """
+    get_candidates: Callable[..., Any] = generator.get_candidates
 
-    def cut(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def bounded(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if hasattr(generator, "num_assistant_tokens"):  # what an assistant drafts goes through a cache of its own
+            generator.num_assistant_tokens = min(generator.num_assistant_tokens, REMEMBERED)
         ids, logits = get_candidates(input_ids, *args, **kwargs)
         longest = ids.shape[1] if tokens is None else min(ids.shape[1], tokens)
         new = min(max(0, longest - input_ids.shape[1]), REMEMBERED)
         ids = ids[:, : input_ids.shape[1] + new]
         return ids, logits[:, :new] if logits is not None and new else None
 
-    return cut
+    generator.get_candidates = bounded
+    return generator
 
 
 class BoundedGenerationMixin(GenerationMixin):
@@ -70,5 +74,4 @@ class BoundedGenerationMixin(GenerationMixin):
         longest, given = cast(Any, self).config.max_position_embeddings, kwargs.get("inputs_tensor")
         if given is not None and given.ndim == 3:
             longest -= given.shape[1]  # a prompt of embeddings, which transformers does not count
-        generator.get_candidates = cut_drafts(generator.get_candidates, longest)
-        return generator
+        return bound_drafts(generator, longest)

@@ -150,10 +150,10 @@ def _check_model(model: Any) -> None:
         raise UserError("this model is retrofitted already: unretrofit it first, or turn its shares")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"this {name} is quantised: load it without quantisation (GGUF with dequantize=True)")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"this {name} is on the meta device, without weights: load them first")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UserError(f"this {name} is spread over devices, or offloaded: load it on one, without device_map")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"this {name} is on the meta device, without weights: load them first")
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder and a decoder: a retrofit needs a decoder alone")
     if model.config.get_text_config() is not model.config:

@@ -67,6 +67,18 @@ class Forward:
         self.input_ids: Int[Tensor, "batch time"] | None = input_ids
         self.position_ids = position_ids
         self._masks: list[tuple[Any, Any]] = []
+        self._elsewhere: dict[torch.device, Forward] = {}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Forward":
+        """On another device; accelerate calls it for a layer whose weights lie there."""
+        device = torch.device(device)
+        given = (self.input_ids, self.position_ids)
+        if all(one is None or one.device == device for one in given):
+            return self
+        if device not in self._elsewhere:
+            moved = (None if one is None else one.to(device, non_blocking=non_blocking) for one in given)
+            self._elsewhere[device] = Forward(*moved)
+        return self._elsewhere[device]
 
     def read_mask(
         self, mask: Any, time: int
@@ -246,7 +258,7 @@ class Reach(nn.Module):
         attention_mask, segments, places = (None if one is None else one.expand(len(hidden), -1) for one in read)
         if segments is not None and cached is not None:
             raise UserError(
-                "the attention_mask tells documents apart, which a cache can't continue: pass use_cache=False"
+                "a mask, or positions, tell several documents apart, which a cache can't continue: pass use_cache=False"
             )
         if places is None and position_ids is not None:
             places = position_ids.expand(len(hidden), -1)

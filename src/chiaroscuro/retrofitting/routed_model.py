@@ -20,7 +20,7 @@ from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.layers.registry import refuse_model_s_options, split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
-from chiaroscuro.model.generation import cut_drafts
+from chiaroscuro.model.generation import bound_drafts
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import (
@@ -117,9 +117,7 @@ class RoutedModel(MadeClass, PreTrainedModel):
         )
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        generator = cast(Any, super())._get_candidate_generator(*args, **kwargs)
-        generator.get_candidates = cut_drafts(generator.get_candidates)
-        return generator
+        return bound_drafts(cast(Any, super())._get_candidate_generator(*args, **kwargs))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -158,10 +156,15 @@ class RoutedConfig(MadeClass, PreTrainedConfig):
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Of what was saved: without what says that it is of this library, which the class does."""
-        own = ("model_type", "base_model_type", "auto_map")
-        return super().from_dict({name: value for name, value in config_dict.items() if name not in own}, **kwargs)
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """What was saved, without what says that it is of this library: the class does."""
+        fields, others = super().get_config_dict(*args, **kwargs)
+        return _without_library(fields), others
+
+
+def _without_library(fields: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("model_type", "base_model_type", "auto_map")
+    return {name: value for name, value in fields.items() if name not in own}
 
 
 class RetrofitConfig(PreTrainedConfig):
@@ -177,7 +180,7 @@ class RetrofitConfig(PreTrainedConfig):
             UserError: the fields don't say what was done to which model.
 
         """
-        fields, base = {**config_dict}, config_dict.get("base_model_type")
+        fields, base = _without_library(config_dict), config_dict.get("base_model_type")
         if base not in CONFIG_MAPPING or not isinstance(fields.get(FIELD), Mapping):
             raise UserError(
                 f"a config.json of model_type {RETROFIT_TYPE!r} with base_model_type={base!r} and "
@@ -323,7 +326,7 @@ def _hand_down(
     if config.output_attentions:
         raise UserError(NO_WEIGHTS)
     without_mask = "flash" in (config._attn_implementation or "")
-    places = kwargs.get("position_ids") if without_mask and kwargs.get("attention_mask") is None else None
+    places = kwargs.get("position_ids") if without_mask else None
     return args, kwargs | {SHARED: Forward(kwargs.get("input_ids", args[0] if args else None), places)}
 
 

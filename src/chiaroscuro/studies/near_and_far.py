@@ -160,9 +160,9 @@ TASKS = (
         "Passkey",
         "A number of four digits in a long text of noise, and a question for it at the end (RULER's single needle). "
         "All models, the hybrids too, go on from one of full attention that has learned the task. Whether one learns "
-        "it in so many steps depends on the seed and the machine: of seeds 1 to 5 on one machine, two were below 40% "
-        "after the short rows and two at 68% after the long ones; these four are left out. Seed 2 is of that machine, "
-        "and 0 and 1 are of another one.",
+        "it in so many steps depends on the seed and the machine. On one machine seeds 1 to 5 were tried, and only 2 "
+        "learned it: two were below 40% after the short rows, and two at 68% after the long ones. Seed 2 here is of "
+        "that machine. Seeds 0 and 1 were trained on another one.",
         (ACCURACY,),
     ),
 )
@@ -461,9 +461,9 @@ verdicts go by these: where the seeds differ, a verdict gives the baseline's mea
 variants *can't be told apart* where the interval of their differences holds 0, or where there is but one seed. Bold
 names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
-Chance draws for each side by itself. These rows were measured before it did: `both + conv, random` of text, `both,
-random` of associative recall, and of passkeys, but for seed 2, `both, random` and `both, random afterwards`. In them
-the tokens that are kept are those that look.
+Chance draws for each side by itself. Some rows were measured before it did: in text `both + conv, random`; in
+associative recall `both, random`; in passkeys, except for seed 2, `both, random` and `both, random afterwards`. In
+them the tokens that are kept are those that look.
 """
 
 

@@ -1,6 +1,5 @@
 """The first minutes: two CHIAR-Formers and full attention of the same size, trained alike and compared."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from chiaroscuro.report.routing_terminal import print_routing
 from chiaroscuro.report.visible import harmless
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import Recipe, read_records, train
+from chiaroscuro.training.recipe import read_yaml, set_field
 
 RECIPES = {name: Path(f"recipes/{name}.yaml") for name in ("small", "reach-small", "small-baseline")}
 PROMPT = "Return a copy of the string with"
@@ -48,7 +48,9 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, path in RECIPES.items():
         folder = output / name
-        recipe = Recipe.load(path, [f"trainer.output_dir={json.dumps(str(folder))}"])
+        content = read_yaml(path, "recipe", "model")
+        set_field(content, "trainer.output_dir", str(folder))
+        recipe = Recipe.from_dict(content)
         begun = any(folder.glob("checkpoint-*"))
         figures[name] = train(recipe, resume=begun, console=console).as_dict()
     console.print(_comparison(figures))

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,9 @@ class Interval(BaseModel):
         loss: Sum over the steps since then, mean over the processes.
         divergence: Of distillation, sum over the steps of the mean KL, mean over the processes.
         uncounted: Of distillation, sum of the part of the cross-entropies that the loss does not count; likewise.
-        collapse_term: Sum of what the collapse penalty took off these losses.
-        beside: Of mixed training, task and figures of every second forward.
+        collapse_term: Sum of what the collapse penalty took off these losses, mean over the processes.
+        second: Of mixed training, sum of the losses of the second tasks, without the penalty; likewise.
+        beside: Task and figures of every second forward, those of the main process.
     """
 
     step: int = 0
@@ -53,6 +54,7 @@ class Interval(BaseModel):
     divergence: float = 0.0
     uncounted: float = 0.0
     collapse_term: float = 0.0
+    second: float = 0.0
     beside: list[tuple[str, dict[str, float]]] = Field(default_factory=list)
 
 
@@ -147,13 +149,15 @@ def scratch_in(run: Path) -> Iterator[Path]:
 
 
 def _remove_scratch(folder: Path) -> None:
-    """The mark that it is ours last, whenever the process is killed."""
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != OURS:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """As far as the file system lets us, and the mark that it is ours last, whenever the process is killed."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OURS:
+                path.unlink(missing_ok=True)
+        if {path.name for path in folder.iterdir()} <= {OURS}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_foreign_scratch(run: Path) -> None:

@@ -241,7 +241,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _facts(self) -> Facts:
-        names = ("loss", "divergence", "uncounted")
+        names = ("loss", "divergence", "uncounted", "collapse_term", "second")
         sums = {name: self._mean_over_processes(getattr(self.run.interval, name)) for name in names}
         interval = self.run.interval.model_copy(update=sums)
         return self.run.facts.model_copy(update={"seconds": self.run.clock.seconds, "interval": interval})
@@ -305,6 +305,7 @@ class RunTrainer(Trainer):
             look_beside = (outputs.beside.routing, outputs.beside.meta_gate)
             second_loss, second_term = outputs.beside.loss.item(), _collapse_term(outputs.beside)
             interval.collapse_term += second_term
+            interval.second += second_loss + second_term
             interval.beside.append((name, {"loss": second_loss + second_term, **mean_gate([look_beside])}))
         if look:
             self._seen.append((outputs.routing, outputs.meta_gate))
@@ -361,8 +362,7 @@ class RunTrainer(Trainer):
         step, seconds, interval = self.state.global_step, self.run.clock.seconds, self.run.interval
         steps = max(1, step - interval.step)
         # A second task's loss and a penalty are not part of the nats of a prediction.
-        second = sum(figures["loss"] for _, figures in interval.beside)
-        added = self._mean_over_processes(second - interval.collapse_term)
+        added = self._mean_over_processes(interval.second - interval.collapse_term)
         divergence = {}
         if self.run.distill is not None:
             divergence = {"kl": self._mean_over_processes(interval.divergence) / steps}

@@ -148,7 +148,9 @@ def page(figures: Mapping[str, Any]) -> str:
     for number, (name, question) in enumerate(QUESTIONS.items(), 1):
         parts.append(f"## {number}. {question.QUESTION}\n")
         recipe = f"{RECIPES / name}.yaml"
-        parts.append(f"`python -m chiaroscuro.studies.evidence {recipe}`, of the runs that [it](../{recipe}) names\n")
+        parts.append(
+            f"`python -m chiaroscuro.studies.evidence {recipe}`, on the runs that [the recipe](../{recipe}) names\n"
+        )
         if name not in figures:
             parts.append("Not measured yet.\n")
             continue
