@@ -233,9 +233,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
             for field, router in (("router", block.router), ("kv_router", block.kv_router)):
                 if router is None:
                     continue
-                draws = hasattr(getattr(router, "options", None), "router_seed")
-                reads = router.reads_entropy and changed("spectrum")
-                if changed(field) or reads or (draws and changed("router_seed")):
+                if changed(field) or (router.reads_entropy and changed("spectrum")):
                     for module in router.modules():
                         if isinstance(module, Router | Thresholds):
                             module.reset_parameters()
