@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from chiaroscuro import files
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in, whole_file, whole_folder, write_bytes, write_text
 
@@ -97,6 +98,25 @@ def test_an_older_folder_is_replaced_whole(tmp_path):
         assert (target / "stale").exists()
         (unfinished / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_an_older_folder_is_never_missing_where_the_system_can_swap_two(tmp_path, monkeypatch, swaps):
+    target = tmp_path / "model"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    if swaps and not files._exchange(tmp_path / "first", tmp_path / "second"):
+        pytest.skip("this file system can't")
+    missing = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (replace(*names), missing.append(not target.exists())))
+    if not swaps:
+        monkeypatch.setattr(files, "_exchange", lambda *folders: False)
+    for name in ("first", "second"):
+        (tmp_path / name / name).touch()
+        files.move_whole(tmp_path / name, target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "second"]
+    assert missing == ([False] if swaps else [False, True, False])
 
 
 def test_a_new_folder_never_replaces_one_that_was_made_meanwhile(tmp_path):
@@ -199,6 +219,7 @@ def test_many_that_want_a_folder_at_once_have_it_one_after_the_other(tmp_path: P
     script = """
 import sys, time
 from pathlib import Path
+from chiaroscuro import files
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in
 inside, done = Path(sys.argv[1]) / "inside", 0

@@ -4,6 +4,7 @@ What is written goes beside its target first, is forced to the disk, and is then
 a file system takes at once.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -169,16 +170,32 @@ def move_whole(folder: Path, target: Path) -> None:
         _sync(path)  # or a power cut could leave the new name on files that were never written
     old = _beside(target)
     replaces = os.path.lexists(target)
-    if replaces:  # a folder can be renamed to a free name only
-        os.replace(target, old)
-    try:
-        os.replace(folder, target)
-    except OSError:
-        if replaces:
-            os.replace(old, target)
-        raise
+    if replaces and _exchange(folder, target):
+        old = folder
+    else:
+        if replaces:  # a folder can be renamed to a free name only
+            os.replace(target, old)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if replaces:
+                os.replace(old, target)
+            raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step, so that a process killed halfway leaves both; False if that can't be.
+
+    Linux has a system call for it, on most file systems.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _beside(target: Path) -> Path:

@@ -240,6 +240,17 @@ def test_a_share_that_is_spread_counts_in_each_layer_and_is_the_mean(weights: li
     assert pairs[0] > 1.05 * pairs[3] and pairs[1:3] == pytest.approx([pairs[3]] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("menu", [["local", "attention"], ["dct", "attention"]])
+def test_dense_execution_keeps_the_same_tokens_in_its_cache(menu: list[str]) -> None:
+    sparse, dense = (
+        config(operators=[menu], window=8, sinks=2, attention_context="routed", execution=execution)
+        for execution in ("sparse", "dense")
+    )
+    for count in (count_flops, count_decode_flops):
+        expected = count(sparse, 100, share=0.3).numbers_kept
+        assert count(dense, 100, share=0.3).numbers_kept == expected < count(dense, 100, share=1.0).numbers_kept
+
+
 @pytest.mark.parametrize("menu", [["attention"], ["local", "attention"]])
 def test_the_baseline_of_near_and_far_has_no_window(menu: list[str]) -> None:
     near = config(operators=[menu] * 2, window=8, sinks=2, attention_context="kept", kv_share=0.25)

@@ -721,6 +721,31 @@ def test_a_cache_begun_with_padding_is_not_gone_on_with_without_a_mask(execution
     model(ids[:, 5:], cache=cache)
 
 
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+@torch.no_grad()
+def test_a_mask_says_of_cached_tokens_what_it_said_when_they_came(execution: str) -> None:
+    model, ids = build(shrunk("small", execution=execution)), tokens(0, 2, 6)
+    everything, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[1, :3] = 0
+    cache = ChiarCache(model.config)
+    for before, after in ((everything, padded), (padded, everything)):
+        cache.reset()
+        model(ids[:, :5], attention_mask=before[:, :5], cache=cache)
+        with pytest.raises(UserError, match="cached tokens for padding that were real"):
+            model(ids[:, 5:], attention_mask=after, cache=cache)
+        model(ids[:, 5:], attention_mask=before, cache=cache)  # it is as it was
+    # Of the rows that are left, and of the tokens that are, none is padding.
+    cache.batch_select_indices(torch.tensor([0]))
+    assert not cache.padded and model(ids[:1, :1], cache=cache).logits.isfinite().all()
+    cache.reset()
+    model(ids[:, :5], attention_mask=padded.flip(1)[:, 1:], cache=cache)
+    assert cache.padded
+    cache.crop(-3)
+    assert not cache.padded
+    rest = model(ids[:, 2:], cache=cache).logits
+    torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 2:], atol=ATOL, rtol=0)
+
+
 # Gradients and inference mode
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from chiaroscuro.ops import packed_attention_cuda
+from chiaroscuro.ops import packed_attention, packed_attention_cuda
 from chiaroscuro.ops import reach_attention as module
 from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_attention, reach_attention_by_rows
 from largest import Largest
@@ -86,16 +86,46 @@ def test_the_plain_form_is_attention_under_a_mask(problem: Problem) -> None:
     torch.testing.assert_close(output, expected.nan_to_num(0.0))
 
 
-@given(problems, st.sampled_from([2, 16]), st.sampled_from([3, 64]), st.sampled_from([None, 0.7, 30.0]))
-def test_near_and_far_merged_are_the_whole(problem: Problem, block: int, span: int, softcap: float | None) -> None:
+@given(problems, st.sampled_from([2, 16]), st.sampled_from([3, 64]), st.sampled_from([None, 0.7, 30.0]), st.booleans())
+def test_near_and_far_merged_are_the_whole(
+    problem: Problem, block: int, span: int, softcap: float | None, rows_together: bool
+) -> None:
     numbers, arguments = problem.numbers(), problem.arguments()
     found = []
     for attention in (reach_attention, reach_attention_by_rows):
         query, key, value, direction = (x.clone().requires_grad_() for x in numbers)
-        with mock.patch.object(module, "block_of", lambda window: block), mock.patch.object(module, "SPAN", span):
+        sizes = {"block_of": lambda window: block, "SPAN": span, "SHORT": 0}
+        of_rows = {"KEYS": 100, "FILLED": 100, "LONG_CHUNK": span} if rows_together else {"KEYS": 0}
+        with mock.patch.multiple(module, **sizes), mock.patch.multiple(packed_attention, **of_rows):
             output = attention(query, key, value, *arguments, problem.window, problem.sinks, softcap=softcap)
             gradients = torch.autograd.grad(output, (query, key, value), direction.detach())
         found.append((output, *gradients))
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+@given(
+    rows=st.integers(1, 3),
+    time=st.integers(1, 20),
+    window=st.integers(1, 24),
+    sinks=st.integers(0, 3),
+    groups=st.integers(1, 2),
+    block=st.sampled_from([3, 128]),
+    seed=st.integers(0, 1000),
+)
+def test_short_rows_that_are_alike_are_the_whole(
+    rows: int, time: int, window: int, sinks: int, groups: int, block: int, seed: int
+) -> None:
+    problem = Problem([(list(range(time)), [True] * time)] * rows, window, sinks, groups, seed)
+    found = []
+    for attention in (reach_attention, reach_attention_by_rows):
+        query, key, value, direction = (x.clone().requires_grad_() for x in problem.numbers())
+        with (
+            mock.patch.object(module, "SHORT_BLOCK", block),
+            mock.patch.object(module, "_parts", side_effect=AssertionError),  # so short rows need no parts
+        ):
+            output = attention(query, key, value, *problem.arguments(), window, sinks)
+        found.append((output, *torch.autograd.grad(output, (query, key, value), direction.detach())))
     for fast, plain in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain)
 
@@ -180,12 +210,12 @@ def test_capped_scores_are_whole_under_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("sinks", [4, 100])
-def test_under_autocast_full_precision_stays(sinks: int) -> None:
+@pytest.mark.parametrize(("time", "sinks"), [(300, 4), (600, 4), (600, 100)])
+def test_under_autocast_full_precision_stays(time: int, sinks: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(300, 2, 8, generator=generator).requires_grad_() for _ in range(3))
-    rows, places = torch.tensor([300]), torch.arange(300)
-    looks, kept = (torch.rand(300, generator=generator) < 0.5 for _ in range(2))
+    query, key, value = (torch.randn(time, 2, 8, generator=generator).requires_grad_() for _ in range(3))
+    rows, places = torch.tensor([time]), torch.arange(time)
+    looks, kept = (torch.rand(time, generator=generator) < 0.5 for _ in range(2))
     found = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -205,3 +235,21 @@ def test_no_tensor_is_of_queries_times_keys(sinks: int) -> None:
     with Largest() as largest:
         reach_attention(query, key, value, rows, rows, places, places, looks, kept, 64, sinks).sum().backward()
     assert largest.numbers <= time * 192
+
+
+def test_rows_of_many_queries_and_few_keys_go_together() -> None:
+    """In tiles of all of them, of unlike lengths too; and no tensor is of queries × keys."""
+    time, rows = 1024, 3
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(rows * time, heads, 4, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    lengths, places = torch.full((rows,), time), torch.arange(time).repeat(rows)
+    looks, kept = (torch.rand(rows * time, generator=generator) < share for share in (0.9, 0.25))
+    arguments = (lengths, lengths, places, places, looks, kept, 64, 4)
+    found = []
+    with Largest() as largest, mock.patch.object(packed_attention, "PrefixPart", side_effect=AssertionError):
+        output = reach_attention(*numbers, *arguments)
+        found.append([output, *torch.autograd.grad(output.square().sum(), numbers)])
+    assert largest.numbers <= rows * time * 192
+    output = reach_attention_by_rows(*numbers, *arguments)
+    found.append([output, *torch.autograd.grad(output.square().sum(), numbers)])
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)

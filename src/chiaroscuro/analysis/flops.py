@@ -136,7 +136,7 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
             parts = [
                 _part(len(menu), j, shares.get(i, share)) for j, name in enumerate(names) if host[name] == names[k]
             ]
-            tokens, last = (length, None) if dense else (length * sum(parts), length * parts[-1])
+            tokens, last = length if dense else length * sum(parts), length * parts[-1]
             own = replace(
                 work,
                 tokens=tokens,
@@ -144,7 +144,7 @@ def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head:
                 routed=routes and not dense,
                 dense=routes and dense,
                 spectrum_at_hand=spectrum,
-                last=last if len(parts) > 1 else None,
+                last=last if len(parts) > 1 or (routes and dense) else None,
             )
             counts.append(_whole(operator, operator.count(d, options, own)))
             for name, number in counts[-1].operations.items():

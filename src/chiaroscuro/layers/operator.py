@@ -35,7 +35,8 @@ class Work:
         causal: whether a token is paired with those before it alone, as kernels have it that skip the rest.
         dense: whether the operator runs on all tokens because execution is dense, though a router chooses some.
         spectrum_at_hand: whether the router has computed DCT(x) already.
-        last: of `tokens`, how many go to it by the last of its names, where a menu has it under several; else None.
+        last: of `tokens`, how many are routed to it by the last of its names, where that can be fewer: a menu may have
+            it under several, and dense execution runs it on all; else None.
         kept: the share of all tokens that the key side's router keeps.
 
     """

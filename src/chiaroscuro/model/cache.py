@@ -146,7 +146,7 @@ class ChiarCache(Cache):
     Attributes:
         tokens_seen: tokens so far, padding included.
         rows: of the batch that it holds.
-        padded: whether some of these tokens were padding, so that what follows needs an attention_mask too.
+        real: (rows, tokens_seen), which of these tokens were not padding; None where all are known to be real.
         unfinished: whether a forward is taking up tokens: after one that failed halfway some layers have them.
 
     Raises:
@@ -160,7 +160,7 @@ class ChiarCache(Cache):
         super().__init__(layers=[LayerCache() for _ in config.menus])
         self.tokens_seen = 0
         self.rows = 0
-        self.padded: bool | Tensor = False
+        self.real: Tensor | None = None
         self.unfinished = False
         self.meta_state = RunningSums()
 
@@ -168,6 +168,11 @@ class ChiarCache(Cache):
     def states(self) -> list[LayerCache]:
         """The layers, as what they are."""
         return [cast(LayerCache, layer) for layer in self.layers]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of the tokens were padding, so that what follows needs an attention_mask too."""
+        return self.real is not None and not bool(self.real.all())
 
     @property
     def is_compileable(self) -> bool:
@@ -195,7 +200,7 @@ class ChiarCache(Cache):
         """Forget everything."""
         super().reset()
         self.tokens_seen = self.rows = 0
-        self.padded = self.unfinished = False
+        self.real, self.unfinished = None, False
         self.meta_state = RunningSums()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -217,6 +222,7 @@ class ChiarCache(Cache):
         for state in self._all():
             state.crop(-tokens_to_remove)
         self.tokens_seen += tokens_to_remove
+        self.real = None if self.real is None else self.real[:, : self.tokens_seen]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order that beam search chose."""
@@ -232,6 +238,7 @@ class ChiarCache(Cache):
         for state in self._all():
             state.select(rows)
         self.rows = len(rows)
+        self.real = None if self.real is None else self.real[rows.to(self.real.device)]
 
     def _all(self) -> Iterator[OperatorState]:
         for layer in self.states:

@@ -457,8 +457,6 @@ class ChiarModel(ChiarPreTrainedModel):
                 )
             states = None
         if states is not None:
-            if states.tokens_seen and states.rows != len(x):
-                raise UserError(f"the cache holds {states.rows} rows, the input has {len(x)}: the two must match")
             states.unfinished = True
         gate = self.gate(x, context, states)
         hidden_states: list[Tensor] = []
@@ -474,7 +472,7 @@ class ChiarModel(ChiarPreTrainedModel):
             _note(followed, context.real(x.shape[1]))
         if states is not None:
             states.tokens_seen, states.rows = states.tokens_seen + x.shape[1], x.shape[0]
-            states.unfinished = False
+            states.real, states.unfinished = context.attention_mask, False
         x = self.norm(x)
         return ChiarModelOutput(
             last_hidden_state=x,
@@ -539,6 +537,8 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"{seen + time} tokens, but max_position_embeddings={self.config.max_position_embeddings}: "
                 "shorten the sequence, or configure the model for longer ones"
             )
+        if seen and cache is not None and cache.rows != batch:
+            raise UserError(f"the cache holds {cache.rows} rows, the input has {batch}: the two must match")
         if attention_mask is None and cache is not None and cache.padded:
             raise UserError(
                 "this cache was begun with an attention_mask: pass one again, over the cached and the new tokens"
@@ -594,7 +594,12 @@ class ChiarModel(ChiarPreTrainedModel):
             return attention_mask  # whether anything is padded depends on the data, which a compiler can't test
         padded = bool(~attention_mask.all())
         if cache is not None:
-            cache.padded = padded
+            cached = attention_mask[:, : cache.tokens_seen]
+            if not bool((cached if cache.real is None else cached == cache.real.to(cached.device)).all()):
+                raise UserError(
+                    "attention_mask has cached tokens for padding that were real when they were cached, or the other "
+                    "way round: repeat the mask that they came with, or start a new cache"
+                )
         return attention_mask if padded or self.config.execution == "dense" else None
 
     def gate(self, x: Tensor, context: Context, cache: ChiarCache | None = None) -> Tensor | None:

@@ -28,6 +28,10 @@ CHUNK, LONG_CHUNK = 64, 192
 small tiles waste little; the kernel likes long ones. `benchmarks/choices.py` measures 32 to 192 at 1024 and 8192
 tokens, of which a quarter are routed."""
 
+KEYS, FILLED = 0.5, 1.25
+"""Where `PrefixOfRows` is taken: the most keys for a query, and the most that rows may grow by when they are filled up
+to the longest."""
+
 LONG = 2048
 """Keys of a row from which on its tiles are the larger ones: a length between the two that are measured."""
 
@@ -305,6 +309,145 @@ class PrefixPart(TiledPart):
             yield tile.queries, pieces
 
 
+class PrefixOfRows(Part):
+    """`PrefixPart` of rows that have about as many queries: a tile is of all rows, a batch to the kernel.
+
+    Shorter rows are filled up: with queries whose results are dropped, and with keys that nobody sees. With few keys a
+    call of the kernel for each row and tile would take longer than what it computes.
+
+    Args:
+        query_lengths: how many of the part's queries each row has, at least 1.
+        key_lengths: how many of the part's keys, at least 1.
+        visible: as of `PrefixPart`.
+        queries: see `Part`.
+        keys: see there.
+
+    """
+
+    def __init__(
+        self,
+        query_lengths: Int[Tensor, " rows"],
+        key_lengths: Int[Tensor, " rows"],
+        visible: Int[Tensor, " queries"],
+        queries: Int[Tensor, " chosen"] | None = None,
+        keys: Int[Tensor, " chosen_keys"] | None = None,
+    ) -> None:
+        self.queries, self.keys = queries, keys
+        self._of_queries, self._of_keys = _Rectangle(query_lengths), _Rectangle(key_lengths)
+        self._visible = self._of_queries.fill(visible)
+        least, most = self._visible.amin(0).tolist(), self._visible.amax(0).tolist()
+        ends = [*range(LONG_CHUNK, len(most), LONG_CHUNK), len(most)]
+        self._tiles = [
+            (slice(a, b), _shared(least[a], most[b - 1]), most[b - 1]) for a, b in zip([0, *ends], ends, strict=False)
+        ]
+
+    @staticmethod
+    def suits(query_lengths: Int[Tensor, " rows"], key_lengths: Int[Tensor, " rows"]) -> bool:
+        """Whether there are several rows, of many queries and few keys, and little is to be filled up."""
+        rows, queries, keys = len(query_lengths), int(query_lengths.sum()), int(key_lengths.sum())
+        none = bool((query_lengths == 0).any()) or bool((key_lengths == 0).any())
+        if rows < 2 or none or keys > KEYS * queries:
+            return False
+        return all(rows * int(n.max()) <= FILLED * int(n.sum()) for n in (query_lengths, key_lengths))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: "Kernel") -> tuple[Tensor, Tensor]:
+        """Tile by tile, the pieces merged by their normalisers."""
+        query, key, value = self._filled(query, key, value)
+        outputs, normalisers = [], []
+        for rows, pieces in self._pieces(query.dtype):
+            merged: tuple[Tensor, Tensor] | None = None
+            for piece in pieces:
+                own = kernel.forward(query[:, :, rows], key[:, :, piece.keys], value[:, :, piece.keys], piece.mask)
+                merged = own if merged is None else _merge(*merged, *own)
+            assert merged is not None
+            outputs.append(merged[0])
+            normalisers.append(merged[1])
+        output, normaliser = (torch.cat(parts, 2).transpose(1, 2) for parts in (outputs, normalisers))
+        return self._of_queries.packed(output), self._of_queries.packed(normaliser)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        normaliser: Tensor,
+        kernel: "Kernel",
+    ) -> Sequence[Tensor]:
+        """Over the same tiles."""
+        grad = self._of_queries.fill(grad, zeros=True)
+        output, normaliser = self._of_queries.fill(output), self._of_queries.fill(normaliser)
+        grad, output, normaliser = (x.transpose(1, 2) for x in (grad, output, normaliser))
+        query, key, value = self._filled(query, key, value)
+        totals = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        for rows, pieces in self._pieces(query.dtype):
+            for piece in pieces:
+                gradients = kernel.backward(
+                    grad[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, piece.keys],
+                    value[:, :, piece.keys],
+                    output[:, :, rows],
+                    normaliser[:, :, rows],
+                    piece.mask,
+                )
+                for total, place, part in zip(totals, (rows, piece.keys, piece.keys), gradients, strict=True):
+                    total[:, :, place] += part
+        rectangles = (self._of_queries, self._of_keys, self._of_keys)
+        return [own.packed(total.transpose(1, 2)) for own, total in zip(rectangles, totals, strict=True)]
+
+    def _filled(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """(rows, heads, tokens, c) of each."""
+        rectangles = (self._of_queries, self._of_keys, self._of_keys)
+        filled = (own.fill(side_by_side(x)) for own, x in zip(rectangles, (query, key, value), strict=True))
+        return [x.transpose(1, 2) for x in filled]
+
+    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+        for queries, shared, end in self._tiles:
+            pieces = [Piece(slice(0, shared))] if shared else []
+            if end > shared:
+                hidden = torch.arange(shared, end) >= self._visible[:, queries, None]
+                pieces.append(Piece(slice(shared, end), additive_mask(hidden, dtype)[:, None]))
+            yield queries, pieces
+
+
+class _Rectangle:
+    """Packed rows as a rectangle, each filled up to the longest one with repetitions of its last token."""
+
+    def __init__(self, lengths: Int[Tensor, " rows"]) -> None:
+        self.rows, most = len(lengths), int(lengths.max())
+        self.whole = bool((lengths == most).all())
+        if not self.whole:
+            place, last = torch.arange(most), lengths[:, None] - 1
+            self._index = (lengths.cumsum(0)[:, None] - 1 - last + place.minimum(last)).flatten()
+            self._beyond = place > last
+            self._real = (~self._beyond).flatten().nonzero()[:, 0]
+
+    def fill(self, x: Tensor, zeros: bool = False) -> Tensor:
+        """(rows, tokens, …); or with zeros instead of repetitions."""
+        if self.whole:
+            return x.unflatten(0, (self.rows, -1))
+        filled = x.index_select(0, self._index).unflatten(0, (self.rows, -1))
+        return filled.masked_fill_(self._beyond.view(*self._beyond.shape, *[1] * (x.ndim - 1)), 0) if zeros else filled
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Row after row again."""
+        return x.flatten(0, 1) if self.whole else x.flatten(0, 1).index_select(0, self._real)
+
+
+def prefix_part(
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    visible: Int[Tensor, " queries"],
+    queries: Int[Tensor, " chosen"] | None = None,
+    keys: Int[Tensor, " chosen_keys"] | None = None,
+) -> Part:
+    """A `PrefixPart`, or `PrefixOfRows` where that suits the rows."""
+    kind = PrefixOfRows if PrefixOfRows.suits(query_lengths, key_lengths) else PrefixPart
+    return kind(query_lengths, key_lengths, visible, queries, keys)
+
+
 @dataclass(frozen=True)
 class _Tile:
     """Some queries of a row and the keys they see: all of them those before `shared`, none those from `end` on."""
@@ -328,11 +471,16 @@ def _tiles(queries: list[int], keys: list[int], visible: list[int]) -> Iterator[
             for a in range(first, first + n, step):
                 b = min(a + step, first + n)
                 low, high = visible[a], visible[b - 1]
-                # The first query sees `low` keys and so needs one of them left in the masked part. Few shared keys are
-                # not worth a call of their own.
-                shared = high if low == high else low - 1 if low > CHUNK else 0
-                yield _Tile(slice(a, b), start, start + shared, start + high, square=False)
+                yield _Tile(slice(a, b), start, start + _shared(low, high), start + high, square=False)
         first, start = first + n, start + s
+
+
+def _shared(least: int, most: int) -> int:
+    """How many keys a tile's queries see alike, if they see from `least` to `most`, and are attended to without a mask.
+
+    The query that sees the fewest needs one of them left in the masked part. Few are not worth a call of their own.
+    """
+    return most if least == most else least - 1 if least > CHUNK else 0
 
 
 class Kernel(ABC):

@@ -8,7 +8,7 @@ Query i sees key j of its row, j not after i, where one of three things holds:
 
 with i and j the places of the tokens in their sequences. Near and far are attentions over disjoint keys, and so are the
 sinks where they are computed apart. Each is computed alone, with the log of its normaliser, and they are merged by
-these; none ever holds queries × keys.
+these; none ever holds queries × keys. Rows of a few hundred tokens have blocks under a mask instead, on a CPU.
 """
 
 import math
@@ -20,21 +20,24 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from chiaroscuro.ops.attention import capped
+from chiaroscuro.ops.attention import attend, capped
 from chiaroscuro.ops.packed_attention import (
     Kernel,
     Part,
     Piece,
-    PrefixPart,
     TiledPart,
     additive_mask,
     attend_in_parts,
     heads_first,
+    prefix_part,
     side_by_side,
 )
 
 SPAN = 64
 """Queries of a tile of `Spans`."""
+
+SHORT, SHORT_BLOCK = 512, 128
+"""Tokens of rows that are short, and queries of a block of `attend_in_short_rows`."""
 
 FEW = 64
 """The most sinks of a row that are a part of their own, in which all scores are held."""
@@ -89,6 +92,9 @@ def reach_attention(
 
         near, far = near_and_far(*places, looks, kept, window, sinks)
         return packed_attention_cuda.reach_attention(query, key, value, near, far)
+    if softcap is None and _whole_and_short(*places):
+        rows = len(query_lengths), -1
+        return attend_in_short_rows(query, key, value, looks.view(rows), kept.view(rows), window, sinks)
     parts = _parts(*places, looks, kept, window, sinks)
     return attend_in_parts(query, key, value, parts, softcap=softcap)
 
@@ -143,6 +149,49 @@ def reach_mask(
     """Which keys each query sees, written out."""
     i, j = query_places[..., :, None], key_places[..., None, :]
     return (j <= i) & ((j > i - window) | (j < sinks) | (looks[..., :, None] & kept[..., None, :]))
+
+
+def _whole_and_short(
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    query_places: Int[Tensor, " queries"],
+    key_places: Int[Tensor, " keys"],
+) -> bool:
+    """Whether all rows have the same number of tokens, a small one, which all attend and are attended to."""
+    time, ragged = divmod(len(query_places), len(query_lengths))
+    if ragged or not 0 < time <= SHORT or len(key_places) != len(query_places):
+        return False
+    place = torch.arange(time).repeat(len(query_lengths))
+    alike = all(bool((lengths == time).all()) for lengths in (query_lengths, key_lengths))
+    return alike and torch.equal(query_places, place) and torch.equal(key_places, place)
+
+
+def attend_in_short_rows(
+    query: Float[Tensor, "tokens heads head_width"],
+    key: Float[Tensor, "tokens key_heads head_width"],
+    value: Float[Tensor, "tokens key_heads head_width"],
+    looks: Bool[Tensor, "rows time"],
+    kept: Bool[Tensor, "rows time"],
+    window: int,
+    sinks: int,
+) -> Float[Tensor, "tokens heads head_width"]:
+    """`reach_attention` of short rows of T tokens each, which all attend and are attended to.
+
+    In so short a row far attention spares fewer scores than it costs to find out which. The first w tokens are plainly
+    causal. Those after them go in blocks, each against all keys before its end, under a mask.
+    """
+    rows, time = looks.shape
+    query, key, value = (x.unflatten(0, (rows, time)).transpose(1, 2) for x in (query, key, value))
+    place = torch.arange(time)
+    first = min(window, time)
+    with torch.autocast("cpu", enabled=False):  # what comes in full precision is attended to in it, as in long rows
+        blocks = [attend(query[:, :, :first], key[:, :, :first], value[:, :, :first])]
+        for begin in range(first, time, SHORT_BLOCK):
+            end = min(begin + SHORT_BLOCK, time)
+            own, seen = slice(begin, end), slice(0, end)
+            mask = reach_mask(place[own], place[seen], looks[:, own], kept[:, seen], window, sinks)
+            blocks.append(attend(query[:, :, own], key[:, :, seen], value[:, :, seen], mask[:, None]))
+    return torch.cat(blocks, 2).transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -298,7 +347,8 @@ def _parts(
     sink = key_places < sinks
     sunk = torch.bincount(key_row[sink], minlength=len(rows))
     visible, _ = _before(near, start, sink)
-    if bool(visible.any()) and sunk.max() <= FEW and _alike(query_lengths) and _alike(sunk):
+    beside = bool(visible.any()) and not bool(looks.all())  # where all look, the sinks are among what is far
+    if beside and sunk.max() <= FEW and _alike(query_lengths) and _alike(sunk):
         parts.append(Sinks(len(rows), visible, sink.nonzero()[:, 0]))
         groups = [(looks, kept & ~sink)]
     else:
@@ -307,7 +357,7 @@ def _parts(
         far = _far(near, start, queries, keys)
         if len(far.queries):
             counts = [torch.bincount(x, minlength=len(rows)) for x in (row[far.queries], key_row[far.keys])]
-            parts.append(PrefixPart(counts[0], counts[1], far.visible, queries=far.queries, keys=far.keys))
+            parts.append(prefix_part(counts[0], counts[1], far.visible, queries=far.queries, keys=far.keys))
     return parts
 
 
