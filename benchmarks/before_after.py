@@ -66,9 +66,14 @@ def run(source: Path, what: str, rows: int, time: int, seconds: int = 10) -> dic
     return json.loads(output.splitlines()[-1])
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main(commit: str) -> None:
     """Measure every cell, print the table and write the results."""
     cells: list[dict[str, Any]] = []
+    after = _git("describe", "--always", "--dirty")  # the working tree, whatever is not committed included
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", before, commit], cwd=ROOT, check=True)
@@ -83,7 +88,9 @@ def main(commit: str) -> None:
                     cells.append({"what": what, "rows": rows, "time": time, "context": context, **runs})
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=True)
-    write_text(RESULTS, json.dumps({"before": commit, "machine": machine(), "cells": cells}, indent=1) + "\n")
+    write_text(
+        RESULTS, json.dumps({"before": commit, "after": after, "machine": machine(), "cells": cells}, indent=1) + "\n"
+    )
     table = Table("work", "tokens", "context", "before", "after", box=None)
     for cell in cells:
         shown = [f"{median(cell[n]):.2f} ({min(cell[n]):.2f}–{max(cell[n]):.2f})" for n in ("before", "after")]

@@ -97,12 +97,15 @@ def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, action="append")
+    lengths = parser.parse_args().length or LENGTHS
+    if wrong := [length for length in lengths if not 2 <= length <= max(LENGTHS)]:
+        parser.error(f"--length {wrong[0]}: give 2 to {max(LENGTHS)} tokens")
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"machine": machine(), "cells": []}
     if found["machine"] != machine():
         print(f"error: {RESULTS} holds results of another machine: move it away to measure this one", file=sys.stderr)
         raise SystemExit(2)
     console = Console()
-    for length in parser.parse_args().length or LENGTHS:
+    for length in lengths:
         for task, batch in (
             ("decode", 1),
             ("decode", 16),

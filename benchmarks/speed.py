@@ -7,6 +7,7 @@ remove the file to start over. `chiaroscuro benchmark` does the same at other si
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.studies.benchmark import Plan, run_benchmark
+from chiaroscuro.studies.command import exit_code
 
 RESULTS = Path("benchmarks/results/speed.json")
 PAIR = Path("benchmarks/results/llama.json")
@@ -101,8 +103,9 @@ def alone() -> list[str]:
     turns = min(step["ours"]["turns"] for step in steps.values())
     return [
         "",
-        "Above, each of the nine candidates has three turns. With full attention and Llama alone, alternating training "
-        f"steps for {turns} turns or more (`python -m benchmarks.llama`), its time over Llama's is {ratios}.",
+        "Above, the nine candidates of a training step have three turns or a few more. With full attention and Llama "
+        f"alone, alternating training steps for {turns} turns or more (`python -m benchmarks.llama`), its time over "
+        f"Llama's is {ratios}.",
     ]
 
 
@@ -111,4 +114,4 @@ def _row(text: str, length: int, goal: str, found: float, reached: bool) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -13,6 +13,7 @@ It needs Linux, and for the disks the right to mount a file system (root, or use
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import random
@@ -322,7 +323,8 @@ def _on_a_read_only_disk(place: Place, arguments: Callable[[Path], list[object]]
     _mount(disk, 2**20)
     _mount(disk, 2**20, MS_REMOUNT | MS_RDONLY)
     code, said = command(*arguments(disk / "out"))
-    return "" if code == 2 and said.strip().count("\n") == 0 else f"exit code {code}: {said}"
+    said = said.strip()
+    return "" if code == 2 and "\n" not in said and os.strerror(errno.EROFS) in said else f"exit code {code}: {said}"
 
 
 def read_only_disks(place: Place) -> Iterator[str]:

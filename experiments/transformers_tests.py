@@ -25,6 +25,9 @@ RESULTS, PAGE = Path("experiments/results/transformers-tests.json"), Path("docs/
 JUDGED = Path(__file__).parent / "judged"
 CONTROL = "LlamaTest"
 
+FINISHED = (0, 1)
+"""pytest's exit codes where it ran to the end; with all others, such as a failed import, nothing is known."""
+
 MISSING = {
     "__init__.py": "",
     "generation/__init__.py": "",
@@ -140,11 +143,16 @@ def main() -> int:
             given.only,
         ]
         with (folder / "log").open("w") as log:
-            subprocess.run(command, cwd=folder, env=here, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if not (folder / "outcomes.json").exists():
+            ended = subprocess.run(command, cwd=folder, env=here, stdout=log, stderr=subprocess.STDOUT, check=False)
+        noted = folder / "outcomes.json"
+        outcomes = json.loads(noted.read_text()) if noted.exists() else {}
+        if ended.returncode not in FINISHED or not outcomes:
             print((folder / "log").read_text()[-3000:])
+            print(
+                f"error: pytest ended with code {ended.returncode}, and {len(outcomes)} tests have an outcome",
+                file=sys.stderr,
+            )
             return 1
-        outcomes = json.loads((folder / "outcomes.json").read_text())
     by_model: dict[str, dict[str, tuple[str, str]]] = {}
     for test, (outcome, why) in outcomes.items():
         _, model, function = test.split("::")
@@ -155,7 +163,11 @@ def main() -> int:
 def report(by_model: dict[str, dict[str, tuple[str, str]]], whole: bool) -> int:
     """A line for each model, the tests that ended otherwise than was said, and the file."""
     control = by_model.get(CONTROL, {})
-    table, wrong = {}, []
+    table: dict[str, Any] = {}
+    wrong: list[str] = []
+    for model in WHAT if whole else ():
+        if model not in by_model:
+            wrong.append(f"{model}: none of its tests ran")
     for model, tests in by_model.items():
         expected = known(model)
         failed = {name: why for name, (outcome, why) in tests.items() if outcome == "failed"}
@@ -177,6 +189,8 @@ def report(by_model: dict[str, dict[str, tuple[str, str]]], whole: bool) -> int:
             for name in expected
             if name in tests and tests[name][0] != "failed"
         ]
+        if whole:
+            wrong += [f"{model}::{name} is listed, and there is no such test" for name in expected if name not in tests]
         print(
             f"{model:<16} {counts['passed']:>3} pass, {counts['failed']} fail ({len(table[model]['failed, listed'])} "
             f"listed), {counts['skipped']} don't apply ({len(passed_by_control)} of them to the control)"

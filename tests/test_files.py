@@ -219,7 +219,6 @@ def test_many_that_want_a_folder_at_once_have_it_one_after_the_other(tmp_path: P
     script = """
 import sys, time
 from pathlib import Path
-from chiaroscuro import files
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import alone_in
 inside, done = Path(sys.argv[1]) / "inside", 0

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from chiaroscuro.analysis.classification import evaluate_rows, wilson_interval
 from chiaroscuro.data.tasks import LabelledRows, PadToLongest
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.block import Routing
+
+ROUTING = Routing(("dct", "attention"), torch.zeros(2, 1), torch.tensor([[0], [1]]), score=torch.zeros(2, 1))
 
 
 class Teller(nn.Module):
@@ -32,7 +35,7 @@ class Teller(nn.Module):
         told = input_ids[torch.arange(len(input_ids)), attention_mask.sum(1) - 1]
         logits = self.certainty * nn.functional.one_hot(told, 3).float()
         return SimpleNamespace(
-            loss=nn.functional.cross_entropy(logits, labels), logits=logits, routing="routing", meta_gate=None
+            loss=nn.functional.cross_entropy(logits, labels), logits=logits, routing=[ROUTING, None], meta_gate=None
         )
 
 
@@ -71,7 +74,9 @@ def test_what_the_model_is_asked() -> None:
     model = Teller()
     seen = evaluate_rows(model, rows_of([0, 1], [0, 0]), PadToLongest(), output_routing=True, inputs={"task": "x"})
     assert model.calls == [{"task": "x", "output_routing": True, "training": False}]
-    assert seen.routings == [("routing", None)]
+    ((routing, gate),) = seen.routings
+    assert gate is None and routing[1] is None and torch.equal(routing[0].operator_index, ROUTING.operator_index)
+    assert routing[0].score is None  # of a whole text they would be held for nobody
 
 
 def test_weights_that_are_no_numbers() -> None:

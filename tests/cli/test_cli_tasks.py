@@ -119,6 +119,11 @@ def test_what_else_takes_a_classifier(run: Run, classifier: Path) -> None:
         (["task", "imdb", "--source", "./nowhere"], "no such folder: './nowhere'"),
         (["task", "listops-flat", "--length", "9"], "max_length=9: the task listops-flat has no such option"),
         (["task", "listops-flat", "max_length=9"], "max_length=9: the task listops-flat has no such option"),
+        (
+            ["task", "listops-nested", "max_length=40", "--length", "100"],
+            "max_length=40 and the option that sets max_length to 100: give one of them",
+        ),
+        (["task", "mqar", "--seed", "1", "seed=2"], "seed=2 and the option that sets seed to 1"),
         (["task", "language-modelling"], "a running text has no rows to show"),
         (["train", "RECIPE", "data.task=imbd"], "did you mean 'imdb'"),
         (["train", "RECIPE", "data.max_length=9"], "max_length=9: the task listops-flat has no such option"),

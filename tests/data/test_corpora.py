@@ -12,7 +12,7 @@ from corpus_samples import LINES, TEXTS, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chiaroscuro.data import corpora, load_corpus
+from chiaroscuro.data import corpora, load_corpus, stream_corpus
 from chiaroscuro.errors import UserError
 
 ROWS = st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=60)
@@ -159,6 +159,13 @@ def refuse(source: str | Path, cache: Path) -> str:
         load_corpus(source, cache)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_separator_is_one_of_two(cache, tmp_path) -> None:
+    write(tmp_path, train="a\n", val="v\n")
+    for load in (load_corpus, stream_corpus):
+        with pytest.raises(UserError, match=r"separator='EOS': .*known are eos, newline"):
+            load(tmp_path, cache, separator="EOS")
 
 
 @pytest.mark.parametrize(

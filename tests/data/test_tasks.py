@@ -142,6 +142,23 @@ def test_what_is_generated_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert texts() == first
 
 
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        ({"text": "[MAX 1 2 ]", "lable": 1}, "gave the columns text, lable"),
+        ("[MAX 1 2 ]", "gave str"),
+        (None, "hardly more"),
+    ],
+)
+def test_what_a_task_of_one_s_own_draws_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Any, said: str
+) -> None:
+    monkeypatch.setattr(TASKS["listops-flat"], "draw", lambda self, random: drawn)
+    with pytest.raises(UserError, match=f"listops-flat.*{said}") as caught:
+        load_task("listops-flat", tmp_path, train_examples=2, heldout_examples=1)
+    assert "\n" not in str(caught.value)
+
+
 def test_more_expressions_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "PATIENCE", 50)
     monkeypatch.setattr(listops, "FLAT_DIGITS", (1, 1))

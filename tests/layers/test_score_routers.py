@@ -190,6 +190,15 @@ def test_uncalibrated_it_stands_where_a_new_model_sends_the_share() -> None:
     assert router(x, torch.zeros(1, 20_000)).operator_index.float().mean().item() == pytest.approx(0.25, abs=0.05)
 
 
+def test_under_autocast_a_learned_score_keeps_its_digits() -> None:
+    """In half precision many tokens would share one score, and a threshold among them would send all or none."""
+    router, x = LearnedRouter(64, MENU), draw(4, 1, 1000, 64)
+    wanted = router.score(x, torch.zeros(1, 1000), Context())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router.score(x, torch.zeros(1, 1000), Context())
+    assert torch.equal(found, wanted) and len(found.unique()) > 990
+
+
 def test_who_is_kept_by_chance_is_not_who_looks_by_chance() -> None:
     """At the same share, seed and layer both sides draw for themselves: they agree as often as chance has it."""
     fields = {"window": 4, "attention_context": "kept", "router": "random", "kv_router": "random"}

@@ -27,6 +27,15 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "dense": {"operators": [["dct"], ["dct", "rbf", "attention"]], "execution": "dense"},
     "soft": {"operators": [["dct"], ["dct", "attention"]], "router": "soft"},
+    "near and far": {
+        "operators": [["local"], ["local", "attention"]],
+        "window": 4,
+        "sinks": 1,
+        "attention_context": "kept",
+        "execution": "dense",
+        "router": "norm",
+        "kv_router": "norm",
+    },
     "convolutions": {"operators": [["conv"], ["conv", "attention"]], "router": "soft", "short_conv": 4},
 }
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import LENGTH, PRESETS, ROUTERS, VOCABULARY, WIDTH, Switches, build, shrunk, tokens
@@ -844,6 +845,49 @@ def test_a_cache_of_other_rows_than_the_input(shape: tuple[int, int]) -> None:
     with pytest.raises(UserError, match=f"the cache holds 2 rows, the input has {shape[0]}: the two must match"):
         model(tokens(1, *shape), cache=cache)
     assert torch.isfinite(model(tokens(1, 2, 2), cache=cache).logits).all()  # it is as it was
+
+
+@torch.no_grad()
+def test_a_crop_takes_from_each_row_what_that_one_got() -> None:
+    """Rows of as many real tokens, of which one has padding at the end and the other at the beginning."""
+    model = build(ChiarConfig(**NEAR_AND_FAR | {"router": "random", "kv_router": "random"}))
+    ids, mask, following = tokens(0, 2, 12), torch.ones(2, 12), tokens(1, 2, 4)
+    mask[0, -1] = mask[1, 0] = 0
+    cache = ChiarCache(model.config)
+    model(ids, attention_mask=mask, cache=cache)
+    cache.crop(-1)
+    real = torch.cat([mask[:, :11], torch.ones(2, 4)], 1)
+    found = model(following, attention_mask=real, cache=cache).logits
+    wanted = model(torch.cat([ids[:, :11], following], 1), attention_mask=real, use_cache=False).logits[:, 11:]
+    torch.testing.assert_close(found, wanted, atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+def test_of_a_cache_no_row_may_be_kept() -> None:
+    cache = ChiarCache(ChiarConfig(**NEAR_AND_FAR))
+    build(ChiarConfig(**NEAR_AND_FAR))(tokens(0, 2, 12), cache=cache)
+    cache.batch_select_indices(torch.zeros(2, dtype=torch.bool))
+    assert cache.rows == 0 and cache.numbers_kept() == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"operators": [["attention"]] * 2, "window": None, "attention_context": "all"}])
+@torch.no_grad()
+def test_it_matters_not_how_a_kernel_lays_out_its_output(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As memory-efficient attention does, which a GPU takes in float32: heads beside each other for each query."""
+    model = build(ChiarConfig(**NEAR_AND_FAR | {"num_attention_heads": 4, "num_key_value_heads": 2} | fields))
+    ids = tokens(0, 2, TIME)
+    wanted = torch.cat([model(ids[:, :8]).logits, model(ids).logits[:, 8:]], 1)
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *given, **more: plain(*given, **more).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    cache = ChiarCache(model.config)
+    found = [model(piece, cache=cache).logits for piece in ids.split([8, *[1] * (TIME - 8)], 1)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, atol=ATOL, rtol=0)
 
 
 @torch.no_grad()

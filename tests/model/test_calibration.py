@@ -220,6 +220,10 @@ def test_a_calibrated_model_trains_on_from_there() -> None:
             "padding",
         ),
         ({}, [{"labels": torch.zeros(1, 4).long()}], 0.2, "input_ids"),
+        *(
+            ({}, [{"input_ids": torch.zeros(1, 4).long(), name: torch.ones(1, 4)}], 0.2, f"{name}: .*attention_mask")
+            for name in ("attention_masks", "attn_mask")
+        ),
         ({}, torch.zeros(3, 4).long(), 0.2, "input_ids"),
         ({}, [torch.zeros(1, TIME + 1).long()], 0.2, f"max_position_embeddings={TIME}"),
         ({}, [torch.full((1, 4), VOCABULARY)], 0.2, f"vocab_size={VOCABULARY}"),

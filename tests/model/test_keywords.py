@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_models import build, shrunk, tokens
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, LlamaConfig
 
 from byte_tokenizer import byte_tokenizer
-from chiaroscuro import ChiarForCausalLM, ChiarForMixedTasks, ChiarModel, UserError
+from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks, ChiarModel, UserError
 
 HARMLESS: list[dict[str, Any]] = [
     {"output_attentions": None},
@@ -38,8 +38,10 @@ def mixed() -> ChiarForMixedTasks:
     [
         ({"output_attentions": True}, "output_attentions: .*output_routing=True"),
         ({"head_mask": torch.ones(4, 2)}, "head_mask: "),
+        ({"attn_mask": torch.ones(2, 12)}, "attn_mask: .*called attention_mask"),
+        ({"attention_masks": torch.ones(2, 12)}, "attention_masks: did you mean attention_mask"),
     ],
-    ids=["output_attentions", "head_mask"],
+    ids=["output_attentions", "head_mask", "attn_mask", "misspelt"],
 )
 def test_what_would_change_the_result_is_refused(keywords: dict[str, Any], message: str) -> None:
     model = mixed()
@@ -47,6 +49,24 @@ def test_what_would_change_the_result_is_refused(keywords: dict[str, Any], messa
         with pytest.raises(UserError, match=message) as caught:
             forward(tokens(0), **keywords)
         assert "\n" not in str(caught.value)
+
+
+def test_logits_are_of_positions_that_there_are() -> None:
+    model = build(shrunk("small"))
+    cache = ChiarCache(model.config)
+    with pytest.raises(UserError, match=r"logits_to_keep=\[99\]: positions of 12 tokens are 0 to 11"):
+        model(tokens(0, 2, 12), logits_to_keep=torch.tensor([99]), cache=cache)
+    assert cache.tokens_seen == 0
+    assert model(tokens(0, 2, 12), logits_to_keep=torch.tensor([11, -1, 3])).logits.shape[1] == 3
+
+
+def test_what_is_no_config_is_one_line() -> None:
+    with pytest.raises(UserError, match="ChiarForCausalLM takes a ChiarConfig, not a LlamaConfig"):
+        ChiarForCausalLM(LlamaConfig())
+    with pytest.raises(UserError, match=r"ChiarCache takes a ChiarConfig, such as model\.config, not a ChiarFor"):
+        ChiarCache(build(shrunk("small")))
+    with pytest.raises(UserError, match="unknown preset"):
+        ChiarConfig.preset(["small"])
 
 
 def test_batches_that_change_while_they_generate_are_refused_at_once() -> None:

@@ -172,6 +172,22 @@ def test_weights_alone_load_with_the_config_that_is_given(tmp_path: Path) -> Non
     assert all(thresholds.calibrated for thresholds in loaded.thresholds().values())
 
 
+def test_a_file_is_no_folder_to_save_to(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_text("precious")
+    model = build(shrunk("small"))
+    for saved in (model, model.config):
+        with pytest.raises(UserError, match=r"model\.bin is a file: name a folder"):
+            saved.save_pretrained(tmp_path / "model.bin")
+    assert (tmp_path / "model.bin").read_text() == "precious"
+
+
+def test_a_misspelt_field_is_not_ignored_on_loading(tmp_path: Path) -> None:
+    build(shrunk("small")).save_pretrained(tmp_path)
+    for cls in (ChiarConfig, ChiarForCausalLM):
+        with pytest.raises(UserError, match="unknown field attention_shar: did you mean attention_share"):
+            cls.from_pretrained(tmp_path, attention_shar=0.1)
+
+
 def test_another_seed_of_the_router_is_another_permutation(tmp_path: Path) -> None:
     build(shrunk("small", router="permuted")).save_pretrained(tmp_path)
     loaded = ChiarForCausalLM.from_pretrained(tmp_path, router_seed=5)

@@ -50,20 +50,23 @@ def flash_by_rows(
     *,
     scale: float | None,
     window_size: tuple[int, int],
+    enable_gqa: bool = False,
 ) -> Tensor:
     """`varlen_attn` by its documentation, where the window is the causal one and queries are keys."""
     lengths = query_ends.diff()
+    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert query_ends is key_ends and query_ends.dtype == torch.int32 and query_ends[0] == 0
     assert longest_query == longest_key == int(lengths.max()) and window_size == (-1, 0)
     visible = torch.cat([torch.arange(1, n + 1) for n in lengths.tolist()])
     return prefix_attention_by_rows(query, key, value, lengths, lengths, visible, scale=scale)
 
 
-def on_a_cpu(*inputs: Tensor, **options: Any) -> tuple[Tensor, str]:
+def on_a_cpu(*inputs: Tensor, capability: tuple[int, int] = (9, 0), **options: Any) -> tuple[Tensor, str]:
     """The function with kernels that a CPU has, and which of the two it asked."""
     with (
         mock.patch.object(packed_attention_cuda, "_compiled_flex_attention", mock.Mock(wraps=flex_attention)) as flex,
         mock.patch.object(packed_attention_cuda, "varlen_attn", mock.Mock(wraps=flash_by_rows)) as flash,
+        mock.patch.object(packed_attention_cuda, "_capability", lambda x: capability),
     ):
         output = packed_attention_cuda.prefix_attention(*inputs, **options)
     return output, "flex" * flex.call_count + "flash" * flash.call_count
@@ -118,9 +121,10 @@ def test_flex_attention_is_asked_for_the_plain_form(packed: Packed, seed: int, s
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@given(packed=causal_rows, seed=seeds, scale=st.sampled_from([None, 0.3]))
-def test_flash_attention_is_asked_for_causal_rows(packed: Packed, seed: int, scale: float | None) -> None:
+@given(packed=causal_rows, seed=seeds, scale=st.sampled_from([None, 0.3]), heads=st.sampled_from([2, 1]))
+def test_flash_attention_is_asked_for_causal_rows(packed: Packed, seed: int, scale: float | None, heads: int) -> None:
     query, key, value, _ = packed.numbers(seed, width=8, dtype=torch.bfloat16)
+    key, value = key[:, :heads], value[:, :heads]
     found, asked = on_a_cpu(query, key, value, *packed.lengths(), scale=scale)
     assert asked == ("flash" if len(query) else "")
     assert torch.equal(found, prefix_attention_by_rows(query, key, value, *packed.lengths(), scale=scale))
@@ -141,6 +145,13 @@ def test_flash_attention_is_asked_for_causal_rows(packed: Packed, seed: int, sca
 def test_flash_attention_is_not_asked_for_what_it_cannot(packed: Packed, width: int, dtype: torch.dtype) -> None:
     query, key, value, _ = packed.numbers(0, width=width, dtype=dtype)
     assert on_a_cpu(query, key, value, *packed.lengths())[1] == "flex"
+
+
+def test_flash_attention_is_not_asked_for_on_older_gpus() -> None:
+    packed = Packed([(4, [1, 2, 3, 4])])
+    query, key, value, _ = packed.numbers(0, width=8, dtype=torch.bfloat16)
+    for capability, kernel in (((7, 5), "flex"), ((8, 0), "flash")):
+        assert on_a_cpu(query, key, value, *packed.lengths(), capability=capability)[1] == kernel
 
 
 @pytest.mark.slow

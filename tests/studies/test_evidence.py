@@ -10,7 +10,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, fit, retrofit
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, fit, retrofit
 from chiaroscuro.studies.evidence import __main__ as evidence
 from chiaroscuro.studies.evidence import classes, equal_time, gain, gate, layers, length
 from chiaroscuro.studies.evidence.far_models import FarModel, far_context
@@ -217,7 +217,7 @@ def test_what_goes_on_from_another_run_costs_both() -> None:
     one = {"seconds a token": 2.0, "operations a token": 1.0, "seeds": ends}
     more = {seed: end | {"loss": end["loss"] + 0.25 + int(seed) / 8} for seed, end in ends.items()}
     models = {"first": {"begins after": None, **one}, "second": {"begins after": "first", **one, "seeds": more}}
-    found = {"machine": {"cpu": "a CPU"}, "baseline": "first", "lengths": {"8": models, "16": models}}
+    found = {"machine": {"cpu": "a CPU", "threads": 1}, "baseline": "first", "lengths": {"8": models, "16": models}}
     assert equal_time.totals(models, "first", "seconds a token") == 40
     assert equal_time.totals(models, "second", "seconds a token") == 80
     said = equal_time.answer(found)
@@ -398,3 +398,30 @@ def test_figures_that_cannot_be_drawn_replace_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError):
         evidence.main(["q.yaml"])
     assert not (evidence.RESULTS / "length.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"lengths": 1024}, "lengths=1024: give a list"),
+        ({"lengths": [64.5]}, r"lengths=\[64.5\]: give whole numbers"),
+        ({"tokens": 65536.0}, r"tokens=65536\.0: give a positive whole number"),
+        ({"seeds": 3}, "seeds=3: give a list"),
+    ],
+)
+def test_a_recipe_of_the_wrong_kind_is_refused_before_anything_is_measured(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    recipe = {"question": "length", "tokens": 64, "lengths": [64], "seeds": [0], "models": {"a": "b"}}
+    (tmp_path / "q.yaml").write_text(json.dumps(recipe | changes))
+    with pytest.raises(UserError, match=complaint):
+        evidence.read(tmp_path / "q.yaml")
+
+
+@pytest.mark.parametrize("retrofitted", [None, ["a.json"], {"a": 1}])
+def test_results_of_copies_have_names(tmp_path: Path, retrofitted: Any) -> None:
+    recipe: Any = {"question": "layers", "share": 0.25, "length": 64, "models": {"a": {"checkpoint": "b"}}}
+    recipe["models"]["a"] |= {"window": 8, "sinks": 1}
+    (tmp_path / "q.yaml").write_text(json.dumps(recipe | {"retrofitted": retrofitted}))
+    with pytest.raises(UserError, match=r"retrofitted=.*give files of results, by name"):
+        evidence.read(tmp_path / "q.yaml")

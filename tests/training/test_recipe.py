@@ -244,6 +244,18 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (with_changes(calibration={"method": "fixed"}), ["method='fixed'", "thresholds=None"]),
     (with_changes(calibration={"method": "running", "baseline": "x"}), ["method='running'", "baseline='x'"]),
+    (with_changes(model={"architecture": "lama"}), ["model.architecture='lama'", "did you mean 'llama'?"]),
+    (
+        with_changes(
+            model={"preset": "small", "attention_share": 0.1}, calibration={"method": "fixed", "thresholds": [0.8, 0.9]}
+        ),
+        ["model.attention_share=0.1", "calibration.method='fixed'", "follow no share"],
+    ),
+    (
+        with_changes(mixture={"ratio": 0.5, "tasks": {"recall": {"task": "mqar"}}}),
+        ["mixture.tasks.recall: tokenizer='bpe:300' with the task mqar", "remove the task"],
+    ),
+    (with_changes(model={"preset": "small", "rope_theta": 10**400}), ["model: rope_theta=1000"]),
     (
         with_changes(model={"preset": "small", "calibration": "fixed"}, calibration={"method": "running"}),
         ["model.calibration='fixed'", "calibration.method='running'"],

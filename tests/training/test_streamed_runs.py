@@ -143,6 +143,7 @@ def test_a_task_with_rows_of_its_own_is_refused(run, monkeypatch) -> None:
         ({"trainer__steps": None, "trainer__epochs": 1}, "trainer.epochs=1 with data.streaming=true"),
         ({"data__shuffle": 0}, "data.shuffle=0: must be at least 1"),
         ({"data__shuffle": 8, "data__streaming": False}, "data.shuffle=8 goes with data.streaming: true"),
+        ({"mixture": {"tasks": {"other": {"shuffle": 8}}}}, "mixture.tasks.other.shuffle goes with streaming"),
         ({"data__shuffle": 2**70}, "the blocks that data.shuffle=1180591620717411303424 reads at a time"),
         ({"data__task": "retrieval"}, "data.streaming with data.task: retrieval"),
         ({"data__streaming": "yes"}, "streaming='yes'"),

@@ -808,3 +808,30 @@ def test_bfloat16(run: Go) -> None:
     result, _ = run(trainer__precision="bf16")
     assert math.isfinite(result.validation_loss)
     assert {tensor.dtype for tensor in weights(result.model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model": {"operators": [["attention"]], "hidden_size": 32}, "calibration": {"method": "paper"}},
+            "calibration.method='paper' with operators=[['attention']], no layer of which has a choice",
+        ),
+        (
+            {"trainer__learning_rate_schedule": "constant", "trainer__min_learning_rate": 1e-4},
+            "trainer.min_learning_rate=0.0001 with learning_rate_schedule: constant",
+        ),
+        (
+            {
+                "model": {"preset": "reach-small", "kv_spread": [1] * 6},
+                "schedule": {name: {"from": 1.0, "after": 2, "steps": 2} for name in ("attention_share", "kv_share")},
+                "fit": {"after": 2},
+            },
+            "fit with model.kv_spread, which a fit sets (fit.spread) or removes",
+        ),
+    ],
+)
+def test_what_a_run_would_not_heed_is_refused_before_it_begins(run: Go, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        run(**changes)
+    assert said in str(raised.value) and "\n" not in str(raised.value)

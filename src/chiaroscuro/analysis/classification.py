@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from chiaroscuro.analysis.routing_summary import to_summarise
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 
@@ -27,7 +28,7 @@ class ClassificationEvaluation:
         interval: Wilson's 95% interval of that share. It covers the chance of which rows were drawn, not that of the
             training: for that, train with several seeds.
         rows: how many rows there were.
-        routings: `outputs.routing` and `outputs.meta_gate` of every batch, if they were asked for.
+        routings: of every batch what `to_summarise` keeps, if it was asked for.
 
     """
 
@@ -82,7 +83,7 @@ class TargetEvaluation:
         answer_accuracy: the share of answers whose targets are all right.
         answers: the number of answers.
         depths: the same for each depth that has targets, if the rows say how deep theirs lie.
-        routings: `outputs.routing` and `outputs.meta_gate` of every batch, where they were asked for.
+        routings: of every batch what `to_summarise` keeps, where it was asked for.
 
     """
 
@@ -266,7 +267,7 @@ def _measured(
             hits.append((outputs.logits.argmax(-1) == batch[wanted])[predicted].cpu().numpy())
             starts.append((predicted & ~_moved(predicted))[predicted].cpu().numpy())
             if output_routing:
-                routings.append((outputs.routing, outputs.meta_gate))
+                routings.append(to_summarise(outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["input_ids"]))
     right = np.concatenate(hits) if hits else np.empty(0, dtype=bool)

@@ -86,21 +86,31 @@ def count_flops(
 
 
 def count_decode_flops(
-    config: ChiarConfig, length: int, *, share: float | None = None, kv_share: float | None = None
+    config: ChiarConfig, length: int, *, share: float | None = None, kv_share: float | None = None, rows: int = 1
 ) -> FlopCount:
     """Operations of one token that is decoded alone, on a cache of `length` earlier ones; its mean over the routing.
 
-    Args and errors as for `count_flops`.
+    Args:
+        config: of the model.
+        length: of the cache.
+        share: as for `count_flops`.
+        kv_share: likewise.
+        rows: how many sequences are decoded at once. The count is of one of them, but the transforms of many tokens
+            take fewer operations each.
+
+    Raises:
+        UserError: as `count_flops`.
+
     """
     kept = _checked(config, length, kv_share, "kv_share")
-    return _count(config, Work(1, 1, past=length), _checked(config, length, share), kept, head=True)
+    return _count(config, Work(1, 1, past=length, rows=rows), _checked(config, length, share), kept, head=True)
 
 
 def _count(config: ChiarConfig, work: Work, share: float, kv_share: float, head: bool) -> FlopCount:
     """Operations of the work on one sequence at these mean shares, summed over layers and operators."""
     d, length = config.hidden_size, work.length
     router = config.router_class
-    once = transform_operations(d, length)
+    once = transform_operations(d, length * work.rows)
     dense = config.execution == "dense" or (work.training and router.trains_densely)
     counted: dict[str, float] = {}
     counts: list[Count] = []

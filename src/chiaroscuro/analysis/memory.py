@@ -28,13 +28,14 @@ def prefill_memory(model: PreTrainedModel, length: int) -> int | None:
         length: of the row, in tokens.
 
     Returns:
-        Bytes; None without a GPU on a system that does not tell, as all but Linux.
+        Bytes: of a GPU's memory where the model lies on one. None for a CPU of a system that does not tell, as all but
+        Linux.
 
     Raises:
         UserError: there is too little memory.
 
     """
-    if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
+    if not (model.device.type == "cuda" or Path("/proc/self/clear_refs").exists()):
         return None
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         model.save_pretrained(folder)
@@ -56,4 +57,4 @@ def _peak(folder: str, length: int, device: str, modules: tuple[str, ...]) -> in
         ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         return forward_pass(model.to(device), ids.to(device))
 
-    return peak_memory(make)
+    return peak_memory(make, device)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from chiaroscuro.analysis.recall import SliceSums, TextSlices
+from chiaroscuro.analysis.routing_summary import to_summarise
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 
@@ -54,7 +55,7 @@ class Evaluation:
             comparable between models with different tokenizers.
         tokens: how many tokens were predicted.
         slices: the loss by position, and on recall tokens, if a window was given.
-        routings: `outputs.routing` and `outputs.meta_gate` of every batch, if they were asked for.
+        routings: of every batch what `to_summarise` keeps, if it was asked for.
 
     """
 
@@ -116,7 +117,7 @@ def evaluate_blocks(
             if sums is not None:
                 sums.add(outputs.logits, batch)
             if output_routing:
-                routings.append((outputs.routing, outputs.meta_gate))
+                routings.append(to_summarise(outputs.routing, outputs.meta_gate))
             if progress is not None:
                 progress(len(batch["input_ids"]))
     if not count:

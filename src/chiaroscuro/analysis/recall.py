@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from chiaroscuro.errors import UserError
+from chiaroscuro.layers.operator import is_whole
+
 WINDOW = 64
 """The distance of recall tokens for a model whose config has no `window`."""
 
@@ -108,6 +111,8 @@ class SliceSums:
     """
 
     def __init__(self, window: int) -> None:
+        if not is_whole(window) or window < 1:
+            raise UserError(f"window={window!r}: must be a positive whole number of tokens")
         self.window = window
         self._by_position: Float[np.ndarray, "2 time"] = np.zeros((2, 0))
         self._recall, self._rest = np.zeros(2), np.zeros(2)

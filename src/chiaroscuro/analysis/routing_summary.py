@@ -5,13 +5,14 @@ nothing without them. Layers are numbered from 1, as in the paper.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.block import Routing
 from chiaroscuro.model import ChiarPreTrainedModel
 from chiaroscuro.model.batches import Batch, fields_of
 from chiaroscuro.model.evaluation_mode import evaluation_mode
@@ -47,6 +48,19 @@ def describe_routing(
     ]
     null = null_entropy_quantiles(width, PROBABILITIES, spectrum).tolist()
     return {"layers": layers, "null_entropy": null, **mean_gate(looks)}
+
+
+def to_summarise(
+    routing: Sequence[Routing | None], gate: Tensor | None
+) -> tuple[Sequence[Routing | None], Tensor | None]:
+    """What `describe_routing` reads of a batch, off the GPU and without scores: it is held for all of a text."""
+
+    def plain(one: Routing) -> Routing:
+        parts = (one.entropy, one.operator_index, one.weights, one.kept)
+        entropy, index, weights, kept = (None if part is None else part.cpu() for part in parts)
+        return Routing(one.operators, entropy, cast(Tensor, index), weights=weights, kept=kept)
+
+    return [None if one is None else plain(one) for one in routing], None if gate is None else gate.cpu()
 
 
 def mean_gate(looks: Sequence[tuple[Any, Tensor | None]]) -> dict[str, float]:

@@ -187,32 +187,45 @@ KINDS = {
 """Operations of PyTorch by what they are for; what fits nowhere is element by element."""
 
 
-def profile_by_kind(work: Work) -> dict[str, float]:
-    """Seconds of one run by kind of operation on a CPU, each operation without those that it calls."""
+def profile_by_kind(work: Work, device: str = "cpu") -> dict[str, float]:
+    """Seconds of one run by kind of operation, each operation without those that it calls.
+
+    Args:
+        work: what is run.
+        device: where it runs; of `"cuda"` these are the seconds of the kernels that the operations started.
+
+    """
+    on_gpu = device == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes two lines to standard error at each use
     work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]) as profile:
         work()
+        if on_gpu:
+            torch.cuda.synchronize()
     found = dict.fromkeys([*KINDS, "element by element"], 0.0)
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel, which counts with its operation
+            continue
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "element by element")
-        found[kind] += event.self_cpu_time_total / 1e6
+        found[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return found
 
 
-def peak_memory(make: Callable[[], Work]) -> int:
+def peak_memory(make: Callable[[], Work], device: str = "cpu") -> int:
     """Peak memory in bytes of preparing some work and running it once, above what the process held before.
 
     Call it once in a fresh process: memory that was used and freed before would be used again, and not be counted.
 
     Args:
         make: builds the model and gives the work.
+        device: where it works: of `"cuda"` the GPU's memory is measured, of all else the process's.
 
     Raises:
-        UserError: there is no GPU, and no /proc, from which Linux's figures are read.
+        UserError: there is no /proc, from which Linux's figures are read.
 
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         before = torch.cuda.memory_allocated()
         run = make()
         torch.cuda.reset_peak_memory_stats()

@@ -10,23 +10,29 @@ from torch import Tensor
 
 from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.analysis.memory import prefill_memory
-from chiaroscuro.analysis.speed import can_be_cached, decoding, forward_pass, take_turns
+from chiaroscuro.analysis.speed import DECODED, can_be_cached, decoding, forward_pass, take_turns
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.served import Served
 from chiaroscuro.app.writing import new_cache, numbers_in
 from chiaroscuro.errors import UserError
 from chiaroscuro.model.cache import CACHE, ChiarCache
 from chiaroscuro.model.config import ChiarConfig
+from chiaroscuro.retrofitting import unretrofit
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 
 SECONDS = 2.0
 """Of each length and kind of work."""
 
 LENGTHS = (256, 512, 1024, 2048)
 
+CHARACTERS = 2**18
+"""Of a file that is dropped; what is shown are its first tokens."""
+
 
 def lengths_of(served: Served) -> list[int]:
     """The lengths that are measured, of those after which the model still has room to write."""
-    return [length for length in LENGTHS if length < served.longest] or [served.longest // 2]
+    room = served.longest - DECODED
+    return [length for length in LENGTHS if length <= room] or [max(1, min(served.longest // 2, room))]
 
 
 def measure(served: Served, look: float | None, kept: float | None) -> Iterator[list[dict[str, Any]]]:
@@ -57,6 +63,8 @@ def measure(served: Served, look: float | None, kept: float | None) -> Iterator[
         caches = [_cache(model, ids) for model in (routed, whole)]
         if None not in caches:
             row["cache, MB"], row["cache of full attention, MB"] = caches
+        if isinstance(whole, RoutedModel):  # what `whole` sets is not saved, and memory is measured of what is
+            unretrofit(whole)
         for name, model in (("forward's memory, MB", routed), ("memory of full attention, MB", whole)):
             if (peak := prefill_memory(model, length)) is not None:
                 row[name] = peak / 2**20
@@ -92,7 +100,8 @@ def shares_of_file(served: Served, file: str | Path, look: float | None, kept: f
 
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        with Path(file).open(encoding="utf-8") as stream:
+            text = stream.read(CHARACTERS)
     except OSError as error:
         raise UserError(f"{Path(file).name} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -118,6 +127,10 @@ def shares_of_file(served: Served, file: str | Path, look: float | None, kept: f
 
 
 def _beginning(served: Served, text: str) -> str:
-    """So much of a text as is shown at once."""
-    ids = served.tokenizer(text, add_special_tokens=False)["input_ids"][: min(MOST, served.longest)]
-    return str(served.tokenizer.decode(ids))
+    """So much of a text as is shown at once: no half character, and what is decoded can have more tokens."""
+    most = min(MOST, served.longest)
+    ids = served.tokenizer(text, add_special_tokens=False)["input_ids"][:most]
+    beginning = str(served.tokenizer.decode(ids)).rstrip("\N{REPLACEMENT CHARACTER}")
+    while len(served.tokenizer(beginning, add_special_tokens=False)["input_ids"]) > most:
+        beginning = beginning[:-1]
+    return beginning

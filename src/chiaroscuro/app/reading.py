@@ -1,6 +1,7 @@
 """What a model does with each token of a text: who looks, who is kept, by what score, and what it costs in the loss."""
 
 import math
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,14 @@ class LayerReading:
     looking: tuple[float, ...] | None = None
 
     @property
+    def attention(self) -> tuple[float, ...] | None:
+        """(T,) 1 for the costliest operator, or the part of the heads that look far; None where there is no choice."""
+        if self.looking is not None:
+            return self.looking
+        last = len(self.operators) - 1
+        return tuple(float(i == last) for i in self.index) if last else None
+
+    @property
     def level(self) -> tuple[float, ...]:
         """(T,) from 0, the cheapest operator, to 1, the costliest, the mean over heads; else who is kept, if any is."""
         if self.looking is not None:
@@ -80,12 +89,25 @@ class Reading:
     full: tuple[float | None, ...]
 
     @property
+    def attention(self) -> tuple[float, ...] | None:
+        """(T,) `LayerReading.attention`, the mean over the layers that have a choice; None where none has."""
+        return _mean(one.attention for one in self.layers.values())
+
+    @property
+    def kept(self) -> tuple[float, ...] | None:
+        """(T,) by how many of the key-value heads a token is kept, the mean over the layers that decide it; or None."""
+        return _mean(one.kept for one in self.layers.values())
+
+    @property
     def level(self) -> tuple[float, ...]:
-        """(T,) the mean over the layers that have a choice."""
-        levels = [layer.level for layer in self.layers.values() if len(layer.operators) > 1 or layer.kept is not None]
-        if not levels:
-            return (0.0,) * len(self.tokens)
-        return tuple(sum(column) / len(levels) for column in zip(*levels, strict=True))
+        """(T,) how bright each token is, the mean over the layers: what it got, or where all get the same, if kept."""
+        levels = _mean(one.level for one in self.layers.values() if one.attention is not None) or self.kept
+        return levels or (0.0,) * len(self.tokens)
+
+
+def _mean(columns: Iterable[tuple[float, ...] | None]) -> tuple[float, ...] | None:
+    given = [column for column in columns if column is not None]
+    return tuple(sum(values) / len(given) for values in zip(*given, strict=True)) if given else None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from chiaroscuro.app.reading import Reading
+from chiaroscuro.app.reading import LayerReading, Reading
 from chiaroscuro.app.writing import Written
 from chiaroscuro.report.figures import GRID, INK, as_png, line_look, new_figure, quieten
 from chiaroscuro.report.layer_map import draw_layer_map
@@ -25,7 +25,8 @@ def draw_reading(reading: Reading, layer: int | None, colour: str) -> str:
 
     """
     shown = None if layer is None else reading.layers.get(layer)
-    levels = shown.level if shown is not None else reading.level
+    nothing = (0.0,) * len(reading.tokens)
+    levels = reading.level if layer is None else nothing if shown is None else shown.level
     tokens = []
     for t, piece in enumerate(reading.tokens):
         style = f"--lit:{levels[t]:.2f}"
@@ -48,7 +49,7 @@ def draw_reading(reading: Reading, layer: int | None, colour: str) -> str:
         Markup("</div>"),
     ]
     if reading.layers:
-        rows = [(f"layer {i + 1}: {' · '.join(one.operators)}", one.level) for i, one in reading.layers.items()]
+        rows = [(f"layer {i + 1}: {_what(one)}", one.level) for i, one in reading.layers.items()]
         parts.append(draw_layer_map(rows, reading.tokens))
     return "".join(map(str, parts))
 
@@ -56,10 +57,13 @@ def draw_reading(reading: Reading, layer: int | None, colour: str) -> str:
 def tip_of(reading: Reading, t: int, layer: int | None) -> str:
     """What is known of a token, a line each."""
     lines = [f"“{harmless(reading.tokens[t])}”, token {t + 1} of {len(reading.tokens)}"]
-    if layer is None or layer not in reading.layers:
-        if reading.layers:
-            of = "layers and heads" if any(one.looking for one in reading.layers.values()) else "layers"
-            lines.append(f"attention in {reading.level[t]:.0%} of the {of} that choose")
+    if layer is None:
+        of = "layers and heads" if any(one.looking for one in reading.layers.values()) else "layers"
+        for what, levels in (("attention", reading.attention), ("kept", reading.kept)):
+            if levels is not None:
+                lines.append(f"{what} in {levels[t]:.0%} of the {of} that choose")
+    elif layer not in reading.layers:
+        lines.append(f"layer {layer + 1} chooses nothing")
     else:
         one = reading.layers[layer]
         heads = "" if one.looking is None else f", by {one.looking[t]:.0%} of the key-value heads"
@@ -96,13 +100,17 @@ def summary(reading: Reading, served_name: str) -> str:
     line = f"{len(reading.tokens):,} tokens. Loss {ours:.3f} nats a token, with full attention {whole:.3f}."
     if not reading.layers:
         return f"{line} {served_name} routes nothing: every layer attends to everything."
-    looks = [sum(one.level) / len(one.level) for one in reading.layers.values() if len(one.operators) > 1]
-    kept = [sum(one.kept) / len(one.kept) for one in reading.layers.values() if one.kept is not None]
-    if looks:
-        line += f" {sum(looks) / len(looks):.1%} got the costliest operator, the mean over {len(looks)} layers."
-    if kept:
+    if (looks := reading.attention) is not None:
+        choosing = sum(one.attention is not None for one in reading.layers.values())
+        line += f" {sum(looks) / len(looks):.1%} got the costliest operator, the mean over {choosing} layers."
+    if (kept := reading.kept) is not None:
         line += f" {sum(kept) / len(kept):.1%} are kept."
     return line
+
+
+def _what(layer: LayerReading) -> str:
+    """Between what a layer chooses, for the name of its row."""
+    return "kept" if layer.attention is None and layer.kept is not None else " · ".join(layer.operators)
 
 
 def draw_written(prompt: str, written: Written, title: str) -> str:

@@ -28,8 +28,8 @@ class Written:
 
     Attributes:
         pieces: the text of each new token; of a character of several tokens it is at the last of them.
-        levels: how much attention each of them got, from 0 to 1: the mean over the layers that choose.
-        seconds: spent on them, the prompt not counted.
+        levels: in what part of the layers that choose each of them got the costliest operator, or looked far.
+        seconds: spent on those after the first, which comes with the prompt.
         numbers: that the cache holds; None for a model that can't be cached.
 
     """
@@ -41,8 +41,8 @@ class Written:
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
-        return len(self.pieces) / self.seconds if self.seconds else 0.0
+        """Tokens a second, after the first, which comes with the prompt."""
+        return (len(self.pieces) - 1) / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -160,9 +160,9 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
 
 
 def _level(routing: Any, decided: Iterable[Any]) -> float:
-    """How much attention the newest token got, the mean over the layers that choose; of a retrofit, its looks."""
+    """In what part of the layers that choose the newest token got the costliest operator; of a retrofit, its looks."""
     if routing is not None:
-        chosen = [float(r.operator_index[0, -1]) / (len(r.operators) - 1) for r in routing if len(r.operators) > 1]
+        chosen = [float(r.operator_index[0, -1] == len(r.operators) - 1) for r in routing if len(r.operators) > 1]
     else:
         chosen = [float(looks[0, -1].float().mean()) for layer in decided for looks, _ in layer]
     return sum(chosen) / len(chosen) if chosen else 1.0

@@ -44,7 +44,11 @@ def flops(
     if context is not None:
         if context not in ("all", "routed", "kept"):
             raise UserError(f"--context {context}: choose all, routed or kept")
+        if not any(hasattr(options, "attention_context") for menu in config.entries for _, options in menu):
+            raise UserError(f"--context {context}: no operator of {model} has a context; drop it")
         config.attention_context = context
+    if share is not None and not config.routed_layers:
+        raise UserError(f"--share {share}: no layer of {model} has a choice; drop it")
     if kv_share is not None:
         if not config.keeping_layers:
             raise UserError(
@@ -235,6 +239,9 @@ def task(
         "seed": seed,
     }
     for option in options or []:
+        field = option.partition("=")[0]
+        if given.get(field) is not None:
+            raise UserError(f"{option} and the option that sets {field} to {given[field]}: give one of them")
         override_field(given, option)
     data = load_task(name, **given)
     if isinstance(data, Corpus):

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import datasets
 from datasets.distributed import split_dataset_by_node
 
 from chiaroscuro.data.python_docs import python_documents
 from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
-from chiaroscuro.errors import UserError
+from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.hub import cache_if_unreachable
 
 # It logs what it also raises, and what is then said here in one line.
@@ -204,6 +204,11 @@ def pieces_of(rows: Iterable[tuple[Mark, str]], separator: Separator) -> Iterato
         yield cast(Mark, begin), "".join(piece)
 
 
+def _refuse_other_separators(separator: str | None) -> None:
+    if separator is not None and separator not in get_args(Separator):
+        raise UserError(f"separator={separator!r}: {suggest(str(separator), get_args(Separator))}")
+
+
 def load_corpus(
     source: str | Path,
     cache_dir: Path | None = None,
@@ -237,6 +242,7 @@ def load_corpus(
 
     """
     name = str(source)
+    _refuse_other_separators(separator)
     if name == PYTHON_DOCS:
         splits, separator = _python_docs_splits(), separator or "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
@@ -268,6 +274,7 @@ def stream_corpus(
         UserError: there is no such source, it is `python-docs`, which is small, or it lacks a split or the column.
 
     """
+    _refuse_other_separators(separator)
     name, separator = str(source), separator or "newline"
     others = [split for split in needed if split != "train"]
     cache_dir = cache_dir or default_cache_dir()

@@ -70,9 +70,8 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     """
     tokenizer: PreTrainedTokenizerBase
     name = str(source)
-    kind, _, size = name.partition(":")
-    if kind == "bpe":
-        tokenizer = _trained(name, size, corpus, cache_dir or default_cache_dir())
+    if name.partition(":")[0] == "bpe":
+        tokenizer = _trained(name, corpus, cache_dir or default_cache_dir())
     elif name == "words":
         tokenizer = _words(corpus, cache_dir or default_cache_dir())
     elif folder := find_folder(name, WANTED_TOKENIZERS):
@@ -88,16 +87,28 @@ def load_tokenizer(source: str | Path, corpus: Corpus, cache_dir: Path | None = 
     return tokenizer
 
 
-def _trained(name: str, size: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
+def vocabulary_of(name: str) -> int:
+    """How many tokens a tokenizer bpe:N is to have.
+
+    Raises:
+        UserError: N is no number that it can have.
+
+    """
+    size = name.partition(":")[2]
     known = size.isascii() and size.isdecimal() and len(size) < 10
     if not known or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
         raise UserError(
             f"the tokenizer {name!r} needs a whole number from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY:,} after "
             "'bpe:'"
         )
-    key = fingerprint(corpus=corpus.fingerprint, size=int(size), format=FORMAT, tokenizers=tokenizers.__version__)
-    backend = _kept(cache_dir / "tokenizers" / f"bpe-{int(size)}-{key}.json", lambda: _train(int(size), corpus))
-    if backend.get_vocab_size() < int(size):
+    return int(size)
+
+
+def _trained(name: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerFast:
+    size = vocabulary_of(name)
+    key = fingerprint(corpus=corpus.fingerprint, size=size, format=FORMAT, tokenizers=tokenizers.__version__)
+    backend = _kept(cache_dir / "tokenizers" / f"bpe-{size}-{key}.json", lambda: _train(size, corpus))
+    if backend.get_vocab_size() < size:
         logger.warning(
             "the tokenizer %s has only %s tokens: the text has too few repetitions for more",
             name,

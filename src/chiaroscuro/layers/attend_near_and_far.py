@@ -11,6 +11,10 @@ from chiaroscuro.layers.reach_state import Entries, ReachState
 from chiaroscuro.ops.attention import AttentionImplementation, attend_to_all
 from chiaroscuro.ops.reach_attention import gains_of_pairs, reach_attention, reach_attention_by_rows, reach_mask
 
+FEW = 6
+"""The rows that look by themselves in a batch that decodes are one in so many, or fewer: their caches are copied, which
+costs more than to read as many."""
+
 
 def attend_near_and_far(
     query: Float[Tensor, "queries heads head_width"],
@@ -111,14 +115,17 @@ def attend_from_newest(
     near, (most, slots) = state.near, state.far_and_near
     looking = len(looks) if most == near else sum(looks.tolist())
     if looking == len(looks):
-        return _attend_to_slots(folded, state.vectors, most, slots, implementation, softcap).view_as(query)
+        return _attend_to_slots(folded, state.vectors, most, slots, implementation, softcap).reshape(query.shape)
+    if FEW * looking > len(looks):  # one attention for all, in which a mask leaves the others what is near
+        seen = torch.where(looks, most if slots is None else slots, near)
+        return _attend_to_slots(folded, state.vectors, most, seen, implementation, softcap).reshape(query.shape)
     mixed = _attend_to_slots(folded, state.vectors, near, None, implementation, softcap)
     if looking:
         rows = looks.nonzero()[:, 0]
         # Whole rows, which are copied faster than parts of them.
         vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
         mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation, softcap)
-    return mixed.view_as(query)
+    return mixed.reshape(query.shape)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def attend_packed(
         # A cache may be filled under autocast, and used outside.
         key, value = (part.to(query.dtype) for part in (kept[0], kept[-1]))
         mixed = attend_to_all(folded, key, value, mask, dropout, context.implementation, scale)
-        return mixed.view_as(query)
+        return mixed.reshape(query.shape)
     else:
         earlier = torch.tensor(state.lengths, device=query.device)
         kept = state.packed()

@@ -296,9 +296,8 @@ class RoutedBlock(nn.Module):
     @staticmethod
     def _with_state(context: Context, name: str, part: ShortConvolution | Router) -> Context:
         """With the state of a part that is no operator: its name has a dot in it, as no operator's has."""
-        if context.cache is None:
-            return context
-        return replace(context, state=context.cache.of(name, part))
+        state = None if context.cache is None else context.cache.of(name, part)
+        return context if state is context.state else replace(context, state=state)
 
     def _spectra(self, source: Tensor) -> Spectra:
         weights = [operator.spectral_weight for _, operator in self.menu]

@@ -143,7 +143,7 @@ class Context:
             *("choice", "kept", "kept_scale", "layer_input"),
         )
         given = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-        if all(tensor.device == device for tensor in given.values()):
+        if given and all(tensor.device == device for tensor in given.values()):
             return self
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in given.items()}
         return replace(self, **moved, shared=self.shared.setdefault(device, {}))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,6 +13,16 @@ from chiaroscuro.layers.context import Context
 from chiaroscuro.layers.operator import Work
 from chiaroscuro.layers.router import HeadOptions, ScoreRouter
 from chiaroscuro.layers.thresholds import normal_quantiles
+
+
+class WideLinear(nn.Linear):
+    """A linear layer in float32 or wider, under autocast too, where many tokens would else have the same score."""
+
+    def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens features"]:
+        """X Wᵀ + b."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class LearnedRouter(ScoreRouter):
@@ -29,7 +41,7 @@ class LearnedRouter(ScoreRouter):
 
     def __init__(self, width: int, operators: Sequence[str], layer: int = 0, **options: Any) -> None:
         super().__init__(width, operators, layer, **options)
-        self.proj = nn.Linear(width, self.options.heads)
+        self.proj = WideLinear(width, self.options.heads)
 
     def null_quantiles(self, probabilities: Sequence[float]) -> Float[Tensor, " probabilities"]:
         """Those of N(0, 0.02² d): w as the models draw it, against a layer-normed token."""
@@ -38,7 +50,7 @@ class LearnedRouter(ScoreRouter):
     def score(
         self, x: Float[Tensor, "batch time width"], entropy: Float[Tensor, "batch time"], context: Context
     ) -> Float[Tensor, "batch time *heads"]:
-        """s, with its gradient."""
+        """S, with its gradient."""
         score = self.proj(x).float()
         return score.squeeze(-1) if self.options.heads == 1 else score
 

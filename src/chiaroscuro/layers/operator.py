@@ -38,6 +38,7 @@ class Work:
         last: of `tokens`, how many are routed to it by the last of its names, where that can be fewer: a menu may have
             it under several, and dense execution runs it on all; else None.
         kept: the share of all tokens that the key side's router keeps.
+        rows: how many such sequences are computed at once: a transform of few vectors goes another way.
 
     """
 
@@ -51,6 +52,7 @@ class Work:
     spectrum_at_hand: bool = False
     last: int | float | None = None
     kept: int | float = 1.0
+    rows: int = 1
 
     def mean_beyond(self, window: int) -> float:
         """The mean over the new tokens of how many of those up to and with it lie beyond its nearest `window`."""

@@ -103,7 +103,7 @@ class PackedTokens:
         return PackedTokens.of(real, self.segments)
 
     def ordinals(self, keys: "PackedTokens") -> Int[Tensor, " tokens"]:
-        """How many of `keys` stand in each token's sequence up to and including its place."""
+        """How many of `keys` stand in each token's sequence up to and including its place: their `chosen` is read."""
         counted = keys.chosen.cumsum(1)
         if self.segments is not None:
             before = torch.where(_starts(self.segments), counted - keys.chosen.long(), 0)

@@ -43,4 +43,4 @@ class PermutedRouter(ScoreRouter):
     @classmethod
     def count(cls, width: int, operators: int, options: Any, work: Work) -> int | float:
         """A transform of its own, without a gradient."""
-        return transform_operations(width, work.length)
+        return transform_operations(width, work.length * work.rows)

@@ -264,10 +264,11 @@ class ReachState(OperatorState):
         columns, seen = self._columns(), self.seen
         undone = columns[:, -tokens:].sum(1)
         self._real = torch.cat([torch.zeros_like(columns[:, :tokens]), columns[:, :-tokens]], 1)
-        if self.length is not None:
-            self._undo(slice(None), self.length, int(undone[0]))
-        else:
-            for row, (last, number) in enumerate(zip(seen.tolist(), undone.tolist(), strict=True)):
+        numbers = undone.tolist()
+        if self.length is not None and len(set(numbers)) == 1:
+            self._undo(slice(None), self.length, numbers[0])
+        else:  # rows may be equally long, and yet some have lost padding
+            for row, (last, number) in enumerate(zip(seen.tolist(), numbers, strict=True)):
                 self._undo(slice(row, row + 1), last, number)
         self._counted, self._plain = seen - undone, 0
         self._measure()
@@ -306,7 +307,7 @@ class ReachState(OperatorState):
     def _measure(self) -> None:
         lengths = self.seen.tolist()
         self.length = lengths[0] if len(set(lengths)) == 1 else None
-        self._least, self._most = (int(number) for number in self.far.aminmax())
+        self._least, self._most = torch.stack(self.far.aminmax()).tolist() if self.rows else (0, 0)
 
     @staticmethod
     def _put(vectors: Tensor, entries: Entries, slot: Tensor) -> None:

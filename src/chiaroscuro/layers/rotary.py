@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,15 @@ from torch import Tensor
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers.operator import is_number
 from chiaroscuro.ops.attention import rotary_frequencies
+
+PLAIN = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""What `rope_parameters` of any type may have."""
+
+SCALING = (
+    *("factor", "attention_factor", "short_factor", "long_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor"),
+)
+"""What some types that scale angles have."""
 
 
 def frequencies_of(
@@ -40,6 +50,7 @@ def frequencies_of(
         raise UserError(f"rope_parameters={parameters!r}: give a mapping, {{rope_type: default, rope_theta: 10000.0}}")
     if parameters.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"rope_parameters={dict(parameters)}: all features of a head are rotated; leave out the factor")
+    _check_names(parameters, kind)
     if kind == "default":
         if not is_number(parameters.get("rope_theta")):
             raise UserError(f"rope_parameters={dict(parameters)}: give rope_theta, a number")
@@ -54,6 +65,20 @@ def frequencies_of(
     except (TypeError, ValueError) as error:
         raise UserError(f"rope_parameters={dict(parameters)}: {error}") from None
     return _frequencies(described, head_width, longest)
+
+
+def _check_names(parameters: Mapping[str, Any], kind: str) -> None:
+    """Refuse a misspelt name, and what would scale angles without a type that says how.
+
+    Other names, which some checkpoints have, change nothing.
+    """
+    known = (*PLAIN, *SCALING)
+    for name in parameters:
+        close = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.75)
+        if close:
+            raise UserError(f"rope_parameters={dict(parameters)}: unknown {name!r}: did you mean {close[0]!r}?")
+        if kind == "default" and name in SCALING and parameters[name] is not None:
+            raise UserError(f"rope_parameters={dict(parameters)}: {name} scales angles: give rope_type, such as linear")
 
 
 def _check_factors(parameters: Mapping[str, Any], name: str, pairs: int) -> None:

@@ -301,7 +301,8 @@ class SelfAttention(Operator):
     def _places(x: Tensor, real: Tensor, context: Context) -> Int[Tensor, "batch time"]:
         """Each token's place among the real ones of its row or document."""
         everything = PackedTokens.all_of(x, context.segments)
-        return everything.ordinals(PackedTokens.of(real, context.segments)).view(x.shape[:2]) - 1
+        # What is counted needs no index, which a compiler couldn't look into.
+        return everything.ordinals(PackedTokens(real, None, context.segments)).view(x.shape[:2]) - 1
 
     def _looking(self, chosen: Tensor, context: Context) -> Bool[Tensor, "batch time"]:
         """Which of the chosen tokens look far: where `local` shares this module, those that are not its own."""
@@ -403,7 +404,7 @@ def _count_near_and_far(width: int, options: AttentionOptions, work: Work) -> Co
             "attention scores": work.product * 4 * queried * pairs,
         },
         numbers_kept=2 * kept * held,
-        published=looking * (4 * width * width + 2 * work.length * width),
+        published=(n if work.dense else looking) * (4 * width * width + 2 * work.length * width),
     )
 
 

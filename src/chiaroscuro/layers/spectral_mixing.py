@@ -58,12 +58,18 @@ class SpectralMixing(Operator):
     @classmethod
     def count(cls, width: int, options: Any, work: Work) -> Count:
         """The transform and its inverse, or the inverse alone."""
-        once = transform_operations(width, work.tokens)
+        once = transform_operations(width, work.tokens * work.rows)
         return Count({"dct": work.transform * once * work.tokens * (1 if work.spectrum_at_hand else 2)})
 
 
 def transform_operations(width: int, tokens: int | float) -> int | float:
-    """Operations of one DCT of length d: 2 d² by a matrix product, 2.5 d log₂ d by an FFT; tokens: how many at once."""
+    """Operations of one DCT of length d on a CPU: 2 d² by a matrix product, 2.5 d log₂ d by an FFT.
+
+    Args:
+        width: d.
+        tokens: how many are transformed at once.
+
+    """
     if width <= MATRIX_UP_TO or max(1, tokens) * width**2 <= FEW:
         return 2 * width**2
     return 2.5 * width * math.log2(width)

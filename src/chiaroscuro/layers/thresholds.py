@@ -52,7 +52,7 @@ def shares_to_thresholds(
         raise ValueError(f"share {share!r} of the tokens: must be from 0 to 1")
     position = levels_of(share, operators) * (len(quantiles) - 1)
     lower = position.floor().long().clamp(max=len(quantiles) - 2)
-    table = quantiles.double().cpu()
+    table = quantiles.cpu().double()  # in this order, for Apple's GPUs have no float64
     thresholds = torch.lerp(table[lower], table[lower + 1], position - lower)
     thresholds = torch.stack(
         [_off_atoms(table, place, t) for place, t in zip(position.tolist(), thresholds, strict=True)]
@@ -108,10 +108,11 @@ def between_scores(
 def quantile_table(scores: Float[Tensor, " tokens"]) -> Float[Tensor, " quantiles"]:
     """The table of quantiles of some scores, linear between neighbours (`torch.quantile` stops at 16 M values)."""
     ordered = scores.float().sort().values
-    position = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64, device=scores.device)
-    lower = position.floor().long()
-    upper = position.ceil().long()
-    return torch.lerp(ordered[lower], ordered[upper], (position - lower).float())
+    # Places in float64, which not every device has.
+    position = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64, device="cpu")
+    lower, upper = position.floor().long(), position.ceil().long()
+    part = (position - lower).float()
+    return torch.lerp(ordered[lower.to(scores.device)], ordered[upper.to(scores.device)], part.to(scores.device))
 
 
 def pool_tables(tables: Sequence[Float[Tensor, " quantiles"]], counts: Sequence[float]) -> Float[Tensor, " quantiles"]:
@@ -126,7 +127,7 @@ def pool_tables(tables: Sequence[Float[Tensor, " quantiles"]], counts: Sequence[
     """
     if len(tables) == 1:
         return tables[0]
-    exact = [table.double() for table in tables]
+    exact = [table.cpu().double() for table in tables]
     points = torch.cat(exact).sort().values
     # Where many scores are alike F jumps: both of its values belong to the point.
     levels = torch.zeros(2, len(points), dtype=torch.float64, device=points.device)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from chiaroscuro.errors import UserError
-from chiaroscuro.model.modeling import ChiarForCausalLM
+from chiaroscuro.model.modeling import ChiarForCausalLM, refuse_other_fields
 from chiaroscuro.ops.linear_cross_entropy import IGNORED
 
 Batch = Tensor | Mapping[str, Any]
@@ -68,6 +68,7 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
             raise UserError(
                 "every batch needs input_ids of shape (B, T), one whole number at least: give a list of such batches"
             )
+        refuse_other_fields(fields_of(batch))
         if lists := [name for name, value in fields_of(batch).items() if isinstance(value, list | tuple)]:
             raise UserError(f"{lists[0]} of a batch is a list: give a tensor, one number for each token")
     return given
@@ -121,7 +122,10 @@ def check_predictions(batches: Sequence[Batch], held_out: int) -> None:
 
 
 def check_shapes(batch: Batch, names: Sequence[str]) -> None:
-    """Raise a UserError where one of these fields, or `position_ids`, is not of the shape of `input_ids`."""
+    """Raise a UserError where one of these fields, or `position_ids`, is not of the shape of `input_ids`.
+
+    Labels among them must be whole numbers, too.
+    """
     fields = fields_of(batch)
     ids = fields["input_ids"]
     for name in names:
@@ -129,6 +133,9 @@ def check_shapes(batch: Batch, names: Sequence[str]) -> None:
         if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise UserError(f"{name} of shape {shape} beside input_ids of shape {tuple(ids.shape)}: must be alike")
+    for name in {"labels", "shift_labels"}.intersection(names):
+        if isinstance(given := fields.get(name), Tensor) and given.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"{name} of dtype {given.dtype}: need torch.int64 or torch.int32")
     places = fields.get("position_ids")
     if places is not None and (not isinstance(places, Tensor) or places.shape not in (ids.shape, (1, ids.shape[1]))):
         shape = tuple(places.shape) if isinstance(places, Tensor) else type(places).__name__

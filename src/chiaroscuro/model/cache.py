@@ -155,6 +155,8 @@ class ChiarCache(Cache):
     """
 
     def __init__(self, config: ChiarConfig) -> None:
+        if not isinstance(config, ChiarConfig):
+            raise UserError(f"ChiarCache takes a ChiarConfig, such as model.config, not a {type(config).__name__}")
         if reason := config.uncacheable():
             raise UserError(f"no cache for a model with {reason}: pass use_cache=False")
         super().__init__(layers=[LayerCache() for _ in config.menus])

@@ -7,11 +7,15 @@ A model is a list of layers and a layer is a menu of operators, so one class is 
 import copy
 import math
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from inspect import get_annotations
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -216,6 +220,10 @@ class ChiarConfig(PreTrainedConfig):
         for field in get_annotations(ChiarConfig):
             if hasattr(self, field):
                 setattr(self, field, _plain(getattr(self, field)))
+        self._check_dtype()  # and this, on which the parent would fail
+        labels = _plain(kwargs.get("num_labels"))
+        if labels is not None and not is_whole(labels):
+            raise UserError(f"num_labels={labels!r}: must be a whole number")
         self._check_rope()
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         super().__post_init__(**kwargs)  # fills in rope_parameters
@@ -261,7 +269,7 @@ class ChiarConfig(PreTrainedConfig):
             UserError: an unknown preset or field, or a change that makes the configuration impossible.
 
         """
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise UserError(f"unknown preset {name!r}: {suggest(name, _PRESETS)}")
         fields = copy.deepcopy(_PRESETS[name][1])
         changes = {field: _plain(value) for field, value in changes.items()}
@@ -290,12 +298,23 @@ class ChiarConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers does. What a saved config has beside our fields is kept: only a constructor's is an error."""
+        """As transformers does. What a saved config has beside our fields is kept: only a constructor's is an error.
+
+        Raises:
+            UserError: a keyword is a misspelt field.
+
+        """
+        known = get_annotations(ChiarConfig)
+        for name in kwargs.keys() - known.keys():
+            if close := get_close_matches(name, known, n=1, cutoff=0.85):
+                raise UserError(f"unknown field {name}: did you mean {close[0]}?")
         given = {name: _plain(value) for name, value in kwargs.items()}
         return super().from_dict({**config_dict, _SAVED: True}, **given)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As transformers does, and write the module with which `trust_remote_code=True` finds our classes."""
+        if os.path.isfile(save_directory):
+            raise UserError(f"{save_directory} is a file: name a folder")
         given = getattr(self, "auto_map", None) or {}
         # From the Hub it comes back as "owner/name--module.Class": what is saved has a module of its own.
         self.auto_map = AUTO_MAP | {kind: place for kind, place in given.items() if HUB_MODULE not in str(place)}
@@ -415,6 +434,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a UserError for the first thing that is impossible; the model runs it on what was changed since."""
+        self._check_dtype()
         for field in _POSITIVE:
             self._check_number(field, getattr(self, field))
         for field in _SHARES:
@@ -463,6 +483,17 @@ class ChiarConfig(PreTrainedConfig):
         self._check_router()
         if self.use_cache and (reason := self.uncacheable()):
             raise UserError(f"use_cache=True with {reason}: set use_cache=False")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the parent, which checks the fields that every model has; what it refuses is one line."""
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise UserError(f"{name}={value!r}: {' '.join(str(error).split())}") from None
+
+    def _check_dtype(self) -> None:
+        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UserError(f"dtype={self.dtype!r}: give the name of a type of torch, such as bfloat16")
 
     def _check_rope(self) -> None:
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
@@ -674,7 +705,7 @@ def _as_menus(operators: Any) -> list[list[Any]]:
 
 def _as_thresholds(thresholds: Any) -> list[float]:
     pair = list(thresholds) if isinstance(thresholds, Sequence) and not isinstance(thresholds, str) else []
-    if len(pair) != 2 or not all(is_number(t) for t in pair) or not pair[0] <= pair[1]:
+    if len(pair) != 2 or not all(map(_is_no_nan, pair)) or not pair[0] <= pair[1]:
         raise UserError(f"entropy_thresholds={thresholds!r}: give two numbers [low, high], low ≤ high")
     return [float(t) for t in pair]
 
@@ -702,7 +733,12 @@ def _router_class(router: Any, field: str = "router") -> type[Router]:
 
 
 def _is_finite(value: Any) -> bool:
-    return is_number(value) and math.isfinite(value)
+    """A number that is none of the infinities, as a float: whole ones can be too large for that."""
+    return is_number(value) and abs(value) <= sys.float_info.max
+
+
+def _is_no_nan(value: Any) -> bool:
+    return _is_finite(value) or (isinstance(value, float) and math.isinf(value))
 
 
 _PAPER: dict[str, Any] = {

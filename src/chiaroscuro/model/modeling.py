@@ -3,7 +3,7 @@
 The model knows the batch, the padding, the documents in a row and the cache; its layers learn of them by a `Context`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -63,6 +63,7 @@ _REFUSED = {
     "output_attentions": "attention weights are not returned, and a token sent to another operator has none: use "
     "output_routing=True, which says which operator each token was sent to",
     "head_mask": "heads can't be masked: drop it",
+    **dict.fromkeys(("attn_mask", "padding_mask"), "the mask of padding is called attention_mask"),
 }
 """Keywords that other models take, and that would change the result."""
 
@@ -87,9 +88,27 @@ def refuse_keywords(given: Mapping[str, Any], forward: Callable[..., Any], confi
     if not asked or torch.compiler.is_compiling():
         return
     known = [*signature(forward).parameters, *more]
-    for name in asked:
-        if close := get_close_matches(name, known, n=1, cutoff=0.9):
+    _refuse_misspelt(asked, known)
+
+
+def _refuse_misspelt(names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        close = get_close_matches(name, known, n=1, cutoff=0.9)
+        if close and name not in known:
             raise UserError(f"unknown keyword {name}: did you mean {close[0]}?")
+
+
+def refuse_other_fields(batch: Mapping[str, Any]) -> None:
+    """Refuse the fields of a batch that a forward would refuse: what else it has is its owner's.
+
+    Raises:
+        UserError: there is one.
+
+    """
+    for name, reason in _REFUSED.items():
+        if not (batch.get(name) is None or batch[name] is False):
+            raise UserError(f"{name}: {reason}")
+    _refuse_misspelt(map(str, batch), ["input_ids", "attention_mask", "position_ids", "shift_labels"])
 
 
 def document_positions(
@@ -133,6 +152,13 @@ def _positions(logits_to_keep: Any) -> slice | Tensor:
     return slice(-int(logits_to_keep), None)
 
 
+def _refuse_beyond(kept: Tensor, tokens: Tensor) -> None:
+    """Raise a UserError where logits are wanted of positions that there are not."""
+    time = tokens.shape[1] if tokens.ndim > 1 else 0
+    if kept.numel() and not -time <= int(kept.min()) <= int(kept.max()) < time:
+        raise UserError(f"logits_to_keep={kept.tolist()}: positions of {time} tokens are 0 to {time - 1}")
+
+
 def refuse_no_tensor(name: str, value: Any) -> None:
     """Raise a UserError if this is no tensor."""
     if not isinstance(value, Tensor):
@@ -160,6 +186,12 @@ class ChiarPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
+    def __init__(self, config: ChiarConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, ChiarConfig):
+            raise UserError(f"{type(self).__name__} takes a ChiarConfig, not a {type(config).__name__}")
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
     def post_init(self) -> None:
         """As the parent; and a loaded model keeps the type of what has one of its own."""
         super().post_init()
@@ -178,7 +210,9 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """As ever; beside the weights lies a page that says what the model is, unless there is one."""
         self.config.check()  # what changed since could not be loaded, such as a vocabulary without its special tokens
         writes = args[0] if args else kwargs.get("is_main_process", True)
-        if writes and not Path(save_directory).is_file():  # which the parent refuses in its own words
+        if Path(save_directory).is_file():  # of which the parent only writes into a log
+            raise UserError(f"{save_directory} is a file: name a folder")
+        if writes:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)  # before all is uploaded, if that is asked for
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -372,7 +406,6 @@ class ChiarModel(ChiarPreTrainedModel):
 
     def __init__(self, config: ChiarConfig) -> None:
         super().__init__(config)
-        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.meta_router = None
@@ -593,12 +626,13 @@ class ChiarModel(ChiarPreTrainedModel):
         if torch.compiler.is_compiling() or (cache is None and self.config.execution == "dense"):
             return attention_mask  # whether anything is padded depends on the data, which a compiler can't test
         padded = bool(~attention_mask.all())
-        if cache is not None:
+        if cache is not None and (padded or cache.real is not None):
             cached = attention_mask[:, : cache.tokens_seen]
             if not bool((cached if cache.real is None else cached == cache.real.to(cached.device)).all()):
                 raise UserError(
                     "attention_mask has cached tokens for padding that were real when they were cached, or the other "
-                    "way round: repeat the mask that they came with, or start a new cache"
+                    "way round: repeat the mask that they came with, or start a new cache (generate makes a mask of "
+                    "what is no pad_token_id where it is given none)"
                 )
         return attention_mask if padded or self.config.execution == "dense" else None
 
@@ -761,6 +795,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, BoundedGenerationMixin):
         if isinstance(given, Tensor):  # before a cache or a calibration takes anything up
             self._check_labels(given, self.config.vocab_size, labels=labels, shift_labels=shift_labels)
         kept = _positions(logits_to_keep)
+        if isinstance(kept, Tensor) and isinstance(given, Tensor) and not torch.compiler.is_compiling():
+            _refuse_beyond(kept, given)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -100,7 +100,8 @@ def attend(
         folded = query.view(len(query), key.shape[1], -1, query.shape[-1])
         if mask is not None and mask.shape[1] > 1:
             mask = mask.view(len(mask), key.shape[1], -1, keys)
-        return attend_to_all(folded, key, value, mask, dropout, implementation).view_as(query)
+        mixed = attend_to_all(folded, key, value, mask, dropout, implementation)
+        return mixed.reshape(query.shape)  # no view: some kernels lay heads out otherwise
     if implementation == "sdpa":
         if mask is None and queries != keys:
             if queries == 1:

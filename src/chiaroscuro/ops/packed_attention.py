@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from chiaroscuro.ops.first_derivatives import without_second_derivative
+from chiaroscuro.ops.spectral import HAS_TRITON
 
 CHUNK, LONG_CHUNK = 64, 192
 """Queries of a tile, in rows of fewer than `LONG` keys, and of `LONG` or more. A tile's masked part is half wasted, so
@@ -71,7 +72,7 @@ def prefix_attention(
             if int(lengths.sum()) != len(tokens):
                 raise ValueError(f"{name}_lengths are {int(lengths.sum())} in all, and there are {len(tokens)}")
         return attend_in_parts(query, key, value, [PrefixPart(query_lengths, key_lengths, visible)], scale)
-    if query.device.type == "cuda":
+    if on_a_gpu_with_kernels(query):
         # Not at the top: it imports this module, and loads torch.compile's code generator, which a CPU has no use for.
         from chiaroscuro.ops import packed_attention_cuda
 
@@ -79,6 +80,11 @@ def prefix_attention(
             query, key, value, query_lengths, key_lengths, visible, scale=scale
         )
     return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, scale=scale)
+
+
+def on_a_gpu_with_kernels(x: Tensor) -> bool:
+    """Whether x lies on a GPU that PyTorch compiles kernels for: not so without Triton, as on Windows."""
+    return x.device.type == "cuda" and HAS_TRITON
 
 
 def prefix_attention_by_rows(

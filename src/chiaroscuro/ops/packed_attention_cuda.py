@@ -10,6 +10,7 @@ Flex attention is compiled anew for every pair of lengths, and packed rows have 
 and keys are filled up to a power of two. Nobody sees what is added, and blocks of nothing else cost nothing.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -27,8 +28,14 @@ from chiaroscuro.ops.reach_attention import Far, Near
 BLOCK = 128
 """Queries, and keys, of a block: what flex attention's kernels take by default."""
 
-KERNELS = 128
-"""For so many pairs of lengths kernels are compiled, where PyTorch would stop at 8."""
+KERNELS = 1024
+"""For so many pairs of lengths, types and shapes kernels are compiled, where PyTorch would stop at 8."""
+
+AMPERE = (8, 0)
+"""The compute capability that flash attention asks for."""
+
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""How newer versions of PyTorch are told that heads are grouped, which older ones find out."""
 
 _compiled_flex_attention: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
@@ -47,7 +54,8 @@ def prefix_attention(
     if len(query) == 0:  # which no kernel takes
         return prefix_attention_by_rows(query, key, value, query_lengths, key_lengths, visible, scale=scale)
     width = query.shape[-1]
-    if query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and width % 8 == 0 and width <= 256 and _capability(query) >= AMPERE:
         ordinals = torch.arange(1, len(query) + 1, device=query.device)
         ordinals = ordinals - _row_starts(query_lengths, query_lengths, len(query))
         causal = (query_lengths == key_lengths).all() & (visible == ordinals).all()
@@ -55,7 +63,10 @@ def prefix_attention(
         if is_causal:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
             ends = F.pad(query_lengths.cumsum(0), (1, 0)).int()
-            output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+            grouped = _GROUPED if query.shape[1] != key.shape[1] else {}
+            output = varlen_attn(
+                query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **grouped
+            )
             return cast(Tensor, output)
     start = _row_starts(key_lengths, query_lengths, len(query))
     output = _attend_to_spans(query, key, value, start, start + visible, scale)
@@ -85,13 +96,17 @@ def reach_attention(
     return output
 
 
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device)
+
+
 def _attend_to_spans(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, scale: float | None = None, **more: Any
 ) -> Any:
     """The output (1, h, filled, c) of queries that each see the keys from `start` to before `end`; and what else."""
     mask = span_mask(start, end, len(key))
     queries, keys = mask.shape[-2:]
-    with torch._dynamo.config.patch(recompile_limit=KERNELS):
+    with torch._dynamo.config.patch(recompile_limit=KERNELS, accumulated_recompile_limit=2 * KERNELS):
         return _compiled_flex_attention(
             _fill(query, queries),
             _fill(key, keys),

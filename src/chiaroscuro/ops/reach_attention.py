@@ -29,6 +29,7 @@ from chiaroscuro.ops.packed_attention import (
     additive_mask,
     attend_in_parts,
     heads_first,
+    on_a_gpu_with_kernels,
     prefix_part,
     side_by_side,
 )
@@ -84,7 +85,7 @@ def reach_attention(
 
     """
     places = (query_lengths, key_lengths, query_places, key_places)
-    by_rows = dropout or query.device.type not in ("cpu", "cuda") or len(query) == 0
+    by_rows = dropout or not (query.device.type == "cpu" or on_a_gpu_with_kernels(query)) or len(query) == 0
     if by_rows or (softcap is not None and query.device.type == "cuda"):
         return reach_attention_by_rows(query, key, value, *places, looks, kept, window, sinks, dropout, softcap)
     if query.device.type == "cuda":

@@ -31,7 +31,7 @@ MATRIX_UP_TO = 64
 2.5 d log₂ d, but runs at the full speed of the arithmetic units. `benchmarks/dct.py` measures where they cross."""
 
 FEW = 2**20
-"""With so many multiply-adds or fewer (16 tokens at d = 256) the matrix product is used for longer vectors too: the
+"""With so many multiply-adds or fewer (16 tokens at d = 256) a CPU uses the matrix product for longer vectors too: the
 time of a token decoded alone is that of its calls, not of its arithmetic."""
 
 HAS_TRITON = find_spec("triton") is not None
@@ -223,7 +223,8 @@ def _transform(x: Tensor, *, inverse: bool, keep_half: bool = True) -> Tensor:
         _register_with_the_compiler()
         few = False  # a graph serves every number of tokens, so there only the width decides
     else:
-        few = x.numel() * x.shape[-1] <= FEW
+        # On a GPU the product may run in TF32, and a token alone would get another entropy than among many.
+        few = x.device.type == "cpu" and x.numel() * x.shape[-1] <= FEW
     way = dct_by_matrix if few or x.shape[-1] <= MATRIX_UP_TO else dct_by_fft
     # Autocast would run the matrix product in half precision.
     autocast = torch.is_autocast_enabled(x.device.type)

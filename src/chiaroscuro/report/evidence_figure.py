@@ -201,7 +201,7 @@ def draw_curves(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[floa
             axes.set_title(title, color=INK, fontsize=9, loc="left")
             axes.grid(axis="y", color=GRID, linewidth=0.6)
             quieten(axes, ["top", "right"])
-        axes_of_row[0].set_ylabel("loss of the next 20 steps' text, nats", color=INK, fontsize=8)
+        axes_of_row[0].set_ylabel("training loss since the point before, nats", color=INK, fontsize=8)
     drawn = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     figure.legend(drawn.values(), list(drawn), frameon=False, fontsize=8, loc="outside right center")
     return as_png(figure)

@@ -31,8 +31,8 @@ def draw_fit(found: Mapping[str, Any]) -> bytes:
     for side, (colour, _, dash) in _SIDES.items():
         if found[side] is not None:
             recall.axhline(found[side], color=colour, linestyle=dash, linewidth=0.8, alpha=0.5)
-    lowest = min(_values(found, side, "rank_correlation")[1] for side in _SIDES if found[side] is not None)
-    correlation.set_ylim(min(0.0, min(lowest) - 0.05), 1.02)
+    drawn = (_values(found, side, "rank_correlation")[1] for side in _SIDES if found[side] is not None)
+    correlation.set_ylim(min(0.0, min(value for values in drawn for value in values) - 0.05), 1.02)
     recall.set_ylim(0, 1.02)
     recall.yaxis.set_major_formatter(PercentFormatter(1))
     correlation.set_title("rank correlation", loc="left", color=INK, fontsize=9)

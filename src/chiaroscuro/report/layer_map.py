@@ -38,7 +38,7 @@ def draw_layer_map(rows: Sequence[tuple[str, Sequence[float]]], tokens: Sequence
         parts.append(
             f'<rect y="{y}" width="{len(tokens)}" height="{CELL - 1}"><title>{escape(name)}: {lit:.0%}</title></rect>'
         )
-    label = f"{len(rows)} layers by {len(tokens)} tokens; brighter: more attention"
+    label = f"{len(rows)} layers by {len(tokens)} tokens; brighter: more attention, or kept"
     first, last = (escape(harmless(piece.strip())) for piece in (tokens[0], tokens[-1]))
     return Markup(
         f'<figure class="layer-map"><svg viewBox="0 0 {len(tokens)} {len(rows) * CELL}" preserveAspectRatio="none" '

@@ -18,6 +18,8 @@ _LABELLED = ("1.0", "2.0", "3.0", "4.0", "5.0", "7.0")
 _BASELINE, _LLAMA, _DENSE = INK, "#2b4c9b", "#a32a20"
 # Attention is where the light falls: the less of it, the paler the line.
 _CONTEXTS = {"routed": ("#7a4700", "#b97714", "#e0b15c"), "all": ("#0b665c", "#3f9c90", "#8fcabf")}
+_MARKERS = "ooosDv^"
+"""From the fourth share on a colour comes again, with another marker."""
 
 
 def draw_performance(cells: Sequence[dict[str, Any]]) -> bytes:
@@ -73,7 +75,9 @@ def _tokens(cell: dict[str, Any]) -> int:
 def _style(cell: dict[str, Any], shares: list[float]) -> dict[str, Any]:
     if cell["kind"] == "sparse":
         colours = _CONTEXTS[cell["context"]]
-        colour = colours[min(shares.index(cell["share"]), len(colours) - 1)]
-        return {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.6}
+        number = shares.index(cell["share"])
+        colour = colours[min(number, len(colours) - 1)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        return {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
     colour, dashes = {"baseline": (_BASELINE, "-"), "llama": (_LLAMA, "--"), "dense": (_DENSE, ":")}[cell["kind"]]
     return {"color": colour, "linestyle": dashes, "linewidth": 2.2 if cell["kind"] == "baseline" else 1.6}

@@ -39,7 +39,7 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "router": (
         "Router and transform",
-        "Their share of a routed layer's time, at ρ = 0.25 and sequences of 1024 tokens: the DCT and the entropy of "
+        "Their share of a routed layer's time, at ρ = 0.25 and sequences of {time} tokens: the DCT and the entropy of "
         "all tokens, the choice, and the filter and the inverse transform of the tokens that are sent to dct.",
     ),
     "profile": (
@@ -61,6 +61,7 @@ def render_page(found: dict[str, Any], picture: str) -> str:
     parts = [INTRODUCTION.format(**plan, routed=plan["layers"] - 2, machine=", ".join(where), picture=picture)]
     for task, (title, text) in TITLES.items():
         if cells := [cell for cell in found["cells"] if cell["task"] == task]:
+            text = text.replace("{time}", str(cells[0].get("time", 1024)))
             parts += [f"## {title}\n", f"{text}\n", *_tables(task, cells)]
     return "\n".join(parts)
 

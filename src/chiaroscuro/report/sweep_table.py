@@ -79,11 +79,15 @@ def render_markdown(found: Mapping[str, Any]) -> str:
     ]
     routing = [row for variant in found["variants"] for row in _routing_rows(variant)]
     if routing:
-        null = next(variant["null_entropy"] for variant in found["variants"] if "null_entropy" in variant)
+        routed = [variant for variant in found["variants"] if "null_entropy" in variant]
+        nulls: dict[str, list[str]] = {}
+        for variant in routed:
+            nulls.setdefault(three(variant["null_entropy"]), []).append(variant["name"])
+        null = "; ".join(h if len(nulls) == 1 else f"{h} ({', '.join(names)})" for h, names in nulls.items())
         parts += [
             "## Where the tokens went\n",
             markdown_table(["variant", "layer", "share per operator", "H 5 / 50 / 95 %"], routing),
-            f"Of the last validation, mean over the seeds. White noise of the same width: H {three(null)}.\n",
+            f"Of the last validation, mean over the seeds. White noise of the same width: H {null}.\n",
         ]
     gates = [[variant["name"], _gate(variant["gate"])] for variant in found["variants"] if "gate" in variant]
     if gates:

@@ -3,7 +3,10 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
+
+from chiaroscuro.report.visible import harmless
 
 # As much of an example's text as fits two lines of a terminal.
 CHARACTERS = 160
@@ -29,12 +32,12 @@ def print_task(figures: dict[str, Any], console: Console) -> None:
     if labelled:
         _print_labels(splits, console)
     for example in figures["examples"]:
-        text = " ".join(example["text"].split())
+        text = harmless(" ".join(example["text"].split()))
         shown = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} …"
         answer = (
             example["label"] if labelled else " ".join("." if word is None else word for word in example["targets"])
         )
-        console.print(f"\n{shown}\n→ {answer}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{shown}\n→ {harmless(answer)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_labels(splits: dict[str, Any], console: Console) -> None:
@@ -43,7 +46,7 @@ def _print_labels(splits: dict[str, Any], console: Console) -> None:
     for label in counts:
         shares = (found["labels"][label] / found["rows"] for found in splits.values())
         bar = "█" * round(BAR * counts[label] / max(counts.values()))
-        table.add_row(label, *(f"{share:.1%}" for share in shares), bar)
+        table.add_row(escape(harmless(label)), *(f"{share:.1%}" for share in shares), bar)
     console.print(table)
 
 

@@ -136,7 +136,9 @@ class RoutedModel(MadeClass, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lie a module by which `trust_remote_code=True` finds this library, and a page."""
         writes = args[0] if args else kwargs.get("is_main_process", True)
-        if writes and not Path(save_directory).is_file():  # which the parent refuses in its own words
+        if Path(save_directory).is_file():  # of which the parent only writes into a log
+            raise UserError(f"{save_directory} is a file: name a folder")
+        if writes:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)
             write_hub_module(save_directory)  # before all is uploaded, if that is asked for

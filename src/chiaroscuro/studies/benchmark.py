@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from chiaroscuro.analysis.facts import refuse_beyond_memory
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops, count_llama_flops
 from chiaroscuro.analysis.speed import (
+    DECODED,
     Work,
     decoding,
     forward_pass,
@@ -162,7 +163,7 @@ class Plan:
             num_attention_heads=self.heads,
             operators=operators,
             meta_router="none",
-            max_position_embeddings=2 * max(self.lengths),
+            max_position_embeddings=max(self.lengths) + max(DECODED, *self.lengths),
             **routing,
         )
 
@@ -206,7 +207,7 @@ class Plan:
             return count_llama_flops(self.llama_config(), length, training=training, head=training).total / length
         config = self.config(candidate)
         if task == "decode":
-            return count_decode_flops(config, length, share=candidate.share).total
+            return count_decode_flops(config, length, share=candidate.share, rows=self.batch(length)).total
         training = task == "train"
         return count_flops(config, length, share=candidate.share, training=training, head=training).total / length
 
@@ -263,7 +264,7 @@ def run_benchmark(
         if cells:
             write_bytes(picture, draw_performance(cells))
             write_text(page, render_page(found, picture.name) + closing(found))
-    console.print(f"wrote {results}, {page} and {picture}", highlight=False)
+    console.print(f"wrote {results}, {page} and {picture}", markup=False, highlight=False)
     return found
 
 
@@ -336,7 +337,7 @@ def _measure_profile(plan: Plan, length: int) -> list[dict[str, Any]]:
         if candidate.kind != "dense":
             model = plan.build(candidate, ids)
             for step, make in (("train", training_step), ("forward", forward_pass)):
-                seconds = profile_by_kind(make(model, ids))
+                seconds = profile_by_kind(make(model, ids), plan.device)
                 cells.append(_cell(plan, "profile", length, candidate, {"step": step, "seconds": seconds}))
     return cells
 
@@ -344,11 +345,11 @@ def _measure_profile(plan: Plan, length: int) -> list[dict[str, Any]]:
 def _peak(plan: Plan, candidate: Candidate, length: int) -> int:
     """Of one sequence, in a process of its own."""
     ids = plan.ids(length)[:1]
-    return peak_memory(lambda: training_step(plan.build(candidate, ids), ids))
+    return peak_memory(lambda: training_step(plan.build(candidate, ids), ids), plan.device)
 
 
 def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
-    """The share of the router and the transform in a layer's time, at 1024 tokens a sequence."""
+    """The share of the router and the transform in a layer's time, at 1024 tokens a sequence or the plan's fewer."""
     torch.manual_seed(0)
     share, time = SHARE, min(1024, plan.tokens)
     x = torch.randn(plan.batch(time), time, width, device=plan.device, dtype=getattr(torch, plan.dtype))
@@ -371,6 +372,7 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
                     "length": width,
                     "context": context,
                     "training": training,
+                    "time": time,
                     "layer": asdict(whole),
                     "part": asdict(part),
                     "share_of_layer": part.median / whole.median,

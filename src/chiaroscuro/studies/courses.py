@@ -8,6 +8,7 @@ wikitext2, of the variants with three operators (does one of them collapse?), an
 the gate by task (does it tell text from symbols?). What has not run yet is left out.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chiaroscuro.files import write_bytes
 from chiaroscuro.report.figures import INK, as_png, new_figure, number_steps, quieten
 from chiaroscuro.report.gate_figure import PUBLISHED
 from chiaroscuro.report.palette import styles_of
+from chiaroscuro.studies.command import exit_code
 from chiaroscuro.training import read_records
 
 RUNS, RESULTS = Path("runs/sweeps"), Path("experiments/results")
@@ -74,7 +76,7 @@ def draw_gates(variants: dict[str, list[Path]]) -> bytes:
         axes.axhline(PUBLISHED, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's, {PUBLISHED}")
         for run in runs:
             for task, gate in trace_gates(read_records(run / "metrics.jsonl")).items():
-                axes.plot(gate.steps, gate.gate, color=TASKS[task], linewidth=1.0, label=task)
+                axes.plot(gate.steps, gate.gate, color=TASKS.get(task, INK), linewidth=1.0, label=task)
         axes.set_title(variant, loc="left", color=INK, fontsize=8)
     figure.supylabel("gate g; a line a seed", color=INK, fontsize=9)
     return _finish(figure, panels)
@@ -97,4 +99,4 @@ def _finish(figure: Figure, panels: list[Axes]) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

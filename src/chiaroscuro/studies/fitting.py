@@ -11,7 +11,7 @@ from torch import Tensor
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
-from chiaroscuro.files import refuse_unwritable, write_bytes, write_text
+from chiaroscuro.files import refuse_unwritable, write_bytes
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.report.fit_figure import draw_fit
 from chiaroscuro.retrofitting.fitting import fit
@@ -132,7 +132,8 @@ def fit_copy(
         )
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
-    save_whole(output, model, workspace.tokenizer, workspace.recipe)
-    write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
-    write_bytes(output / PICTURE, draw_fit(found))
+    picture = draw_fit(found)  # before anything is saved: what comes after a copy may not come any more
+    beside = {FIGURES: json.dumps(found, indent=2) + "\n"}
+    save_whole(output, model, workspace.tokenizer, workspace.recipe, beside=beside)
+    write_bytes(output / PICTURE, picture)
     return found

@@ -1,6 +1,8 @@
 """A few steps of the recipes at the paper's own scale, 17 M and 400 M parameters, on a CPU.
 
-    python -m chiaroscuro.studies.paper
+    python -m chiaroscuro.studies.paper DATA
+
+DATA holds WikiText-2 (`wikitext-2/train.txt` and `validation.txt`) and GPT-2's tokenizer (`gpt2/`).
 
 They are meant for GPUs and WikiText-103. That they build and train the paper's models can be seen with less: the same
 recipes with a page of WikiText-2, GPT-2's tokenizer from files, and so few steps that the losses show only that they
@@ -17,13 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
+from chiaroscuro.errors import UserError
 from chiaroscuro.files import write_text
 from chiaroscuro.model.loading import load_checkpoint
 from chiaroscuro.studies.command import exit_code
 from chiaroscuro.training import Recipe, read_records, train
 
 RESULTS = Path("experiments/results/paper/steps.json")
-DATA = Path("../shared/data")
 LINES = {"train": 600, "validation": 20}
 SHORT = ["trainer.epochs=null", "trainer.warmup_steps=1", "trainer.log_every=1", "trainer.save_every=1000"]
 BEGUN = {
@@ -44,12 +46,14 @@ BEGUN = {
 
 def main() -> None:
     """Train a few steps of each, and write its records."""
-    figures = []
+    if len(sys.argv) != 2:
+        raise UserError("give the folder with the text and the tokenizer: python -m chiaroscuro.studies.paper DATA")
+    data, figures = Path(sys.argv[1]), []
     with TemporaryDirectory() as folder:
-        text = a_page(Path(folder) / "text")
+        text = a_page(data, Path(folder) / "text")
         for path, changes in BEGUN.items():
             output = Path(folder) / Path(path).stem
-            common = [f"data.source={text}", f"tokenizer={DATA / 'gpt2'}", f"trainer.output_dir={output}"]
+            common = [f"data.source={text}", f"tokenizer={data / 'gpt2'}", f"trainer.output_dir={output}"]
             recipe = Recipe.load(path, [*SHORT, *changes, *common])
             result = train(recipe, console=Console())
             sizes = {"parameters": result.parameters}
@@ -60,11 +64,11 @@ def main() -> None:
     write_text(RESULTS, json.dumps(figures, indent=1) + "\n")
 
 
-def a_page(folder: Path) -> Path:
+def a_page(data: Path, folder: Path) -> Path:
     """The first lines of WikiText-2."""
     folder.mkdir()
     for split, count in LINES.items():
-        lines = (DATA / "wikitext-2" / f"{split}.txt").read_text(encoding="utf-8").splitlines()[:count]
+        lines = (data / "wikitext-2" / f"{split}.txt").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

@@ -15,7 +15,7 @@ from chiaroscuro.analysis.facts import count_parameters, refuse_beyond_memory
 from chiaroscuro.analysis.flops import count_flops, full_attention
 from chiaroscuro.data.corpora import find_folder
 from chiaroscuro.data.tasks import TextTask
-from chiaroscuro.data.tokenizers import WANTED_TOKENIZERS, load_from_folder
+from chiaroscuro.data.tokenizers import WANTED_TOKENIZERS, load_from_folder, vocabulary_of
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.model import ChiarForCausalLM
 from chiaroscuro.model.config import ChiarConfig
@@ -156,9 +156,8 @@ def plan_run(
 
 
 def _vocabulary(recipe: Recipe) -> int:
-    kind, _, number = recipe.tokenizer.partition(":")
-    if kind == "bpe" and number.isdigit():
-        return int(number)
+    if recipe.tokenizer.startswith("bpe:"):
+        return vocabulary_of(recipe.tokenizer)
     if folder := find_folder(recipe.tokenizer, WANTED_TOKENIZERS):
         return len(load_from_folder(recipe.tokenizer, folder))
     preset = getattr(recipe.model, "preset", None)

@@ -62,14 +62,15 @@ def run_quickstart(output: Path, console: Console) -> dict[str, Any]:
     routed = str(output / "small")
     workspace = Workspace(routed)
     sample = continue_text(workspace.model, workspace.tokenizer, PROMPT, max_new_tokens=60)
-    console.print(f"A sample of {routed}:")
+    console.print(f"A sample of {routed}:", markup=False)
     console.print(f"  {PROMPT}{harmless(sample.text)}\n", markup=False, highlight=False)
     trace = trace_routing(workspace.model, workspace.tokenizer, TEXT)
     print_routing(trace, console)
     page, picture = output / "routing.html", output / "routing.png"
     write_text(page, render_html(trace))
     save_png(trace, picture)
-    console.print(f"\nWhere attention fell in that text: {page} (hover it) and {picture}", highlight=False)
+    where = f"{page} (hover it) and {picture}"
+    console.print(f"\nWhere attention fell in that text: {where}", markup=False, highlight=False)
     return {**figures, "sample": PROMPT + sample.text, "page": str(page), "picture": str(picture)}
 
 

@@ -23,6 +23,7 @@ from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.rbf import self_weights
 from chiaroscuro.data import TokenBlocks
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import write_text
 from chiaroscuro.layers import RBFMixing
 from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.workspace import Workspace
@@ -42,7 +43,7 @@ def main() -> None:
         raise UserError(f"{RUNS} holds no trained model: run chiaroscuro sweep recipes/sweeps/rbf.yaml first")
     figures = [measure(folder) for folder in folders]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(figures, indent=1) + "\n")
     for f in figures:
         console.print(
             f"{f['variant']} seed {f['seed']}: perplexity {f['perplexity']:.2f}, with the other mask "
@@ -51,7 +52,7 @@ def main() -> None:
     chosen = sorted(path.parent for path in THREE_OPERATORS.glob("three operators*/seed-*/model"))
     if chosen:
         weights = [measure_weights(folder) for folder in chosen]
-        RESULTS.with_name("three-operators.json").write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
+        write_text(RESULTS.with_name("three-operators.json"), json.dumps(weights, indent=1) + "\n")
 
 
 def measure_weights(folder: Path) -> dict[str, Any]:

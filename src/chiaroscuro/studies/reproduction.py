@@ -3,8 +3,9 @@
     python -m chiaroscuro.studies.reproduction
 
 Reads experiments/results/*/results.json, which `chiaroscuro sweep recipes/sweeps/NAME.yaml` writes, and counts
-operations itself. A verdict is what its rule, which stands beside the claim, makes of the figures; nothing is typed in
-but the rules and the paper's own numbers. What has not been run yet is said to be missing.
+operations itself. A verdict is what its rule, which stands beside the claim, makes of the figures. The rules and the
+paper's own numbers are written here, and a few facts about both sides in words. What has not been run yet is said to be
+missing.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 from chiaroscuro import ChiarConfig
 from chiaroscuro.analysis.flops import attention_part, compare_protocols
+from chiaroscuro.files import write_text
 from chiaroscuro.ops import null_entropy_quantiles
 from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.statistics import Estimate, compare, compare_ratios, estimate
@@ -84,7 +86,7 @@ class Claim:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+    write_text(PAGE, page())
     print(f"wrote {PAGE}")
 
 
@@ -518,8 +520,8 @@ def begun() -> list[str]:
     lines = [
         "## First steps of the paper's own recipes",
         "",
-        "A few steps on a CPU (`python -m chiaroscuro.studies.paper`), to show that they train; they say nothing of",
-        "the results. The text is a page of WikiText-2; the column says what is changed in the recipe.",
+        "A few steps on a CPU (`python -m chiaroscuro.studies.paper DATA`), to show that they train; they say nothing",
+        "of the results. The text is a page of WikiText-2; the column says what is changed in the recipe.",
         "",
         "| recipe | changed | parameters | tokens a step | after steps | loss |",
         "|---|---|---|---|---|---|",

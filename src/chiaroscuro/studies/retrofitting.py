@@ -191,7 +191,7 @@ def retrofit_copy(
         before = evaluate_blocks(original, blocks, batch_size=1, window=window)
     if saved is not None:
         model = load_checkpoint(str(output))
-        console.print(f"{output} is fitted already: its report is made", highlight=False)
+        console.print(f"{output} is fitted already: its report is made", markup=False, highlight=False)
     else:
         with _saying(console, f"fitting on {rows} rows of {length} tokens"):
             report = fit(model, text.mixture(rows, length), look=look if look < 1 else None, kept=kept)

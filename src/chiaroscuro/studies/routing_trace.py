@@ -56,8 +56,8 @@ def _layers(model: RoutedModel, ids: Int[Tensor, "1 time"]) -> tuple[LayerTrace,
             found.append(LayerTrace(MENU[-1:], (0,) * len(numbers), numbers, (), (1.0,), kept))
         else:
             looking = part_of_heads(looks)
-            far = float(looking.mean())
-            index = tuple((looking > 0).long().tolist())
+            index = tuple((looking > 0).long().tolist())  # by some head at least
+            far = sum(index) / len(index)
             found.append(LayerTrace(MENU, index, numbers, (), (1 - far, far), kept))
     refuse_no_entropy(found)
     return tuple(found)

@@ -8,6 +8,7 @@ import numpy as np
 
 from chiaroscuro.data import load_tokenizer
 from chiaroscuro.data.tasks import LabelledTexts, TokenTargets, tokenize_targets, tokenize_task
+from chiaroscuro.errors import UserError
 
 QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 EXAMPLES = 3
@@ -67,6 +68,8 @@ def _describe_targets(task: TokenTargets, tokenizer: Any, cache_dir: Path | None
     splits = {}
     for split, rows in tokenize_targets(task, tokenizer, WHOLE, cache_dir).items():
         counts = Counter(word for row in task.splits[split] for word in row["targets"] if word is not None)
+        if not counts:
+            raise UserError(f"{task.name}: no row of the {split} split has a target, so there is nothing to predict")
         splits[split] = {
             "rows": len(rows),
             "predictions": counts.total(),

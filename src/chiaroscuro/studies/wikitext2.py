@@ -22,6 +22,7 @@ from rich.console import Console
 
 from chiaroscuro.analysis.perplexity import evaluate_blocks
 from chiaroscuro.analysis.routing_summary import describe_routing
+from chiaroscuro.files import write_text
 from chiaroscuro.report.tables import shares, three
 from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.workspace import Workspace
@@ -59,8 +60,8 @@ def main() -> None:
     console = Console()
     figures = [run_one(name, seed, console) for name, (_, _, seeds) in RUNS.items() for seed in seeds]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(figures), encoding="utf-8")
+    write_text(RESULTS, json.dumps(figures, indent=1) + "\n")
+    write_text(PAGE, page(figures))
     console.print(f"wrote {RESULTS} and {PAGE}")
 
 
@@ -70,6 +71,8 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
     folder = Path(f"runs/wikitext2-{name}-{seed}")
     recipe = Recipe.load(path, [*overrides, f"trainer.seed={seed}", f"trainer.output_dir={folder}"])
     measured = folder / "measured.json"
+    if (folder / "recipe.yaml").is_file():
+        recipe.refuse_to_resume(Recipe.load(folder / "recipe.yaml"))
     if measured.is_file():
         return json.loads(measured.read_text(encoding="utf-8"))
     if not (folder / "model").is_dir():
@@ -90,7 +93,7 @@ def run_one(name: str, seed: int, console: Console) -> dict[str, Any]:
         if workspace.routes:
             figures[split] |= describe_routing(evaluation.routings, model.config.hidden_size, model.config.spectrum)
         console.print(f"{folder} {split}: perplexity {evaluation.perplexity:.2f}")
-    measured.write_text(json.dumps(figures), encoding="utf-8")
+    write_text(measured, json.dumps(figures))
     return figures
 
 

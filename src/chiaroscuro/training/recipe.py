@@ -76,6 +76,9 @@ class LlamaSection(Section):
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A folder to write to; `~` is the user's home."""
 
+LEAST_LEARNING_RATE = 1e-6
+"""What a learning rate falls to, unless its recipe says otherwise."""
+
 LORA = 16
 """The rank with which a retrofitted model is healed, unless its recipe says otherwise."""
 
@@ -88,10 +91,13 @@ class RetrofitSection(Section):
     lora: Count | None = LORA
 
 
+ARCHITECTURES = ("chiar", "llama", "retrofit")
+
+
 def _architecture(section: Any) -> str:
     """Which of the three a `model` section means; the CHIAR-Former unless it says otherwise."""
     named = section.get("architecture") if isinstance(section, Mapping) else getattr(section, "architecture", None)
-    return named if named in ("llama", "retrofit") else "chiar"
+    return named if named in ARCHITECTURES else ARCHITECTURES[0]
 
 
 class DataSection(Section):
@@ -201,7 +207,7 @@ class TrainerSection(Section):
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
-    min_learning_rate: Rate = 1e-6
+    min_learning_rate: Rate = LEAST_LEARNING_RATE
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     learning_rate_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     decay_steps: Annotated[int | float | None, BeforeValidator(_count_or_part)] = None
@@ -576,8 +582,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _suitable_tokenizer(self) -> "Recipe":
-        for data in (self.data, *(self.mixture.tasks.values() if self.mixture else ())):
-            data.build_task().refuse_tokenizer(self.tokenizer)
+        self.data.build_task().refuse_tokenizer(self.tokenizer)
+        for name, data in (self.mixture.tasks if self.mixture else {}).items():
+            try:
+                data.build_task().refuse_tokenizer(self.tokenizer)
+            except UserError as error:
+                raise UserError(
+                    f"mixture.tasks.{name}: {error}; or remove the task, if the text can't be read by such a one"
+                ) from None
         return self
 
     def _llama_config(self, section: LlamaSection, vocab_size: int) -> LlamaConfig:
@@ -665,6 +677,11 @@ class Recipe(Section):
                 )
         if self.calibration.method == "running":
             return {"calibration": "running"}
+        if "attention_share" in changes and getattr(self.model, "preset", None) is not None:
+            raise UserError(
+                f"model.attention_share={changes['attention_share']!r} with calibration.method="
+                f"{self.calibration.method!r}, whose thresholds are fixed and follow no share; remove one of them"
+            )
         measured_or_given = thresholds if self.uses_baseline else self.calibration.thresholds
         assert measured_or_given is not None  # the section's own check, or the caller's measurement
         return {"calibration": "fixed", "entropy_thresholds": list(measured_or_given)}
@@ -1024,7 +1041,7 @@ def one_line(
     """
     first = error.errors(include_url=False)[0]
     # The tag of a union member stands in pydantic's path, but not in the user's file.
-    path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ("chiar", "llama", "retrofit"))]
+    path = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ARCHITECTURES)]
     name, given = ".".join(path), first["input"]
     if not isinstance(content, Mapping):
         return f"a {what} is a mapping of sections: {', '.join(sections[''].model_fields)}"
@@ -1040,6 +1057,8 @@ def one_line(
         return f"{name} is missing from the {what}; set it"
     if first["type"] == "value_error":
         return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    if name == "model.architecture":  # pydantic knows the one section that it took this for
+        return f"{name}={given!r}: {suggest(str(given), ARCHITECTURES)}"
     if first["type"] in ("model_type", "model_attributes_type", "dict_type") and not isinstance(given, Mapping):
         return f"{name}={given!r}: give fields, as in {path[-1]}: {{name: value}}"
     if first["type"] in ("too_short", "string_too_short") and not given:

@@ -36,6 +36,7 @@ from chiaroscuro.model.calibration import paper_thresholds
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
 from chiaroscuro.model.loading import load_checkpoint, load_checkpoint_config, load_checkpoint_tokenizer
+from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.training.adapters import adapted, add_adapters
 from chiaroscuro.training.averaging import Averages
 from chiaroscuro.training.callbacks import FitScores, Reporter, StopOnSignal, TurnDials
@@ -54,7 +55,7 @@ from chiaroscuro.training.checkpoints import (
 )
 from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights, take_over_spread
 from chiaroscuro.training.objectives import Objective, load_objective
-from chiaroscuro.training.recipe import Recipe, RetrofitSection
+from chiaroscuro.training.recipe import LEAST_LEARNING_RATE, Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
 from chiaroscuro.training.sharding import shapes
 from chiaroscuro.training.streaming import read_notes
@@ -468,6 +469,27 @@ def _refuse_idle(recipe: Recipe) -> None:
         raise UserError(
             f"data.shuffle={task.shuffle} goes with data.streaming: true; blocks that are stored are drawn from all"
         )
+    for name, section in recipe.mixture.tasks.items() if recipe.mixture is not None else ():
+        if section.options.get("shuffle", SHUFFLE) != SHUFFLE:
+            raise UserError(f"mixture.tasks.{name}.shuffle goes with streaming, which the text alone can; remove it")
+    least = recipe.trainer.min_learning_rate
+    if recipe.trainer.learning_rate_schedule == "constant" and least != LEAST_LEARNING_RATE:
+        raise UserError(
+            f"trainer.min_learning_rate={least} with learning_rate_schedule: constant, which never falls; remove one"
+        )
+    config = recipe.build_config(vocab_size=256, thresholds=(0.0, 1.0) if recipe.uses_baseline else None)
+    if not isinstance(config, ChiarConfig):
+        return
+    calibration = recipe.calibration
+    if calibration is not None and calibration.method != "running" and not config.routed_layers:
+        raise UserError(
+            f"calibration.method={calibration.method!r} with operators={config.operators}, no layer of which has a "
+            "choice that thresholds could make; set calibration=null"
+        )
+    for side in fitted_sides(config) if recipe.fit is not None else ():
+        _, spread = SPREADS[side]
+        if getattr(config, spread) is not None:
+            raise UserError(f"fit with model.{spread}, which a fit sets (fit.spread) or removes; leave one out")
 
 
 def _refuse_data_parallel(processes: PartialState) -> None:

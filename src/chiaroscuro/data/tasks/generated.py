@@ -1,7 +1,7 @@
 """Tasks whose rows are drawn from a seed: as many different ones as asked for, kept in the cache."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -98,6 +98,11 @@ class GeneratedTask(Task):
         for _ in range(total):
             for _ in range(PATIENCE):
                 row = self.draw(random)
+                if row is not None and (not isinstance(row, Mapping) or set(row) != set(self.columns)):
+                    drawn = (
+                        f"the columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
+                    )
+                    raise UserError(f"{self.name}.draw() gave {drawn}: give {', '.join(self.columns)}")
                 if row is not None and (digest := _digest(row[column])) not in seen:
                     break
             else:

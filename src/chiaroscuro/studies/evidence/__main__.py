@@ -19,7 +19,7 @@ from rich.console import Console
 
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.files import write_bytes, write_text
-from chiaroscuro.layers.operator import is_number
+from chiaroscuro.layers.operator import is_number, is_whole
 from chiaroscuro.studies.command import exit_code
 from chiaroscuro.studies.evidence import classes, equal_time, gain, gate, layers, length
 
@@ -106,13 +106,23 @@ def _refuse_wrong(recipe: Mapping[str, Any], fields: Mapping[str, bool] | None) 
         fields: of its models, and whether they are needed; None where a model is the name of its checkpoint.
 
     """
-    for name in ("tokens", "rows", "length", "share", "seconds"):
-        least = 0 if name == "seconds" else 1e-9
+    for name in ("tokens", "rows", "length"):
+        if name in recipe and not (is_whole(recipe[name]) and recipe[name] > 0):
+            raise UserError(f"{name}={recipe[name]!r}: give a positive whole number")
+    for name, least in (("share", 1e-9), ("seconds", 0)):
         if name in recipe and not (is_number(recipe[name]) and recipe[name] >= least):
             raise UserError(f"{name}={recipe[name]!r}: give a number above 0")
-    for name in ("seeds", "tasks"):
-        if name in recipe and not (isinstance(recipe[name], list) and recipe[name]):
+    lists = [name for name in ("seeds", "tasks") if name in recipe]
+    if not isinstance(recipe.get("lengths", {}), dict):  # of some questions it holds the models of each
+        lists.append("lengths")
+    for name in lists:
+        if not (isinstance(recipe[name], list) and recipe[name]):
             raise UserError(f"{name}={recipe[name]!r}: give a list of one or more")
+        if name != "tasks" and not all(is_whole(number) and number >= 0 for number in recipe[name]):
+            raise UserError(f"{name}={recipe[name]!r}: give whole numbers")
+    retrofitted = recipe.get("retrofitted", {})
+    if not isinstance(retrofitted, dict) or not all(isinstance(file, str) for file in retrofitted.values()):
+        raise UserError(f"retrofitted={retrofitted!r}: give files of results, by name, or {{}} for none")
     models = recipe.get("models", {"": ""})
     if not isinstance(models, dict) or not models:
         raise UserError(f"models={models!r}: give one or more, by name")
@@ -131,7 +141,7 @@ def _refuse_wrong(recipe: Mapping[str, Any], fields: Mapping[str, bool] | None) 
 
 def refuse_missing(recipe: Mapping[str, Any]) -> None:
     """Raise a UserError if a file of results that the recipe names is not there."""
-    for name in (recipe.get("results"), *dict(recipe.get("retrofitted") or {}).values()):
+    for name in (recipe.get("results"), *recipe.get("retrofitted", {}).values()):
         if name is not None and not Path(name).is_file():
             raise UserError(f"{name} can't be read: No such file or directory")
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from chiaroscuro.analysis.flops import count_flops
 from chiaroscuro.analysis.speed import machine, take_turns, training_step
 from chiaroscuro.errors import UserError
+from chiaroscuro.layers.operator import is_whole
 from chiaroscuro.report.evidence_figure import draw_curves
 from chiaroscuro.studies.statistics import Comparison, compare, estimate
 from chiaroscuro.studies.workspace import Workspace
@@ -69,6 +70,8 @@ def refuse_wrong(recipe: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"lengths.{length}.{name}: give its run and its seeds, and after which model it began, if any"
                 )
+            if not isinstance(given["seeds"], list) or not all(map(is_whole, given["seeds"])):
+                raise UserError(f"lengths.{length}.{name}.seeds={given['seeds']!r}: give a list of whole numbers")
             before = [name]
             while (earlier := models[before[-1]].get("after")) is not None:
                 if earlier in before:
@@ -131,6 +134,10 @@ def draw(found: Mapping[str, Any]) -> bytes:
     return draw_curves(rows)
 
 
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 def _mean(model: Mapping[str, Any]) -> list[tuple[int, float]]:
     """The curve of a model: the mean of its seeds, which were recorded after the same tokens."""
     curves: Sequence[Any] = [seed["curve"] for seed in model["seeds"].values()]
@@ -141,10 +148,12 @@ def answer(found: Mapping[str, Any]) -> list[str]:
     """The answer and its figures, as Markdown."""
     baseline = found["baseline"]
     lines = [
-        f"The time of a step was measured on one core ({found['machine']['cpu']}) with the models of a length taking "
-        "turns. *Whole training* is that of the run "
-        f"and of the one it goes on from, as a part of that of *{baseline}*. The loss at the end is a mean over seeds "
-        "with its standard deviation; the difference is the mean over seeds with its 95% interval.",
+        f"The time of a step was measured on {found['machine']['cpu']} with {_threads(found['machine']['threads'])}, "
+        "the models of a length taking turns. *Whole training* is that of the run "
+        f"and of the one it goes on from, as a part of that of *{baseline}*, every step at the shares that the run "
+        "ends with: one that begins with everybody looking far, and is fitted on the way, costs more than it says. The "
+        "loss at the end is a mean over seeds with its standard deviation; the difference is the mean over seeds with "
+        "its 95% interval.",
         "",
     ]
     for length, models in found["lengths"].items():
