@@ -851,12 +851,12 @@ def test_a_cache_of_other_rows_than_the_input(shape: tuple[int, int]) -> None:
 def test_a_crop_takes_from_each_row_what_that_one_got() -> None:
     """Rows of as many real tokens, of which one has padding at the end and the other at the beginning."""
     model = build(ChiarConfig(**NEAR_AND_FAR | {"router": "random", "kv_router": "random"}))
-    ids, mask, following = tokens(0, 2, 12), torch.ones(2, 12), tokens(1, 2, 4)
+    ids, mask, following = tokens(0, 2, 12), torch.ones(2, 12).long(), tokens(1, 2, 4)
     mask[0, -1] = mask[1, 0] = 0
     cache = ChiarCache(model.config)
     model(ids, attention_mask=mask, cache=cache)
     cache.crop(-1)
-    real = torch.cat([mask[:, :11], torch.ones(2, 4)], 1)
+    real = torch.cat([mask[:, :11], torch.ones_like(following)], 1)
     found = model(following, attention_mask=real, cache=cache).logits
     wanted = model(torch.cat([ids[:, :11], following], 1), attention_mask=real, use_cache=False).logits[:, 11:]
     torch.testing.assert_close(found, wanted, atol=ATOL, rtol=0)

@@ -46,13 +46,6 @@ def test_of_a_classifier_and_of_a_retrofitted_model(tmp_path: Path) -> None:
     assert "| routed layers | 2 |" in card
 
 
-def test_a_file_in_place_of_the_folder_stays(tmp_path: Path) -> None:
-    (tmp_path / "model").write_text("")
-    config = ChiarConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=3)
-    ChiarForCausalLM(config).save_pretrained(tmp_path / "model")  # transformers says so in the log
-    assert (tmp_path / "model").read_text() == ""
-
-
 def test_a_share_is_told_where_the_model_follows_one() -> None:
     fields = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
     for changes in ({"router": "soft"}, {"entropy_thresholds": [0.8, 0.9], "calibration": "fixed"}):

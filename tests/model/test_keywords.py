@@ -60,6 +60,7 @@ def test_logits_are_of_positions_that_there_are() -> None:
     assert model(tokens(0, 2, 12), logits_to_keep=torch.tensor([11, -1, 3])).logits.shape[1] == 3
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_no_config_is_one_line() -> None:
     with pytest.raises(UserError, match="ChiarForCausalLM takes a ChiarConfig, not a LlamaConfig"):
         ChiarForCausalLM(LlamaConfig())

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -60,6 +59,9 @@ _POSITIVE = (
 _INTEGERS = _POSITIVE[:-1]
 # Far beyond any model; products of these still fit the 64 bits of a tensor's size.
 _LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "intermediate_size": 2**26}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+"""What a classifier's `problem_type` may be, beside None."""
+
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SHARES = ("attention_share", "kv_share", "hidden_dropout", "attention_dropout")
 _SPREADS = dict(SPREADS.values())
@@ -220,7 +222,7 @@ class ChiarConfig(PreTrainedConfig):
         for field in get_annotations(ChiarConfig):
             if hasattr(self, field):
                 setattr(self, field, _plain(getattr(self, field)))
-        self._check_dtype()  # and this, on which the parent would fail
+        self._check_library_fields()
         labels = _plain(kwargs.get("num_labels"))
         if labels is not None and not is_whole(labels):
             raise UserError(f"num_labels={labels!r}: must be a whole number")
@@ -434,7 +436,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a UserError for the first thing that is impossible; the model runs it on what was changed since."""
-        self._check_dtype()
+        self._check_library_fields()
         for field in _POSITIVE:
             self._check_number(field, getattr(self, field))
         for field in _SHARES:
@@ -484,16 +486,14 @@ class ChiarConfig(PreTrainedConfig):
         if self.use_cache and (reason := self.uncacheable()):
             raise UserError(f"use_cache=True with {reason}: set use_cache=False")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As the parent, which checks the fields that every model has; what it refuses is one line."""
-        try:
-            super().__setattr__(name, value)
-        except StrictDataclassFieldValidationError as error:
-            raise UserError(f"{name}={value!r}: {' '.join(str(error).split())}") from None
-
-    def _check_dtype(self) -> None:
+    def _check_library_fields(self) -> None:
+        """Refuse what transformers would fail on, of the fields that every model has."""
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UserError(f"dtype={self.dtype!r}: give the name of a type of torch, such as bfloat16")
+        if self.id2label is not None and not isinstance(self.id2label, Mapping):
+            raise UserError(f"id2label={self.id2label!r}: give a mapping, as in {{0: neg, 1: pos}}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise UserError(f"problem_type={self.problem_type!r}: {suggest(str(self.problem_type), PROBLEM_TYPES)}")
 
     def _check_rope(self) -> None:
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, Mapping):
