@@ -57,6 +57,13 @@ def test_without_a_task_it_is_the_language_model() -> None:
     )
 
 
+def test_generation_computes_the_last_logits_alone() -> None:
+    model, computed = mixed(), []
+    model.lm_head.register_forward_hook(lambda module, given, logits: computed.append(logits.shape[1]))
+    model.generate(tokens(0, 1, 6), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert computed == [1, 1, 1]
+
+
 def test_the_losses_are_added_and_both_teach_the_whole_trunk() -> None:
     model, (ids, mask) = mixed().train(), masked(1)
     text, labels = tokens(2), torch.tensor([0, 9, 4])

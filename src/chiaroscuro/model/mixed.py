@@ -52,6 +52,7 @@ class ChiarForMixedTasks(ChiarForCausalLM):
         labels: Int[Tensor, "batch time"] | Int[Tensor, " batch"] | None = None,
         beside: Mapping[str, Any] | None = None,
         return_dict: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
         **others: Any,
     ) -> ChiarCausalLMOutput | ChiarSequenceClassifierOutput:
         """Predict the next tokens, or a task's label.
@@ -64,6 +65,8 @@ class ChiarForMixedTasks(ChiarForCausalLM):
             beside: with language modelling, the arguments of a second forward, whose loss is added. A step of mixed
                 training is then one call, as DDP needs it to know which parameters are used.
             return_dict: False for a plain tuple.
+            logits_to_keep: of a text, see `ChiarForCausalLM.forward`; named here for generation, which asks by it for
+                the last logits alone.
             others: see `ChiarForCausalLM.forward`, or for a task `ChiarForSequenceClassification.forward`. For a
                 task, too, `num_items_in_batch` divides the sum of the losses. transformers' Trainer counts `labels`
                 without the first, as for a text; it counts `shift_labels` as they are, so pass a task's labels under
@@ -78,6 +81,8 @@ class ChiarForMixedTasks(ChiarForCausalLM):
 
         """
         others |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        if task is None or not isinstance(logits_to_keep, int) or logits_to_keep:
+            others["logits_to_keep"] = logits_to_keep
         if task is not None:
             if beside is not None:
                 raise UserError(f"beside with task={task!r}: a second forward goes with language modelling only")

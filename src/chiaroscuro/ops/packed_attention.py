@@ -382,8 +382,8 @@ class PrefixOfRows(Part):
         kernel: "Kernel",
     ) -> Sequence[Tensor]:
         """Over the same tiles."""
-        grad = self._of_queries.fill(grad, zeros=True)
-        output, normaliser = self._of_queries.fill(output), self._of_queries.fill(normaliser)
+        grad = self._of_queries.fill(side_by_side(grad), zeros=True)
+        output, normaliser = self._of_queries.fill(side_by_side(output)), self._of_queries.fill(normaliser)
         grad, output, normaliser = (x.transpose(1, 2) for x in (grad, output, normaliser))
         query, key, value = self._filled(query, key, value)
         totals = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
