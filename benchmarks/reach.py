@@ -20,7 +20,7 @@ from rich.console import Console
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM
 from chiaroscuro.allocator import keep_freed_memory
 from chiaroscuro.analysis.flops import count_decode_flops, count_flops
-from chiaroscuro.analysis.speed import decoding, forward_pass, machine, take_turns, training_step
+from chiaroscuro.analysis.speed import code_version, decoding, forward_pass, machine, take_turns, training_step
 from chiaroscuro.model.calibration import calibrate
 
 RESULTS = Path("benchmarks/results/reach.json")
@@ -69,7 +69,8 @@ def measure(task: str, length: int, batch: int) -> list[dict[str, Any]]:
     timings = take_turns({name: make(model, ids) for name, model in models.items()}, 10.0)
     cells = []
     for name, model in models.items():
-        cell = {"task": task, "length": length, "batch": batch, "candidate": name, **asdict(timings[name])}
+        cell = {"code": code_version(), "task": task, "length": length, "batch": batch, "candidate": name}
+        cell |= asdict(timings[name])
         cell["ratio"] = timings["full attention"].median / timings[name].median
         cell["predicted"] = _operations(models["full attention"], task, length) / _operations(model, task, length)
         if task == "decode":

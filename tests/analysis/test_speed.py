@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.analysis.speed import (
     DECODED,
+    code_version,
     decoding,
     forward_pass,
     profile_by_kind,
@@ -30,6 +33,16 @@ def ours(**changes: object) -> ChiarForCausalLM:
 
 def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=2, intermediate_size=32))
+
+
+def test_figures_say_of_which_code_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        assert code_version.__wrapped__() in (commit, f"{commit}-dirty")
+    monkeypatch.setenv("PATH", "")  # where there is no git, and no clone
+    assert code_version.__wrapped__() == metadata.version("chiaroscuro")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from chiaroscuro import UserError
 from chiaroscuro.analysis.flops import count_flops
+from chiaroscuro.analysis.speed import code_version
 from chiaroscuro.studies import benchmark
 from chiaroscuro.studies.benchmark import Candidate, Plan, run_benchmark
 
@@ -63,6 +64,7 @@ def test_the_page_shows_every_cell_and_the_plot(measured: tuple[dict[str, Any], 
     for cell in found["cells"]:
         assert f"**{cell['ratio']:.2f}×** [{cell['predicted']:.2f}]" in page
     assert "![" in page and "(page.png)" in page
+    assert f"with version {code_version()}." in page
     assert (folder / "page.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,10 +8,13 @@ and ratios of medians.
 import os
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -263,6 +266,17 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | {"torch": torch.__version__}
+
+
+@cache
+def code_version() -> str:
+    """The code that is measured: in a clone its commit, with "-dirty" where files differ from it; else the version."""
+    root = Path(__file__).parents[3]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):
+            commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+            return subprocess.run(commit, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return metadata.version("chiaroscuro")
 
 
 def _lines(path: str) -> list[str]:

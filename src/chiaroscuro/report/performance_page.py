@@ -58,6 +58,8 @@ def render_page(found: dict[str, Any], picture: str) -> str:
         f"PyTorch {host['torch']}",
         *([host["gpu"]] if "gpu" in host else []),
     ]
+    if codes := sorted({cell["code"] for cell in found["cells"] if "code" in cell}):
+        where.append(f"with {'version' if len(codes) == 1 else 'versions'} {', '.join(codes)}")
     parts = [INTRODUCTION.format(**plan, routed=plan["layers"] - 2, machine=", ".join(where), picture=picture)]
     for task, (title, text) in TITLES.items():
         if cells := [cell for cell in found["cells"] if cell["task"] == task]:

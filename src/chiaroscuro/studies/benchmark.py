@@ -26,6 +26,7 @@ from chiaroscuro.analysis.flops import count_decode_flops, count_flops, count_ll
 from chiaroscuro.analysis.speed import (
     DECODED,
     Work,
+    code_version,
     decoding,
     forward_pass,
     machine,
@@ -368,6 +369,7 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
             whole, part = timings.pop("layer"), timings.pop("router and transform")
             cells.append(
                 {
+                    "code": code_version(),
                     "task": "router",
                     "length": width,
                     "context": context,
@@ -384,6 +386,7 @@ def _measure_router(plan: Plan, width: int) -> list[dict[str, Any]]:
 
 def _cell(plan: Plan, task: str, length: int, candidate: Candidate, figures: dict[str, Any]) -> dict[str, Any]:
     return {
+        "code": code_version(),
         "task": task,
         "length": length,
         "batch": plan.batch(length),
