@@ -13,14 +13,16 @@ import torch
 from served_models import retrofitted
 
 from byte_tokenizer import byte_tokenizer
-from chiaroscuro import UserError, calibrate, retrofit
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, calibrate, retrofit
 from chiaroscuro.app import measuring, page, reading
 from chiaroscuro.app.reading import MOST, read, take_up
 from chiaroscuro.app.runs import curves, find_runs, table_of
 from chiaroscuro.app.served import Served, serve
 from chiaroscuro.app.view import LOSS, ROUTING, draw_panels, draw_reading, draw_written, summary, tip_of
 from chiaroscuro.app.writing import _piece, write
+from chiaroscuro.layers.router import Decision
 from chiaroscuro.retrofitting.inside import noting_decisions
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.retrofitting.whole import without_routing
 from decoders import build
 
@@ -193,8 +195,6 @@ def test_a_character_of_several_tokens_is_written_whole() -> None:
 
 
 def test_a_model_without_a_cache_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from chiaroscuro import ChiarConfig, ChiarForCausalLM
-
     tokenizer: Any = byte_tokenizer()
     torch.manual_seed(0)
     config = ChiarConfig(
@@ -239,6 +239,60 @@ def test_a_token_tells_what_is_known_of_it(served: Served) -> None:
     assert "of the layers that choose" in tip_of(reading, 20, None)
     assert "are kept" in summary(reading, "small")
     assert "routes nothing" in summary(read(plain(), take_up(plain(), TEXT)), "plain")
+
+
+def test_of_three_operators_the_costliest_alone_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer: Any = byte_tokenizer()
+    torch.manual_seed(0)
+    config = ChiarConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, operators=[["dct", "rbf", "attention"]]
+    )
+    three = Served(ChiarForCausalLM(config), tokenizer, "three")
+    found = read(three, take_up(three, TEXT))
+    index = found.layers[0].index
+    assert set(index) == {0, 1, 2}
+    assert found.attention == tuple(float(i == 2) for i in index)
+    assert f" {index.count(2) / len(index):.1%} got the costliest operator" in summary(found, "three")
+    assert "attention in 0% of the layers" in tip_of(found, index.index(1), None)
+    for number in range(3):
+        monkeypatch.setattr(three.model.model.layers[0].router, "forward", always(number))
+        *_, (ours, _) = write(three, "the light", look=None, kept=None, most=2)
+        assert ours.levels == (float(number == 2),) * 2
+
+
+def always(number: int) -> Callable[..., Decision]:
+    return lambda x, entropy, context=None: Decision(torch.full(x.shape[:2], number))
+
+
+def test_where_all_look_it_is_said_who_is_kept() -> None:
+    served = plain()
+    retrofit(served.model, window=8, sinks=1, attention_share=1.0, kv_share=0.5, router="norm", kv_router="norm")
+    calibrate(served.model, [torch.randint(3, 200, (2, 128))])
+    found = read(served, take_up(served, TEXT))
+    assert found.attention is None and found.kept is not None and found.level == found.kept
+    tip = tip_of(found, 20, None)
+    assert f"kept in {found.kept[20]:.0%} of the layers that choose" in tip and "attention in" not in tip
+    assert ": kept: " in draw_reading(found, None, ROUTING) and "costliest" not in summary(found, "copy")
+    assert "layer 9 chooses nothing" in tip_of(found, 20, 8)
+
+
+def test_full_attention_s_memory_is_that_of_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured of what is saved, and that a model is whole for a while is not."""
+    seen = []
+    monkeypatch.setattr(measuring, "SECONDS", 0.01)
+    monkeypatch.setattr(measuring, "LENGTHS", (32,))
+    monkeypatch.setattr(measuring, "prefill_memory", lambda model, length: seen.append(isinstance(model, RoutedModel)))
+    served = retrofitted()
+    list(measuring.measure(served, None, None))
+    assert seen == [True, False] and isinstance(served.model, RoutedModel)
+
+
+@pytest.mark.parametrize("text", ["語" * 5000, "x" * 2**20])
+def test_of_a_long_file_the_beginning_is_shown(tmp_path: Path, text: str) -> None:
+    """No character of several tokens is cut in two, and no more is read than can be shown."""
+    served = retrofitted()
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    assert measuring.shares_of_file(served, tmp_path / "long.txt", None, None)
 
 
 def test_it_measures_what_a_model_costs(
