@@ -31,8 +31,7 @@ def draw_fit(found: Mapping[str, Any]) -> bytes:
     for side, (colour, _, dash) in _SIDES.items():
         if found[side] is not None:
             recall.axhline(found[side], color=colour, linestyle=dash, linewidth=0.8, alpha=0.5)
-    drawn = (_values(found, side, "rank_correlation")[1] for side in _SIDES if found[side] is not None)
-    correlation.set_ylim(min(0.0, min(value for values in drawn for value in values) - 0.05), 1.02)
+    correlation.set_ylim(bottom_of(found), 1.02)
     recall.set_ylim(0, 1.02)
     recall.yaxis.set_major_formatter(PercentFormatter(1))
     correlation.set_title("rank correlation", loc="left", color=INK, fontsize=9)
@@ -41,6 +40,12 @@ def draw_fit(found: Mapping[str, Any]) -> bytes:
     handles, labels = correlation.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     return as_png(figure)
+
+
+def bottom_of(found: Mapping[str, Any]) -> float:
+    """Where the axis of the correlations begins: at 0, or below the lowest of either side."""
+    drawn = (_values(found, side, "rank_correlation")[1] for side in _SIDES if found[side] is not None)
+    return min(0.0, min(value for values in drawn for value in values) - 0.05)
 
 
 def _values(found: Mapping[str, Any], side: str, figure: str) -> tuple[list[int], list[float]]:
