@@ -301,7 +301,10 @@ def test_the_recipes_ask_what_is_known() -> None:
             "question: length\ntokens: 64\nlengths: [64]\nseeds: []\nmodels: {a: b}",
             "seeds=[]: give a list of one or more",
         ),
-        ("question: length\ntokens: x\nlengths: [64]\nseeds: [0]\nmodels: {a: b}", "tokens='x': give a number above 0"),
+        (
+            "question: length\ntokens: x\nlengths: [64]\nseeds: [0]\nmodels: {a: b}",
+            "tokens='x': give a positive whole number",
+        ),
         (
             "question: length\ntokens: 64\nlengths: [64]\nseeds: [0]\nmodels: {a: {checkpoint: b}}",
             "models.a={'checkpoint': 'b'}: give the name of its checkpoint",

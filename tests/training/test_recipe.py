@@ -253,7 +253,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         with_changes(mixture={"ratio": 0.5, "tasks": {"recall": {"task": "mqar"}}}),
-        ["mixture.tasks.recall: tokenizer='bpe:300' with the task mqar", "remove the task"],
+        ["mixture.tasks.recall: tokenizer='bpe:8192' with the task mqar", "remove the task"],
     ),
     (with_changes(model={"preset": "small", "rope_theta": 10**400}), ["model: rope_theta=1000"]),
     (

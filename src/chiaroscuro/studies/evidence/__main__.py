@@ -112,10 +112,8 @@ def _refuse_wrong(recipe: Mapping[str, Any], fields: Mapping[str, bool] | None) 
     for name, least in (("share", 1e-9), ("seconds", 0)):
         if name in recipe and not (is_number(recipe[name]) and recipe[name] >= least):
             raise UserError(f"{name}={recipe[name]!r}: give a number above 0")
-    lists = [name for name in ("seeds", "tasks") if name in recipe]
-    if not isinstance(recipe.get("lengths", {}), dict):  # of some questions it holds the models of each
-        lists.append("lengths")
-    for name in lists:
+    lists = ("seeds", "tasks") if "baseline" in recipe else ("seeds", "tasks", "lengths")  # or the models of each
+    for name in set(lists) & recipe.keys():
         if not (isinstance(recipe[name], list) and recipe[name]):
             raise UserError(f"{name}={recipe[name]!r}: give a list of one or more")
         if name != "tasks" and not all(is_whole(number) and number >= 0 for number in recipe[name]):
