@@ -190,7 +190,7 @@ class ReachState(OperatorState):
                 self.far += 1
                 self._least = self._most = self._most + 1
             return
-        # For every row; where the token is not kept the next one takes the slot. A scatter costs a tenth of an index.
+        # For every row; where the token is not kept the next one takes the slot.
         slot = (self.window + self.far)[:, None, None, None].expand_as(leaving[..., None, :])
         self.vectors.scatter_(3, slot, self._left[:, :, :, place % REMEMBERED, None])
         self.far += 1 if place < self.sinks else kept
