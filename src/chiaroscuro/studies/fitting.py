@@ -132,7 +132,7 @@ def fit_copy(
         )
     found = {"data": named.name, "split": split, "length": length, "hidden": hidden}
     found |= fit(model, batches, look=look, kept=kept, hidden=hidden, budget=budget).figures()
-    picture = draw_fit(found)  # before anything is saved: what comes after a copy may not come any more
+    picture = draw_fit(found)  # before anything is saved, so that little is left to do after it
     beside = {FIGURES: json.dumps(found, indent=2) + "\n"}
     save_whole(output, model, workspace.tokenizer, workspace.recipe, beside=beside)
     write_bytes(output / PICTURE, picture)
