@@ -14,10 +14,11 @@ from statistics import mean
 
 import pytest
 import typer
-from benchmarks import speed
+from benchmarks import choices, speed
 from pages import ROOT, blocks, pages
 
 from chiaroscuro.cli import app
+from chiaroscuro.ops import packed_attention
 from chiaroscuro.report.performance_page import render_page
 from chiaroscuro.studies import wikitext2
 
@@ -143,6 +144,19 @@ def test_the_results_page_is_of_the_committed_results() -> None:
     assert (ROOT / wikitext2.PAGE).read_text("utf-8") == wikitext2.page(
         json.loads((ROOT / wikitext2.RESULTS).read_text())
     )
+
+
+def test_the_committed_choices_are_those_that_the_code_makes() -> None:
+    """Each against what it was chosen over, the chosen way first."""
+    found = json.loads(choices.RESULTS.read_text(encoding="utf-8"))["ratio"]
+    assert found.keys() == choices.CHOICES.keys()
+    constants = {
+        "ops/packed_attention.py, CHUNK, T = 1024": packed_attention.CHUNK,
+        "ops/packed_attention.py, LONG_CHUNK, T = 8192": packed_attention.LONG_CHUNK,
+        "ops/linear_cross_entropy.py, CHUNK": choices.LOSS.CHUNK,
+    }
+    for name, constant in constants.items():
+        assert next(iter(found[name])) == f"{constant:,}"
 
 
 def test_the_performance_page_is_of_the_committed_results() -> None:
