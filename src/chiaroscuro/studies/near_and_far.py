@@ -160,9 +160,9 @@ TASKS = (
         "Passkey",
         "A number of four digits in a long text of noise, and a question for it at the end (RULER's single needle). "
         "All models, the hybrids too, go on from one of full attention that has learned the task. Whether one learns "
-        "it in so many steps depends on the seed and the machine. On one machine seeds 1 to 5 were tried, and only 2 "
-        "learned it: two were below 40% after the short rows, and two at 68% after the long ones. Seed 2 here is of "
-        "that machine. Seeds 0 and 1 were trained on another one.",
+        "it in so many steps depends on the seed and the machine. On one machine seeds 1 to 9 were tried, and only 2 "
+        "learned it. Of the others five were stopped after the short rows, at 37, 38, 78, 79 and 87%, and three after "
+        "the long ones, at 68, 68 and 84%. Seed 2 here is of that machine. Seeds 0 and 1 were trained on another one.",
         (ACCURACY,),
     ),
 )
