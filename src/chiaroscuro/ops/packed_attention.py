@@ -221,31 +221,52 @@ class Piece:
 
 
 class TiledPart(Part):
-    """A part that goes tile by tile: so many queries at once, against one or more pieces of keys."""
+    """A part that goes tile by tile: so many queries at once, against one or more pieces of keys.
+
+    The kernel takes the packed line as a batch of one row; a subclass may make a batch of more of it.
+    """
 
     @abstractmethod
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
         """The queries of each tile, and the pieces that together are the keys they see."""
 
+    def queries_as_batch(self, x: Tensor, zeros: bool = False) -> Tensor:
+        """(batch, tokens, …) of something that each query has; zeros where a row of the batch has no query."""
+        return x[None]
+
+    def keys_as_batch(self, x: Tensor) -> Tensor:
+        """(batch, tokens, …) of something that each key has."""
+        return x[None]
+
+    def queries_packed(self, x: Tensor) -> Tensor:
+        """What `queries_as_batch` made a batch of, packed again."""
+        return x[0]
+
+    def keys_packed(self, x: Tensor) -> Tensor:
+        """What `keys_as_batch` made a batch of, packed again."""
+        return x[0]
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: "Kernel") -> tuple[Tensor, Tensor]:
         """Tile by tile, the pieces merged by their normalisers."""
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        normaliser = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        query, key, value = self._heads_first(query, key, value)
+        batch, heads, tokens, width = query.shape
+        output = query.new_empty(batch, tokens, heads, width).transpose(1, 2)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        normaliser = query.new_empty(batch, tokens, heads, dtype=wide).transpose(1, 2)
         for rows, pieces in self.tiles(query.dtype):
             merged: tuple[Tensor, Tensor] | None = None
             for piece in pieces:
-                out, lse = kernel.forward(
-                    heads_first(query[rows]),
-                    heads_first(key[piece.keys]),
-                    heads_first(value[piece.keys]),
+                own = kernel.forward(
+                    query[:, :, rows],
+                    key[:, :, piece.keys],
+                    value[:, :, piece.keys],
                     piece.mask,
                     causal=piece.causal,
                 )
-                out, lse = out[0].transpose(0, 1), lse[0].T
-                merged = (out, lse) if merged is None else _merge(*merged, out, lse)
+                merged = own if merged is None else _merge(*merged, *own)
             if merged is not None:
-                output[rows], normaliser[rows] = merged
-        return output, normaliser
+                output[:, :, rows], normaliser[:, :, rows] = merged
+        return self.queries_packed(output.transpose(1, 2)), self.queries_packed(normaliser.transpose(1, 2))
 
     def backward(
         self,
@@ -258,22 +279,32 @@ class TiledPart(Part):
         kernel: "Kernel",
     ) -> Sequence[Tensor]:
         """Over the same tiles."""
+        grad = self.queries_as_batch(side_by_side(grad), zeros=True).transpose(1, 2)
+        output = self.queries_as_batch(side_by_side(output)).transpose(1, 2)
+        normaliser = self.queries_as_batch(normaliser).transpose(1, 2)
+        query, key, value = self._heads_first(query, key, value)
         totals = [torch.zeros_like(x) for x in (query, key, value)]
         for rows, pieces in self.tiles(query.dtype):
             for piece in pieces:
                 gradients = kernel.backward(
-                    heads_first(grad[rows]),
-                    heads_first(query[rows]),
-                    heads_first(key[piece.keys]),
-                    heads_first(value[piece.keys]),
-                    heads_first(output[rows]),
-                    normaliser[rows].T[None],
+                    grad[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, piece.keys],
+                    value[:, :, piece.keys],
+                    output[:, :, rows],
+                    normaliser[:, :, rows],
                     piece.mask,
                     causal=piece.causal,
                 )
                 for total, place, part in zip(totals, (rows, piece.keys, piece.keys), gradients, strict=True):
-                    total[place] += part[0].transpose(0, 1)
-        return totals
+                    total[:, :, place] += part
+        to_query, *to_keys = (total.transpose(1, 2) for total in totals)
+        return [self.queries_packed(to_query), *map(self.keys_packed, to_keys)]
+
+    def _heads_first(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """(batch, heads, tokens, c) of each."""
+        keys = (self.keys_as_batch(side_by_side(x)) for x in (key, value))
+        return [x.transpose(1, 2) for x in (self.queries_as_batch(side_by_side(query)), *keys)]
 
 
 class PrefixPart(TiledPart):
@@ -315,7 +346,7 @@ class PrefixPart(TiledPart):
             yield tile.queries, pieces
 
 
-class PrefixOfRows(Part):
+class PrefixOfRows(TiledPart):
     """`PrefixPart` of rows that have about as many queries: a tile is of all rows, a batch to the kernel.
 
     Shorter rows are filled up: with queries whose results are dropped, and with keys that nobody sees. With few keys a
@@ -356,60 +387,24 @@ class PrefixOfRows(Part):
             return False
         return all(rows * int(n.max()) <= FILLED * int(n.sum()) for n in (query_lengths, key_lengths))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, kernel: "Kernel") -> tuple[Tensor, Tensor]:
-        """Tile by tile, the pieces merged by their normalisers."""
-        query, key, value = self._filled(query, key, value)
-        outputs, normalisers = [], []
-        for rows, pieces in self._pieces(query.dtype):
-            merged: tuple[Tensor, Tensor] | None = None
-            for piece in pieces:
-                own = kernel.forward(query[:, :, rows], key[:, :, piece.keys], value[:, :, piece.keys], piece.mask)
-                merged = own if merged is None else _merge(*merged, *own)
-            assert merged is not None
-            outputs.append(merged[0])
-            normalisers.append(merged[1])
-        output, normaliser = (torch.cat(parts, 2).transpose(1, 2) for parts in (outputs, normalisers))
-        return self._of_queries.packed(output), self._of_queries.packed(normaliser)
+    def queries_as_batch(self, x: Tensor, zeros: bool = False) -> Tensor:
+        """A row of the batch for each."""
+        return self._of_queries.fill(x, zeros)
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        normaliser: Tensor,
-        kernel: "Kernel",
-    ) -> Sequence[Tensor]:
-        """Over the same tiles."""
-        grad = self._of_queries.fill(side_by_side(grad), zeros=True)
-        output, normaliser = self._of_queries.fill(side_by_side(output)), self._of_queries.fill(normaliser)
-        grad, output, normaliser = (x.transpose(1, 2) for x in (grad, output, normaliser))
-        query, key, value = self._filled(query, key, value)
-        totals = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        for rows, pieces in self._pieces(query.dtype):
-            for piece in pieces:
-                gradients = kernel.backward(
-                    grad[:, :, rows],
-                    query[:, :, rows],
-                    key[:, :, piece.keys],
-                    value[:, :, piece.keys],
-                    output[:, :, rows],
-                    normaliser[:, :, rows],
-                    piece.mask,
-                )
-                for total, place, part in zip(totals, (rows, piece.keys, piece.keys), gradients, strict=True):
-                    total[:, :, place] += part
-        rectangles = (self._of_queries, self._of_keys, self._of_keys)
-        return [own.packed(total.transpose(1, 2)) for own, total in zip(rectangles, totals, strict=True)]
+    def keys_as_batch(self, x: Tensor) -> Tensor:
+        """Likewise."""
+        return self._of_keys.fill(x)
 
-    def _filled(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """(rows, heads, tokens, c) of each."""
-        rectangles = (self._of_queries, self._of_keys, self._of_keys)
-        filled = (own.fill(side_by_side(x)) for own, x in zip(rectangles, (query, key, value), strict=True))
-        return [x.transpose(1, 2) for x in filled]
+    def queries_packed(self, x: Tensor) -> Tensor:
+        """Without what was filled up."""
+        return self._of_queries.packed(x)
 
-    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+    def keys_packed(self, x: Tensor) -> Tensor:
+        """Likewise."""
+        return self._of_keys.packed(x)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Sequence[Piece]]]:
+        """Of each tile the keys that all queries of all rows see, and those that some see."""
         for queries, shared, end in self._tiles:
             pieces = [Piece(slice(0, shared))] if shared else []
             if end > shared:
