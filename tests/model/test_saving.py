@@ -176,7 +176,7 @@ def test_a_file_is_no_folder_to_save_to(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_text("precious")
     model = build(shrunk("small"))
     for saved in (model, model.config):
-        with pytest.raises(UserError, match=r"model\.bin is a file: name a folder"):
+        with pytest.raises(UserError, match=r"model\.bin is a file; name a folder"):
             saved.save_pretrained(tmp_path / "model.bin")
     assert (tmp_path / "model.bin").read_text() == "precious"
 

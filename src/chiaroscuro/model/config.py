@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from chiaroscuro.auto_classes import AUTO_MAP, HUB_MODULE, write_hub_module
 from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.files import refuse_file
 from chiaroscuro.layers import Operator, Router, ScoreRouter, check_seed, find_operator, find_router, pick_thresholds
 from chiaroscuro.layers.block import Execution, NormPlacement
 from chiaroscuro.layers.feed_forward import FEED_FORWARDS, FeedForwardKind
@@ -315,8 +317,7 @@ class ChiarConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As transformers does, and write the module with which `trust_remote_code=True` finds our classes."""
-        if os.path.isfile(save_directory):
-            raise UserError(f"{save_directory} is a file: name a folder")
+        refuse_file(Path(save_directory), str(save_directory))
         given = getattr(self, "auto_map", None) or {}
         # From the Hub it comes back as "owner/name--module.Class": what is saved has a module of its own.
         self.auto_map = AUTO_MAP | {kind: place for kind, place in given.items() if HUB_MODULE not in str(place)}

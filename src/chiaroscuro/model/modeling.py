@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_file
 from chiaroscuro.layers import (
     Context,
     ExactBuffers,
@@ -210,8 +211,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         """As ever; beside the weights lies a page that says what the model is, unless there is one."""
         self.config.check()  # what changed since could not be loaded, such as a vocabulary without its special tokens
         writes = args[0] if args else kwargs.get("is_main_process", True)
-        if Path(save_directory).is_file():  # of which the parent only writes into a log
-            raise UserError(f"{save_directory} is a file: name a folder")
+        refuse_file(Path(save_directory), str(save_directory))  # of which the parent only writes into a log
         if writes:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)  # before all is uploaded, if that is asked for

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
+from chiaroscuro.files import refuse_file
 from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.layers.registry import refuse_model_s_options, split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
@@ -136,8 +137,7 @@ class RoutedModel(MadeClass, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As ever; beside the weights lie a module by which `trust_remote_code=True` finds this library, and a page."""
         writes = args[0] if args else kwargs.get("is_main_process", True)
-        if Path(save_directory).is_file():  # of which the parent only writes into a log
-            raise UserError(f"{save_directory} is a file: name a folder")
+        refuse_file(Path(save_directory), str(save_directory))  # of which the parent only writes into a log
         if writes:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_model_card(self, save_directory)
