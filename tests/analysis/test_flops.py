@@ -426,3 +426,14 @@ def test_the_published_formula_takes_those_that_look() -> None:
 def test_a_few_wide_tokens_are_transformed_by_a_matrix(tokens: int, by_matrix: bool) -> None:
     counted = transform_operations(128, tokens)
     assert (counted == 2 * 128**2) == by_matrix
+
+
+def test_sequences_that_decode_together_are_transformed_together() -> None:
+    """One token alone goes by the matrix product, 32 of them by the FFT: for the entropy and for the filter."""
+    shape = config(operators=[["dct", "attention"]], hidden_size=256, num_attention_heads=4)
+    for rows in (1, 32):
+        counted = count_decode_flops(shape, 100, share=0.25, rows=rows).by_operator
+        once = transform_operations(256, rows)
+        assert once == (2 * 256**2 if rows == 1 else 2.5 * 256 * 8)
+        assert counted["router"] == once
+        assert counted["dct"] == pytest.approx(0.75 * transform_operations(256, 0.75 * rows))
