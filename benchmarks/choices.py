@@ -32,6 +32,7 @@ from chiaroscuro.layers import PackedTokens, RoutedBlock, build_block
 from chiaroscuro.ops import linear_cross_entropy, packed_attention, prefix_attention
 
 RESULTS = Path(__file__).parent / "results" / "choices.json"
+REACH = import_module("chiaroscuro.ops.reach_attention")
 LOSS: Any = import_module("chiaroscuro.ops.linear_cross_entropy")  # the function took its name in the package
 TOKENS, WIDTH, WORDS, HEADS = 8192, 256, 8192, 4
 SECONDS = 10.0
@@ -42,10 +43,10 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def under(module: ModuleType, name: str, values: tuple[int, ...], work: Work) -> dict[str, Work]:
+def under(module: ModuleType, name: str, values: tuple[float, ...], work: Work) -> dict[str, Work]:
     """The same work under several values of a module's constant."""
 
-    def run(value: int) -> None:
+    def run(value: float) -> None:
         with mock.patch.object(module, name, value):
             work()
 
@@ -66,6 +67,20 @@ def tiles(time: int) -> dict[str, Work]:
     name = "CHUNK" if time < packed_attention.LONG else "LONG_CHUNK"
     values = dict.fromkeys((getattr(packed_attention, name), 32, 48, 64, 96, 128, 192))
     return under(packed_attention, name, tuple(values), work)
+
+
+def near_and_far(time: int, module: ModuleType, name: str, values: tuple[float, ...]) -> dict[str, Work]:
+    """Everybody looks and a quarter is kept, w = 128 and s = 4, forward and backward."""
+    rows = TOKENS // time
+    lengths, places = torch.full((rows,), time), torch.arange(time).repeat(rows)
+    kept = torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)) < 0.25
+    numbers = [normal(TOKENS, HEADS, WIDTH // HEADS).requires_grad_() for _ in range(3)]
+    where = (lengths, lengths, places, places, torch.ones_like(kept), kept)
+
+    def work() -> None:
+        REACH.reach_attention(*numbers, *where, window=128, sinks=4).sum().backward()
+
+    return under(module, name, values, work)
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +135,10 @@ def routed_layer() -> None:
 CHOICES: dict[str, Callable[[], dict[str, Work]]] = {
     "ops/packed_attention.py, CHUNK, T = 1024": partial(tiles, 1024),
     "ops/packed_attention.py, LONG_CHUNK, T = 8192": partial(tiles, 8192),
+    "ops/reach_attention.py, SHORT, T = 512": partial(near_and_far, 512, REACH, "SHORT", (REACH.SHORT, 0)),
+    "ops/packed_attention.py, KEYS, T = 1024": partial(
+        near_and_far, 1024, packed_attention, "KEYS", (packed_attention.KEYS, 0)
+    ),
     "ops/linear_cross_entropy.py": losses,
     "ops/linear_cross_entropy.py, CHUNK": loss_chunks,
     "allocator.py, freed memory": allocators,

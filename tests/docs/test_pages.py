@@ -153,6 +153,8 @@ def test_the_committed_choices_are_those_that_the_code_makes() -> None:
     constants = {
         "ops/packed_attention.py, CHUNK, T = 1024": packed_attention.CHUNK,
         "ops/packed_attention.py, LONG_CHUNK, T = 8192": packed_attention.LONG_CHUNK,
+        "ops/reach_attention.py, SHORT, T = 512": choices.REACH.SHORT,
+        "ops/packed_attention.py, KEYS, T = 1024": packed_attention.KEYS,
         "ops/linear_cross_entropy.py, CHUNK": choices.LOSS.CHUNK,
     }
     for name, constant in constants.items():
