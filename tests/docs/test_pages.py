@@ -344,6 +344,14 @@ def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() ->
             assert f"{shown}, and {mean(needle['by depth']):.0%} of the needles" in words, name
     for value in found["others that look, wikitext-2 validation"].values():
         assert _changed(value, before) in words
+    healed = following["healed"]
+    texts_healed = [
+        _changed(healed[f"wikitext-2 {split}"]["perplexity"], full[f"wikitext-2, {split}"]["original"]["perplexity"])
+        for split in ("validation", "test")
+    ]
+    short, long = (f"{one['found']:.0%}" for one in healed["needles"])
+    assert f"it is at {' and '.join(texts_healed)}" in words
+    assert f"of 50 needles it finds {short} at 1,024 tokens and {long} at 2,048" in words
 
 
 def _changed(after: float, before: float) -> str:
