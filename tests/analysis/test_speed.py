@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM
 from chiaroscuro.analysis.speed import (
@@ -94,6 +94,28 @@ def test_decoding_reads_as_many_tokens_on_the_same_cache_every_time(
         work()
     handle.remove()
     assert inputs == 2 * [(1, ids.shape[1] + n) for n in range(DECODED)]
+
+
+def test_decoding_of_a_model_with_a_sliding_window_reads_the_same_every_time(ids: torch.Tensor) -> None:
+    """Its cache can't be cropped once the window is full."""
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model, seen = MistralForCausalLM(config), list[int]()
+    work = decoding(model, ids)
+    model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given[CACHE].get_seq_length()),
+        with_kwargs=True,
+    )
+    for _ in range(2):
+        work()
+    assert seen == 2 * [ids.shape[1] + n for n in range(DECODED)]
 
 
 def test_a_forward_pass_is_a_prefill(ids: torch.Tensor) -> None:

@@ -280,7 +280,7 @@ def test_recall_is_beyond_the_window_of_the_copy(run: Run, places: tuple[Path, P
     assert found[()] == found["--window", 16] != found["--window", 64]
 
 
-def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path]) -> None:
+def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path], tmp_path: Path) -> None:
     facts = json.loads(run("info", places[0], "--json")[1])
     assert "window" not in facts and facts["layers"] == []
     model = build(vocab_size=300)
@@ -288,6 +288,10 @@ def test_what_was_done_to_a_decoder_is_told(run: Run, places: tuple[Path, Path])
     assert window_of(model.config) == 16
     told = describe_checkpoint(model)
     assert (told["window"], told["sinks"], told["kv_share"], told["attention_share"]) == (16, 1, 0.5, 1.0)
+    assert told["layers"] == [] and told["routed_layers"] == [0, 1, 2]
+    model.save_pretrained(tmp_path)
+    code, out, err = run("info", tmp_path)
+    assert code == 0 and "routed layers" in out, err
     code, out, _ = run("info", places[0])
     assert code == 0 and "menu" not in out
 

@@ -18,7 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
 
 import chiaroscuro
 from chiaroscuro import UserError, retrofit, unretrofit
@@ -415,6 +422,26 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, family: str) -> None:
     assert torch.equal(again(tokens).logits, wanted)
     unretrofit(loaded)
     assert type(loaded) is type(build(family)) and loaded.config.architectures == [type(loaded).__name__]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_model_that_was_loaded_is_saved_and_loaded_the_same(tmp_path: Path, family: str) -> None:
+    """transformers calls some weights otherwise in files, and remembers of a model that was loaded what it renamed."""
+    build(family).save_pretrained(tmp_path / "plain")
+    implementation = build(family).config._attn_implementation
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation=implementation)
+    tokens = ids(9)
+    retrofit(model, window=6, sinks=1, **HALF)
+    wanted = model(tokens).logits
+    model.save_pretrained(tmp_path / "routed")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", attn_implementation=implementation)
+    assert torch.equal(loaded(tokens).logits, wanted)
+    unretrofit(loaded)
+    wanted = loaded(tokens).logits
+    loaded.save_pretrained(tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation=implementation)
+    assert torch.equal(back(tokens).logits, wanted)
 
 
 @pytest.mark.parametrize("trust", [True, False])
@@ -822,6 +849,7 @@ def test_caches_that_can_not_be_routed() -> None:
         (StaticCache(config=model.config, max_cache_len=64), "can't use a StaticLayer"),
         (begun, "this cache was begun without routing"),
         (other, "begun with window=7, sinks=1, and layer 0 has window=6, sinks=1"),
+        (EncoderDecoderCache(DynamicCache(), DynamicCache()), "can't use a EncoderDecoderCache"),
     ):
         with pytest.raises(UserError, match=complaint):
             routed(tokens, **{CACHE: cache})
@@ -858,6 +886,32 @@ def test_a_cache_that_only_the_first_layers_could_crop_is_not_gone_on_with() -> 
     cache.crop(-100)
     found = routed(tokens[:, :9], **{CACHE: cache}).logits
     torch.testing.assert_close(found, routed(tokens[:, :9]).logits)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@torch.no_grad()
+def test_a_mask_that_changes_what_is_cached_is_refused(heads: int) -> None:
+    """Keys that a mask hides later were attended to, or kept, before."""
+    router = {"norm": {"heads": heads}}
+    routed, tokens = routed_copy(build(), attention_share=0.5, kv_share=0.5, kv_router=router), ids(1)
+    whole, padded = torch.ones_like(tokens), torch.ones_like(tokens)
+    padded[0, :9] = 0
+    for first, then in ((whole, padded), (padded, whole)):
+        for new in (1, 3):
+            cache = routed(tokens[:, :-new], attention_mask=first[:, :-new], use_cache=True)[CACHE]
+            with pytest.raises(UserError, match="cached tokens for padding that were real"):
+                routed(tokens[:, -new:], attention_mask=then, **{CACHE: cache})
+            cache = routed(tokens[:, :-new], attention_mask=first[:, :-new], use_cache=True)[CACHE]
+            found = routed(tokens[:, -new:], attention_mask=first, **{CACHE: cache}).logits
+            wanted = routed(tokens, attention_mask=first).logits[:, -new:]
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_values_of_another_width_are_refused() -> None:
+    model = build()
+    model.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 24, bias=False)
+    with pytest.raises(UserError, match="layer 1 .* with values of another width than keys: not supported"):
+        retrofit(model)
 
 
 @torch.no_grad()

@@ -128,6 +128,13 @@ def test_gates_learn_what_the_window_alone_cannot_give(model: Any) -> None:
     assert all(reach.probe is None for reach in model.reaches.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_a_model_in_half_precision(model: Any, dtype: torch.dtype) -> None:
+    retrofit(model.to(dtype), window=WINDOW, sinks=SINKS, kv_share=0.5, kv_router="random")
+    gates = learn_gates(model, Haystack(byte_tokenizer()), steps=2, length=400)
+    assert all(bool(((gate >= 0) & (gate <= 1)).all()) and bool((gate < 1).any()) for gate in gates.values())
+
+
 def test_prefill_is_predicted_by_products_and_pairs(model: Any) -> None:
     ids = torch.randint(3, 90, (1, 200))
     retrofit(model, window=WINDOW, sinks=SINKS, kv_share=1.0, attention_share=1.0)

@@ -42,7 +42,7 @@ def refuse_beyond_memory(needed: float, what: str) -> None:
         )
 
 
-_RETROFITTED = ("window", "sinks", "attention_share", "kv_share", "layers", "router", "kv_router")
+_RETROFITTED = ("window", "sinks", "attention_share", "kv_share", "router", "kv_router")
 """What is told of a retrofitted model, of what its configuration says was done."""
 
 
@@ -74,7 +74,8 @@ def describe_checkpoint(model: PreTrainedModel) -> dict[str, Any]:
     }
     if not isinstance(model, ChiarPreTrainedModel) or not isinstance(config, ChiarConfig):
         routed = dict(getattr(config, "chiaroscuro", None) or {})
-        return facts | {name: routed[name] for name in _RETROFITTED if name in routed}
+        told = {name: routed[name] for name in _RETROFITTED if name in routed}
+        return facts | told | ({"routed_layers": routed["layers"]} if "layers" in routed else {})
     facts |= {
         "norm": config.norm,
         "embedding_norm": config.embedding_norm,

@@ -5,6 +5,7 @@ the candidates take turns at the same work, round after round. Reported are medi
 and ratios of medians.
 """
 
+import copy
 import os
 import re
 import statistics
@@ -114,18 +115,22 @@ def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
     """Decode `DECODED` tokens one after another on a cache of `ids`, then crop the cache to what it was.
 
     A CHIAR-Former, and so the baseline, has a cache of its own, which is not copied at every token; another model has
-    transformers' `DynamicCache`, which is. The tokens are given, not sampled, so every candidate reads the same.
+    transformers' `DynamicCache`, which is. The tokens are given, not sampled, so every candidate reads the same. A layer
+    with a sliding window of its own can't be cropped: then the cache is copied before, in the time that is measured.
     """
     model.eval()
     cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)
     model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     following = ids[:, torch.arange(DECODED) % ids.shape[1]].flip(1)
+    slides = any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))
 
     @torch.no_grad()
     def run() -> None:
+        held = copy.deepcopy(cache) if slides else cache
         for token in following.split(1, dim=1):
-            model(input_ids=token, **{CACHE: cache}, use_cache=True)
-        cache.crop(-following.shape[1])
+            model(input_ids=token, **{CACHE: held}, use_cache=True)
+        if not slides:
+            held.crop(-following.shape[1])
 
     return run
 

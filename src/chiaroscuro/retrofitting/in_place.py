@@ -179,6 +179,8 @@ def _check_module(layer: int, module: nn.Module, model: PreTrainedModel) -> None
         missing = "no rotary positions"
     elif not hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS"):
         missing = "an attention of its own, which can't be replaced"
+    elif len({getattr(getattr(module, name, None), "out_features", None) for name in ("k_proj", "v_proj")}) > 1:
+        missing = "values of another width than keys"
     if missing:
         raise UserError(f"layer {layer} of {type(model).__name__} is a {cls.__name__}, with {missing}: not supported")
 

@@ -67,6 +67,7 @@ class Forward:
         self.input_ids: Int[Tensor, "batch time"] | None = input_ids
         self.position_ids = position_ids
         self._masks: list[tuple[Any, Any]] = []
+        self._continued = False
         self._elsewhere: dict[torch.device, Forward] = {}
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Forward":
@@ -105,6 +106,31 @@ class Forward:
             raise UserError(f"a {type(mask).__name__} as mask: load the model with attn_implementation='sdpa'")
         self._masks.append((mask, read))
         return read
+
+    def check_continued(self, real: Bool[Tensor, "batch keys"] | None, cached: RoutedLayer, time: int) -> None:
+        """Raise a UserError where the mask has cached tokens for padding that were real, or the other way round.
+
+        One layer is asked for all.
+
+        Args:
+            real: which cached and new tokens are real; None where all are.
+            cached: a layer of the cache, which has counted the new tokens already.
+            time: how many tokens are new.
+
+        """
+        if self._continued or not cached.state.begun:
+            return
+        self._continued = True
+        past, state = cached.columns - time, cached.state
+        if real is None:
+            same = state.length == past
+        else:
+            same = bool((real[:, :past].sum(1).repeat_interleave(state.heads) == state.seen).all())
+        if not same:
+            raise UserError(
+                "attention_mask has cached tokens for padding that were real when they were cached, or the other way "
+                "round: repeat the mask that they came with, or start a new cache"
+            )
 
 
 class Given(NamedTuple):
@@ -260,6 +286,8 @@ class Reach(nn.Module):
             raise UserError(
                 "a mask, or positions, tell several documents apart, which a cache can't continue: pass use_cache=False"
             )
+        if cached is not None and cached.state.rows == len(hidden) * cached.state.heads:
+            forward.check_continued(attention_mask, cached, time)
         if places is None and position_ids is not None:
             places = position_ids.expand(len(hidden), -1)
         context = Context(

@@ -125,6 +125,8 @@ def layer_of(cache: Cache, layer: int, window: int, sinks: int, time: int) -> Ro
             only the layers before were cropped or went on.
 
     """
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise UserError(f"layer {layer} is routed and can't use a {type(cache).__name__}: pass a DynamicCache, or none")
     while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) <= layer:

@@ -13,6 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from chiaroscuro.auto_classes import RETROFIT_AUTO_MAP, RETROFIT_TYPE, write_hub_module
 from chiaroscuro.errors import UserError
@@ -222,6 +226,9 @@ def routed_class(model: Any) -> Any:
         },
     )
     AutoModelForCausalLM.register(routed_config, made, exist_ok=True)
+    # transformers knows by the name of a class which of its weights are called otherwise in files: GPT-NeoX's head.
+    if (renamed := get_checkpoint_conversion_mapping(model.__name__)) is not None:
+        register_checkpoint_conversion_mapping(made.__name__, renamed, overwrite=True)
     return made
 
 

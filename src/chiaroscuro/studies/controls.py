@@ -206,7 +206,7 @@ def learn_gates(
                 with torch.enable_grad():
                     made = model.base_model(ids, use_cache=False).last_hidden_state[:, last]
                     far = torch.stack(list(gates.values())).mean()
-                    (F.mse_loss(made, right) + GATE_PRICE * far).backward(inputs=list(gates.values()))
+                    (F.mse_loss(made.float(), right.float()) + GATE_PRICE * far).backward(inputs=list(gates.values()))
             finally:
                 for reach in model.reaches.values():
                     reach.probe = None
@@ -234,7 +234,7 @@ class _Gate:
         near = attend_near_and_far(
             queries, keys, values, tokens, tokens, nobody, nobody, Context(), self.window, self.sinks, softcap=softcap
         )
-        share = self.gate.repeat_interleave(query.shape[2] // len(self.gate))[:, None]
+        share = self.gate.to(output.dtype).repeat_interleave(query.shape[2] // len(self.gate))[:, None]
         return share * output + (1 - share) * near.view_as(output)
 
 
