@@ -888,12 +888,12 @@ def test_a_cache_that_only_the_first_layers_could_crop_is_not_gone_on_with() -> 
     torch.testing.assert_close(found, routed(tokens[:, :9]).logits)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("router", ["norm", {"fitted": {"heads": 2}}])
 @torch.no_grad()
-def test_a_mask_that_changes_what_is_cached_is_refused(heads: int) -> None:
+def test_a_mask_that_changes_what_is_cached_is_refused(router: Any) -> None:
     """Keys that a mask hides later were attended to, or kept, before."""
-    router = {"norm": {"heads": heads}}
-    routed, tokens = routed_copy(build(), attention_share=0.5, kv_share=0.5, kv_router=router), ids(1)
+    routed, tokens = routed_copy(build(), **HALF | {"kv_router": router}), ids(1)
+    score_at_random(routed, 0)
     whole, padded = torch.ones_like(tokens), torch.ones_like(tokens)
     padded[0, :9] = 0
     for first, then in ((whole, padded), (padded, whole)):
@@ -910,7 +910,7 @@ def test_a_mask_that_changes_what_is_cached_is_refused(heads: int) -> None:
 def test_values_of_another_width_are_refused() -> None:
     model = build()
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 24, bias=False)
-    with pytest.raises(UserError, match="layer 1 .* with values of another width than keys: not supported"):
+    with pytest.raises(UserError, match=r"layer 1 .* with values of another width than keys: not supported"):
         retrofit(model)
 
 

@@ -115,8 +115,8 @@ def decoding(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Work:
     """Decode `DECODED` tokens one after another on a cache of `ids`, then crop the cache to what it was.
 
     A CHIAR-Former, and so the baseline, has a cache of its own, which is not copied at every token; another model has
-    transformers' `DynamicCache`, which is. The tokens are given, not sampled, so every candidate reads the same. A layer
-    with a sliding window of its own can't be cropped: then the cache is copied before, in the time that is measured.
+    transformers' `DynamicCache`, which is. The tokens are given, not sampled, so every candidate reads the same. A
+    layer with a sliding window of its own can't be cropped: then the cache is copied before, in the time measured.
     """
     model.eval()
     cache: Any = ChiarCache(model.config) if isinstance(model, ChiarForCausalLM) else DynamicCache(config=model.config)

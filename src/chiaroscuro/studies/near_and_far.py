@@ -168,9 +168,9 @@ TASKS = (
     Task(
         "passkeys",
         "Passkey, learned from four",
-        "The same rows, and models of full attention that learned the task otherwise: from rows of four numbers, all of "
-        "which are asked for, short ones and then long ones. Of seeds 0, 1 and 2 the first two learned it in as many steps "
-        "as above. The third was at 39% after the short rows and at 34% in the end, and is left out.",
+        "The same rows, and models of full attention that learned the task otherwise: from rows of four numbers, all "
+        "of which are asked for, short ones and then long ones. Of seeds 0, 1 and 2 the first two learned it in as "
+        "many steps as above. The third was at 39% after the short rows and at 34% in the end, and is left out.",
         (ACCURACY,),
     ),
 )
