@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from chiaroscuro import UserError
 from chiaroscuro.analysis.classification import evaluate_targets
@@ -36,6 +37,7 @@ class Guesser(nn.Module):
     """Scores the next word by the last one, and so is wrong as often as right."""
 
     device = "cpu"
+    config = PreTrainedConfig(vocab_size=WORDS)
 
     def __init__(self) -> None:
         super().__init__()

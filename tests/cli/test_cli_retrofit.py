@@ -332,3 +332,26 @@ def test_a_copy_is_fitted_anew_and_calibrated(run: Run, places: tuple[Path, Path
     assert code == 2 and "9 rows to fit on: give 10 or more, of all kinds" in err
     code, _, err = run("fit", tmp_path / "copy", *rows[:4], "--length", 17, "--output", tmp_path / "none")
     assert code == 2 and "all of a row is within the window" in err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--data", "TEXT", "--length", 64),
+        ("generate", "zebra"),
+        ("needles", "--lengths", 500, "--tries", 1),
+        ("retrofit", "OUT", "--data", "TEXT", "--rows", 10, "--length", LENGTH, "--window", 32, "--needles", LENGTH),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(
+    run: Run, places: tuple[Path, Path], tmp_path: Path, command: tuple[object, ...]
+) -> None:
+    model = build(vocab_size=60, max_position_embeddings=1024, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    meant = {"TEXT": places[1], "OUT": tmp_path / "out"}
+    name, *options = (meant.get(str(word), word) for word in command)
+    code, _, err = run(name, tmp_path / "model", *options)
+    assert code == 2 and "outside the vocabulary, vocab_size=60" in err and err.count("error: ") == 1
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from chiaroscuro.analysis.recall import SliceSums, TextSlices
 from chiaroscuro.analysis.routing_summary import to_summarise
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.batches import check_vocabulary
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 
 
@@ -99,7 +100,7 @@ def evaluate_blocks(
         progress: called with the number of blocks after every batch.
 
     Raises:
-        UserError: the loss is not finite, or nothing is predicted.
+        UserError: the loss is not finite, nothing is predicted, or a token is not in the model's vocabulary.
 
     """
     total, count, routings = 0.0, 0, []
@@ -107,6 +108,7 @@ def evaluate_blocks(
     asked = {"output_routing": True} if output_routing else {}
     with evaluation_mode(model):
         for batch in DataLoader(cast(Dataset[Any], blocks), batch_size=batch_size):
+            check_vocabulary([batch], model.config.get_text_config().vocab_size)
             outputs = model(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False, **asked
             )

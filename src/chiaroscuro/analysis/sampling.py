@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers.operator import is_whole
+from chiaroscuro.model.batches import check_vocabulary
 from chiaroscuro.model.loading import longest_sequence
 
 COLDEST = 1e-6
@@ -68,7 +69,7 @@ def continue_text(
 
     Raises:
         UserError: the prompt is empty or not Unicode, or leaves no room in the model's longest sequence; an option
-            is impossible; or the model's logits are not finite.
+            is impossible; a token is not in the model's vocabulary; or the model's logits are not finite.
 
     """
     refuse_broken_text(prompt)
@@ -80,6 +81,7 @@ def continue_text(
         raise UserError("the prompt is empty: give at least one character to continue")
     if ids.shape[1] >= longest:
         raise UserError(f"the prompt has {ids.shape[1]} tokens and the model reads at most {longest}: shorten it")
+    check_vocabulary([ids], model.config.get_text_config().vocab_size)
     set_seed(seed)
     generating: Any = model  # for mypy: PreTrainedModel itself has no generate
     start = time.perf_counter()

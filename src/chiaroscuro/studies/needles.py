@@ -9,6 +9,7 @@ import torch
 from chiaroscuro.data.needles import Haystack
 from chiaroscuro.data.progress import patient_bar
 from chiaroscuro.errors import UserError
+from chiaroscuro.model.batches import check_vocabulary
 from chiaroscuro.model.loading import longest_sequence
 from chiaroscuro.retrofitting.inside import watching
 from chiaroscuro.studies.workspace import Workspace
@@ -72,12 +73,16 @@ def needles_found(
         tries: rows of each depth.
         keys: needles in a row.
 
+    Raises:
+        UserError: a token of a row is not in the model's vocabulary.
+
     """
     found = []
     for d in range(depths):
         right = 0
         for i in range(tries):
             row = haystack.needle(length, (d + 0.5) / depths, FIRST_DRAW + d * tries + i, keys=keys)
+            check_vocabulary([row.input_ids[None]], model.config.get_text_config().vocab_size)
             ids = row.input_ids[None].to(model.device)
             logits = model(input_ids=ids, logits_to_keep=row.answer + 1, use_cache=False).logits[0, :-1]
             right += int((logits.argmax(-1) == ids[0, -row.answer :]).all())
