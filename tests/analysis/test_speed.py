@@ -98,15 +98,8 @@ def test_decoding_reads_as_many_tokens_on_the_same_cache_every_time(
 
 def test_decoding_of_a_model_with_a_sliding_window_reads_the_same_every_time(ids: torch.Tensor) -> None:
     """Its cache can't be cropped once the window is full."""
-    config = MistralConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MistralConfig(**SIZES, **heads, intermediate_size=32, sliding_window=8)
     model, seen = MistralForCausalLM(config), list[int]()
     work = decoding(model, ids)
     model.register_forward_pre_hook(

@@ -350,7 +350,7 @@ def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() ->
         for split in ("validation", "test")
     ]
     short, long = (f"{one['found']:.0%}" for one in healed["needles"])
-    assert f"it is at {' and '.join(texts_healed)}" in words
+    assert "it is at {} on the validation split and {} on the test split".format(*texts_healed) in words
     assert f"of 50 needles it finds {short} at 1,024 tokens and {long} at 2,048" in words
 
 

@@ -20,6 +20,12 @@ from chiaroscuro.ops import (
 from chiaroscuro.ops.attention import AttentionImplementation, causal_mask
 from chiaroscuro.ops.spectral import Spectrum
 
+OTHER_PADDING = (
+    "attention_mask has cached tokens for padding that were real when they were cached, or the other way round: repeat "
+    "the mask that they came with, or start a new cache"
+)
+"""What is said of a mask that contradicts a cache."""
+
 
 class Spectra:
     """The DCT of a layer's input and what follows from it, each computed once, for the router and the operators.

@@ -36,6 +36,7 @@ from chiaroscuro.layers import (
     build_block,
     exact_modules,
 )
+from chiaroscuro.layers.context import OTHER_PADDING
 from chiaroscuro.layers.norms import make_norm
 from chiaroscuro.layers.registry import split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
@@ -630,9 +631,7 @@ class ChiarModel(ChiarPreTrainedModel):
             cached = attention_mask[:, : cache.tokens_seen]
             if not bool((cached if cache.real is None else cached == cache.real.to(cached.device)).all()):
                 raise UserError(
-                    "attention_mask has cached tokens for padding that were real when they were cached, or the other "
-                    "way round: repeat the mask that they came with, or start a new cache (generate makes a mask of "
-                    "what is no pad_token_id where it is given none)"
+                    f"{OTHER_PADDING} (generate makes a mask of what is no pad_token_id where it is given none)"
                 )
         return attention_mask if padded or self.config.execution == "dense" else None
 

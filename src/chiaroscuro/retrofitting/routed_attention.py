@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from chiaroscuro.errors import UserError
 from chiaroscuro.layers import Context, PackedTokens, ScoreRouter, build_router
 from chiaroscuro.layers.attend_near_and_far import attend_from_newest, attend_near_and_far, gains_from_far
-from chiaroscuro.layers.context import Spectra
+from chiaroscuro.layers.context import OTHER_PADDING, Spectra
 from chiaroscuro.layers.registry import build_kv_router
 from chiaroscuro.model.modeling import segments_of
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer, layer_of
@@ -127,10 +127,7 @@ class Forward:
         else:
             same = bool((real[:, :past].sum(1).repeat_interleave(state.heads) == state.seen).all())
         if not same:
-            raise UserError(
-                "attention_mask has cached tokens for padding that were real when they were cached, or the other way "
-                "round: repeat the mask that they came with, or start a new cache"
-            )
+            raise UserError(OTHER_PADDING)
 
 
 class Given(NamedTuple):

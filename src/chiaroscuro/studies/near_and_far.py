@@ -470,8 +470,8 @@ variants *can't be told apart* where the interval of their differences holds 0, 
 names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
 Chance draws for each side by itself. Some rows were measured before it did: in text `both + conv, random`; in
-associative recall `both, random`; in passkeys, except for seed 2, `both, random` and `both, random afterwards`. In
-them the tokens that are kept are those that look.
+associative recall `both, random`; in the first section on passkeys, except for seed 2, `both, random` and `both, random
+afterwards`. In them the tokens that are kept are those that look.
 """
 
 
