@@ -77,9 +77,9 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
     corpus = load_corpus(folder, tmp_path / "cache", column="content")
     assert corpus.splits["train"][3]["text"].startswith("the light falls on wall 3")
     for column in ("text", "titel"):
-        with pytest.raises(UserError, match=f"no column '{column}', only content, number; name that of the texts"):
+        with pytest.raises(UserError, match=f"no column '{column}', only content, number; rename one, or name that of"):
             load_corpus(folder, tmp_path / "cache", column=column)
-    with pytest.raises(UserError, match="holds int64; it must hold strings"):
+    with pytest.raises(UserError, match=r"its column 'number' holds number\); it must be a jsonl file with strings"):
         load_corpus(folder, tmp_path / "cache", column="number")
 
 

@@ -265,8 +265,8 @@ def test_what_is_read_again(folder, cache, tokenizer, monkeypatch) -> None:
         ({"source": "./nowhere"}, "no such folder"),
         ({"source": "no such/name of/anything"}, "no such folder"),
         ({"column": "words"}, "has no column 'words', only"),
-        ({"column": "number"}, "holds int64; it must hold strings"),
-        ({"column": "pair"}, "holds list; it must hold strings"),
+        ({"column": "number"}, r"train-0.jsonl.zst can't be read at row 1 \(its column 'number' holds number\)"),
+        ({"column": "pair"}, r"train-0.jsonl.zst can't be read at row 1 \(its column 'pair' holds array\)"),
     ],
 )
 def test_what_cant_be_streamed(change, said, folder, cache) -> None:
@@ -281,7 +281,7 @@ def test_files_that_are_broken(format, cache, tokenizer, tmp_path) -> None:
     second = tmp_path / f"train-1.{format}"
     whole = second.read_bytes()
     second.write_bytes(whole[:-200] if format != "jsonl.zst" else whole[:100] + b"?" + whole[101:])
-    with pytest.raises(UserError, match=r"can't be (read further: .*; if a file is damaged|streamed: )") as raised:
+    with pytest.raises(UserError, match=rf"train-1.{format} can't be read.*; it must be a {format} file") as raised:
         rows_of(TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(4000, 4, 1), range(4000))
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=re.escape(str(raised.value))):  # a tokenizer's training says the same
@@ -299,9 +299,10 @@ def test_rows_that_lack_text(cache, tokenizer, tmp_path) -> None:
     (tmp_path / "validation.txt").write_text("light\n" * 40)
     train = tmp_path / "train.jsonl"
     train.write_text('{"text": "light"}\n{"text": null}\n')
-    rows = TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(8, 4, 1)
-    with pytest.raises(UserError, match=r"has a row without text, but with NoneType in its column; remove such rows"):
-        rows[0]
+    with pytest.raises(
+        UserError, match=r"train.jsonl has a row without text: row 2 is null in the column 'text'; remove"
+    ):
+        TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(8, 4, 1)[0]
     train.write_text('{"text": "light"}\n')
     rows = TextStream([stream_corpus(tmp_path, cache)], [], tokenizer, 16, 4, 0).rows(8, 2, 2)
     assert len(rows[0]["input_ids"]) == 16  # lane 0 has the row, and reads it again and again
@@ -335,7 +336,7 @@ def test_text_that_the_tokenizer_has_no_token_for(cache, tmp_path) -> None:
 
 def test_text_files_have_one_column(cache, tmp_path) -> None:
     write(tmp_path, "txt", [texts(0, 30)])
-    with pytest.raises(UserError, match=r"the train split of .* has no column 'body', only text"):
+    with pytest.raises(UserError, match=r"train-0.txt has no column 'body', only text"):
         stream_corpus(tmp_path, cache, column="body")
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from datasets.distributed import split_dataset_by_node
 
 from chiaroscuro.data.python_docs import python_documents
 from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
+from chiaroscuro.data.text_files import FORMATS, STRINGS, TextFiles
 from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.hub import cache_if_unreachable
 
@@ -37,6 +38,9 @@ PIECE_CHARACTERS = 65_536
 # How many characters of a streamed corpus, the first ones, a tokenizer is trained on.
 SAMPLED_CHARACTERS = 2**27
 
+# Changes with how the rows of streamed files are counted, which a run that goes on relies on.
+READ_AS = "columns"
+
 # How much of the beginning of each streamed file tells it from another one of its name and size.
 IDENTIFYING_BYTES = 2**16
 
@@ -47,21 +51,9 @@ SHARES = {"train": 90, "validation": 95, "test": 100}
 SMALL = 20_000_000
 
 FILE_NAME = re.compile(
-    r"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>txt|parquet|jsonl|jsonl\.zst)"
+    rf"(?P<split>train|validation|valid|val|test)(?P<part>-.+)?\.(?P<format>{'|'.join(map(re.escape, FORMATS))})"
 )
 SPLIT_OF = {"valid": "validation", "val": "validation"}
-READERS = {
-    "txt": datasets.Dataset.from_text,
-    "parquet": datasets.Dataset.from_parquet,
-    "jsonl": datasets.Dataset.from_json,
-    "jsonl.zst": datasets.Dataset.from_json,
-}
-STREAMERS = {
-    "txt": datasets.IterableDataset.from_text,
-    "parquet": datasets.IterableDataset.from_parquet,
-    "jsonl": datasets.IterableDataset.from_json,
-    "jsonl.zst": datasets.IterableDataset.from_json,
-}
 WANTED_FILES = (
     "train.txt, validation.txt (or valid.txt, val.txt) and test.txt, each also as .parquet, .jsonl or .jsonl.zst "
     "with a column 'text', or in parts like train-0.txt"
@@ -247,7 +239,8 @@ def load_corpus(
         splits, separator = _python_docs_splits(), separator or "eos"
         description = f"the documentation of Python {platform.python_version()}, by document"
     else:
-        splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES, needed)
+        columns = {column: STRINGS}
+        splits, origin = read_splits(name, cache_dir or default_cache_dir(), WANTED_SOURCES, columns, needed)
         description = f"{origin}, by row"
     separator = separator or "newline"
     splits = _checked(name, splits, needed, column)
@@ -283,11 +276,12 @@ def stream_corpus(
     if folder := find_folder(name, WANTED_SOURCES):
         files = _files_of_splits(name, folder, ("train",))
         format, paths = files.pop("train")
-        identity = _identify(paths)
-        open_rows: Callable[[], Any] = partial(
-            STREAMERS[format], [str(path) for path in paths], split=datasets.Split("train")
-        )
-        splits = {split: _read_files(split, paths, format, cache_dir) for split, (format, paths) in files.items()}
+        identity = f"{READ_AS} {_identify(paths)}"
+        with writing_to(cache_dir):
+            rows = _text_files("train", format, paths, {column: STRINGS}, cache_dir / "corpora")
+        open_rows: Callable[[], datasets.IterableDataset] = partial(rows.streamed, "train")
+        next(iter(rows.streamed("train")), None)  # or an error, now
+        splits = _read_files(files, {column: STRINGS}, cache_dir)
         origin = f"the files in {folder}"
     elif match := HUB_NAME.fullmatch(name):
         open_rows, splits, identity = _hub_stream(name, match["name"], match["config"], others, column, cache_dir)
@@ -349,6 +343,8 @@ def _texts_of(
     try:
         rows = open_rows()
         known = rows.column_names or list(next(iter(rows), {}))
+    except UserError:
+        raise
     except Exception as error:  # a damaged file, or the Hub, raises errors of many kinds
         raise UserError(
             f"the {split} split of {name!r} can't be streamed: {one_line(root_cause(error))}; mend or remove what is "
@@ -375,14 +371,16 @@ def check_source(name: str | None) -> None:
 
 
 def read_splits(
-    name: str, cache_dir: Path, wanted: str, needed: Sequence[str] = ("train",)
+    name: str, cache_dir: Path, wanted: str, columns: Mapping[str, str], needed: Sequence[str] = ("train",)
 ) -> tuple[dict[str, datasets.Dataset], str]:
-    """Read the splits of a folder or of a Hub data set, with all their columns, and say where they are from.
+    """Read the splits of a folder or of a Hub data set, and say where they are from.
 
     Args:
         name: a folder, or `owner/name` or `owner/name:config`.
         cache_dir: where the files of a folder are kept as Arrow tables.
         wanted: what the name should be, for the end of an error message.
+        columns: those to read of a folder's files, and what they hold: see [`TextFiles`][]. Of a Hub data set all are
+            read.
         needed: splits that a folder must have.
 
     Raises:
@@ -390,7 +388,8 @@ def read_splits(
 
     """
     if folder := find_folder(name, wanted):
-        return _folder_splits(name, folder, cache_dir, needed), f"the files in {folder}"
+        files = _files_of_splits(name, folder, needed)
+        return _read_files(files, columns, cache_dir), f"the files in {folder}"
     if match := HUB_NAME.fullmatch(name):
         return _hub_splits(name, match["name"], match["config"]), f"{name} from the Hugging Face Hub"
     raise UserError(f"no such corpus: {name!r}; {wanted}")
@@ -422,11 +421,6 @@ def _python_docs_splits() -> dict[str, datasets.Dataset]:
         split = next(split for split, end in SHARES.items() if place < end)
         rows[split].append(text)
     return {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
-
-
-def _folder_splits(name: str, folder: Path, cache_dir: Path, needed: Sequence[str]) -> dict[str, datasets.Dataset]:
-    files = _files_of_splits(name, folder, needed)
-    return {split: _read_files(split, paths, format, cache_dir) for split, (format, paths) in files.items()}
 
 
 def _files_of_splits(name: str, folder: Path, needed: Sequence[str]) -> dict[str, tuple[str, list[Path]]]:
@@ -467,29 +461,24 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
         raise UserError(f"{file} can't be read: {error.strerror or one_line(error)}") from error
 
 
-def _read_files(split: str, files: list[Path], format: str, cache_dir: Path) -> datasets.Dataset:
-    """Read the files of one split as a memory-mapped table.
-
-    By `Dataset.from_*` and not by `load_dataset("text")`, which reports each use to the Hub. datasets identifies a file
-    by its path and modification time; a folder named by the files' content makes sure that another text is never taken
-    for this one.
-    """
-    digests = hashlib.sha256()
-    for file in files:
-        with _opened(file) as stream:
-            digests.update(hashlib.file_digest(stream, "sha256").digest())
-    table_dir = cache_dir / "corpora" / digests.hexdigest()[:24]
-    paths = [str(file) for file in files]
-    try:
+def _read_files(
+    splits: Mapping[str, tuple[str, list[Path]]], columns: Mapping[str, str], cache_dir: Path
+) -> dict[str, datasets.Dataset]:
+    """Read the files of each split as a memory-mapped table, in a folder that is named by the files' content."""
+    tables = {}
+    for split, (format, files) in splits.items():
+        digests = hashlib.sha256()
+        for file in files:
+            with _opened(file) as stream:
+                digests.update(hashlib.file_digest(stream, "sha256").digest())
+        place = cache_dir / "corpora" / digests.hexdigest()[:24]
         with writing_to(cache_dir), _quiet_datasets(sum(file.stat().st_size for file in files) < SMALL):
-            return READERS[format](paths, split=datasets.Split(split), cache_dir=str(table_dir))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises errors of datasets, pyarrow and the json module
-        wanted = "text in UTF-8" if format == "txt" else f"a {format} file with a column 'text'"
-        raise UserError(
-            f"{', '.join(paths)} can't be read ({one_line(root_cause(error))}); it must be {wanted}"
-        ) from error
+            tables[split] = _text_files(split, format, files, columns, place).stored(split)
+    return tables
+
+
+def _text_files(split: str, format: str, files: Sequence[Path], columns: Mapping[str, str], place: Path) -> TextFiles:
+    return TextFiles(str(place), format=format, files={split: [str(file) for file in files]}, columns=dict(columns))
 
 
 def _hub_splits(name: str, hub_name: str, config: str | None) -> dict[str, datasets.Dataset]:

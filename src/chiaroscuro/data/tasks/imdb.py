@@ -14,6 +14,7 @@ import datasets
 from chiaroscuro.data.corpora import check_texts, hash_rows, read_splits
 from chiaroscuro.data.storage import fingerprint
 from chiaroscuro.data.tasks.task import ClassificationTask, LabelledTexts
+from chiaroscuro.data.text_files import NUMBERS, STRINGS
 from chiaroscuro.errors import UserError
 
 LABELS = ("negative", "positive")
@@ -48,7 +49,7 @@ class Imdb(ClassificationTask):
                 out.
 
         """
-        found, origin = read_splits(self.source, cache_dir, WANTED)
+        found, origin = read_splits(self.source, cache_dir, WANTED, {"text": STRINGS, "label": NUMBERS})
         for split in ("train", "test"):
             if split not in found:
                 raise UserError(
@@ -78,9 +79,7 @@ def _labelled(source: str, split: str, rows: datasets.Dataset) -> datasets.Datas
     labels = rows["label"][:]
     for label in {repr(label): label for label in labels}.values():
         if label not in (UNLABELLED, *range(len(LABELS))):
-            raise UserError(
-                f"the {split} split of {source!r} has the label {label!r}: labels are 0, 1, and −1 for none"
-            )
+            raise UserError(f"the {split} split of {source!r} has the label {label}: labels are 0, 1, and −1 for none")
     kept = [i for i, label in enumerate(labels) if label != UNLABELLED]
     for label, name in enumerate(LABELS):
         if label not in labels:
