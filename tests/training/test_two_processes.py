@@ -106,6 +106,25 @@ def test_several_processes_learn_as_one(recipe: Path, tmp_path: Path, processes:
 
 
 @pytest.mark.slow
+def test_a_llama_whose_embeddings_are_tied_learns_sharded(recipe: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    recipe.write_text(yaml.safe_dump(content | {"model": {"architecture": "llama"} | shape}))
+    several, one = tmp_path / "several", tmp_path / "one"
+    place = [f"trainer.output_dir={several}", "trainer.fsdp=true"]
+    done = run_job(tmp_path, *place, accumulating(2), dtype="float64")
+    assert done.returncode == 0, done.stderr
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(Recipe.load(recipe, [f"trainer.output_dir={one}", accumulating(1)]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert losses(several) == pytest.approx(losses(one), rel=1e-9)
+    for name, tensor in tensors(one).items():
+        torch.testing.assert_close(tensors(several)[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_a_sharded_run_is_resumed_bit_for_bit_and_by_another_number_of_processes(recipe: Path, tmp_path: Path) -> None:
     whole, broken, by_one, by_four = (tmp_path / name for name in ("whole", "broken", "by-one", "by-four"))
     done = run_job(tmp_path, f"trainer.output_dir={whole}", "trainer.fsdp=true", accumulating(2), command=True)

@@ -37,6 +37,10 @@ _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def shard(model: PreTrainedModel, processes: int) -> None:
     """Spread a model over the processes, in place; one process has nothing to spread."""
+    # What is tied must be in one group. transformers leaves the embedding to the group of all that no rule names, but
+    # makes another one of a head that shares its weight.
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    model.fsdp_plan = {module: style for module, style in model.fsdp_plan.items() if module not in tied}
     config, _, mesh = type(model).prepare_distribute_model({"fsdp_size": processes})
     type(model).maybe_distribute_model(model, config, mesh)
 
