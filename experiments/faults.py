@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ WORDS = [
     "has",
     "gone",
 ]
-SIZES = [2**10 * kib for kib in (16, 48, 96, 150, 200, 300, 400, 500, 650, 800, 1000, 1300, 1600, 2000, 2500, 3000)]
-"""Bytes of the disks that run full, from one that holds nothing to one that holds nearly all."""
+SIZES = [2**12 * round(4 * 190 ** (step / 39)) for step in range(40)]
+"""Bytes of the disks that run full, from one that holds nothing to one that holds nearly all, in whole pages."""
 
 CLONE_NEWNS, CLONE_NEWUSER, MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 1, 32, 16384, 1 << 18
 
@@ -292,28 +292,33 @@ def _apart() -> None:
     libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
 
 
-def _on_a_small_disk(place: Place, size: int) -> str:
+def _on_a_small_disk(place: Place, size: int, changes: Sequence[str], wanted: Weights) -> str:
     _apart()
     disk = place.root / "disk"
     disk.mkdir(exist_ok=True)
     _mount(disk, size)
     folder = disk / "run"
-    arguments = ("train", place.train, f"trainer.output_dir={folder}")
+    arguments = ("train", place.train, f"trainer.output_dir={folder}", *changes)
     code, said = command(*arguments)
     if code == 0:
-        return unlike(folder / "model", place.whole)
+        return unlike(folder / "model", wanted)
     if code != 2 or said.strip().count("\n") or "Traceback" in said:
         return f"exit code {code}: {said}"
     if lost := half_written(folder):
         return lost
     _mount(disk, 2**26, MS_REMOUNT)
-    return finish(*arguments) or unlike(folder / "model", place.whole)
+    return finish(*arguments) or unlike(folder / "model", wanted)
 
 
 def full_disks(place: Place) -> Iterator[str]:
-    """Run on disks that are full sooner or later; then make room, and go on."""
-    for size in SIZES:
-        yield in_child(lambda size=size: _on_a_small_disk(place, size))
+    """Run on disks that are full sooner or later, with whole checkpoints and with shards; then make room, and go on."""
+    for changes in ((), ("trainer.fsdp=true", "trainer.ema=null")):
+        folder = place.root / f"undisturbed-{len(changes)}"
+        if said := finish("train", place.train, f"trainer.output_dir={folder}", *changes):
+            raise SystemExit(said)
+        wanted = weights(folder / "model")
+        for size in SIZES:
+            yield in_child(lambda size=size, how=changes, wanted=wanted: _on_a_small_disk(place, size, how, wanted))
 
 
 def _on_a_read_only_disk(place: Place, arguments: Callable[[Path], list[object]]) -> str:

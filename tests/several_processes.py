@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from chiaroscuro.training import read_records
 
-# As the command does, but with a kill of the main process between the backward and the optimizer of one step. Without
+# As the command does, but with a signal to one process between the backward and the optimizer of one step. Without
 # torchrun the script starts its processes itself, with torchrun's agent: they are forks, which need not import again.
 SCRIPT = """
 import os, signal, sys
@@ -20,9 +20,10 @@ from chiaroscuro.cli import main
 torch.set_default_dtype(getattr(torch, os.environ["TYPE"]))
 from chiaroscuro.training.trainer import RunTrainer
 killed_at, original = int(os.environ["KILLED_AT"]), RunTrainer._clip_grad_norm
+by, process = signal.Signals[os.environ["KILLED_BY"]], int(os.environ["KILLED"])
 def clip(self, model):
-    if self.state.global_step + 1 == killed_at and self.args.process_index == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if self.state.global_step + 1 == killed_at and self.args.process_index == process:
+        os.kill(os.getpid(), by)
     return original(self, model)
 RunTrainer._clip_grad_norm = clip
 if "RANK" in os.environ:
@@ -39,6 +40,8 @@ def run_job(
     *arguments: str,
     processes: int = 2,
     killed_at: int = 0,
+    killed_by: str = "SIGKILL",
+    killed: int = 0,
     dtype: str = "float32",
     command: bool = False,
 ) -> subprocess.CompletedProcess[str]:
@@ -49,7 +52,8 @@ def run_job(
     return subprocess.run(
         [sys.executable, *launcher, str(script), "train", str(folder / "recipe.yaml"), *arguments],
         env=os.environ
-        | {"KILLED_AT": str(killed_at), "OMP_NUM_THREADS": "1", "PROCESSES": str(processes), "TYPE": dtype},
+        | {"KILLED_AT": str(killed_at), "KILLED_BY": killed_by, "KILLED": str(killed)}
+        | {"OMP_NUM_THREADS": "1", "PROCESSES": str(processes), "TYPE": dtype},
         capture_output=True,
         text=True,
         timeout=300,

@@ -180,6 +180,11 @@ def test_a_full_disk_is_one_line(tmp_path, write, files_no_larger_than):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_on_which_a_small_file_of_torch_is_written(tmp_path, files_no_larger_than):
+    with files_no_larger_than(0), pytest.raises(UserError, match="torch could not"), whole_folder(tmp_path / "x") as to:
+        torch.save({"step": 1}, to / "x.pt")
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(ValueError, match="a bug") as caught, whole_folder(tmp_path / "model"):
         raise ValueError("a bug")

@@ -248,7 +248,9 @@ def why_not_written(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if code := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers, which are written in Rust
         return os.strerror(int(code[1]))
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+    # A file of a few hundred bytes is written when its stream is closed, which C++ says in its own words.
+    torch_says = ("PytorchStreamWriter", "inline_container", "iostream error")
+    if isinstance(error, RuntimeError) and any(words in text for words in torch_says):
         full = next((code for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if os.strerror(code) in text), None)
         return os.strerror(full) if full else "torch could not write a whole file, as when the disk is full"
     return None

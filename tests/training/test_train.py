@@ -299,9 +299,16 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     assert_same_bits(whole.model, resumed.model)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 def test_a_full_disk_leaves_the_checkpoint_before(
-    run: Go, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_no_larger_than: Go
+    run: Go,
+    whole: TrainResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files_no_larger_than: Go,
+    sharded: bool,
 ) -> None:
+    run = functools.partial(run, trainer__fsdp=sharded)
     original = RunTrainer._save_checkpoint
 
     def save(self: RunTrainer, *args: Any) -> None:
@@ -318,6 +325,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert not (tmp_path / "run" / ".unfinished").exists()
     resumed, _ = run(resume=True)
     assert_same_bits(whole.model, resumed.model)
+
+
+def test_what_accelerate_is_told_elsewhere_changes_nothing(
+    run: Go, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    result, _ = run()
+    assert_same_bits(whole.model, result.model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP is set, by accelerate launch .* set trainer.fsdp=true"):
+        run(resume=True)
 
 
 def test_a_disk_too_full_for_a_record(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,14 @@ def test_a_job_of_two_processes_is_one_run(content: dict[str, Any], tmp_path: Pa
         {n: v for n, v in r.items() if n not in timed} for r in again
     ]
 
+    # A signal that reaches one of them ends both after the same step, saved.
+    told = f"trainer.output_dir={tmp_path / 'told'}"
+    stopped = run_job(tmp_path, told, killed_at=6, killed_by="SIGTERM", killed=1)
+    assert "stopped after step 6 of 12; --resume goes on from" in stopped.stderr and "Traceback" not in stopped.stdout
+    assert [path.name for path in sorted((tmp_path / "told").glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
+    assert run_job(tmp_path, told, "--resume").returncode == 0
+    assert all(torch.equal(tensor, one[name]) for name, tensor in tensors(tmp_path / "told").items())
+
     with alone_in(tmp_path / "held"):
         refused = run_job(tmp_path, f"trainer.output_dir={tmp_path / 'held'}")
     assert refused.returncode != 0

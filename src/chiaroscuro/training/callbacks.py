@@ -8,6 +8,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -199,19 +202,24 @@ class Reporter(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends the run after the step in hand, saved; a second one ends it at once.
 
-    A step cut in half can't be resumed: its gradient, its dropout and its thresholds belong together. With several
-    processes the signal would reach each at another step, so there it keeps its usual meaning.
+    A step cut in half can't be resumed: its gradient, its dropout and its thresholds belong together. A signal reaches
+    each of several processes at another step, or only one of them, so they tell each other at the end of each.
+
+    Attributes:
+        heard: whether to stop, which all processes know from the same step on.
 
     Args:
-        alone: Whether this is the only process.
+        processes: those of the run.
         say: Prints a line.
     """
 
-    def __init__(self, *, alone: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, *, processes: PartialState, say: Callable[[str], None]) -> None:
         self.heard = False
+        self._told = False
+        self._processes = processes
         self._say = say
         self._usual: dict[int, Any] = {}
-        self._listen = alone and threading.current_thread() is threading.main_thread()
+        self._listen = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
         if self._listen:
@@ -225,12 +233,16 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, usual)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
+        self._told = True
+        self.heard = self._processes.num_processes == 1
         signal.signal(number, self._usual[number])
         with suppress(RuntimeError):  # a line was being printed: the stream takes no other inside it
             self._say("stopping once the step in hand is finished and saved; Ctrl-C again stops at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if asked to."""
+        """Save and stop, if any process was asked to."""
+        if self._processes.num_processes > 1:
+            told = torch.tensor(float(self._told), device=self._processes.device)
+            self.heard = reduce(told, "sum").item() > 0
         if self.heard:
             control.should_save = control.should_training_stop = True

@@ -10,6 +10,7 @@ A resumed run ends with the weights of one that was never interrupted, bit for b
 the weights, from the learning rate to the corpus, must be what it was when the run began, or the resume is refused.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -138,6 +139,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     if not resume and recipe.trainer.init_from is not None:
         _refuse_no_checkpoint(recipe.trainer.init_from)
     _refuse_data_parallel(processes)
+    _refuse_other_sharding()
     with _alone_in(folder, processes):
         return _train(recipe, folder, processes, resume, console, following)
 
@@ -205,7 +207,7 @@ def _train(
             scratch = running.enter_context(_opened(recipe, folder, records))
         processes.wait_for_everyone()
         running.enter_context(_quiet_transformers())
-        stop = running.enter_context(StopOnSignal(alone=world == 1, say=say))
+        stop = running.enter_context(StopOnSignal(processes=processes, say=say))
         tokens_per_step = recipe.tokens_per_step(world)
         averages = None if recipe.trainer.ema is None else Averages(model, recipe.trainer.ema)
         if averages is not None and checkpoint is not None:
@@ -501,6 +503,16 @@ def _refuse_data_parallel(processes: PartialState) -> None:
         )
 
 
+def _refuse_other_sharding() -> None:
+    """Refuse what `accelerate launch` would have the model wrapped in, beside what the recipe says."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(name := f"ACCELERATE_USE_{kind}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{name} is set, by accelerate launch or its configuration; a recipe says how a model is spread over "
+                "processes: set trainer.fsdp=true and start with torchrun, or with accelerate launch --multi_gpu"
+            )
+
+
 def _rows_of(source: Dataset[Any] | TextStream, recipe: Recipe, world: int) -> Dataset[Any]:
     """The rows that a run reads: of a stream as many as it has steps for, in batches that each have a lane."""
     sequences = recipe.sequences_per_step(world)
@@ -620,7 +632,7 @@ def _learning_rates(recipe: Recipe, steps: int) -> dict[str, Any]:
 def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool, streamed: bool) -> TrainingArguments:
     trainer = recipe.trainer
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(scratch),
             seed=trainer.seed,
             max_steps=steps,
@@ -655,3 +667,5 @@ def _arguments(recipe: Recipe, scratch: Path, steps: int, use_cache: bool, strea
         )
     except ValueError as error:
         raise UserError(f"this machine can't carry out the recipe: {' '.join(str(error).split())}") from None
+    arguments.mixed_precision = "bf16" if trainer.precision == "bf16" else "no"  # or accelerate's settings would decide
+    return arguments

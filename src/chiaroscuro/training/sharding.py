@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -40,7 +40,8 @@ def shard(model: PreTrainedModel, processes: int) -> None:
     # What is tied must be in one group. transformers leaves the embedding to the group of all that no rule names, but
     # makes another one of a head that shares its weight.
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
-    model.fsdp_plan = {module: style for module, style in model.fsdp_plan.items() if module not in tied}
+    plan = {module: style for module, style in model.fsdp_plan.items() if module not in tied}
+    model.fsdp_plan = plan  # type: ignore[misc]  # mypy does not find its setter, which stands among those of others
     config, _, mesh = type(model).prepare_distribute_model({"fsdp_size": processes})
     type(model).maybe_distribute_model(model, config, mesh)
 
@@ -75,7 +76,7 @@ def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
     # Tensors that share memory can't be written as safetensors.
     weights: dict[str, Any] = get_model_state_dict(model)
     weights |= {name: weights[name].clone() for name in model.all_tied_weights_keys}
-    with _alone():
+    with _together():
         dcp.save(weights, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
         place = HuggingFaceStorageWriter(str(folder / _OPTIMIZER), save_distributed=True)
         dcp.save(_tensors(get_optimizer_state_dict(model, optimizer, options=_BY_NAME)), storage_writer=place)
@@ -84,7 +85,7 @@ def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Give a model, sharded or not, the weights of a checkpoint; all processes call it."""
     weights = get_model_state_dict(model)
-    with _alone():
+    with _together():
         dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))
     set_model_state_dict(model, weights)
 
@@ -93,7 +94,7 @@ def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.
     """Give an optimizer its state in a checkpoint; all processes call it."""
     state = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
     tensors = _tensors(state)
-    with _alone():
+    with _together():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / _OPTIMIZER)))
     set_optimizer_state_dict(model, optimizer, state | tensors, options=_BY_NAME)
 
@@ -109,8 +110,15 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """One process is no mistake here."""
+def _together() -> Iterator[None]:
+    """Read or write shards: one process is no mistake, and an error of any process is an error of all.
+
+    torch puts the errors into one that is not an `Exception`.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            first, _ = next(iter(error.failures.values()))
+            raise first from None
