@@ -22,3 +22,11 @@ def suggest(name: object, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(str(name), names, n=1)
     return f"{f'did you mean {close[0]!r}? ' if close else ''}known are {', '.join(names)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or what it means where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    said = next(iter(str(error).strip().splitlines()), "")
+    return said or ("it ends too early" if isinstance(error, StopIteration | EOFError) else type(error).__name__)

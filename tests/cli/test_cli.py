@@ -335,10 +335,11 @@ def test_a_model_beyond_all_machines_is_one_line(
     assert f"{field}={size}: must be at most" in err
 
 
-def test_weights_beyond_the_memory_are_refused(run: Run, text_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["intermediate_size: 67108864", "hidden_size: 10000000"])
+def test_weights_beyond_the_memory_are_refused(run: Run, text_folder: Path, tmp_path: Path, size: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "model: {intermediate_size: 67108864, num_attention_heads: 2, num_hidden_layers: 48}\n"
+        f"model: {{{size}, num_attention_heads: 2, num_hidden_layers: 48}}\n"
         f"data: {{source: '{text_folder}', sequence_length: 16}}\ntokenizer: bpe:300\n"
         f"trainer: {{output_dir: '{tmp_path / 'run'}', steps: 4, warmup_steps: 1, batch_size: 2}}\n"
     )

@@ -97,6 +97,10 @@ def test_a_template_that_knows_no_system_s_role(run: Run, checkpoint: Path, monk
     assert code == 2 and err == "error: the model's chat template refuses the conversation: no system role\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert run("chat", checkpoint, "--max-new-tokens", 2)[0] == 0
+    for broken in ("{{ 1 / 0 }}", "{{ messages + 1 }}"):
+        (checkpoint / "chat_template.jinja").write_text(broken)
+        code, _, err = run("chat", checkpoint, "--system", "Be brief.")
+        assert code == 2 and "chat template refuses the conversation: " in err and err.count("\n") == 1
 
 
 def test_an_input_that_is_no_text(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

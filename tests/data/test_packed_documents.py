@@ -101,6 +101,15 @@ def test_documents_are_trained_and_evaluated_apart(tmp_path: Path, architecture:
     assert found["loss"] == pytest.approx(result.validation_loss, rel=1e-5)
 
 
+def test_a_step_of_empty_documents_says_so(tmp_path: Path) -> None:
+    content: dict[str, Any] = recipe_content(write_corpus(tmp_path), tmp_path / "run")
+    folder = write_tables(tmp_path / "text")
+    (folder / "train.jsonl").write_text('{"content": ""}\n' * 4000 + '{"content": "the light falls"}\n')
+    content["data"] |= {"source": str(folder), "column": "content", "documents": True}
+    with pytest.raises(UserError, match=r"step \d+ has no token to predict, for its rows are empty documents: remove"):
+        train(Recipe.from_dict(content))
+
+
 def test_retrieval_has_rows_of_its_own() -> None:
     with pytest.raises(UserError, match="draws rows of its own"):
         make_task("retrieval", {"documents": True})

@@ -54,6 +54,29 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     assert count_activations(config, 64, half=True, checkpointing=False)[0] < whole
 
 
+def test_what_is_as_large_for_any_batch_is_not_multiplied_by_it() -> None:
+    """Such as the gradient of a head of many tokens, which the loss computes in the forward."""
+    fields: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "meta_router": "none",
+    }
+    small, large = (
+        count_activations(ChiarConfig(vocab_size=size, **fields), 16, half=False, checkpointing=False)
+        for size in (1000, 4000)
+    )
+    assert large[0] - small[0] < 3000 * 32 * 4 / 16  # the gradient alone, shared out over the tokens of a row
+
+
+def test_the_baseline_that_is_trained_first_is_planned() -> None:
+    content = SMALL | {"calibration": {"method": "paper"}}
+    found = plan_run(Recipe.from_dict(content), 8, "h100")
+    alone = plan_run(Recipe.from_dict(content).baseline(), 8, "h100")
+    assert found["baseline"] == alone and alone["step"]["of full attention's operations"] == 1
+    assert "baseline" not in plan_run(Recipe.from_dict(SMALL), 8, "h100")
+
+
 def test_averages_and_a_teacher_are_counted() -> None:
     plain = plan_run(Recipe.from_dict(SMALL), 8, "h100")
     averaged = plan_run(Recipe.from_dict(SMALL | {"trainer": SMALL["trainer"] | {"ema": 0.9}}), 8, "h100")

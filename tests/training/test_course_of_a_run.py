@@ -199,11 +199,54 @@ class Recording(TrainerCallback):
 def test_a_tracker_is_told_numbers_under_flat_names(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recording", Recording)
     run(trainer__report_to=["recording", "tensorboard"])
-    assert [one["step"] for one in Recording.told if "train/loss" in one] == [1, 2, 4, 6, 8, 10, 12]
-    assert [one["step"] for one in Recording.told if "validation/perplexity" in one] == [6, 12]
+    assert [one["step"] for one in Recording.told if "loss" in one] == [1, 2, 4, 6, 8, 10, 12]
+    assert [one["step"] for one in Recording.told if "eval_perplexity" in one] == [6, 12]
+    assert [one["step"] for one in Recording.told if "eval_layer_02/share_attention" in one] == [6, 12]
     assert all(isinstance(value, int | float | str) for one in Recording.told for value in one.values())
     assert [one["step"] for one in Recording.told if len(one) == 2] == list(range(1, 13))
     assert {one["run"] for one in Recording.told} == {"run"}
+
+
+class Broken(TrainerCallback):
+    """A tracker whose library is not there, or that does not begin."""
+
+    installed = False
+
+    def __init__(self) -> None:
+        if not self.installed:
+            raise ValueError("it is not installed\nin two lines")
+        self.handle = 1
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no answer")
+
+    def __del__(self) -> None:
+        assert self.handle
+
+
+def test_a_tracker_that_fails_is_one_line(run: Go, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "broken", Broken)
+    with pytest.raises(UserError, match=r"^trainer.report_to='broken': it is not installed \(pip install broken, or"):
+        run(trainer__report_to="broken")
+    monkeypatch.setattr(Broken, "installed", True)
+    with pytest.raises(UserError, match=r"^trainer.report_to='broken': no answer \(leave it out, and resume"):
+        run(trainer__report_to="broken")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_text_that_is_added_to_a_finished_run_is_measured(run: Go, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "validation.txt").write_text("a wall of light stays dark until the sun has gone\n" * 40)
+    run()
+    result, said = run(resume=True, trainer__validation_texts={"walls": str(other)})
+    assert "walls: loss" in said
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    validations = [record for record in records if record["kind"] == "validation"]
+    assert [record["step"] for record in validations] == [6, 12] and "walls" in validations[-1]["tasks"]
+    assert validations[-1]["loss"] == result.validation_loss
+    _, said = run(resume=True, trainer__validation_texts={"walls": str(other)})
+    assert "walls: loss" not in said
 
 
 def test_a_tracker_may_be_named_when_the_run_goes_on(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:

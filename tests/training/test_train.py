@@ -372,6 +372,9 @@ def test_a_folder_with_a_run_is_not_run_over(run: Go, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run to resume"):
         run(resume=True, trainer__output_dir=str(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
+    for impossible in ("a\0b", "x" * 300):
+        with pytest.raises(UserError, match="no folder can have that name"):
+            run(trainer__output_dir=str(tmp_path / impossible))
     with pytest.raises(UserError, match="is a file; name a folder"):
         run(trainer__output_dir=str(tmp_path / "file"))
     assert not (tmp_path / "nowhere").exists()

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from chiaroscuro.analysis.routing import refuse_broken_text
 from chiaroscuro.analysis.sampling import how_to_sample, refuse_broken_logits, refuse_impossible
-from chiaroscuro.errors import UserError
+from chiaroscuro.errors import UserError, one_line
 from chiaroscuro.model.loading import longest_sequence
 
 
@@ -56,11 +55,11 @@ class Conversation:
             self._as_template([*self.messages, {"role": "user", "content": "Hello."}], tokenize=False)
 
     def _as_template(self, messages: list[dict[str, str]], **how: Any) -> Any:
-        """The messages by the tokenizer's template; or an error, for a template may refuse a role or an order."""
+        """The messages by the tokenizer's template, which may refuse a role or an order; or an error."""
         try:
             return self.tokenizer.apply_chat_template(messages, **how)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program, which fails as its author made it
+            raise UserError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
 
     def clear(self) -> None:
         """Forget what was said, but not what the model was told beforehand."""

@@ -18,7 +18,14 @@ def count_parameters(config: PreTrainedConfig) -> int | None:
     """The parameters of the model that a configuration describes, without making it; None for an unknown class.
 
     The class is the one in `config.architectures`; a `ChiarConfig` that names none is a `ChiarForCausalLM`.
+
+    Raises:
+        UserError: its embeddings and one product alone would not fit into the memory of this machine.
+
     """
+    if isinstance(config, ChiarConfig):  # whose thresholds take a draw of noise of the model's width
+        width = config.hidden_size
+        refuse_beyond_memory(4 * width * (config.vocab_size + width), "the model's weights")
     name = (config.architectures or ["ChiarForCausalLM" if isinstance(config, ChiarConfig) else ""])[0]
     cls: Any = getattr(chiaroscuro.model, name, None) or getattr(transformers, name, None)
     if cls is None:

@@ -21,9 +21,9 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 
 from chiaroscuro.data.python_docs import python_documents
-from chiaroscuro.data.storage import default_cache_dir, one_line, root_cause, writing_to
+from chiaroscuro.data.storage import default_cache_dir, root_cause, writing_to
 from chiaroscuro.data.text_files import FORMATS, STRINGS, TextFiles
-from chiaroscuro.errors import UserError, suggest
+from chiaroscuro.errors import UserError, one_line, suggest
 from chiaroscuro.hub import cache_if_unreachable
 
 # It logs what it also raises, and what is then said here in one line.

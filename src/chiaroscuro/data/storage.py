@@ -67,11 +67,3 @@ def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or what it means where it has none."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    said = next(iter(str(error).strip().splitlines()), "")
-    return said or ("it ends too early" if isinstance(error, StopIteration | EOFError) else type(error).__name__)

@@ -22,8 +22,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 from datasets.builder import Key
 
-from chiaroscuro.data.storage import one_line
-from chiaroscuro.errors import UserError
+from chiaroscuro.errors import UserError, one_line
 
 CHUNK = 2**22
 """So many bytes of a file are read at a time, and the line that they end in."""

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, 
 
 from chiaroscuro.data.corpora import Corpus, find_folder
 from chiaroscuro.data.progress import patient_bar
-from chiaroscuro.data.storage import cached_file, default_cache_dir, fingerprint, one_line
-from chiaroscuro.errors import UserError
+from chiaroscuro.data.storage import cached_file, default_cache_dir, fingerprint
+from chiaroscuro.errors import UserError, one_line
 from chiaroscuro.hub import cache_if_unreachable
 
 logger = logging.getLogger(__name__)

@@ -37,6 +37,18 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
             f"the run: {run['steps']:,} steps, {run['tokens']:,} tokens, {run['seconds'] / 3600:,.2f} hours",
             highlight=False,
         )
+    if "baseline" in figures:
+        first = figures["baseline"]
+        totals = " and ".join(
+            f"{each['total'] / 1e9:,.2f} GB ({kind.upper()})" for kind, each in first["memory"].items()
+        )
+        hours = f", {first['run']['seconds'] / 3600:,.2f} hours in all" if "run" in first else ""
+        console.print(
+            f"before it the baseline of full attention is trained, from which the thresholds come: {totals}, "
+            f"{1e3 * first['step']['seconds']:,.1f} ms a step{hours}",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print("\nassumed:")
     for line in figures["assumptions"]:
         console.print(f"- {line}", highlight=False, soft_wrap=True)

@@ -75,7 +75,8 @@ def plan_run(
 
     Returns:
         Figures ready for JSON: `"memory"` by part for `"ddp"` and `"fsdp"`, in bytes a GPU; `"step"`, in seconds; the
-        `"run"`; and `"assumptions"`, in words.
+        `"run"`; with `calibration: paper` the same of the `"baseline"`, which is trained first; and `"assumptions"`,
+        in words.
 
     Raises:
         UserError: an unknown GPU, an impossible number, or a recipe of another kind of model or of another task.
@@ -152,6 +153,8 @@ def plan_run(
     if trainer.epochs is None:
         steps = recipe.steps(gpus)
         figures["run"] = {"steps": steps, "tokens": steps * recipe.tokens_per_step(gpus), "seconds": steps * step}
+    if recipe.uses_baseline:
+        figures["baseline"] = plan_run(recipe.baseline(), gpus, gpu, vocabulary=config.vocab_size, used=used)
     return figures
 
 
@@ -178,10 +181,14 @@ def count_activations(config: ChiarConfig, length: int, half: bool, checkpointin
     """
     torch.manual_seed(0)
     model: Any = ChiarForCausalLM(config).train()
-    ids = torch.randint(config.vocab_size, (1, length))
+    ids = torch.randint(config.vocab_size, (2, length))
+
+    def of_rows(rows: Tensor) -> int:
+        return _kept(model, lambda: model(input_ids=rows, labels=rows, use_cache=False), half)
 
     def run() -> float:
-        return _kept(model, lambda: model(input_ids=ids, labels=ids, use_cache=False), half) / length
+        # What a second row adds. The gradient of the head, which the loss computes on the way, is as large for both.
+        return (of_rows(ids) - of_rows(ids[:1])) / length
 
     whole = run()
     if not checkpointing:
@@ -206,7 +213,6 @@ def _kept(model: torch.nn.Module, forward: Callable[[], Any], half: bool) -> int
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
         output = forward()
-    copies = sum(2 * parameter.numel() for parameter in model.parameters() if parameter.ndim == 2) if half else 0
     total = sum(size for size, _ in found.values())
     del output
-    return max(0, total - copies)
+    return total

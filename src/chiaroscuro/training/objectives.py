@@ -135,6 +135,11 @@ class Objective(ABC):
         return {}
 
     @property
+    def names_beside(self) -> tuple[str, ...]:
+        """Those of `measure_beside`."""
+        return ()
+
+    @property
     def validation_rows(self) -> int:
         """How many rows `evaluate` reads."""
         return len(self.validation)
@@ -218,6 +223,11 @@ class LanguageModelling(Objective):
         """The other texts."""
         seen = {name: evaluate_blocks(model, blocks, **how) for name, blocks in self.texts.items()}
         return {name: ({f: getattr(one, f) for f in self.measured}, one.routings or []) for name, one in seen.items()}
+
+    @property
+    def names_beside(self) -> tuple[str, ...]:
+        """Those of the other texts."""
+        return tuple(self.texts)
 
     @property
     def validation_rows(self) -> int:
@@ -393,6 +403,11 @@ class MixedTraining(LanguageModelling):
         """The other texts, and every task."""
         tasks = {name: task.evaluate(model, **how) for name, task in self.tasks.items()}
         return super().measure_beside(model, **how) | tasks
+
+    @property
+    def names_beside(self) -> tuple[str, ...]:
+        """Those of the other texts and of every task."""
+        return (*super().names_beside, *self.tasks)
 
     @property
     def validation_rows(self) -> int:

@@ -11,7 +11,7 @@ the weights, from the learning rate to the corpus, must be what it was when the 
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,6 +162,9 @@ def _train(
         records = [record for record in read_records(folder / _METRICS) if record["step"] <= checkpoint.step]
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
+    if checkpoint is not None:
+        # What was added since to the texts that are measured is measured where the run stands.
+        records = [each for each in records if each["step"] < checkpoint.step or _is_whole(each, objective)]
     rows = _rows_of(objective.train, recipe, world)
     steps = recipe.steps(world, len(cast(Sized, rows)))
     facts = Facts(tokens=objective.identity, processes=world, sequences=recipe.sequences_per_step(world), seconds=0.0)
@@ -381,6 +384,11 @@ def _opened(recipe: Recipe, folder: Path, records: Sequence[dict[str, Any]]) -> 
         opened = stack.pop_all()
     with opened:
         yield scratch
+
+
+def _is_whole(record: Mapping[str, Any], objective: Objective) -> bool:
+    """Whether a record of a validation has all that belongs to one now; others are whole."""
+    return record["kind"] != "validation" or set(objective.names_beside) <= record.get("tasks", {}).keys()
 
 
 def _refuse_other_data(checkpoint: Checkpoint, facts: Facts) -> None:

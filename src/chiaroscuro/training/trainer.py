@@ -163,7 +163,17 @@ class RunTrainer(Trainer):
     # ---- 1. divergence -------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward, or TrainingDiverged."""
+        """Forward and backward, or TrainingDiverged.
+
+        Raises:
+            UserError: no token of the step is predicted.
+
+        """
+        if num_items_in_batch is not None and not num_items_in_batch:
+            raise UserError(
+                f"step {self.state.global_step + 1} has no token to predict, for its rows are empty documents: remove "
+                "empty rows from the text"
+            )
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_unless_finite("loss", loss)
         self.run.interval.loss += loss.item()

@@ -12,7 +12,8 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from chiaroscuro.data.storage import cached_file, one_line
+from chiaroscuro.data.storage import cached_file
+from chiaroscuro.errors import one_line
 
 logger = logging.getLogger(__name__)
 
