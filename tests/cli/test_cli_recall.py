@@ -113,8 +113,11 @@ def test_the_first_windows_that_hold_so_many_tokens(text_run: Path, given: tuple
 
 
 def test_a_model_of_words_is_not_measured_on_a_text(run: Run, folder: Path, task_run: Callable[[str], Path]) -> None:
-    code, _, err = run("evaluate", task_run("mqar"), "--data", write_corpus(folder))
-    assert code == 2 and "is one of words, which loses the spaces of a text" in err and err.count("\n") == 1
+    out = folder / "out"
+    for command in (["evaluate"], ["calibrate", "--output", out], ["fit", "--kept", 0.5, "--output", out]):
+        code, _, err = run(*command[:1], task_run("mqar"), *command[1:], "--data", write_corpus(folder))
+        assert code == 2 and "is one of words, which loses the spaces of a text" in err and err.count("\n") == 1
+    assert not out.exists()
 
 
 def test_a_run_goes_on_with_other_rows(run: Run, folder: Path, task_run: Callable[[str], Path]) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from chiaroscuro import ChiarConfig, UserError, register_router
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError, register_router
+from chiaroscuro.analysis.flops import count_flops
 from chiaroscuro.layers import Operator, Router, ScoreRouter
 from chiaroscuro.layers.registry import OPERATORS, ROUTERS
+from chiaroscuro.model.loading import near_of, window_of
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
 A, D, R = "attention", "dct", "rbf"
@@ -467,3 +470,20 @@ def test_a_share_for_fixed_thresholds_is_refused_and_for_running_ones_taken() ->
     with pytest.raises(UserError, match=r"attention_share=0\.5 with preset 'v2-400m'.*calibration='running'"):
         ChiarConfig.preset("v2-400m", attention_share=0.5)
     assert ChiarConfig.preset("v2-400m", attention_share=0.5, calibration="running").attention_share == 0.5
+
+
+def test_windows_of_a_menu_s_own_serve_its_local_attention_too() -> None:
+    """The two are one module there, which has the options that `attention` is given."""
+    fields: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    menus: list[Any] = [["local", {"attention": {"window": 8, "sinks": 1}}], [{"local": {"window": 4}}]]
+    own = ChiarConfig(**fields, operators=menus)
+    assert own.windows == [8, 8, 4] and window_of(own) == 8 and near_of(own) == 9
+    menus = [["local", "attention"], [{"local": {"window": 4, "sinks": 0}}]]
+    given = ChiarConfig(**fields, operators=menus, window=8, sinks=1)
+    assert count_flops(own, 64).total == count_flops(given, 64).total
+    models = [ChiarForCausalLM(config).eval() for config in (own, given)]
+    models[1].load_state_dict(models[0].state_dict())
+    ids = torch.arange(40)[None]
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    with pytest.raises(UserError, match="operator 'local' without a window"):
+        ChiarConfig(**fields, operators=[["local", "attention"], ["attention"]])

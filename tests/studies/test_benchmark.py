@@ -201,7 +201,7 @@ def test_memory_and_router_in_processes_and_tables(tmp_path: Path) -> None:
     # Where a layer runs forward alone, what the router takes is told in its three parts.
     assert [len(c["parts"]) for c in routers] == [0 if c["training"] else 3 for c in routers]
     shares = [c["share_of_layer"] for c in routers]
-    assert len(shares) == 4 and all(0 < share < 1 for share in shares)
+    assert len(shares) == 4 and all(share > 0 for share in shares)
     profiles = [c for c in cells if c["task"] == "profile"]
     assert [(c["step"], c["candidate"]) for c in profiles] == [
         (step, name)

@@ -144,6 +144,14 @@ def test_scores_can_be_fitted_while_the_model_trains(
         assert_same_bits(whole.model, stage(f"broken-{last}", resume=True, **asked).model)
 
 
+def test_too_few_rows_to_fit_on_are_refused_before_the_training(stage: Stage, asked: dict[str, Any]) -> None:  # noqa: F811
+    del asked["trainer__init_from"]
+    asked["fit"] = {"tokens": 256, "after": 5}
+    asked["schedule"] = {name: {"from": 1.0, "after": 5, "steps": 2} for name in ("attention_share", "kv_share")}
+    with pytest.raises(UserError, match=r"fit.tokens=256: of the [\d,]+ rows of 64 tokens they make less than two"):
+        stage("few", **asked)
+
+
 def test_the_callback_fits_once_and_after_its_steps() -> None:
     model, fitted = ChiarForCausalLM(ChiarConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)), []
     callback = FitScores(5, lambda given: f"{type(given).__name__} at {state.global_step}", fitted.append)
@@ -188,6 +196,10 @@ WAITING = {"from": 1.0, "after": 5, "steps": 3}
             "set schedule.kv_share: {from: 1.0, after: 5, steps: 0.3}",
         ),
         (with_changes(model=LLAMA, fit={}, trainer=TRAINER), "model.architecture: llama routes nothing"),
+        (
+            with_changes(model=FITTED, data={"sequence_length": 4}, fit={}, trainer=TRAINER),
+            "fit with data.sequence_length=4: all of a row is within the window and the sinks, ",
+        ),
         (
             with_changes(model=FITTED, data={"task": "imdb"}, fit={}, trainer=TRAINER),
             "only the scores of a language model are fitted",

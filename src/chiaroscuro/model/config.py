@@ -338,7 +338,7 @@ class ChiarConfig(PreTrainedConfig):
 
     @property
     def entries(self) -> list[list[tuple[type[Operator], Any]]]:
-        """For each layer, the class and the options of each operator on its menu.
+        """For each layer, the class and the options of each operator on its menu; of two that are one module the same.
 
         Raises:
             UserError: an unknown operator or option, or an impossible one.
@@ -347,9 +347,16 @@ class ChiarConfig(PreTrainedConfig):
         fields = self.fields()
         found = []
         for menu in self.operators or []:
-            named = [(find_operator(name), options) for name, options in map(split_entry, menu)]
+            given, host = dict(map(split_entry, menu)), hosts_of(menu)
+            named = [(find_operator(name), given[host[name]]) for name in given]
             found.append([(cls, make_options(cls, with_defaults(cls, options, fields))) for cls, options in named])
         return found
+
+    @property
+    def windows(self) -> list[int]:
+        """The windows of the operators that have one."""
+        found = [getattr(options, "window", None) for menu in self.entries for _, options in menu]
+        return [window for window in found if window is not None]
 
     @property
     def router_class(self) -> type[Router]:
@@ -526,11 +533,11 @@ class ChiarConfig(PreTrainedConfig):
         for i, menu in enumerate(self.operators):
             given = dict(map(split_entry, menu))
             try:
-                hosts_of(menu)
+                host = hosts_of(menu)
             except UserError as error:
                 raise UserError(f"operators[{i}]={menu}: {error}") from None
-            for name, options in given.items():
-                cls = find_operator(name)
+            for name in given:
+                cls, options = find_operator(name), given[host[name]]
                 try:
                     cls.check(self.hidden_size, make_options(cls, with_defaults(cls, options, fields)))
                 except UserError as error:

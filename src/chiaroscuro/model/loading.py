@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from chiaroscuro.errors import UserError
 from chiaroscuro.hub import cache_if_unreachable, find_checkpoint, is_gguf
+from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.mixed import ChiarForMixedTasks
 
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
@@ -35,8 +36,22 @@ def _place(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """The window of a model's near attention, in our models and in retrofitted ones; None where all see everything."""
-    return getattr(config, "window", None) or (getattr(config, "chiaroscuro", None) or {}).get("window")
+    """The window of a model's near attention, in our models and in retrofitted ones; None where all see everything.
+
+    The widest, where menus have windows of their own.
+    """
+    if isinstance(config, ChiarConfig):
+        return config.window or max(config.windows, default=None)
+    return (getattr(config, "chiaroscuro", None) or {}).get("window")
+
+
+def near_of(config: PreTrainedConfig) -> int:
+    """The most tokens that a layer shows to a token which does not look far: its window's and the sinks."""
+    if isinstance(config, ChiarConfig):
+        found = [options for menu in config.entries for _, options in menu if hasattr(options, "window")]
+        return max(((options.window or 1) + options.sinks for options in found), default=1)
+    said = getattr(config, "chiaroscuro", None) or {}
+    return int(said.get("window", 1) + said.get("sinks", 0))
 
 
 def longest_sequence(config: PreTrainedConfig) -> int:

@@ -94,11 +94,6 @@ def evaluate(
             )
         figures |= {"data": sequences.name, **result.figures()}
     else:
-        if type(workspace.tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
-            raise UserError(
-                f"the tokenizer of {workspace.name} is one of words, which loses the spaces of a text and the words "
-                "that it has not seen: a perplexity would not be that of the text; evaluate a model that learned a text"
-            )
         corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
         blocks = whole if tokens is None else first_blocks(whole, _windows(tokens, length, stride or length))
         with patient_bar("evaluating", len(blocks)) as advance, watching(model) as seen:

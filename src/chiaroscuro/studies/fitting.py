@@ -13,9 +13,10 @@ from chiaroscuro.data.tasks import PadToLongest
 from chiaroscuro.errors import UserError
 from chiaroscuro.files import refuse_unwritable, write_bytes
 from chiaroscuro.model import ChiarForCausalLM
+from chiaroscuro.model.loading import near_of
 from chiaroscuro.report.fit_figure import draw_fit
 from chiaroscuro.retrofitting.fitting import fit
-from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel
+from chiaroscuro.retrofitting.routed_model import RoutedModel
 from chiaroscuro.studies.workspace import Workspace
 from chiaroscuro.training import save_whole
 from chiaroscuro.training.initial_weights import fit_batches
@@ -114,11 +115,10 @@ def fit_copy(
     named: Any
     batches: list[Any]
     if isinstance(model, RoutedModel):
-        said = getattr(model.config, FIELD)
-        refuse_no_far(length, said["window"] + said["sinks"])
+        refuse_no_far(length, near_of(model.config))
         named, batches = mixture_of(workspace, source=source, split=split, tokens=tokens, length=length)
     elif isinstance(model, ChiarForCausalLM):
-        refuse_no_far(length, (model.config.window or 1) + model.config.sinks)
+        refuse_no_far(length, near_of(model.config))
         named, batches = batches_of(workspace, source=source, split=split, tokens=tokens, length=length)
     else:
         raise UserError(

@@ -220,7 +220,17 @@ class Workspace:
     def blocks(
         self, split: str, *, length: int | None = None, stride: int | None = None, source: str | None = None
     ) -> tuple[Corpus, TokenBlocks]:
-        """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`."""
+        """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`.
+
+        Raises:
+            UserError: the text can't be read, or is not one that the model's tokenizer reads.
+
+        """
+        if type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+            raise UserError(
+                f"the tokenizer of {self.name} is one of words, which loses the spaces of a text and the words that it "
+                "has not seen: what is measured or fitted there would not be of the text; take a model that learned one"
+            )
         corpus, text = self.corpus(split, source), self._text(source)
         tokens = tokenize_corpus(corpus, self.tokenizer)[split]
         return corpus, text.blocks(tokens, self.tokenizer, self.length(length), stride)

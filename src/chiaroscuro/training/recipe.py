@@ -38,7 +38,7 @@ from chiaroscuro.errors import UserError, suggest
 from chiaroscuro.layers import ScoreRouter
 from chiaroscuro.model.config import ChiarConfig
 from chiaroscuro.model.fitting import fitted_sides
-from chiaroscuro.model.loading import load_checkpoint_config
+from chiaroscuro.model.loading import load_checkpoint_config, near_of
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedConfig
 from chiaroscuro.training.schedule import Course, Draws, Ramp
 
@@ -753,6 +753,11 @@ class Recipe(Section):
             )
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(f"fit with data.task={self.data.task!r}: only the scores of a language model are fitted")
+        if self.data.sequence_length <= (near := near_of(config)):
+            raise UserError(
+                f"fit with data.sequence_length={self.data.sequence_length}: all of a row is within the window and the "
+                f"sinks, {near} tokens; take several times as many, or remove fit"
+            )
         for side in sides.values():
             if not 0 < side.share < 1:
                 raise UserError(f"fit with {side.field}={side.share}: must be more than 0 and less than 1; change it")

@@ -54,7 +54,7 @@ from chiaroscuro.training.checkpoints import (
     refuse_foreign_scratch,
     scratch_in,
 )
-from chiaroscuro.training.initial_weights import fit_batches, fit_scores, load_weights, take_over_spread
+from chiaroscuro.training.initial_weights import FIT_ROWS, fit_batches, fit_scores, load_weights, take_over_spread
 from chiaroscuro.training.objectives import Objective, load_objective
 from chiaroscuro.training.recipe import LEAST_LEARNING_RATE, Recipe, RetrofitSection
 from chiaroscuro.training.records import read_records, write_records
@@ -288,7 +288,19 @@ def _train(
 
 
 def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, world: int) -> Callable[[Any], str]:
-    """What fits the scores that the recipe asks for, at the shares that the model is built with."""
+    """What fits the scores that the recipe asks for, at the shares that the model is built with.
+
+    Raises:
+        UserError: there are too few rows to fit on, which nobody wants to learn after an hour of training.
+
+    """
+    if recipe.fit is not None:
+        length, there = recipe.data.sequence_length, len(cast(Sized, _rows_of(objective.train, recipe, world)))
+        if min(there, recipe.fit.tokens // length) <= FIT_ROWS:
+            raise UserError(
+                f"fit.tokens={recipe.fit.tokens}: of the {there:,} rows of {length} tokens they make less than two "
+                f"batches of {FIT_ROWS}, of which the last is held out; take more, or a longer text"
+            )
     sides = {} if recipe.fit is None else fitted_sides(cast(ChiarConfig, model.config))
 
     def fit(model: Any) -> str:
