@@ -108,5 +108,5 @@ def test_forgetting_the_fit() -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("hidden", [0, -1, 2.5, True, "wide"])
 def test_an_impossible_width(hidden: object) -> None:
-    with pytest.raises(UserError, match=r"hidden=.*: must be a positive whole number"):
+    with pytest.raises(UserError, match=r"hidden=.*: must be a whole number from 1"):
         FittedRouter(WIDTH, MENU, hidden=hidden)

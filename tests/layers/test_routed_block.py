@@ -302,7 +302,7 @@ def test_an_entry_of_a_menu_has_options_of_its_own() -> None:
     assert make(("dct", {"attention": None})).operators["attention"].heads == 2
     with pytest.raises(UserError, match="unknown option heads=4 of SelfAttention: did you mean 'head_dim'"):
         make(({"attention": {"heads": 4}},))
-    with pytest.raises(UserError, match="give a name such as 'attention', or one with options"):
+    with pytest.raises(UserError, match="give a name, or a mapping from one name to its options"):
         make(({"attention": {}, "dct": {}},))
 
 

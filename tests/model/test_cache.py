@@ -4,6 +4,7 @@ Oracle: the model without a cache. Everything that can be cached is drawn over: 
 padding, and an operator of a user's.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -257,7 +258,7 @@ def test_a_crop_that_is_refused_leaves_the_cache_as_it_was(fields: dict[str, Any
     torch.testing.assert_close(continued(model, cache, ids[:, 99:]), wanted, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [3, -9])
+@pytest.mark.parametrize("wrong", [3, -9, "x", None, 0.5])
 def test_crop_removes_no_more_than_there_is_and_adds_nothing(wrong: int) -> None:
     cache = filled(build(shrunk("small", meta_router="none")), tokens(0, 2, 8))
     with pytest.raises(UserError, match=f"crop.*{wrong}"):
@@ -674,9 +675,12 @@ def test_caches_that_are_not_this_model_s() -> None:
         (DynamicCache(), "DynamicCache"),
         (ChiarCache(shrunk("small", num_hidden_layers=3)), "3 layers"),
         (filled(model, tokens(0, 3, 4)), "3 rows"),
+        (ChiarCache(shrunk("small", window=8)), "with other operators, or with other options of them"),
     ]:
         with pytest.raises(UserError, match=complaint):
             model(ids, cache=other)
+    same = ChiarCache(copy.deepcopy(model.config))
+    assert torch.equal(model(ids, cache=same).logits, model(ids).logits)
     with pytest.raises(UserError, match="use_cache=False"):
         model(ids, cache=filled(model, ids), use_cache=False)
     for ask in (model, model.model, lambda ids, **both: model.generate(ids, max_new_tokens=2, **both)):

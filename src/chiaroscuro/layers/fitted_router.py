@@ -20,6 +20,10 @@ from chiaroscuro.layers.thresholds import normal_quantiles
 UNFITTED = "a score of router 'fitted' was not fitted yet, and is the same for every token"
 
 
+LARGEST_HIDDEN = 2**16
+"""Many times the width of any model: what is larger is a slip, and would not fit into memory."""
+
+
 @dataclass(frozen=True)
 class FittedOptions(HeadOptions):
     """Options of a fitted score: `heads`, and `hidden`, the width of the layer in between; None for a linear score."""
@@ -29,9 +33,12 @@ class FittedOptions(HeadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden is not None and (
-            isinstance(self.hidden, bool) or not isinstance(self.hidden, int) or self.hidden < 1
+            isinstance(self.hidden, bool) or not isinstance(self.hidden, int) or not 1 <= self.hidden <= LARGEST_HIDDEN
         ):
-            raise UserError(f"hidden={self.hidden!r}: must be a positive whole number, or left out for a linear score")
+            raise UserError(
+                f"hidden={self.hidden!r}: must be a whole number from 1 to {LARGEST_HIDDEN:,}, or left out for a "
+                "linear score"
+            )
 
 
 class FittedScore(ExactBuffers):

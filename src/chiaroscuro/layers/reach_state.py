@@ -286,7 +286,8 @@ class ReachState(OperatorState):
         rows, device = len(real), real.device
         if self.begun:
             if rows != self.rows:
-                raise UserError(f"the cache holds {self.rows} rows, the input has {rows}: the two must match")
+                held, given = self.rows // self.heads, rows // heads
+                raise UserError(f"the cache holds {held} rows, the input has {given}: the two must match")
             self._wake()
             return
         self.begun, self.rows, self.heads = True, rows, heads

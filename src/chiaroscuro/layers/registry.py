@@ -106,7 +106,7 @@ def split_entry(entry: Any) -> tuple[str, dict[str, Any]]:
         name, options = next(iter(entry.items()))
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
             return name, _as_json(entry, options) if options else {}
-    raise UserError(f"{entry!r}: give a name such as 'attention', or one with options, {{attention: {{bias: false}}}}")
+    raise UserError(f"{entry!r}: give a name, or a mapping from one name to its options, {{name: {{option: value}}}}")
 
 
 def _as_json(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:

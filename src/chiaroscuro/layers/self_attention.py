@@ -294,7 +294,7 @@ class SelfAttention(Operator):
         if self.options.attention_context == "routed":
             return looks, looks
         if context.kept is None:
-            raise ValueError("attention_context='kept' without a decision who is kept: give the block a kv_router")
+            raise UserError("attention_context='kept' without a decision who is kept: give the block a kv_router")
         return looks, context.kept & (real if context.kept.ndim == 2 else real[..., None])
 
     @staticmethod

@@ -144,6 +144,7 @@ class ChiarCache(Cache):
         config: of the model.
 
     Attributes:
+        config: of the model whose operators fill it.
         tokens_seen: tokens so far, padding included.
         rows: of the batch that it holds.
         real: (rows, tokens_seen), which of these tokens were not padding; None where all are known to be real.
@@ -159,6 +160,7 @@ class ChiarCache(Cache):
             raise UserError(f"ChiarCache takes a ChiarConfig, such as model.config, not a {type(config).__name__}")
         if reason := config.uncacheable():
             raise UserError(f"no cache for a model with {reason}: pass use_cache=False")
+        self.config = config
         super().__init__(layers=[LayerCache() for _ in config.menus])
         self.tokens_seen = 0
         self.rows = 0
@@ -213,9 +215,10 @@ class ChiarCache(Cache):
                 cache is then as it was.
 
         """
-        if not -self.tokens_seen <= tokens_to_remove <= 0:
+        if not hasattr(tokens_to_remove, "__index__") or not -self.tokens_seen <= tokens_to_remove <= 0:
             raise UserError(
-                f"crop({tokens_to_remove}) of a cache of {self.tokens_seen} tokens: give the number to remove, negative"
+                f"crop({tokens_to_remove!r}) of a cache of {self.tokens_seen} tokens: give the number to remove, "
+                "negative"
             )
         if tokens_to_remove == -self.tokens_seen:
             return self.reset()

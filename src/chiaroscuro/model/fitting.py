@@ -41,6 +41,7 @@ from chiaroscuro.model.score_fitting import (
     SideFit,
     SideFitting,
     asked_shares,
+    check_spread,
     fitted_entry,
     refuse_broken,
     with_target,
@@ -101,6 +102,7 @@ def fit(
     Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
 
     """
+    check_spread(spread)
     look, kept = asked_shares(look, kept, budget).values()
     spread = spread or budget is not None
     sides = _check(model, look, kept, both=budget is None)

@@ -715,6 +715,13 @@ class ChiarModel(ChiarPreTrainedModel):
                 f"cache has {len(cache.layers)} layers, the model {len(self.layers)}: "
                 "need a chiaroscuro.ChiarCache(model.config)"
             )
+        if cache.config is not self.config:
+            if cache.config.entries != self.config.entries:
+                raise UserError(
+                    "cache is of a model with other operators, or with other options of them, such as another window: "
+                    "need a chiaroscuro.ChiarCache(model.config)"
+                )
+            cache.config = self.config
         if cache.unfinished:
             raise UserError(
                 "a forward with this cache failed halfway, and some layers have its tokens: start a new one"

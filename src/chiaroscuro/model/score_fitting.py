@@ -141,6 +141,12 @@ def check_share(name: str, share: Any) -> None:
     raise UserError(f"{name}={share!r}: must be a share of the tokens, more than 0 and less than 1")
 
 
+def check_spread(spread: Any) -> None:
+    """Raise a UserError if this is neither None nor true or false."""
+    if spread is not None and not isinstance(spread, bool):
+        raise UserError(f"spread={spread!r}: must be true or false")
+
+
 def with_target(
     side: str,
     window: int,

@@ -36,6 +36,7 @@ from chiaroscuro.model.score_fitting import (
     SideFitting,
     asked_shares,
     check_share,
+    check_spread,
     fitted_entry,
     with_target,
 )
@@ -82,7 +83,9 @@ def fit(
 
     """
     if not isinstance(model, RoutedModel):
-        return fit_chiar(model, batches, look=look, kept=kept, hidden=hidden, spread=bool(spread), budget=budget)
+        spread = False if spread is None else spread
+        return fit_chiar(model, batches, look=look, kept=kept, hidden=hidden, spread=spread, budget=budget)
+    check_spread(spread)
     shares = asked_shares(look, kept, budget)
     spread = spread is not False or budget is not None
     said = getattr(model.config, FIELD)
