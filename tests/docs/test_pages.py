@@ -189,7 +189,7 @@ def test_the_readme_s_speed_is_the_measured_one(task: str, heading: str) -> None
 
 
 QUOTED = {
-    "passkey": {
+    "passkeys": {
         "full attention": ("README.md", "docs/proven.md"),
         "both, fitted afterwards": ("README.md", "docs/proven.md"),
         "both, random afterwards": ("README.md", "docs/proven.md"),
@@ -237,7 +237,7 @@ def test_the_table_of_near_and_far_is_that_of_the_study() -> None:
     rows = {row[0]: row[1:] for row in table_after(page, "## What is measured so far")}
     assert list(rows) == list(TABLED)
     for row, variants in TABLED.items():
-        for task, cell in zip(("passkey", "mqar"), rows[row], strict=True):
+        for task, cell in zip(("passkeys", "mqar"), rows[row], strict=True):
             assert cell == ", ".join(f"{accuracy_of(task, name):.1f}%" for name in variants), (row, task)
 
 

@@ -188,7 +188,7 @@ def test_a_sweep_is_trained_measured_once_and_written(tmp_path: Path, monkeypatc
     assert gather(RECALL, Console(quiet=True)) == found
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert gather(RECALL, Console(quiet=True)) == found
-    written = page({"text": {}, "mqar": found, "passkey": {}, "passkeys": {}})
+    written = page({"text": {}, "mqar": found, "passkeys": {}})
     assert re.search(r"^\| (\*\*)?both, fitted afterwards(\*\* \(s?c?\))? \| \d", written, re.MULTILINE)
 
 
