@@ -33,7 +33,7 @@ from chiaroscuro.layers import FittedRouter, row_thresholds
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.inside import noting_decisions, watching
-from chiaroscuro.retrofitting.routed_attention import Forward
+from chiaroscuro.retrofitting.routed_attention import Forward, Reach
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
@@ -1000,6 +1000,28 @@ def test_chance_does_not_depend_on_padding() -> None:
     mask[0, :6] = 0
     together = routed(tokens, attention_mask=mask).logits[0, 6:]
     torch.testing.assert_close(together, routed(tokens[:1, 6:]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pads", [0, 6])
+def test_chance_is_the_same_with_a_cache_where_a_model_tells_its_attention_no_positions(pads: int) -> None:
+    """Such as Llama 4, whose attention is given rotations alone."""
+    routed = routed_copy(build("llama"), attention_share=0.5, kv_share=0.5, router="random", kv_router="random")
+    for module in routed.modules():
+        if isinstance(getattr(module, "chiaroscuro", None), Reach):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+            )
+    tokens = ids(1)
+    mask = torch.ones_like(tokens)
+    mask[0, :pads] = 0
+    whole = routed(tokens, attention_mask=mask).logits
+    cache, pieces = None, []
+    for begin, end in itertools.pairwise((0, 20, 21, 22, tokens.shape[1])):
+        out = routed(tokens[:, begin:end], attention_mask=mask[:, :end], **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, pads:], whole[:, pads:], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -287,6 +287,8 @@ class Reach(nn.Module):
             forward.check_continued(attention_mask, cached, time)
         if places is None and position_ids is not None:
             places = position_ids.expand(len(hidden), -1)
+        elif places is None and cached is not None:  # a model may tell its attention nothing of positions
+            places = torch.arange(cached.columns - time, cached.columns, device=hidden.device).expand(len(hidden), -1)
         context = Context(
             attention_mask=attention_mask,
             segments=segments,
