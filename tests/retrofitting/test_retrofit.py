@@ -1059,3 +1059,8 @@ def test_a_cache_that_is_not_of_this_model_or_this_batch() -> None:
     short = DynamicCache(config=build("llama", num_hidden_layers=1).config)
     with pytest.raises(UserError, match="a cache of 1 layers, and layer 1 is routed"):
         routed(ids(1), **{CACHE: short})
+
+
+def test_a_plain_model_is_not_fitted() -> None:
+    with pytest.raises(UserError, match=r"or a retrofitted model, not a LlamaForCausalLM: retrofit\(model, …\) routes"):
+        chiaroscuro.fit(build("llama"), [ids(1)] * 3, kept=0.5)

@@ -28,6 +28,7 @@ from chiaroscuro.model.batches import (
 )
 from chiaroscuro.model.evaluation_mode import evaluation_mode
 from chiaroscuro.model.fitting import fit as fit_chiar
+from chiaroscuro.model.modeling import ChiarForCausalLM
 from chiaroscuro.model.score_fitting import (
     HELD_OUT,
     SAMPLE,
@@ -82,6 +83,11 @@ def fit(
     Source: arXiv 2603.02227 (fitted afterwards, not along); arXiv 2603.17484 and 2512.17452 for the two sides.
 
     """
+    if not isinstance(model, RoutedModel | ChiarForCausalLM):
+        raise UserError(
+            f"fit takes a ChiarForCausalLM or a retrofitted model, not a {type(model).__name__}: retrofit(model, …) "
+            "routes a decoder of transformers"
+        )
     if not isinstance(model, RoutedModel):
         spread = False if spread is None else spread
         return fit_chiar(model, batches, look=look, kept=kept, hidden=hidden, spread=spread, budget=budget)
