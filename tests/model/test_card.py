@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForSequenceClassification, retrofit
+from chiaroscuro import ChiarConfig, ChiarForCausalLM, ChiarForMixedTasks, ChiarForSequenceClassification, retrofit
 from chiaroscuro.model.card import CARD, model_card
 from decoders import build
 
@@ -29,6 +29,13 @@ def test_it_lies_beside_the_weights(tmp_path: Path) -> None:
     }
     assert f"| parameters | {model.num_parameters():,} |" in card
     assert "| share of the costliest operator | 25% |" in card and "AutoModelForCausalLM" in card
+    model.set_attention_share(0.5)
+    model.save_pretrained(tmp_path)
+    assert "| share of the costliest operator | 50% |" in (tmp_path / CARD).read_text()
+    changed = (tmp_path / CARD).read_text().replace("What it was trained on", "It was trained on WikiText-2. What")
+    (tmp_path / CARD).write_text(changed)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).read_text() == changed
     (tmp_path / CARD).write_text("The author's own.")
     model.save_pretrained(tmp_path)
     assert (tmp_path / CARD).read_text() == "The author's own."
@@ -44,6 +51,12 @@ def test_of_a_classifier_and_of_a_retrofitted_model(tmp_path: Path) -> None:
     card = (tmp_path / CARD).read_text()
     assert "| window, sinks | 6, 1 |" in card and "| kept to be seen from there | 30% |" in card
     assert "| routed layers | 2 |" in card
+
+
+def test_a_model_of_several_heads_is_loaded_by_its_own_class() -> None:
+    fields = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    card = model_card(ChiarForMixedTasks(ChiarConfig(**fields, task_labels={"films": 2})))
+    assert 'model = ChiarForMixedTasks.from_pretrained("this/folder")' in card and "AutoModel" not in card
 
 
 def test_a_share_is_told_where_the_model_follows_one() -> None:

@@ -290,7 +290,7 @@ def stream_corpus(
         raise UserError(f"no such corpus: {name!r}; {WANTED_SOURCES}")
     open_train = partial(_texts_of, name, open_rows, column)
     open_train()  # or an error, now
-    splits = _checked(name, splits, others, column)
+    splits = _checked(name, splits, others, column, streamed=["train"])
     parts = (identity, column, PIECE_CHARACTERS, hash_rows(name, splits, separator))
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     return StreamedCorpus(name, f"{origin}, by row, streamed", splits, separator, fingerprint, open_train)
@@ -359,7 +359,7 @@ def _texts_of(
     if column != "text":
         rows = rows.rename_column(column, "text")
     if rows.features is not None:
-        _refuse_no_strings(name, split, rows.features["text"])
+        _refuse_no_strings(name, split, rows.features["text"], column)
     return rows
 
 
@@ -498,14 +498,14 @@ def _not_loaded(name: str, why: str) -> str:
 
 
 def _checked(
-    name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str], column: str
+    name: str, splits: dict[str, datasets.Dataset], needed: Sequence[str], column: str, streamed: Sequence[str] = ()
 ) -> dict[str, datasets.Dataset]:
-    """Return the splits with the column "text" alone, after checking that none is missing."""
+    """Return the splits with the column "text" alone, after checking that none is missing; others are `streamed`."""
     for split in needed:
         if split not in splits:
+            there = ", ".join([*streamed, *splits]) or "unknown ones"
             raise UserError(
-                f"the corpus {name!r} has no {split} split, only {', '.join(splits) or 'unknown ones'}; "
-                "training needs train and validation"
+                f"the corpus {name!r} has no {split} split, only {there}; training needs train and validation"
             )
     for split, rows in splits.items():
         if column not in rows.column_names:
@@ -513,10 +513,11 @@ def _checked(
                 f"the {split} split of {name!r} has no column {column!r}, only {', '.join(rows.column_names)}; name "
                 "that of the texts by data.column"
             )
+    for split, rows in splits.items():
+        _refuse_no_strings(name, split, rows.features[column], column)
     texts = {split: rows.select_columns(column) for split, rows in splits.items()}
     if column != "text":
         texts = {split: rows.rename_column(column, "text") for split, rows in texts.items()}
-    check_texts(name, texts)
     return texts
 
 
@@ -531,11 +532,11 @@ def check_texts(name: str, splits: dict[str, datasets.Dataset]) -> None:
         _refuse_no_strings(name, split, rows.features["text"])
 
 
-def _refuse_no_strings(name: str, split: str, feature: Any) -> None:
+def _refuse_no_strings(name: str, split: str, feature: Any, column: str = "text") -> None:
     kind = getattr(feature, "dtype", type(feature).__name__.lower())
     if kind not in ("string", "large_string"):
         kind = "values of several types" if kind == "json" else kind
-        raise UserError(f"the column 'text' in the {split} split of {name!r} holds {kind}; it must hold strings")
+        raise UserError(f"the column {column!r} in the {split} split of {name!r} holds {kind}; it must hold strings")
 
 
 def hash_rows(name: str, splits: dict[str, datasets.Dataset], separator: str) -> str:

@@ -3,6 +3,7 @@
 It says nothing that the configuration does not: what the model was trained on, and how well, its author adds.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from chiaroscuro.layers.registry import Entry, split_entry
 
 CARD = "README.md"
 
+_SEAL = "<!-- as chiaroscuro wrote it, SHA-256 of what stands above: {} -->\n"
+"""Its last line, by which a page that its author has changed is told from one that may be written anew."""
+
 
 def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write the card of a model into a folder, unless there is one: it may be the author's.
+    """Write the card of a model into a folder, unless one is there that is not as it was written: it is the author's.
 
     Args:
         model: a CHIAR-Former, or a retrofitted model.
@@ -21,8 +25,18 @@ def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
 
     """
     place = Path(folder) / CARD
-    if not place.exists():
-        place.write_text(model_card(model), encoding="utf-8")
+    if not place.exists() or _is_as_written(place.read_text(encoding="utf-8", errors="replace")):
+        card = model_card(model)
+        place.write_text(card + _seal(card), encoding="utf-8")
+
+
+def _seal(card: str) -> str:
+    return _SEAL.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def _is_as_written(text: str) -> bool:
+    *lines, last = text.splitlines(keepends=True) or [""]
+    return last == _seal("".join(lines))
 
 
 def model_card(model: Any) -> str:
@@ -47,19 +61,31 @@ def model_card(model: Any) -> str:
             *(f"| {name} | {value} |" for name, value in facts.items()),
             "",
             "```python",
-            "import chiaroscuro  # pip install chiaroscuro",
-            "from transformers import AutoModelForCausalLM"
-            if task == "text-generation"
-            else "from transformers import AutoModelForSequenceClassification",
-            "",
-            f"model = AutoModelFor{'CausalLM' if task == 'text-generation' else 'SequenceClassification'}"
-            '.from_pretrained("this/folder")',
+            *_loading(model, task, retrofitted),
             "```",
             "",
             "What it was trained on, and how well it does, is not known to the library that wrote this page.",
             "",
         ]
     )
+
+
+def _loading(model: Any, task: str, retrofitted: Any) -> list[str]:
+    """How the model is loaded: by an Auto class, or by its own if it has parts that no Auto class knows."""
+    auto = "AutoModelForCausalLM" if task == "text-generation" else "AutoModelForSequenceClassification"
+    if retrofitted or type(model).__name__.endswith(auto.removeprefix("AutoModel")):
+        return [
+            "import chiaroscuro  # pip install chiaroscuro",
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("this/folder")',
+        ]
+    own = type(model).__name__
+    return [
+        f"from chiaroscuro import {own}  # pip install chiaroscuro",
+        "",
+        f'model = {own}.from_pretrained("this/folder")',
+    ]
 
 
 def _of_a_retrofit(said: dict[str, Any]) -> dict[str, Any]:
