@@ -51,12 +51,13 @@ def refuse_file(folder: Path, said: str) -> None:
         UserError: it is a file, or lies in one, or no folder can have that name.
 
     """
+    if "\0" in str(folder):
+        raise UserError(f"{said!r}: no folder can have that name, which has a null character; name another")
     for place in (folder, *folder.parents):
         try:
             is_file = place.exists() and not place.is_dir()
-        except (OSError, ValueError) as error:  # a name that is too long, or has a null character in it
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise UserError(f"{said!r}: no folder can have that name ({reason}); name another") from None
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{said!r}: no folder can have that name ({error.strerror}); name another") from None
         if is_file:
             raise UserError(f"{said}{'' if place == folder else f': {place}'} is a file; name a folder")
 

@@ -844,7 +844,7 @@ def test_bfloat16(run: Go) -> None:
         ),
         (
             {
-                "model": {"preset": "reach-small", "kv_spread": [1] * 6},
+                "model": {"preset": "reach-small", "window": 4, "kv_spread": [1] * 6},
                 "schedule": {name: {"from": 1.0, "after": 2, "steps": 2} for name in ("attention_share", "kv_share")},
                 "fit": {"after": 2},
             },

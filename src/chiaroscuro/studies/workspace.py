@@ -226,12 +226,12 @@ class Workspace:
             UserError: the text can't be read, or is not one that the model's tokenizer reads.
 
         """
+        corpus, text = self.corpus(split, source), self._text(source)
         if type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
             raise UserError(
                 f"the tokenizer of {self.name} is one of words, which loses the spaces of a text and the words that it "
                 "has not seen: what is measured or fitted there would not be of the text; take a model that learned one"
             )
-        corpus, text = self.corpus(split, source), self._text(source)
         tokens = tokenize_corpus(corpus, self.tokenizer)[split]
         return corpus, text.blocks(tokens, self.tokenizer, self.length(length), stride)
 

@@ -753,16 +753,16 @@ class Recipe(Section):
             )
         if isinstance(self.data.build_task(), ClassificationTask):
             raise UserError(f"fit with data.task={self.data.task!r}: only the scores of a language model are fitted")
-        if self.data.sequence_length <= (near := near_of(config)):
-            raise UserError(
-                f"fit with data.sequence_length={self.data.sequence_length}: all of a row is within the window and the "
-                f"sinks, {near} tokens; take several times as many, or remove fit"
-            )
         for side in sides.values():
             if not 0 < side.share < 1:
                 raise UserError(f"fit with {side.field}={side.share}: must be more than 0 and less than 1; change it")
             if self.fit.after is not None:
                 self._refuse_routing_before_the_fit(side.field)
+        if self.data.sequence_length <= (near := near_of(config)):
+            raise UserError(
+                f"fit with data.sequence_length={self.data.sequence_length}: all of a row is within the window and the "
+                f"sinks, {near} tokens; take several times as many, or remove fit"
+            )
 
     def _refuse_routing_before_the_fit(self, field: str) -> None:
         """A score that is not fitted yet must not decide: until then the share is 1."""

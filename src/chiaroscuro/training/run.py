@@ -179,7 +179,7 @@ def _train(
 
     model = _build_model(recipe, objective, baseline)
     fit, fit_after = (
-        _fit_of(recipe, model, objective, world),
+        _fit_of(recipe, model, objective, world, len(cast(Sized, rows))),
         recipe.fit.step(steps) if recipe.fit is not None else None,
     )
     if checkpoint is None and recipe.trainer.init_from is not None:
@@ -287,20 +287,21 @@ def _train(
     )
 
 
-def _fit_of(recipe: Recipe, model: PreTrainedModel, objective: Objective, world: int) -> Callable[[Any], str]:
+def _fit_of(
+    recipe: Recipe, model: PreTrainedModel, objective: Objective, world: int, there: int
+) -> Callable[[Any], str]:
     """What fits the scores that the recipe asks for, at the shares that the model is built with.
 
     Raises:
         UserError: there are too few rows to fit on, which nobody wants to learn after an hour of training.
 
     """
-    if recipe.fit is not None:
-        length, there = recipe.data.sequence_length, len(cast(Sized, _rows_of(objective.train, recipe, world)))
-        if min(there, recipe.fit.tokens // length) <= FIT_ROWS:
-            raise UserError(
-                f"fit.tokens={recipe.fit.tokens}: of the {there:,} rows of {length} tokens they make less than two "
-                f"batches of {FIT_ROWS}, of which the last is held out; take more, or a longer text"
-            )
+    length = recipe.data.sequence_length
+    if recipe.fit is not None and min(there, recipe.fit.tokens // length) <= FIT_ROWS:
+        raise UserError(
+            f"fit.tokens={recipe.fit.tokens}: of the {there:,} rows of {length} tokens they make less than two batches "
+            f"of {FIT_ROWS}, of which the last is held out; take more, or a longer text"
+        )
     sides = {} if recipe.fit is None else fitted_sides(cast(ChiarConfig, model.config))
 
     def fit(model: Any) -> str:
