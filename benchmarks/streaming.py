@@ -65,7 +65,7 @@ def training(folder: Path, form: str, streaming: bool) -> float:
         changes = [f"trainer.steps={STEPS}", "trainer.tokens=null", "trainer.warmup_steps=1", "trainer.log_every=10"]
         changes += [f"trainer.output_dir={output}/run", "trainer.validation_tokens=2048"]
         changes += [f"data.source={folder / form}", "data.documents=true", f"data.streaming={str(streaming).lower()}"]
-        changes += [f"data.shuffle={FEW}"]
+        changes += [f"data.shuffle={FEW}"] if streaming else []
         command = [sys.executable, "-m", "chiaroscuro", "train", "recipes/small.yaml", *changes]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | ONE_THREAD)
         records = [record for record in read_records(Path(output) / "run/metrics.jsonl") if record["kind"] == "train"]

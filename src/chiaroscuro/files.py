@@ -56,7 +56,9 @@ def refuse_file(folder: Path, said: str) -> None:
     for place in (folder, *folder.parents):
         try:
             is_file = place.exists() and not place.is_dir()
-        except OSError as error:  # a name that is too long
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                return  # whoever makes the folder is told
             raise UserError(f"{said!r}: no folder can have that name ({error.strerror}); name another") from None
         if is_file:
             raise UserError(f"{said}{'' if place == folder else f': {place}'} is a file; name a folder")

@@ -114,6 +114,32 @@ def test_a_row_that_cant_be_read_is_said_with_its_number(tmp_path, monkeypatch, 
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('null\n{"text": "light"}\n', "a row is null, not an object"),
+        ('{"text": "light"}\nnull\n', "has a row without text: row 2 is null"),
+        (
+            '{\n "other": "light"\n}\n',
+            "has no column 'text', only other; rename one, or name that of the texts in a rec",
+        ),
+        ('{"x": ' + "[" * 5000 + "]" * 5000 + "}\n", "can't be read"),
+    ],
+)
+def test_what_is_odd_is_one_line(tmp_path, lines, said) -> None:
+    (tmp_path / "odd.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=f"odd.jsonl {said}|odd.jsonl can't be read: {said}") as raised:
+        text_of(tmp_path / "cache", "jsonl", [str(tmp_path / "odd.jsonl")]).stored("train")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_column_that_is_there_twice(tmp_path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet has 2 columns 'text'; rename all but one"):
+        text_of(tmp_path / "cache", "parquet", [str(tmp_path / "twice.parquet")]).stored("train")
+
+
 def test_strings_that_are_not_utf_8(tmp_path) -> None:
     for name, content in (("a.jsonl", b'{"text": "Gr\xf6\xdfe"}\n'), ("a.txt", b"Gr\xf6\xdfe\n")):
         (tmp_path / name).write_bytes(content)

@@ -36,6 +36,8 @@ def test_it_lies_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(changed)
     model.save_pretrained(tmp_path)
     assert (tmp_path / CARD).read_text() == changed
+    (tmp_path / "in the way" / CARD).mkdir(parents=True)
+    model.save_pretrained(tmp_path / "in the way")
     (tmp_path / CARD).write_text("The author's own.")
     model.save_pretrained(tmp_path)
     assert (tmp_path / CARD).read_text() == "The author's own."

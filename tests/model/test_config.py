@@ -478,6 +478,10 @@ def test_windows_of_a_menu_s_own_serve_its_local_attention_too() -> None:
     menus: list[Any] = [["local", {"attention": {"window": 8, "sinks": 1}}], [{"local": {"window": 4}}]]
     own = ChiarConfig(**fields, operators=menus)
     assert own.windows == [8, 8, 4] and window_of(own) == 8 and near_of(own) == 9
+    beside = ChiarConfig(
+        **fields, operators=[["local", {"attention": {"window": 8}}], [{"local": {"window": 32}}]], window=64
+    )
+    assert window_of(beside) == 32 and near_of(beside) == 8  # the second layer has no choice
     menus = [["local", "attention"], [{"local": {"window": 4, "sinks": 0}}]]
     given = ChiarConfig(**fields, operators=menus, window=8, sinks=1)
     assert count_flops(own, 64).total == count_flops(given, 64).total

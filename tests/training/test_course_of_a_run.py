@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_recipe import LLAMA
+from test_train import break_off, interrupt_at
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
@@ -22,7 +23,7 @@ from chiaroscuro.data import Corpus
 from chiaroscuro.data.tasks import TASKS, TextTask, register_task
 from chiaroscuro.studies.evaluation import evaluate
 from chiaroscuro.studies.workspace import Workspace
-from chiaroscuro.training import Recipe, TrainResult, read_records, train
+from chiaroscuro.training import Recipe, TrainingInterrupted, TrainResult, read_records, train
 from chiaroscuro.training.averaging import FILE, Averages
 
 Go = Callable[..., tuple[TrainResult, str]]
@@ -234,7 +235,9 @@ def test_a_tracker_that_fails_is_one_line(run: Go, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_text_that_is_added_to_a_finished_run_is_measured(run: Go, tmp_path: Path) -> None:
+def test_a_text_that_is_added_to_a_finished_run_is_measured(
+    run: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "validation.txt").write_text("a wall of light stays dark until the sun has gone\n" * 40)
@@ -247,6 +250,15 @@ def test_a_text_that_is_added_to_a_finished_run_is_measured(run: Go, tmp_path: P
     assert validations[-1]["loss"] == result.validation_loss
     _, said = run(resume=True, trainer__validation_texts={"walls": str(other)})
     assert "walls: loss" not in said
+    # Of a run that stands where no validation is due any more, the record stays.
+    broken = {"trainer__output_dir": str(tmp_path / "broken"), "trainer__evaluate_every": 4, "trainer__save_every": 4}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 10, break_off)
+        with pytest.raises(TrainingInterrupted):
+            run(**broken)
+    run(resume=True, **broken | {"trainer__evaluate_every": 6}, trainer__validation_texts={"walls": str(other)})
+    records = read_records(tmp_path / "broken/metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "validation"] == [4, 8, 12]
 
 
 def test_a_tracker_may_be_named_when_the_run_goes_on(run: Go, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ class TextFiles(datasets.ArrowBasedBuilder):
                     rows += len(table)
             except UserError:
                 raise
-            except (OSError, ValueError, pa.ArrowException) as error:
+            except Exception as error:  # of Python, pyarrow or the json module: a damaged file raises many kinds
                 held = " and ".join(f"{kind} in a column {name!r}" for name, kind in self.config.columns.items())
                 wanted = "text in UTF-8" if self.config.format == "txt" else f"a {self.config.format} file with {held}"
                 raise UserError(f"{file} can't be read{_where(error, rows)}; it must be {wanted}") from error
@@ -123,18 +123,18 @@ def _refuse_rows_without_text(file: str, before: int, table: pa.Table, columns: 
     for name, kind in columns.items():
         if kind == STRINGS and table[name].null_count:
             row = before + table[name].is_null().index(True).as_py() + 1
+            other = ", or name another column in a recipe by data.column" if len(columns) == 1 else ""
             raise UserError(
-                f"{file} has a row without text: row {row:,} is null in the column {name!r}; remove such rows, or name "
-                "another column in a recipe by data.column"
+                f"{file} has a row without text: row {row:,} is null in the column {name!r}; remove such rows{other}"
             )
 
 
 def _refuse_missing(file: str, columns: Mapping[str, str], known: Sequence[str]) -> None:
     for name in columns:
         if name not in known:
+            other = ", or name that of the texts in a recipe by data.column" if len(columns) == 1 else ""
             raise UserError(
-                f"{file} has no column {name!r}, only {', '.join(known) or 'empty rows'}; rename one, or name that of "
-                "the texts in a recipe by data.column"
+                f"{file} has no column {name!r}, only {', '.join(known) or 'empty rows'}; rename one{other}"
             )
 
 
@@ -161,6 +161,8 @@ def _json_lines(file: str, columns: Mapping[str, str]) -> Iterator[pa.Table]:
                 chunk = chunk.removeprefix(codecs.BOM_UTF8)
             if not chunk.strip():
                 continue
+            if chunk.lstrip().startswith(b"null"):  # which ends the process, in pyarrow 26
+                raise UserError(f"{file} can't be read: a row is null, not an object; remove such rows")
             # One block: lines are not told apart from values of several lines at a block's end.
             read = pa_json.ReadOptions(use_threads=False, block_size=len(chunk) + 1)
             table = pa_json.read_json(pa.BufferReader(chunk), read_options=read, parse_options=parse)
@@ -174,8 +176,8 @@ def _refuse_missing_keys(file: str, columns: Mapping[str, str], table: pa.Table,
     """A key that no row of the first chunk has is not known; one that some have is missing in the others."""
     empty = [name for name in columns if table[name].null_count == len(table)]
     if empty:
-        beginning = json.loads(chunk.strip().splitlines()[0])
-        _refuse_missing(file, dict.fromkeys(empty, ""), [*beginning])
+        beginning, _ = json.JSONDecoder().raw_decode(chunk.decode().lstrip())
+        _refuse_missing(file, {name: columns[name] for name in empty}, [*beginning])
 
 
 def _parquet(file: str, columns: Mapping[str, str]) -> Iterator[pa.Table]:
@@ -183,9 +185,11 @@ def _parquet(file: str, columns: Mapping[str, str]) -> Iterator[pa.Table]:
         schema = parquet.schema_arrow
         _refuse_missing(file, columns, schema.names)
         for name, kind in columns.items():
+            if schema.names.count(name) > 1:
+                raise UserError(f"{file} has {schema.names.count(name)} columns {name!r}; rename all but one")
             held = schema.field(name).type
             if not _is_of(held, kind):
-                shown = "lists" if pa.types.is_nested(held) else held
+                shown = "lists" if pa.types.is_list(held) or pa.types.is_large_list(held) else held
                 raise UserError(f"{file}: the column {name!r} holds {shown}; it must hold {kind}")
         wanted = pa.schema({name: _TYPES[kind] for name, kind in columns.items()})
         for batch in parquet.iter_batches(ROWS, columns=list(columns)):
@@ -198,7 +202,7 @@ def _is_of(held: pa.DataType, kind: str) -> bool:
     if pa.types.is_null(held):
         return True
     if kind == NUMBERS:
-        return pa.types.is_integer(held) or pa.types.is_floating(held) or pa.types.is_boolean(held)
+        return pa.types.is_integer(held) or pa.types.is_floating(held)
     return pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)
 
 

@@ -25,6 +25,8 @@ def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
 
     """
     place = Path(folder) / CARD
+    if place.exists() and not place.is_file():
+        return
     if not place.exists() or _is_as_written(place.read_text(encoding="utf-8", errors="replace")):
         card = model_card(model)
         place.write_text(card + _seal(card), encoding="utf-8")

@@ -41,14 +41,16 @@ def window_of(config: PreTrainedConfig) -> int | None:
     The widest, where menus have windows of their own.
     """
     if isinstance(config, ChiarConfig):
-        return config.window or max(config.windows, default=None)
+        return max(config.windows, default=None)
     return (getattr(config, "chiaroscuro", None) or {}).get("window")
 
 
 def near_of(config: PreTrainedConfig) -> int:
-    """The most tokens that a layer shows to a token which does not look far: its window's and the sinks."""
+    """The most tokens that one which does not look far sees, its window's and the sinks, in layers with a choice."""
     if isinstance(config, ChiarConfig):
-        found = [options for menu in config.entries for _, options in menu if hasattr(options, "window")]
+        choosing = {*config.routed_layers, *config.keeping_layers}
+        entries = [entry for i, menu in enumerate(config.entries) if i in choosing for entry in menu]
+        found = [options for _, options in entries if hasattr(options, "window")]
         return max(((options.window or 1) + options.sinks for options in found), default=1)
     said = getattr(config, "chiaroscuro", None) or {}
     return int(said.get("window", 1) + said.get("sinks", 0))

@@ -95,6 +95,11 @@ def evaluate(
         figures |= {"data": sequences.name, **result.figures()}
     else:
         corpus, whole = workspace.blocks(split, length=length, stride=stride, source=source)
+        if workspace.reads_words:
+            raise UserError(
+                f"the tokenizer of {workspace.name} is one of words, which loses the spaces of a text and the words "
+                "that it has not seen: a perplexity would not be that of the text; evaluate a model with another one"
+            )
         blocks = whole if tokens is None else first_blocks(whole, _windows(tokens, length, stride or length))
         with patient_bar("evaluating", len(blocks)) as advance, watching(model) as seen:
             result = evaluate_blocks(

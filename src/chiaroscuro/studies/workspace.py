@@ -223,11 +223,12 @@ class Workspace:
         """The text, and a split of it as blocks of `length` tokens: see `TokenBlocks`.
 
         Raises:
-            UserError: the text can't be read, or is not one that the model's tokenizer reads.
+            UserError: the text can't be read, or the model's tokenizer is one of the words of a task.
 
         """
         corpus, text = self.corpus(split, source), self._text(source)
-        if type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+        learned_a_text = self.recipe is not None and isinstance(self.recipe.data.build_task(), TextTask)
+        if self.reads_words and not learned_a_text:
             raise UserError(
                 f"the tokenizer of {self.name} is one of words, which loses the spaces of a text and the words that it "
                 "has not seen: what is measured or fitted there would not be of the text; take a model that learned one"
@@ -246,6 +247,11 @@ class Workspace:
         """The recipe's task, and a split of it as sequences with a target for some of their tokens."""
         task = self._task(split)
         return task, tokenize_targets(task, self.tokenizer, self.length(length))[split]
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the tokenizer knows whole words, and loses the spaces between them and all other words."""
+        return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
 
     @property
     def has_targets(self) -> bool:

@@ -203,7 +203,8 @@ class StopOnSignal(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends the run after the step in hand, saved; a second one ends it at once.
 
     A step cut in half can't be resumed: its gradient, its dropout and its thresholds belong together. A signal reaches
-    each of several processes at another step, or only one of them, so they tell each other at the end of each.
+    each of several processes at another moment, or only one of them, so they tell each other after each step, and each
+    batch of a validation.
 
     Attributes:
         heard: whether to stop, which all processes know from the same step on.
@@ -239,10 +240,14 @@ class StopOnSignal(TrainerCallback):
         with suppress(RuntimeError):  # a line was being printed: the stream takes no other inside it
             self._say("stopping once the step in hand is finished and saved; Ctrl-C again stops at once")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if any process was asked to."""
-        if self._processes.num_processes > 1:
+    def ask(self) -> bool:
+        """Whether any process was told to stop; all of them ask at once."""
+        if self._processes.num_processes > 1 and not self.heard:
             told = torch.tensor(float(self._told), device=self._processes.device)
             self.heard = reduce(told, "sum").item() > 0
-        if self.heard:
+        return self.heard
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop, if any process was asked to."""
+        if self.ask():
             control.should_save = control.should_training_stop = True

@@ -162,11 +162,12 @@ def _train(
         records = [record for record in read_records(folder / _METRICS) if record["step"] <= checkpoint.step]
     with processes.main_process_first():  # the others find its caches
         objective = load_objective(recipe, default_cache_dir())
-    if checkpoint is not None:
-        # What was added since to the texts that are measured is measured where the run stands.
-        records = [each for each in records if each["step"] < checkpoint.step or _is_whole(each, objective)]
     rows = _rows_of(objective.train, recipe, world)
     steps = recipe.steps(world, len(cast(Sized, rows)))
+    every = recipe.trainer.evaluate_every or steps
+    if checkpoint is not None and (checkpoint.step % every == 0 or checkpoint.step == steps):
+        # What was added since to the texts that are measured is measured where the run stands, if it is due there.
+        records = [each for each in records if each["step"] < checkpoint.step or _is_whole(each, objective)]
     facts = Facts(tokens=objective.identity, processes=world, sequences=recipe.sequences_per_step(world), seconds=0.0)
     baseline = _baseline_of(recipe, facts, console)
     if checkpoint is not None:

@@ -427,7 +427,7 @@ class RunTrainer(Trainer):
 
         def progress(rows: int) -> None:
             advance(rows)
-            if self.run.stop.heard:
+            if self.run.stop.ask():
                 raise ValidationStopped
 
         # A loader draws a seed even if it shuffles nothing; a look must not move the dropout after it.
