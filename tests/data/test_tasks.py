@@ -413,7 +413,12 @@ def test_columns_that_are_missing(tmp_path: Path) -> None:
     folder.mkdir()
     for split in ("train", "test"):
         datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(folder / f"{split}.parquet")
-    with pytest.raises(UserError, match=r"train.parquet has no column 'label', only text"):
+    with pytest.raises(UserError, match=r"train.parquet has no column 'label', only text; rename one$"):
+        load_task("imdb", tmp_path, source=str(folder))
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").unlink()
+        (folder / f"{split}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"train.jsonl has no column 'label', only text; rename one$"):
         load_task("imdb", tmp_path, source=str(folder))
 
 

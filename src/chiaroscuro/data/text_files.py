@@ -177,7 +177,7 @@ def _refuse_missing_keys(file: str, columns: Mapping[str, str], table: pa.Table,
     empty = [name for name in columns if table[name].null_count == len(table)]
     if empty:
         beginning, _ = json.JSONDecoder().raw_decode(chunk.decode().lstrip())
-        _refuse_missing(file, {name: columns[name] for name in empty}, [*beginning])
+        _refuse_missing(file, columns, [*dict.fromkeys([*beginning, *(name for name in columns if name not in empty)])])
 
 
 def _parquet(file: str, columns: Mapping[str, str]) -> Iterator[pa.Table]:
