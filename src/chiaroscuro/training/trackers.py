@@ -39,9 +39,8 @@ def trackers(names: Sequence[str]) -> list[TrainerCallback]:
             try:
                 tracker.__init__()
             except Exception:
-                tracker.__class__ = (
-                    TrainerCallback  # some can't be deleted half made, which Python prints as a traceback
-                )
+                # Some can't be deleted when they are half made, and Python prints a traceback of it.
+                tracker.__class__ = TrainerCallback
                 raise
         made.append(_Flat(name, tracker))
     return made
