@@ -1,8 +1,10 @@
 """Learning rates, averaged weights, runs that are made longer, and trackers."""
 
+import gc
 import io
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,9 +228,13 @@ class Broken(TrainerCallback):
 
 
 def test_a_tracker_that_fails_is_one_line(run: Go, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    unraisable: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: unraisable.append(str(error.exc_value)))
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "broken", Broken)
     with pytest.raises(UserError, match=r"^trainer.report_to='broken': it is not installed \(pip install broken, or"):
         run(trainer__report_to="broken")
+    gc.collect()
+    assert not unraisable  # Python prints what a deletion raises
     monkeypatch.setattr(Broken, "installed", True)
     with pytest.raises(UserError, match=r"^trainer.report_to='broken': no answer \(leave it out, and resume"):
         run(trainer__report_to="broken")

@@ -90,6 +90,15 @@ def recipe(content: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+def train_in_float64(recipe: Path, folder: Path) -> None:
+    """In this process, which accumulates the batches of all."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(Recipe.load(recipe, [f"trainer.output_dir={folder}", accumulating(1)]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "sharded"), [(2, False), (4, True)])
 def test_several_processes_learn_as_one(recipe: Path, tmp_path: Path, processes: int, sharded: bool) -> None:
@@ -99,11 +108,7 @@ def test_several_processes_learn_as_one(recipe: Path, tmp_path: Path, processes:
     done = run_job(tmp_path, *place, accumulating(processes), processes=processes, dtype="float64")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1  # the main process alone speaks
-    torch.set_default_dtype(torch.float64)
-    try:
-        train(Recipe.load(recipe, [f"trainer.output_dir={one}", accumulating(1)]))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    train_in_float64(recipe, one)
     assert losses(several) == pytest.approx(losses(one), rel=1e-9)
     ours, theirs = tensors(one), tensors(several)
     assert ours.keys() == theirs.keys()
@@ -122,11 +127,7 @@ def test_a_llama_whose_embeddings_are_tied_learns_sharded(recipe: Path, tmp_path
     place = [f"trainer.output_dir={several}", "trainer.fsdp=true"]
     done = run_job(tmp_path, *place, accumulating(2), dtype="float64")
     assert done.returncode == 0, done.stderr
-    torch.set_default_dtype(torch.float64)
-    try:
-        train(Recipe.load(recipe, [f"trainer.output_dir={one}", accumulating(1)]))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    train_in_float64(recipe, one)
     assert losses(several) == pytest.approx(losses(one), rel=1e-9)
     for name, tensor in tensors(one).items():
         torch.testing.assert_close(tensors(several)[name], tensor, rtol=1e-6, atol=1e-9)
