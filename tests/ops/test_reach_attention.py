@@ -105,6 +105,34 @@ def test_near_and_far_merged_are_the_whole(
 
 
 @given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    st.integers(0, 2),
+    st.sampled_from([None, 5.0]),
+    st.integers(0, 1000),
+)
+def test_numbers_that_are_none_stay_in_their_row(
+    lengths: list[int], window: int, sinks: int, none: float, which: int, softcap: float | None, seed: int
+) -> None:
+    problem = Problem([(list(range(n)), [True] * n) for n in lengths], window, sinks, 2, seed)
+    *numbers, direction = problem.numbers()
+    row = seed % len(lengths)
+    others = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) != row
+    found = []
+    with mock.patch.multiple(module, block_of=lambda window: 16, SHORT=0):
+        for value in (0.5, none):
+            inputs = [x.clone() for x in numbers]
+            inputs[which][~others] = value
+            inputs = [x.requires_grad_() for x in inputs]
+            output = reach_attention(*inputs, *problem.arguments(), window, sinks, softcap=softcap)
+            found.append([x[others] for x in (output, *torch.autograd.grad(output, inputs, direction))])
+    for with_none, without in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(with_none, without)
+
+
+@given(
     rows=st.integers(1, 3),
     time=st.integers(1, 20),
     window=st.integers(1, 24),

@@ -96,8 +96,27 @@ def reach_attention(
     if softcap is None and _whole_and_short(*places):
         rows = len(query_lengths), -1
         return attend_in_short_rows(query, key, value, looks.view(rows), kept.view(rows), window, sinks)
+    if len(query_lengths) > 1 and not _total(query, key, value).isfinite():
+        # A block of two rows hides one from the other by weights of 0, and 0 · NaN is NaN.
+        rows = zip(
+            *(x.split(query_lengths.tolist()) for x in (query, query_places, looks)),
+            *(x.split(key_lengths.tolist()) for x in (key, value, key_places, kept)),
+            *(x.split(1) for x in (query_lengths, key_lengths)),
+            strict=True,
+        )
+        return torch.cat(
+            [
+                reach_attention(q, k, v, queries, keys, i, j, looking, keeping, window, sinks, softcap=softcap)
+                for q, i, looking, k, v, j, keeping, queries, keys in rows
+            ]
+        )
     parts = _parts(*places, looks, kept, window, sinks)
     return attend_in_parts(query, key, value, parts, softcap=softcap)
+
+
+def _total(*numbers: Tensor) -> Tensor:
+    """The sum, which is no finite number where one of them is none."""
+    return torch.stack([x.detach().sum() for x in numbers]).sum()
 
 
 def reach_attention_by_rows(
