@@ -50,7 +50,7 @@ def build(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    fields |= FAMILIES[family] | changes
+    fields |= FAMILIES.get(family, {}) | changes
     fields = {name: value for name, value in fields.items() if value is not None or name == "sliding_window"}
     config = AutoConfig.for_model(family, **fields)
     torch.manual_seed(seed)

@@ -33,7 +33,7 @@ from chiaroscuro.layers import FittedRouter, row_thresholds
 from chiaroscuro.model.cache import CACHE
 from chiaroscuro.retrofitting import without_routing
 from chiaroscuro.retrofitting.inside import noting_decisions, watching
-from chiaroscuro.retrofitting.routed_attention import Forward, Reach
+from chiaroscuro.retrofitting.routed_attention import Forward, Reach, present
 from chiaroscuro.retrofitting.routed_cache import RoutedLayer
 from decoders import FAMILIES, VOCABULARY, build, ids, masked, note_decisions
 
@@ -459,6 +459,22 @@ def test_a_process_that_does_not_know_us(tmp_path: Path, trust: bool) -> None:
     else:  # never the model without its routing
         assert done.returncode != 0
         assert "chiar_retrofit" in done.stderr or "trust_remote_code" in done.stderr
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_class_that_is_named_does_not_load_it_without_its_routing(tmp_path: Path, ours: bool) -> None:
+    routed_copy(build(), **HALF).save_pretrained(tmp_path)
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path), "attn_implementation")
+    code = (
+        "from transformers import LlamaForCausalLM\n"
+        + "from chiaroscuro import retrofit\n" * ours
+        + f"model = LlamaForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        + "print(model(**model.dummy_inputs).logits)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    *_, said = done.stderr.splitlines()
+    assert "chiaroscuro" in said and ("load the folder with AutoModelForCausalLM" in said if ours else "ValueError" in said)
 
 
 @torch.no_grad()
@@ -1022,6 +1038,24 @@ def test_chance_is_the_same_with_a_cache_where_a_model_tells_its_attention_no_po
         cache = out[CACHE]
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1)[:, pads:], whole[:, pads:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["nemotron", "stablelm"])
+def test_layers_that_hand_nothing_down_to_their_attention(family: str) -> None:
+    routed = routed_copy(build(family), **HALF | {"kv_router": "random"})
+    tokens = ids(1)
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = 0
+    whole = routed(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(whole[0, 6:], routed(tokens[:1, 6:]).logits[0], atol=1e-4, rtol=1e-4)
+    cache = routed(tokens[:, :20], attention_mask=mask[:, :20], use_cache=True)[CACHE]
+    rest = routed(tokens[:, 20:], attention_mask=mask, **{CACHE: cache}).logits
+    torch.testing.assert_close(rest, whole[:, 20:], atol=1e-4, rtol=1e-4)
+    assert present.get() is None
+    unretrofit(routed)
+    routed(tokens)
+    assert present.get() is None
 
 
 @torch.no_grad()

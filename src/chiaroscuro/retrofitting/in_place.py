@@ -127,8 +127,7 @@ def _abandon(model: Any) -> None:
             module.__class__ = _own_class(module)
             module.config = model.config
             del module.chiaroscuro
-    hook = model.__dict__.pop("_chiaroscuro_hook", None)
-    if hook is not None:
+    for hook in model.__dict__.pop("_chiaroscuro_hooks", ()):
         hook.remove()
     model.__class__ = _own_class(model)
     delattr(model.config, FIELD)

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,6 +129,10 @@ class Forward:
             same = bool((real[:, :past].sum(1).repeat_interleave(state.heads) == state.seen).all())
         if not same:
             raise UserError(OTHER_PADDING)
+
+
+present: ContextVar[Forward | None] = ContextVar("present", default=None)
+"""The `Forward` that a thread is in, for modules of layers that hand nothing down: Nemotron's, StableLM's."""
 
 
 class Given(NamedTuple):
@@ -443,7 +448,8 @@ class RoutedAttention(MadeClass, nn.Module):
         """The module's own forward, with routed attention."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
-        cache, forward = caches[0] if caches else None, kwargs.get(SHARED) or Forward()
+        cache = caches[0] if caches else None
+        forward = kwargs[SHARED] if SHARED in kwargs else present.get() or Forward()
         with self.chiaroscuro.given(hidden, cache, kwargs.get("position_ids"), forward) as given:
             return super().forward(*args, **(kwargs | {SHARED: given}))
 
@@ -480,9 +486,14 @@ def attend_routed(
     """An attention function of transformers.
 
     Raises:
-        UserError: an argument that it can't honour.
+        UserError: an argument that it can't honour, or a module that is not routed.
 
     """
+    if not isinstance(module, RoutedAttention):
+        raise UserError(
+            f"attn_implementation={IMPLEMENTATION!r} is of a retrofitted model, and this is a {type(module).__name__} "
+            "without its routing: load the folder with AutoModelForCausalLM"
+        )
     if kwargs.get("output_attentions"):
         raise UserError(NO_WEIGHTS)
     if kwargs.get("is_causal") is False:

@@ -29,6 +29,7 @@ from chiaroscuro.model.generation import bound_drafts
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import (
+    IMPLEMENTATION,
     NO_WEIGHTS,
     SHARED,
     ConfigView,
@@ -36,6 +37,7 @@ from chiaroscuro.retrofitting.routed_attention import (
     MadeClass,
     Reach,
     RoutedAttention,
+    present,
 )
 
 FIELD = "chiaroscuro"
@@ -153,12 +155,15 @@ class RoutedConfig(MadeClass, PreTrainedConfig):
     """Put before a configuration class of transformers; saved under a model type of this library.
 
     A library that does not know the type refuses to load the folder, where it would else load a model without routing.
+    A class that is named, as in `LlamaForCausalLM.from_pretrained`, does not ask for the type: it is refused for its
+    attention.
     """
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """What is saved. `to_dict` has the model's own type, by which peft knows what to adapt."""
         fields = json.loads(super().to_json_string(use_diff))
         fields |= {"model_type": RETROFIT_TYPE, "base_model_type": type(self).model_type, "auto_map": RETROFIT_AUTO_MAP}
+        fields["attn_implementation"] = IMPLEMENTATION
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -169,7 +174,7 @@ class RoutedConfig(MadeClass, PreTrainedConfig):
 
 
 def _without_library(fields: Mapping[str, Any]) -> dict[str, Any]:
-    own = ("model_type", "base_model_type", "auto_map")
+    own = ("model_type", "base_model_type", "auto_map", "attn_implementation")
     return {name: value for name, value in fields.items() if name not in own}
 
 
@@ -323,8 +328,9 @@ def install(model: Any) -> None:
         module.add_module(FIELD, reach.to(parameter.device).train(module.training))
         module.config = ConfigView(config)
         module.__class__ = routed_attention_class(cast(Any, type(module)))
-    hook = model.base_model.register_forward_pre_hook(_hand_down, with_kwargs=True)
-    model.__dict__["_chiaroscuro_hook"] = hook
+    trunk = model.base_model
+    hooks = trunk.register_forward_pre_hook(_hand_down, with_kwargs=True), trunk.register_forward_hook(_leave)
+    model.__dict__["_chiaroscuro_hooks"] = hooks
 
 
 def _hand_down(
@@ -336,7 +342,14 @@ def _hand_down(
         raise UserError(NO_WEIGHTS)
     without_mask = "flash" in (config._attn_implementation or "")
     places = kwargs.get("position_ids") if without_mask else None
-    return args, kwargs | {SHARED: Forward(kwargs.get("input_ids", args[0] if args else None), places)}
+    forward = Forward(kwargs.get("input_ids", args[0] if args else None), places)
+    present.set(forward)
+    return args, kwargs | {SHARED: forward}
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook for the end of a forward, which lets go of what its modules shared."""
+    present.set(None)
 
 
 def attention_modules(model: nn.Module) -> dict[int, Any]:
