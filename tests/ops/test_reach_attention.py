@@ -30,6 +30,7 @@ class Problem:
     sinks: int
     groups: int
     seed: int
+    key_heads: int = 2
 
     def arguments(self) -> tuple[Tensor, ...]:
         """`query_lengths`, `key_lengths`, `query_places`, `key_places`, `looks` and `kept`."""
@@ -47,7 +48,8 @@ class Problem:
         """Queries, keys, values, and a direction for the gradient."""
         _, _, queries, keys, _, _ = self.arguments()
         generator = torch.Generator().manual_seed(self.seed + 1)
-        sizes = ((len(queries), 2 * self.groups), (len(keys), 2), (len(keys), 2), (len(queries), 2 * self.groups))
+        heads = self.key_heads * self.groups
+        sizes = ((len(queries), heads), *[(len(keys), self.key_heads)] * 2, (len(queries), heads))
         return [torch.randn(*size, 4, generator=generator, dtype=torch.float64) for size in sizes]
 
 
@@ -65,8 +67,9 @@ problems = st.builds(
     st.lists(rows(), min_size=1, max_size=3).filter(lambda drawn: any(places for places, _ in drawn)),
     st.integers(1, 9),
     st.integers(0, 3),
-    st.integers(1, 2),
+    st.integers(1, 3),
     st.integers(0, 1000),
+    st.integers(1, 2),
 )
 
 
