@@ -154,7 +154,7 @@ def attend_in_parts(
 ) -> Float[Tensor, "queries heads head_width"]:
     """Attention over the keys of all parts together, on a CPU; the first part is of all queries."""
     kernel = Flash(scale) if softcap is None else WrittenOut(scale, softcap)
-    if key.shape[1] == 1:  # a head that serves all can be read as often, without a copy, and a tile's mask serves all too
+    if key.shape[1] == 1:  # a view has it for each of the queries' heads, and a tile's mask serves them all
         key, value = (x.expand(-1, query.shape[1], -1) for x in (key, value))
     # One head of every group at a time: so many calls of the kernel as there would be with the groups folded into the
     # queries, and rows whose queries see 1, 2, 3, … keys stay what the kernel calls causal.
