@@ -98,18 +98,11 @@ def reach_attention(
         return attend_in_short_rows(query, key, value, looks.view(rows), kept.view(rows), window, sinks)
     if len(query_lengths) > 1 and not _total(query, key, value).isfinite():
         # A block of two rows hides one from the other by weights of 0, and 0 · NaN is NaN.
-        rows = zip(
-            *(x.split(query_lengths.tolist()) for x in (query, query_places, looks)),
-            *(x.split(key_lengths.tolist()) for x in (key, value, key_places, kept)),
-            *(x.split(1) for x in (query_lengths, key_lengths)),
-            strict=True,
-        )
-        return torch.cat(
-            [
-                reach_attention(q, k, v, queries, keys, i, j, looking, keeping, window, sinks, softcap=softcap)
-                for q, i, looking, k, v, j, keeping, queries, keys in rows
-            ]
-        )
+        outputs = []
+        for q, k, v, i, j, looking, keeping in _rows(query, key, value, *places, looks, kept):
+            n, m = (query_lengths.new_tensor([len(part)]) for part in (q, k))
+            outputs.append(reach_attention(q, k, v, n, m, i, j, looking, keeping, window, sinks, softcap=softcap))
+        return torch.cat(outputs)
     parts = _parts(*places, looks, kept, window, sinks)
     return attend_in_parts(query, key, value, parts, softcap=softcap)
 
@@ -137,18 +130,9 @@ def reach_attention_by_rows(
     """`reach_attention` written out, row by row: the plain form that the fast one is held to."""
     if len(query_lengths) == 0:
         return query
-    queries, keys = query_lengths.tolist(), key_lengths.tolist()
     rows = []
-    for q, k, v, i, j, looking, keeping in zip(
-        query.split(queries),
-        key.split(keys),
-        value.split(keys),
-        query_places.split(queries),
-        key_places.split(keys),
-        looks.split(queries),
-        kept.split(keys),
-        strict=True,
-    ):
+    places = (query_lengths, key_lengths, query_places, key_places)
+    for q, k, v, i, j, looking, keeping in _rows(query, key, value, *places, looks, kept):
         scores = torch.einsum("qhgc,khc->hgqk", q.unflatten(1, (k.shape[1], -1)), k) / math.sqrt(q.shape[-1])
         scores = capped(scores, softcap)
         seen = reach_mask(i, j, looking, keeping, window, sinks)
@@ -156,6 +140,24 @@ def reach_attention_by_rows(
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(v.dtype)
         rows.append(torch.einsum("hgqk,khc->qhgc", F.dropout(weights, dropout), v).flatten(1, 2))
     return torch.cat(rows)
+
+
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_lengths: Int[Tensor, " rows"],
+    key_lengths: Int[Tensor, " rows"],
+    query_places: Tensor,
+    key_places: Tensor,
+    looks: Tensor,
+    kept: Tensor,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of each row its queries, keys and values, their places, which look, and which are kept."""
+    queries, keys = query_lengths.tolist(), key_lengths.tolist()
+    lengths = (queries, keys, keys, queries, keys, queries, keys)
+    parts = (query, key, value, query_places, key_places, looks, kept)
+    yield from zip(*(part.split(own) for part, own in zip(parts, lengths, strict=True)), strict=True)
 
 
 def reach_mask(
