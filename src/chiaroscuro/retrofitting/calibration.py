@@ -33,7 +33,7 @@ from chiaroscuro.model.modeling import segments_of
 from chiaroscuro.model.score_fitting import refuse_broken
 from chiaroscuro.model.spread import SPREADS
 from chiaroscuro.retrofitting.inside import noting_scores
-from chiaroscuro.retrofitting.routed_attention import GUESSED, Reach
+from chiaroscuro.retrofitting.routed_attention import GUESSED, SHARED, Reach, present
 from chiaroscuro.retrofitting.routed_model import FIELD, RoutedModel, attention_modules
 from chiaroscuro.retrofitting.whole import without_routing
 
@@ -187,7 +187,11 @@ def run_layer(layer: nn.Module, x: Tensor, whole: WholeBatch, i: int) -> Tensor:
 
     """
     args, kwargs = whole.given[i]
-    output = layer(x, *args, **kwargs)
+    before = present.set(kwargs.get(SHARED))
+    try:
+        output = layer(x, *args, **kwargs)
+    finally:
+        present.reset(before)
     x = output[0] if isinstance(output, tuple) else output
     refuse_broken(i, x)
     return x
