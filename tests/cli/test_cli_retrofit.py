@@ -142,6 +142,13 @@ def test_what_was_fitted_before_an_interruption_gets_its_report(
     code, _, err = run(*small(places, output, "--kv-share", 0.5))
     assert code == 2 and "was made with another --kv-share" in err
     monkeypatch.setattr("chiaroscuro.studies.retrofitting.fit", None)  # it is not fitted again
+    with monkeypatch.context() as patch:  # nor are its controls measured again, unless something else is asked for
+        patch.setattr("chiaroscuro.studies.retrofitting.compare_controls", interrupted)
+        patch.setattr("chiaroscuro.studies.retrofitting.compare_costs", interrupted)
+        code, _, err = run(*small(places, output))
+        assert code == 2 and "needles in 640 tokens: done" in err and "controls of" not in err
+        code, _, err = run(*small(places, output, "--text-rows", 1))
+        assert code == 2 and "perplexity of the copy: done" in err and "controls of" not in err
     code, out, err = run(*small(places, output, "--json"))
     assert code == 0, err
     found = json.loads(out)

@@ -468,7 +468,7 @@ def retrofit(
     """Route the attention of a decoder: fit its scores, save a copy, and report what it saves and what it costs.
 
     Perplexity by position, needles by depth, cache, and the speed of prefill and decoding, each beside the original's.
-    If it is interrupted after the fit, the same command makes the report.
+    If it is interrupted after the fit, the same command goes on with the report.
 
     Example: chiaroscuro retrofit smollm2 runs/smollm2-routed --kv-share 0.25
     """

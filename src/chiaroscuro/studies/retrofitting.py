@@ -3,9 +3,10 @@
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,16 +204,19 @@ def retrofit_copy(
         with _saying(console, f"the least share that costs at most {target:.1%}"):
             saved["found"]["tried"] = found["tried"] = _least(model, blocks, before.loss, target)
         save_whole(output, model, tokenizer, beside={FITTED: json.dumps(saved)}, new=False)
-    with _saying(console, "perplexity of the copy"):
-        found |= compare_text(before.figures(), model, blocks, window)
-    with _saying(console, "controls"):
-        found["controls"] = compare_controls(original, model, blocks, text)
-        if look < 1:
-            found["look controls"] = compare_lookers(model, blocks)
-    with _saying(console, "needles"):
-        found["needles"] = compare_needles(original, model, Haystack(tokenizer), measured)
-    with _saying(console, "speed and cache"):
-        found["costs"] = compare_costs(original, model, tokens["validation"].tokens, measured)
+    part = _Parts(output / FITTED, saved, measured, console)
+    found |= part("perplexity of the copy", lambda: compare_text(before.figures(), model, blocks, window))
+    found["controls"] = part("controls of who is kept", lambda: compare_controls(original, model, blocks, text))
+    if look < 1:
+        found["look controls"] = part("controls of who looks", lambda: compare_lookers(model, blocks))
+    found["needles"], found["costs"] = [], []
+    haystack, line = Haystack(tokenizer), tokens["validation"].tokens
+    for row in measured.needles:
+        find = partial(compare_needles, original, model, haystack, row, measured.tries)
+        found["needles"] += part(f"needles in {row} tokens", find)
+    for row in measured.costs:
+        weigh = partial(compare_costs, original, model, line, row, measured.seconds)
+        found["costs"].append(part(f"speed and cache at {row} tokens", weigh))
     found |= {"shares": dict(model.config.chiaroscuro), "machine": machine()}
     write_text(output / FIGURES, json.dumps(found, indent=2) + "\n")
     write_bytes(output / PICTURE, draw_retrofit(found))
@@ -240,6 +244,32 @@ def _fitted_before(output: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
             "same options to finish its report"
         )
     return saved
+
+
+class _Parts:
+    """The parts of a report, each saved when it is found, so that an interrupted call goes on after the last one.
+
+    Args:
+        file: where they are saved, beside what the fit found.
+        saved: what it holds. Parts of a call that was to measure something else are not taken up.
+        measured: how much to measure.
+        console: where progress is shown.
+
+    """
+
+    def __init__(self, file: Path, saved: Mapping[str, Any], measured: Measured, console: Console) -> None:
+        asked = json.loads(json.dumps(asdict(measured)))
+        known = saved.get("parts", {}) if saved.get("measured") == asked else {}
+        self.file, self.console = file, console
+        self.saved = {**saved, "measured": asked, "parts": known}
+
+    def __call__(self, what: str, find: Callable[[], Any]) -> Any:
+        known = self.saved["parts"]
+        if what not in known:
+            with _saying(self.console, what):
+                known[what] = json.loads(json.dumps(find()))
+            write_text(self.file, json.dumps(self.saved))
+        return known[what]
 
 
 @contextmanager
@@ -283,24 +313,23 @@ def compare_text(before: dict[str, Any], model: Any, blocks: Any, window: int) -
 
 
 def compare_needles(
-    original: PreTrainedModel, model: PreTrainedModel, haystack: Haystack, measured: Measured
+    original: PreTrainedModel, model: PreTrainedModel, haystack: Haystack, length: int, tries: int
 ) -> list[dict[str, Any]]:
-    """How many needles both models find, by length and depth; one key, and four."""
+    """How many needles both models find in rows of so many tokens, by depth; one key, and four."""
     return [
         {
             "length": length,
             "keys": keys,
-            "tries": measured.tries,
-            "before": needles_found(original, haystack, length, DEPTHS, measured.tries, keys=keys),
-            "after": needles_found(model, haystack, length, DEPTHS, measured.tries, keys=keys),
+            "tries": tries,
+            "before": needles_found(original, haystack, length, DEPTHS, tries, keys=keys),
+            "after": needles_found(model, haystack, length, DEPTHS, tries, keys=keys),
         }
-        for length in measured.needles or ()
         for keys in (1, 4)
     ]
 
 
-def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> list[dict[str, Any]]:
-    """By length: cache and peak memory as parts of the original's, and how many times faster prefill and decoding are.
+def compare_costs(original: Any, model: Any, text: Any, length: int, seconds: float) -> dict[str, Any]:
+    """Cache and peak memory as parts of the original's, and how many times faster prefill and decoding are.
 
     Beside them stands how many times faster the numbers of operations and of bytes say that they should be.
 
@@ -308,32 +337,28 @@ def compare_costs(original: Any, model: Any, text: Any, measured: Measured) -> l
         original: the model as it was.
         model: the retrofitted one.
         text: tokens, of which those at the beginning are read; how many are kept depends on what they say.
-        measured: how much to measure.
+        length: how many.
+        seconds: for each speed; 0 for none.
 
     """
-    rows = []
-    for length in measured.costs or ():
-        ids = torch.from_numpy(np.resize(text[: 2**20], length).astype(np.int64))[None].to(model.device)
-        numbers = numbers_kept(model, ids), numbers_kept(original, ids)
-        weights = sum(p.numel() for p in original.parameters())
-        row: dict[str, Any] = {
-            "length": length,
-            "cache": numbers[0] / numbers[1],
-            "prefill predicted": predicted_prefill(model, ids),
-            "decoding predicted": (weights + numbers[1]) / (weights + numbers[0]),
-        }
-        for kind, work in (("prefill", forward_pass), ("decoding", decoding)):
-            if measured.seconds:
-                timings = take_turns(
-                    {"before": work(original, ids), "after": work(model, ids)}, measured.seconds, turns=3
-                )
-                row[kind] = timings["before"].median / timings["after"].median
-        if measured.seconds:
-            memory = prefill_memory(model, length), prefill_memory(original, length)
-            if memory[0] and memory[1]:
-                row["memory"] = memory[0] / memory[1]
-        rows.append(row)
-    return rows
+    ids = torch.from_numpy(np.resize(text[: 2**20], length).astype(np.int64))[None].to(model.device)
+    numbers = numbers_kept(model, ids), numbers_kept(original, ids)
+    weights = sum(p.numel() for p in original.parameters())
+    found: dict[str, Any] = {
+        "length": length,
+        "cache": numbers[0] / numbers[1],
+        "prefill predicted": predicted_prefill(model, ids),
+        "decoding predicted": (weights + numbers[1]) / (weights + numbers[0]),
+    }
+    if not seconds:
+        return found
+    for kind, work in (("prefill", forward_pass), ("decoding", decoding)):
+        timings = take_turns({"before": work(original, ids), "after": work(model, ids)}, seconds, turns=3)
+        found[kind] = timings["before"].median / timings["after"].median
+    memory = prefill_memory(model, length), prefill_memory(original, length)
+    if memory[0] and memory[1]:
+        found["memory"] = memory[0] / memory[1]
+    return found
 
 
 @torch.no_grad()
