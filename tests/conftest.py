@@ -6,6 +6,7 @@ The environment is set before anything imports torch or transformers, which read
 
 import os
 import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+# Ignored where a shell began the tests in the background: what is to be interrupted would then go on forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from jaxtyping import config as jaxtyping_config  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
