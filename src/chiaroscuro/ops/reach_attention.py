@@ -108,8 +108,9 @@ def reach_attention(
 
 
 def _total(*numbers: Tensor) -> Tensor:
-    """The sum, which is no finite number where one of them is none."""
-    return torch.stack([x.detach().sum() for x in numbers]).sum()
+    """The sum, which is no finite number where one of them is none; float16 alone would not hold it."""
+    wide = torch.promote_types(numbers[0].dtype, torch.float32)
+    return torch.stack([x.detach().sum(dtype=wide) for x in numbers]).sum()
 
 
 def reach_attention_by_rows(
