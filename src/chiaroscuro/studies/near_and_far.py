@@ -461,8 +461,7 @@ verdicts go by these: where the seeds differ, a verdict gives the baseline's mea
 variants *can't be told apart* where the interval of their differences holds 0, or where there is but one seed. Bold
 names are on a front: no other variant is better at the same or a lower cost, in scores (s) or in cache (c).
 
-Chance draws for each side by itself, but for one row that was measured before it did: in associative recall, in
-`both, random`, the tokens that are kept are those that look.
+Chance draws for each side by itself: who is kept does not depend on who looks.
 """
 
 
