@@ -414,7 +414,7 @@ def trials(place: Place, name: str, moments: int) -> Iterator[str]:
         "train": lambda: kills_of_a_run(place, "train", place.train, place.whole, moments),
         "fit": lambda: kills_of_fit(place, moments),
         "heal": lambda: kills_of_a_run(place, "heal", place.heal, place.healed, moments),
-        "sweep": lambda: kills_of_a_sweep(place, few),
+        "sweep": lambda: kills_of_a_sweep(place, moments),
         "disk": lambda: full_disks(place),
         "read-only": lambda: read_only_disks(place),
         "clock": lambda: jumping_clocks(place, few),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import LENGTH, PRESETS, ROUTERS, VOCABULARY, build, shrunk, tokens
 from torch import Tensor
-from transformers import set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from chiaroscuro import ChiarConfig, ChiarForCausalLM, UserError
 from chiaroscuro.model.cache import CACHE
@@ -180,6 +180,21 @@ def test_an_assistant_keeps_its_schedule_of_drafts() -> None:
     given = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     model.generate(tokens(0, 1, 4), assistant_model=assistant, **given)
     assert assistant.generation_config.num_assistant_tokens > 2
+
+
+def test_an_assistant_of_another_model_drafts_what_its_cache_can_take_back() -> None:
+    options = {"window": 8, "max_position_embeddings": 512}
+    assistant = build(shrunk("reach-small", router="random", kv_router="random", **options))
+    assistant.generation_config.num_assistant_tokens = 90
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=None)).eval()
+    few = [lambda found, scores, **_: found.new_full((1,), found.shape[1] >= 24, dtype=torch.bool)]
+    prompt, given = tokens(0, 1, 20), {"max_new_tokens": 100, "do_sample": False, "stopping_criteria": few}
+    wanted = model.generate(prompt, **given)
+    assert torch.equal(model.generate(prompt, **given, assistant_model=assistant)[:, :24], wanted)
 
 
 def test_a_cache_of_a_model_that_trains_densely_says_what_to_do() -> None:

@@ -350,15 +350,17 @@ def test_assisted_generation_is_greedy(options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_drafts_are_no_longer_than_a_cache_can_take_back() -> None:
-    routed, again = routed_copy(build(), **HALF), ids(8, 1, 90)
+    plain, again = build(), ids(8, 1, 90)  # the plain one knows of no such bound
+    routed, assistant = routed_copy(plain, **HALF), routed_copy(build(seed=1), **HALF)
     tokens = torch.cat([again, again[:, :5]], 1)
-    wanted = routed.generate(tokens, max_new_tokens=9, do_sample=False)
-    assistant = routed_copy(build(seed=1), **HALF)
-    assistant.generation_config.num_assistant_tokens = 90
     assistant.generation_config.assistant_confidence_threshold = 0.0
-    for options in ({"prompt_lookup_num_tokens": 80}, {"assistant_model": assistant}):
-        found = routed.generate(tokens, max_new_tokens=100, do_sample=False, **options)
-        assert torch.equal(found[:, : wanted.shape[1]], wanted)
+    few = [lambda found, scores, **_: found.new_full((1,), found.shape[1] >= 99, dtype=torch.bool)]
+    given = {"max_new_tokens": 100, "do_sample": False, "stopping_criteria": few}
+    for model in (routed, plain):
+        assistant.generation_config.num_assistant_tokens = 90
+        wanted = model.generate(tokens, **given)
+        for options in ({"prompt_lookup_num_tokens": 80}, {"assistant_model": assistant}):
+            assert torch.equal(model.generate(tokens, **given, **options)[:, :99], wanted)
 
 
 def test_what_a_forward_shares_goes_to_other_devices() -> None:

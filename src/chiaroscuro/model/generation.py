@@ -35,7 +35,7 @@ def bound_drafts(generator: Any, tokens: int | None = None) -> Any:
     get_candidates: Callable[..., Any] = generator.get_candidates
 
     def bounded(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if hasattr(generator, "num_assistant_tokens"):  # what an assistant drafts goes through a cache of its own
+        if hasattr(generator, "num_assistant_tokens"):  # of an assistant: what it drafts beyond them is cut off
             generator.num_assistant_tokens = min(generator.num_assistant_tokens, REMEMBERED)
         ids, logits = get_candidates(input_ids, *args, **kwargs)
         longest = ids.shape[1] if tokens is None else min(ids.shape[1], tokens)
@@ -45,6 +45,14 @@ def bound_drafts(generator: Any, tokens: int | None = None) -> Any:
 
     generator.get_candidates = bounded
     return generator
+
+
+def bound_own_draft(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `generate`, whose draft for another model is no longer than a cache can take back."""
+    if not getattr(options.get("generation_config"), "is_assistant", False):
+        return options
+    names = {"max_new_tokens", "min_new_tokens"} & options.keys()
+    return options | {name: min(options[name], REMEMBERED) for name in names if options[name] is not None}
 
 
 class BoundedGenerationMixin(GenerationMixin):
@@ -67,7 +75,7 @@ class BoundedGenerationMixin(GenerationMixin):
         cache = given_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
         if cache is not None:
             kwargs[CACHE] = cache
-        return inherited.generate(*args, stopping_criteria=criteria, **kwargs)
+        return inherited.generate(*args, stopping_criteria=criteria, **bound_own_draft(kwargs))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator = cast(Any, super())._get_candidate_generator(*args, **kwargs)

@@ -25,7 +25,7 @@ from chiaroscuro.layers import ExactBuffers, Router, exact_modules
 from chiaroscuro.layers.registry import refuse_model_s_options, split_entry, with_history
 from chiaroscuro.layers.thresholds import refuse_impossible_share
 from chiaroscuro.model.card import write_model_card
-from chiaroscuro.model.generation import bound_drafts
+from chiaroscuro.model.generation import bound_drafts, bound_own_draft
 from chiaroscuro.model.spread import SPREADS, spread
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
 from chiaroscuro.retrofitting.routed_attention import (
@@ -122,6 +122,10 @@ class RoutedModel(MadeClass, PreTrainedModel):
         raise UserError(
             "a retrofitted model can't do continuous batching, whose cache has pages: use generate without it"
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; as the assistant of another model it drafts no more tokens than its cache can take back."""
+        return cast(Any, super()).generate(*args, **bound_own_draft(kwargs))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         return bound_drafts(cast(Any, super())._get_candidate_generator(*args, **kwargs))
