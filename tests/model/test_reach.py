@@ -412,7 +412,7 @@ def test_a_short_prompt_takes_no_room_for_a_whole_window() -> None:
         parts = [model(input_ids=part, cache=cache).logits for part in ids.split([5, *[1] * 35], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=ids, use_cache=False).logits.detach())
     [state] = cache.states[0].kept()
-    assert state.vectors.shape[3] < 100
+    assert state.vectors[0].shape[3] < 100
 
 
 @pytest.mark.parametrize("look", [0.0, 0.5, 1.0])

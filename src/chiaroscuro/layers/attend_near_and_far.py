@@ -112,20 +112,35 @@ def attend_from_newest(
     state.extend_by_one(key, value, _by_head(kept, heads))
     looks = _by_head(looks, heads)
     folded = query.reshape(state.rows, key.shape[1], -1, query.shape[-1])
-    near, (most, slots) = state.near, state.far_and_near
+    mixed = [
+        _attend_from_head(folded[i::heads], looks[i::heads], state, i, implementation, softcap) for i in range(heads)
+    ]
+    return (mixed[0] if heads == 1 else torch.stack(mixed, 1)).reshape(query.shape)
+
+
+def _attend_from_head(
+    query: Float[Tensor, "batch heads group head_width"],
+    looks: Bool[Tensor, " batch"],
+    state: ReachState,
+    head: int,
+    implementation: AttentionImplementation,
+    softcap: float | None,
+) -> Float[Tensor, "batch heads group head_width"]:
+    """Of the rows of one head of those that choose for themselves."""
+    vectors, near, (most, slots) = state.vectors[head], state.near, state.far_and_near(head)
     looking = len(looks) if most == near else sum(looks.tolist())
     if looking == len(looks):
-        return _attend_to_slots(folded, state.vectors, most, slots, implementation, softcap).reshape(query.shape)
+        return _attend_to_slots(query, vectors, most, slots, implementation, softcap)
     if FEW * looking > len(looks):  # one attention for all, in which a mask leaves the others what is near
         seen = torch.where(looks, most if slots is None else slots, near)
-        return _attend_to_slots(folded, state.vectors, most, seen, implementation, softcap).reshape(query.shape)
-    mixed = _attend_to_slots(folded, state.vectors, near, None, implementation, softcap)
+        return _attend_to_slots(query, vectors, most, seen, implementation, softcap)
+    mixed = _attend_to_slots(query, vectors, near, None, implementation, softcap)
     if looking:
         rows = looks.nonzero()[:, 0]
         # Whole rows, which are copied faster than parts of them.
-        vectors, slots = state.vectors.index_select(1, rows), None if slots is None else slots[rows]
-        mixed[rows] = _attend_to_slots(folded[rows], vectors, most, slots, implementation, softcap)
-    return mixed.reshape(query.shape)
+        vectors, slots = vectors.index_select(1, rows), None if slots is None else slots[rows]
+        mixed[rows] = _attend_to_slots(query[rows], vectors, most, slots, implementation, softcap)
+    return mixed
 
 
 @torch.no_grad()

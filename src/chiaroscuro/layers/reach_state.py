@@ -4,7 +4,8 @@
     hold      the window: place p in slot p mod w    the sinks, then the kept tokens that have left the window, in order
 
 A token that is decoded alone sees either the first w + s slots or all that are filled: one attention, without a mask
-where rows are equally long. What has left the window last is remembered a little longer, so that `crop` can undo it.
+where rows are equally long. Heads that choose for themselves keep very different numbers of tokens, so each of them has
+slots of its own. What has left the window last is remembered a little longer, so that `crop` can undo it.
 
 Where a token stood is not kept: in the window it follows from how many tokens there were, and beyond it the order is
 all that matters, and that the sinks come first.
@@ -72,14 +73,14 @@ class ReachState(OperatorState):
 
     Attributes:
         heads: how many rows a batch element has.
-        vectors: keys and values, (2, rows, heads, slots, c).
+        vectors: keys and values, (2, batch, key heads of a row, slots, c) for each of these heads.
         far: how many tokens each row has kept beyond the window.
         length: `seen` where all rows have the same, which spares a mask; else None.
 
     """
 
     croppable = True
-    vectors: Tensor
+    vectors: list[Tensor]
     far: Tensor
     _kept: Tensor
     """Which of the last w + `REMEMBERED` tokens are kept, that at place p in column p mod (w + `REMEMBERED`)."""
@@ -87,8 +88,9 @@ class ReachState(OperatorState):
     """Keys and values of the last `REMEMBERED` tokens that left the window, that at place p in slot p mod these."""
     _real: Tensor
     _counted: Tensor
-    _least = _most = 0
-    """Of `far`."""
+    _least: list[int]
+    _most: list[int]
+    """Of `far`, over the batch, for each head."""
     _undoable = 0
     """How many of the last columns can still be cropped."""
     _plain = 0
@@ -121,10 +123,13 @@ class ReachState(OperatorState):
         )
 
     def numbers_kept(self) -> int:
-        """Two vectors for each token in the window or beyond it; buffers are up to a quarter larger."""
+        """Two vectors for each token in the window or beyond it.
+
+        Buffers are a sixteenth larger at most, and have for each row as much room as for the longest of the batch.
+        """
         if not self.begun:
             return 0
-        each = 2 * self.vectors.shape[2] * self.vectors.shape[4]
+        each = 2 * self._left.shape[2] * self._left.shape[4]
         return each * int((self.seen.clamp(max=self.window) + self.far).sum())
 
     @torch.no_grad()
@@ -151,11 +156,11 @@ class ReachState(OperatorState):
         before, self.far = self.far, self.far + number
         self._measure()
         self._make_room(int(self.seen.max()))
-        self._put(self.vectors, added, self.window + before[added.row] + rank)
+        self._put(added, self.window + before[added.row] + rank)
         staying = held.where(~beyond)
-        self._put(self.vectors, staying, staying.place % self.window)
+        self._put(staying, staying.place % self.window)
         leaving = held.where(beyond & (age <= self.window + REMEMBERED))
-        self._put(self._left, leaving, leaving.place % REMEMBERED)
+        _write(self._left, leaving.row, leaving.place % REMEMBERED, leaving.key, leaving.value)
         for last in (leaving, staying):
             self._kept[last.row, last.place % (self.window + REMEMBERED)] = last.kept
 
@@ -172,29 +177,32 @@ class ReachState(OperatorState):
         place, slot = self.length, self.length % self.window
         self._make_room(place + 1, more=1)
         if place >= self.window:
-            self._let_go(self.vectors[:, :, :, slot], place - self.window)
-        self.vectors[0, :, :, slot] = key
-        self.vectors[1, :, :, slot] = value
+            self._let_go(slot, place - self.window)
+        for head, vectors in enumerate(self.vectors):
+            vectors[0, :, :, slot] = key[head :: self.heads]
+            vectors[1, :, :, slot] = value[head :: self.heads]
         self._kept[:, place % (self.window + REMEMBERED)] = kept
         self.length = place + 1
         self._plain += 1
         self._undoable = min(REMEMBERED, self._undoable + 1)
 
-    def _let_go(self, leaving: Float[Tensor, "2 rows heads head_width"], place: int) -> None:
+    def _let_go(self, slot: int, place: int) -> None:
         """What happens to the tokens at this place, which leave the window: they are kept or not, and remembered."""
-        self._left[:, :, :, place % REMEMBERED] = leaving
         kept = self._kept[:, place % (self.window + REMEMBERED)]
-        if self.rows == 1:
-            if place < self.sinks or bool(kept):
-                self.vectors[:, :, :, self.window + self._most] = leaving
-                self.far += 1
-                self._least = self._most = self._most + 1
-            return
-        # For every row; where the token is not kept the next one takes the slot.
-        slot = (self.window + self.far)[:, None, None, None].expand_as(leaving[..., None, :])
-        self.vectors.scatter_(3, slot, self._left[:, :, :, place % REMEMBERED, None])
+        keeping = [place < self.sinks or one for one in kept.tolist()] if self.rows == self.heads else None
+        for head, vectors in enumerate(self.vectors):
+            leaving = self._left[:, head :: self.heads, :, place % REMEMBERED]
+            leaving.copy_(vectors[:, :, :, slot])
+            if keeping is None:  # for every row; where the token is not kept the next one takes the slot
+                next_slot = (self.window + self.far[head :: self.heads])[:, None, None, None]
+                vectors.scatter_(3, next_slot.expand_as(leaving[..., None, :]), leaving[..., None, :])
+            elif keeping[head]:
+                vectors[:, :, :, self.window + self._most[head]] = leaving
         self.far += 1 if place < self.sinks else kept
-        self._least, self._most = torch.stack(self.far.aminmax()).tolist()
+        if keeping is None:
+            self._measure_far()
+        else:
+            self._least = self._most = [most + one for most, one in zip(self._most, keeping, strict=True)]
 
     @property
     def near(self) -> int:
@@ -202,17 +210,17 @@ class ReachState(OperatorState):
         assert self.length is not None
         return min(self.length, self.window + self.sinks)
 
-    @property
-    def far_and_near(self) -> tuple[int, Int[Tensor, " rows"] | None]:
-        """How many slots one sees that looks: the most of any row, and of each row unless they are alike."""
+    def far_and_near(self, head: int) -> tuple[int, Int[Tensor, " batch"] | None]:
+        """How many slots one sees that looks: the most of any row of a head, and of each row unless they are alike."""
         assert self.length is not None
         if self.length <= self.window:
             return self.length, None
-        return self.window + self._most, None if self._least == self._most else self.window + self.far
+        alike = self._least[head] == self._most[head]
+        return self.window + self._most[head], None if alike else self.window + self.far[head :: self.heads]
 
     def entries(self) -> Entries:
         """All that it holds, row after row in order; beyond the window and the sinks, at places that keep the order."""
-        row, rank = (torch.arange(self._most, device=self.far.device) < self.far[:, None]).nonzero().unbind(1)
+        row, rank = (torch.arange(max(self._most), device=self.far.device) < self.far[:, None]).nonzero().unbind(1)
         place = torch.where(rank < self.sinks, rank, (self.seen - self.window - self.far)[row] + rank)
         return self._entries(row, self.window + rank, place, torch.ones_like(row).bool()).then(self._ring())
 
@@ -225,7 +233,14 @@ class ReachState(OperatorState):
         return self._entries(row, place % self.window, place, self._kept[row, place % (self.window + REMEMBERED)])
 
     def _entries(self, row: Tensor, slot: Tensor, place: Tensor, kept: Tensor) -> Entries:
-        return Entries(self.vectors[0][row, :, slot], self.vectors[1][row, :, slot], row, place, kept)
+        if self.heads == 1:
+            key, value = self.vectors[0][:, row, :, slot].unbind(1)
+            return Entries(key, value, row, place, kept)
+        key, value = self.vectors[0].new_empty(2, len(row), 1, self.vectors[0].shape[-1])
+        for head, vectors in enumerate(self.vectors):
+            own = (row % self.heads == head).nonzero()[:, 0]
+            key[own], value[own] = vectors[:, row[own] // self.heads, :, slot[own]].unbind(1)
+        return Entries(key, value, row, place, kept)
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these batch elements, in this order."""
@@ -233,8 +248,9 @@ class ReachState(OperatorState):
             return
         self._wake()
         index = rows.to(self.far.device)
+        self.vectors = [vectors[:, index] for vectors in self.vectors]
         index = (index[:, None] * self.heads + torch.arange(self.heads, device=index.device)).flatten()
-        self.vectors, self._left = self.vectors[:, index], self._left[:, index]
+        self._left = self._left[:, index]
         for name in ("far", "_kept", "_real", "_counted"):
             setattr(self, name, getattr(self, name)[index])
         self.rows = len(index)
@@ -265,22 +281,25 @@ class ReachState(OperatorState):
         undone = columns[:, -tokens:].sum(1)
         self._real = torch.cat([torch.zeros_like(columns[:, :tokens]), columns[:, :-tokens]], 1)
         numbers = undone.tolist()
+        rows = torch.arange(self.rows, device=seen.device)
         if self.length is not None and len(set(numbers)) == 1:
-            self._undo(slice(None), self.length, numbers[0])
+            self._undo(rows, self.length, numbers[0])
         else:  # rows may be equally long, and yet some have lost padding
-            for row, (last, number) in enumerate(zip(seen.tolist(), numbers, strict=True)):
-                self._undo(slice(row, row + 1), last, number)
+            for row, last, number in zip(rows.split(1), seen.tolist(), numbers, strict=True):
+                self._undo(row, last, number)
         self._counted, self._plain = seen - undone, 0
         self._measure()
 
-    def _undo(self, rows: slice, seen: int, number: int) -> None:
+    def _undo(self, rows: Int[Tensor, " some"], seen: int, number: int) -> None:
         window = self.window
         left = torch.arange(max(0, seen - number - window), max(0, seen - window), device=self.far.device)
         kept = self._kept[rows][:, left % (window + REMEMBERED)] | (left < self.sinks)
         self.far[rows] -= kept.sum(1)
         back = left[:window]
         back = back[back < seen - number]  # where more is cropped than a window, what left it may be cropped too
-        self.vectors[:, rows, :, back % window] = self._left[:, rows, :, back % REMEMBERED]
+        for head, vectors in enumerate(self.vectors):
+            own = rows[rows % self.heads == head][:, None]
+            vectors[:, own // self.heads, :, back % window] = self._left[:, own, :, back % REMEMBERED]
 
     def _begin(self, entries: Entries, real: Tensor, heads: int) -> None:
         rows, device = len(real), real.device
@@ -293,7 +312,7 @@ class ReachState(OperatorState):
         self.begun, self.rows, self.heads = True, rows, heads
         self._of_inference = torch.is_inference_mode_enabled()
         key_heads, width = entries.key.shape[1:]
-        self.vectors = entries.key.new_zeros(2, rows, key_heads, 0, width)
+        self.vectors = [entries.key.new_zeros(2, rows // heads, key_heads, 0, width) for _ in range(heads)]
         self._left = entries.key.new_zeros(2, rows, key_heads, REMEMBERED, width)
         self._kept = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.far = torch.zeros(rows, dtype=torch.long, device=device)
@@ -308,19 +327,25 @@ class ReachState(OperatorState):
     def _measure(self) -> None:
         lengths = self.seen.tolist()
         self.length = lengths[0] if len(set(lengths)) == 1 else None
-        self._least, self._most = torch.stack(self.far.aminmax()).tolist() if self.rows else (0, 0)
+        self._measure_far()
 
-    @staticmethod
-    def _put(vectors: Tensor, entries: Entries, slot: Tensor) -> None:
-        for kind, new in zip(vectors, (entries.key, entries.value), strict=True):
-            kind[entries.row, :, slot] = new.to(kind.dtype)
+    def _measure_far(self) -> None:
+        far = self.far.view(-1, self.heads)
+        self._least, self._most = torch.stack(far.aminmax(dim=0)).tolist() if len(far) else [[0] * self.heads] * 2
+
+    def _put(self, entries: Entries, slot: Int[Tensor, " entries"]) -> None:
+        for head, vectors in enumerate(self.vectors):
+            own = slice(None) if self.heads == 1 else (entries.row % self.heads == head).nonzero()[:, 0]
+            key, value, row = (part[own] for part in (entries.key, entries.value, entries.row))
+            _write(vectors, row // self.heads, slot[own], key, value)
 
     def _make_room(self, seen: int, more: int = 0) -> None:
         """Slots and columns for rows of so many tokens, of which `more` may yet be kept beyond the window."""
-        slots = seen if seen <= self.window else self.window + self._most + more
-        missing = slots - self.vectors.shape[3]
-        if missing > 0:
-            self.vectors = torch.nn.functional.pad(self.vectors, (0, 0, 0, missing + slots // 4 + 16))
+        for head, (vectors, most) in enumerate(zip(self.vectors, self._most, strict=True)):
+            slots = seen if seen <= self.window else self.window + most + more
+            missing = slots - vectors.shape[3]
+            if missing > 0:
+                self.vectors[head] = torch.nn.functional.pad(vectors, (0, 0, 0, missing + slots // 16 + 16))
         columns = self._kept.shape[1]
         if columns < self.window + REMEMBERED and columns < seen:  # they do not wrap around before that many
             wanted = min(self.window + REMEMBERED, seen + seen // 4 + REMEMBERED)
@@ -331,6 +356,12 @@ class ReachState(OperatorState):
         if torch.is_inference_mode_enabled():
             self._of_inference = True
         elif self._of_inference:
-            for name in ("vectors", "far", "_kept", "_left", "_real", "_counted"):
+            self.vectors = [vectors.clone() for vectors in self.vectors]
+            for name in ("far", "_kept", "_left", "_real", "_counted"):
                 setattr(self, name, getattr(self, name).clone())
             self._of_inference = False
+
+
+def _write(vectors: Tensor, row: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    for kind, new in zip(vectors, (key, value), strict=True):
+        kind[row, :, slot] = new.to(kind.dtype)
