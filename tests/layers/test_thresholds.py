@@ -286,7 +286,7 @@ def test_a_block_alone_is_calibrated_on_its_real_tokens(share: float, seed: int,
     real = torch.rand(4, 100) < 0.7
     block.calibrate(x, real, share=share)
     _, routing = block(x, Context(attention_mask=real))
-    assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=2 / int(real.sum()))
+    assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=2.1 / int(real.sum()))
 
 
 KEEPING = {"num_attention_heads": 2, "window": 3, "attention_context": "kept"}
@@ -301,7 +301,7 @@ def test_a_block_alone_is_calibrated_on_both_sides(share: float, kv_share: float
     real = torch.rand(4, 100) < 0.7
     block.calibrate(x, real, share=share, kv_share=kv_share)
     routing = block.route(x, Context(attention_mask=real))
-    few = 2 / int(real.sum())
+    few = 2.1 / int(real.sum())  # two tokens, with room for rounding
     assert float((routing.operator_index[real] == 1).float().mean()) == pytest.approx(share, abs=few)
     assert float(routing.kept[real].float().mean()) == pytest.approx(kv_share, abs=few)
     alone = build_block(16, ("attention",), KEEPING).eval()  # all look, and the key side decides

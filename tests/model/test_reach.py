@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chiaroscuro import ChiarCache, ChiarConfig, ChiarForCausalLM, UserError, check_model
 from chiaroscuro.layers import build_block, row_thresholds
+from chiaroscuro.layers.reach_state import Entries, ReachState
 from chiaroscuro.layers.state import REMEMBERED
 from chiaroscuro.model.calibration import calibrate
 from chiaroscuro.ops.reach_attention import LONGEST_WINDOW
@@ -413,6 +414,22 @@ def test_a_short_prompt_takes_no_room_for_a_whole_window() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=ids, use_cache=False).logits.detach())
     [state] = cache.states[0].kept()
     assert state.vectors[0].shape[3] < 100
+
+
+def test_a_head_that_keeps_few_tokens_takes_no_room_for_those_of_another() -> None:
+    time, window, heads = 400, 8, 2
+    state = ReachState(window, sinks=0)
+    key = torch.arange(2.0 * time).view(2, time, 1, 1).expand(2, time, 1, 4)  # of two heads: one keeps all, one nothing
+    row, place = torch.arange(2).repeat_interleave(time), torch.arange(time).repeat(2)
+    state.extend(Entries(key.flatten(0, 1), key.flatten(0, 1), row, place, row == 0), torch.ones(2, time).bool(), heads)
+    for _ in range(100):
+        state.extend_by_one(torch.ones(2, 1, 4), torch.ones(2, 1, 4), torch.tensor([True, False]))
+    numbers = state.numbers_kept()
+    assert numbers == 2 * 4 * (time + 100 + window)
+    assert sum(vectors.numel() for vectors in state.vectors) <= 17 / 16 * numbers + 2 * heads * 2 * 4 * 16
+    held = state.entries()
+    assert torch.bincount(held.row).tolist() == [time + 100, window]
+    torch.testing.assert_close(held.key[:time], key[0])
 
 
 @pytest.mark.parametrize("look", [0.0, 0.5, 1.0])
