@@ -417,19 +417,25 @@ def test_a_short_prompt_takes_no_room_for_a_whole_window() -> None:
 
 
 def test_a_head_that_keeps_few_tokens_takes_no_room_for_those_of_another() -> None:
-    time, window, heads = 400, 8, 2
-    state = ReachState(window, sinks=0)
-    key = torch.arange(2.0 * time).view(2, time, 1, 1).expand(2, time, 1, 4)  # of two heads: one keeps all, one nothing
-    row, place = torch.arange(2).repeat_interleave(time), torch.arange(time).repeat(2)
-    state.extend(Entries(key.flatten(0, 1), key.flatten(0, 1), row, place, row == 0), torch.ones(2, time).bool(), heads)
-    for _ in range(100):
-        state.extend_by_one(torch.ones(2, 1, 4), torch.ones(2, 1, 4), torch.tensor([True, False]))
+    time, window, heads, more = 400, 8, 2, 100
+    key = torch.arange(2.0 * (time + more)).view(2, -1, 1, 1).expand(2, -1, 1, 4)  # of one that keeps all, and one none
+
+    def filled(time: int) -> ReachState:
+        state, row = ReachState(window, sinks=0), torch.arange(2).repeat_interleave(time)
+        vectors = key[:, :time].flatten(0, 1)
+        entries = Entries(vectors, -vectors, row, torch.arange(time).repeat(2), row == 0)
+        state.extend(entries, torch.ones(2, time, dtype=torch.bool), heads)
+        return state
+
+    state = filled(time)
+    for i in range(time, time + more):
+        state.extend_by_one(key[:, i], -key[:, i], torch.tensor([True, False]))
     numbers = state.numbers_kept()
-    assert numbers == 2 * 4 * (time + 100 + window)
+    assert numbers == 2 * 4 * (time + more + window)
     assert sum(vectors.numel() for vectors in state.vectors) <= 17 / 16 * numbers + 2 * heads * 2 * 4 * 16
-    held = state.entries()
-    assert torch.bincount(held.row).tolist() == [time + 100, window]
-    torch.testing.assert_close(held.key[:time], key[0])
+    state.crop(more // 2)
+    held, wanted = (vars(one.entries()) for one in (state, filled(time + more // 2)))
+    torch.testing.assert_close(held, wanted)
 
 
 @pytest.mark.parametrize("look", [0.0, 0.5, 1.0])
