@@ -354,6 +354,30 @@ def test_the_figures_of_the_copy_with_a_longer_window_are_the_measured_ones() ->
     assert f"of 50 needles it finds {short} at 1,024 tokens and {long} at 2,048" in words
 
 
+def test_the_figures_of_the_report_on_both_sides_are_the_measured_ones() -> None:
+    page = (ROOT / "docs/retrofit.md").read_text("utf-8")
+    folder = ROOT / "experiments/results/retrofit"
+    found = json.loads((folder / "smollm2-both-256-report.json").read_text("utf-8"))
+    costs = json.loads((folder / "smollm2-both-256-costs.json").read_text("utf-8"))
+    before, kept, look = found["before"]["perplexity"], found["controls"], found["look controls"]
+    names = ["received attention", "key norm", "random", "whole heads", "H", "whole layers", "window alone"]
+    values = [found["after"]["perplexity"], look["random"], look["H"], *(kept[name] for name in names)]
+    shown = [[cell.strip("*") for cell in row[1:]] for row in table_after(page, "### Other choices")]
+    assert shown[0] == [f"{before:.2f}", "–"]
+    assert shown[1:] == [[f"{value:.2f}", f"{value / before - 1:+.1%}".replace("-", "−")] for value in values]
+    ratios = ("cache", "prefill", "prefill predicted", "decoding", "decoding predicted")
+    assert table_after(page, "`--share 1.0` where all tokens look:") == [
+        [f"{one['length']:,}", "all" if one["look"] == 1 else "a quarter", *(f"{one[name]:.2f}" for name in ratios)]
+        for one in costs["costs"]
+    ]
+    words = " ".join(page.split())
+    default, tight = (
+        costs[name]["routed"] / costs[name]["original"] for name in ("memory", "memory, freed blocks given back")
+    )
+    assert f"takes {default:.2f} of the original's memory, weights included, and {tight:.2f} if" in words
+    assert f"the report says {found['costs'][1]['memory']:.2f}" in words
+
+
 def _changed(after: float, before: float) -> str:
     return f"{after:.2f} ({after / before - 1:+.1%})".replace("-", "−")
 
