@@ -370,6 +370,9 @@ def test_the_figures_of_the_report_on_both_sides_are_the_measured_ones() -> None
         [f"{one['length']:,}", "all" if one["look"] == 1 else "a quarter", *(f"{one[name]:.2f}" for name in ratios)]
         for one in costs["costs"]
     ]
+    (both,) = (one for one in costs["costs"] if (one["length"], one["look"]) == (8192, 0.25))
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"prefill is {both['prefill']:.2f} and decoding {both['decoding']:.2f} times as fast there" in readme
     words = " ".join(page.split())
     default, tight = (
         costs[name]["routed"] / costs[name]["original"] for name in ("memory", "memory, freed blocks given back")
