@@ -123,7 +123,7 @@ def test_a_row_that_cant_be_read_is_said_with_its_number(tmp_path, monkeypatch, 
             '{\n "other": "light"\n}\n',
             "has no column 'text', only other; rename one, or name that of the texts in a rec",
         ),
-        ('{"x": ' + "[" * 5000 + "]" * 5000 + "}\n", "can't be read"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "can't be read"),
     ],
 )
 def test_what_is_odd_is_one_line(tmp_path, lines, said) -> None:
