@@ -125,7 +125,7 @@ class ReachState(OperatorState):
     def numbers_kept(self) -> int:
         """Two vectors for each token in the window or beyond it.
 
-        Buffers are a sixteenth larger at most, and have for each row as much room as for the longest of the batch.
+        Buffers have room for a sixteenth and 16 tokens more, and for each row as much as for the longest of the batch.
         """
         if not self.begun:
             return 0
