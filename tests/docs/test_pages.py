@@ -370,15 +370,22 @@ def test_the_figures_of_the_report_on_both_sides_are_the_measured_ones() -> None
         [f"{one['length']:,}", "all" if one["look"] == 1 else "a quarter", *(f"{one[name]:.2f}" for name in ratios)]
         for one in costs["costs"]
     ]
-    (both,) = (one for one in costs["costs"] if (one["length"], one["look"]) == (8192, 0.25))
+    (all_look,) = (one for one in costs["costs"] if (one["length"], one["look"]) == (8192, 1))
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"prefill is {both['prefill']:.2f} and decoding {both['decoding']:.2f} times as fast there" in readme
+    assert f"prefill is {all_look['prefill']:.2f} and decoding {all_look['decoding']:.2f} times as fast" in readme
     words = " ".join(page.split())
     default, tight = (
         costs[name]["routed"] / costs[name]["original"] for name in ("memory", "memory, freed blocks given back")
     )
     assert f"takes {default:.2f} of the original's memory, weights included, and {tight:.2f} if" in words
     assert f"the report says {found['costs'][1]['memory']:.2f}" in words
+    single, several, longest, all_looking = (mean(one["by depth"]) for one in costs["needles"])
+    assert f"at 4,096 tokens it finds {single:.0%} (full attention 100%), and {several:.0%} if one of four" in words
+    assert (
+        (longest, all_looking) == (0, 0.8)
+        and "looking, it finds four of five" in words
+        and "**At 8,192 tokens it finds none**" in words
+    )
 
 
 def _changed(after: float, before: float) -> str:
